@@ -1,0 +1,207 @@
+// Package config is the operator's configuration of the host side: one TOML
+// file that the shim and the NRI plugin read, each once when it starts. Every
+// key has a default that works, and the file may be missing.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+)
+
+const (
+	// DefaultPath is where the file is looked for.
+	DefaultPath = "/etc/kata-checkpoint/config.toml"
+	// PathEnv is the environment variable that names another file.
+	PathEnv = "KATA_CHECKPOINT_CONFIG"
+)
+
+// Values of guest_agent.
+const (
+	AgentRequired = "required"
+	AgentOptional = "optional"
+)
+
+// Values of after_checkpoint, after_checkpoint_cri and of the annotation that
+// beats both.
+const (
+	AfterStop         = "stop"
+	AfterLeaveRunning = "leave-running"
+)
+
+// Config is the file's content, checked and with the defaults filled in. What
+// each key means is said in configs/config.toml.
+type Config struct {
+	DownstreamShim  string
+	KataConfigPath  string
+	StateDir        string
+	GuestBundle     string
+	AgentOptional   bool
+	AgentPort       uint32
+	AgentTimeout    time.Duration
+	FreezeTimeout   time.Duration
+	OpTimeout       time.Duration
+	ExecWaitTimeout time.Duration
+	AfterCheckpoint string
+	// AfterCheckpointCRI is for containers that the CRI made.
+	AfterCheckpointCRI string
+	MaxImageFiles      int
+	MaxImageBytes      int64
+	// NRIRuntimeHandlers are the CRI's names of our runtime; "" is its default.
+	NRIRuntimeHandlers []string
+}
+
+// file has the keys as they are written.
+type file struct {
+	DownstreamShim     string   `toml:"downstream_shim"`
+	KataConfigPath     string   `toml:"kata_config_path"`
+	StateDir           string   `toml:"state_dir"`
+	GuestBundle        string   `toml:"guest_bundle"`
+	GuestAgent         string   `toml:"guest_agent"`
+	AgentPort          int64    `toml:"agent_port"`
+	AgentTimeout       string   `toml:"agent_timeout"`
+	FreezeTimeout      string   `toml:"freeze_timeout"`
+	CheckpointTimeout  string   `toml:"checkpoint_timeout"`
+	ExecWaitTimeout    string   `toml:"exec_wait_timeout"`
+	AfterCheckpoint    string   `toml:"after_checkpoint"`
+	AfterCheckpointCRI string   `toml:"after_checkpoint_cri"`
+	MaxImageFiles      int64    `toml:"max_image_files"`
+	MaxImageBytes      int64    `toml:"max_image_bytes"`
+	NRIRuntimeHandlers []string `toml:"nri_runtime_handlers"`
+}
+
+func defaults() file {
+	return file{
+		DownstreamShim:     "containerd-shim-kata-v2",
+		StateDir:           "/var/lib/kata-checkpoint",
+		GuestBundle:        "/opt/kata-checkpoint/guest",
+		GuestAgent:         AgentRequired,
+		AgentPort:          api.DefaultPort,
+		AgentTimeout:       "10s",
+		FreezeTimeout:      "10s",
+		CheckpointTimeout:  "10m",
+		ExecWaitTimeout:    "30s",
+		AfterCheckpoint:    AfterStop,
+		AfterCheckpointCRI: AfterLeaveRunning,
+		MaxImageFiles:      65536,
+		MaxImageBytes:      256 << 30,
+		NRIRuntimeHandlers: []string{"kata-checkpoint"},
+	}
+}
+
+// Path is where Load reads when it is given nothing else.
+func Path() string {
+	if p := os.Getenv(PathEnv); p != "" {
+		return p
+	}
+	return DefaultPath
+}
+
+// Load reads the file at path. A file that does not exist means the defaults,
+// unless the environment names it.
+func Load(path string) (*Config, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && os.Getenv(PathEnv) == "" {
+		data, err = nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	c, err := parse(data)
+	if err != nil {
+		return nil, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func parse(data []byte) (*Config, error) {
+	f := defaults()
+	d := toml.NewDecoder(strings.NewReader(string(data)))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&f); err != nil {
+		return nil, explain(err)
+	}
+	c := &Config{
+		DownstreamShim:     f.DownstreamShim,
+		KataConfigPath:     f.KataConfigPath,
+		StateDir:           f.StateDir,
+		GuestBundle:        f.GuestBundle,
+		AgentOptional:      f.GuestAgent == AgentOptional,
+		AfterCheckpoint:    f.AfterCheckpoint,
+		AfterCheckpointCRI: f.AfterCheckpointCRI,
+		MaxImageBytes:      f.MaxImageBytes,
+		NRIRuntimeHandlers: f.NRIRuntimeHandlers,
+	}
+	var errs []error
+	check := func(key string, ok bool, want string) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s must be %s", key, want))
+		}
+	}
+	check("downstream_shim", f.DownstreamShim != "" && (filepath.IsAbs(f.DownstreamShim) || !strings.Contains(f.DownstreamShim, "/")),
+		"an absolute path, or a name that is found on PATH")
+	check("kata_config_path", f.KataConfigPath == "" || filepath.IsAbs(f.KataConfigPath), "empty or an absolute path")
+	check("state_dir", filepath.IsAbs(f.StateDir), "an absolute path")
+	check("guest_bundle", filepath.IsAbs(f.GuestBundle), "an absolute path")
+	check("guest_agent", f.GuestAgent == AgentRequired || f.GuestAgent == AgentOptional, `"required" or "optional"`)
+	check("agent_port", f.AgentPort > 0 && f.AgentPort < 1<<32-1, "a vsock port, 1 to 4294967294")
+	for _, a := range []struct{ key, value string }{{"after_checkpoint", f.AfterCheckpoint}, {"after_checkpoint_cri", f.AfterCheckpointCRI}} {
+		check(a.key, a.value == AfterStop || a.value == AfterLeaveRunning, `"stop" or "leave-running"`)
+	}
+	// One file is the manifest's inventory; more than a million is a mistake.
+	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
+	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")
+	check("nri_runtime_handlers", len(f.NRIRuntimeHandlers) > 0, "a list of one or more runtime handlers")
+	for _, t := range []struct {
+		key, value string
+		to         *time.Duration
+	}{
+		{"agent_timeout", f.AgentTimeout, &c.AgentTimeout},
+		{"freeze_timeout", f.FreezeTimeout, &c.FreezeTimeout},
+		{"checkpoint_timeout", f.CheckpointTimeout, &c.OpTimeout},
+		{"exec_wait_timeout", f.ExecWaitTimeout, &c.ExecWaitTimeout},
+	} {
+		v, err := time.ParseDuration(t.value)
+		check(t.key, err == nil && v > 0, fmt.Sprintf(`a duration greater than 0, such as "10s" or "2m", and is %q`, t.value))
+		*t.to = v
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	c.AgentPort = uint32(f.AgentPort) //nolint:gosec // checked above
+	c.MaxImageFiles = int(f.MaxImageFiles)
+	// They become sources of mounts.
+	c.StateDir = filepath.Clean(c.StateDir)
+	c.GuestBundle = filepath.Clean(c.GuestBundle)
+	return c, nil
+}
+
+// explain names key and line, which the decoder's own messages leave out.
+func explain(err error) error {
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) {
+		var errs []error
+		for _, e := range strict.Errors {
+			line, _ := e.Position()
+			errs = append(errs, fmt.Errorf("line %d: unknown key %s", line, strings.Join(e.Key(), ".")))
+		}
+		return errors.Join(errs...)
+	}
+	var de *toml.DecodeError
+	if errors.As(err, &de) {
+		line, column := de.Position()
+		if key := de.Key(); len(key) > 0 {
+			return fmt.Errorf("line %d: %s: %w", line, strings.Join(key, "."), err)
+		}
+		return fmt.Errorf("line %d, column %d: not TOML: %w", line, column, err)
+	}
+	return err
+}

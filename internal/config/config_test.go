@@ -1,0 +1,145 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestShippedFileIsTheDefaults(t *testing.T) {
+	shipped, err := os.ReadFile("../../configs/config.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := parse(shipped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := parse(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("configs/config.toml differs from the defaults (-default +shipped):\n%s", diff)
+	}
+	// Shown means: every key is there, not left to the default.
+	for _, key := range []string{
+		"downstream_shim", "kata_config_path", "state_dir", "guest_bundle", "guest_agent", "agent_port", "agent_timeout",
+		"freeze_timeout", "checkpoint_timeout", "exec_wait_timeout", "after_checkpoint", "after_checkpoint_cri",
+		"max_image_files", "max_image_bytes", "nri_runtime_handlers",
+	} {
+		if !strings.Contains(string(shipped), "\n"+key+" = ") {
+			t.Errorf("configs/config.toml does not show %s", key)
+		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	for name, tc := range map[string]struct {
+		in   string
+		want func(*Config)
+		err  []string
+	}{
+		"empty":             {in: ""},
+		"optional agent":    {in: `guest_agent = "optional"`, want: func(c *Config) { c.AgentOptional = true }},
+		"durations":         {in: "agent_timeout = '1500ms'\nfreeze_timeout = '2m'", want: func(c *Config) { c.AgentTimeout, c.FreezeTimeout = 1500*time.Millisecond, 2*time.Minute }},
+		"paths are cleaned": {in: `state_dir = "/a//b/"`, want: func(c *Config) { c.StateDir = "/a/b" }},
+		"after":             {in: "after_checkpoint = 'leave-running'\nafter_checkpoint_cri = 'stop'", want: func(c *Config) { c.AfterCheckpoint, c.AfterCheckpointCRI = AfterLeaveRunning, AfterStop }},
+		"limits":            {in: "max_image_files = 3\nmax_image_bytes = 4", want: func(c *Config) { c.MaxImageFiles, c.MaxImageBytes = 3, 4 }},
+		"handlers":          {in: "nri_runtime_handlers = ['a', '']", want: func(c *Config) { c.NRIRuntimeHandlers = []string{"a", ""} }},
+
+		"not TOML":              {in: "state_dir = /var\n", err: []string{"line 1", "not TOML"}},
+		"unknown key":           {in: "\nstate_dri = '/x'\n", err: []string{"line 2", "state_dri"}},
+		"unknown keys":          {in: "a = 1\n[b]\nc = 2\n", err: []string{"line 1: unknown key a", "unknown key b"}},
+		"a key twice":           {in: "agent_port = 1\nagent_port = 2\n", err: []string{"agent_port"}},
+		"another type":          {in: "agent_port = 'x'\n", err: []string{"line 1", "agent_port"}},
+		"duration without unit": {in: "agent_timeout = '10'", err: []string{"agent_timeout", `"10"`}},
+		"no duration":           {in: "exec_wait_timeout = 'soon'", err: []string{"exec_wait_timeout", "soon"}},
+		"negative duration":     {in: "freeze_timeout = '-1s'", err: []string{"freeze_timeout"}},
+		"zero duration":         {in: "checkpoint_timeout = '0s'", err: []string{"checkpoint_timeout"}},
+		"relative state_dir":    {in: "state_dir = 'x'", err: []string{"state_dir"}},
+		"relative guest_bundle": {in: "guest_bundle = './x'", err: []string{"guest_bundle"}},
+		"relative Kata config":  {in: "kata_config_path = 'x'", err: []string{"kata_config_path"}},
+		"shim by relative path": {in: "downstream_shim = 'bin/shim'", err: []string{"downstream_shim"}},
+		"no shim":               {in: "downstream_shim = ''", err: []string{"downstream_shim"}},
+		"agent neither":         {in: "guest_agent = 'no'", err: []string{"guest_agent"}},
+		"port 0":                {in: "agent_port = 0", err: []string{"agent_port"}},
+		"port VMADDR_PORT_ANY":  {in: "agent_port = 4294967295", err: []string{"agent_port"}},
+		"negative port":         {in: "agent_port = -1", err: []string{"agent_port"}},
+		"after neither":         {in: "after_checkpoint = 'exit'", err: []string{"after_checkpoint"}},
+		"no files":              {in: "max_image_files = 0", err: []string{"max_image_files"}},
+		"no bytes":              {in: "max_image_bytes = -1", err: []string{"max_image_bytes"}},
+		"no handlers":           {in: "nri_runtime_handlers = []", err: []string{"nri_runtime_handlers"}},
+		"all mistakes are said": {in: "max_image_files = 0\nstate_dir = 'x'", err: []string{"max_image_files", "state_dir"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := parse([]byte(tc.in))
+			if tc.err != nil {
+				if err == nil {
+					t.Fatalf("no error, got %+v", got)
+				}
+				for _, part := range tc.err {
+					if !strings.Contains(err.Error(), part) {
+						t.Errorf("error %q does not name %q", err, part)
+					}
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, err := parse(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tc.want != nil {
+				tc.want(want)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	missing := filepath.Join(dir, "missing.toml")
+
+	t.Run("a missing file means the defaults", func(t *testing.T) {
+		t.Setenv(PathEnv, "")
+		if _, err := Load(missing); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Run("a missing file that the environment names is an error", func(t *testing.T) {
+		t.Setenv(PathEnv, missing)
+		if _, err := Load(Path()); err == nil || !strings.Contains(err.Error(), missing) {
+			t.Fatalf("error %v does not name %s", err, missing)
+		}
+	})
+	t.Run("the environment's file is read", func(t *testing.T) {
+		path := filepath.Join(dir, "c.toml")
+		if err := os.WriteFile(path, []byte("agent_port = 7"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv(PathEnv, path)
+		c, err := Load(Path())
+		if err != nil || c.AgentPort != 7 {
+			t.Fatalf("got %+v, %v", c, err)
+		}
+	})
+	t.Run("errors name the file", func(t *testing.T) {
+		path := filepath.Join(dir, "bad.toml")
+		if err := os.WriteFile(path, []byte("]"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Load(path); err == nil || !strings.Contains(err.Error(), path) {
+			t.Fatalf("error %v does not name %s", err, path)
+		}
+	})
+}

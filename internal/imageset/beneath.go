@@ -1,0 +1,96 @@
+package imageset
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sort"
+
+	"golang.org/x/sys/unix"
+)
+
+// Limits bound what is taken from a directory that somebody else wrote.
+type Limits struct {
+	// Files is the largest number of files.
+	Files int
+	// Bytes is the largest size of all files together.
+	Bytes int64
+}
+
+// openDir opens a directory for openat2 beneath it; the last element must not
+// be a symbolic link.
+func openDir(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open directory", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// openBeneath opens a directory below dir, never by way of a symbolic link,
+// another mount or "..".
+func openDirBeneath(dir *os.File, name string) (*os.File, error) {
+	return openAt(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
+}
+
+func openAt(dir *os.File, name string, flags uint64) (*os.File, error) {
+	how := &unix.OpenHow{
+		Flags:   flags | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_MAGICLINKS,
+	}
+	for {
+		fd, err := unix.Openat2(int(dir.Fd()), name, how)
+		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
+			continue
+		}
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: dir.Name() + "/" + name, Err: err}
+		}
+		return os.NewFile(uintptr(fd), dir.Name()+"/"+name), nil
+	}
+}
+
+// openRegular opens one file of a flat directory and refuses all but regular
+// files with one name, so that nobody can change it by another.
+func openRegular(dir *os.File, name string) (*os.File, unix.Stat_t, error) {
+	var st unix.Stat_t
+	if err := checkName(name); err != nil {
+		return nil, st, err
+	}
+	if err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return nil, st, &os.PathError{Op: "stat", Path: name, Err: err}
+	}
+	// Looked at before it is opened: opening a device or a FIFO can have effects.
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, st, fmt.Errorf("%q is not a regular file", name)
+	}
+	f, err := openAt(dir, name, unix.O_RDONLY)
+	if err != nil {
+		return nil, st, err
+	}
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		f.Close()
+		return nil, st, &os.PathError{Op: "stat", Path: name, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+		f.Close()
+		return nil, st, fmt.Errorf("%q is not a regular file with one name", name)
+	}
+	return f, st, nil
+}
+
+// list returns the sorted names in a directory, at most limit.
+func list(dir *os.File, limit int) ([]string, error) {
+	if _, err := dir.Seek(0, 0); err != nil {
+		return nil, fmt.Errorf("read directory %s: %w", dir.Name(), err)
+	}
+	names, err := dir.Readdirnames(limit + 1)
+	if err != nil && len(names) == 0 && !isEOF(err) {
+		return nil, fmt.Errorf("read directory %s: %w", dir.Name(), err)
+	}
+	if len(names) > limit {
+		return nil, fmt.Errorf("%s holds more than %d files", dir.Name(), limit)
+	}
+	sort.Strings(names)
+	return names, nil
+}

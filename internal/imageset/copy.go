@@ -1,0 +1,172 @@
+package imageset
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+func isEOF(err error) bool { return errors.Is(err, io.EOF) }
+
+// copyBuffer is the size of one read, in bytes: large enough that system calls
+// do not count beside the digest. The digest of one buffer is computed while
+// the next are read and written: the container stands still meanwhile.
+const (
+	copyBuffer  = 1 << 20
+	copyBuffers = 4
+)
+
+// copyFile copies size bytes of src to a new file name in dst and returns the
+// digest of what it wrote. Where the file system can, the two share their
+// blocks. A source that grows or shrinks meanwhile is an error.
+func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string) (sum string, err error) {
+	fd, err := unix.Openat(int(dst.Fd()), name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return "", &os.PathError{Op: "create", Path: dst.Name() + "/" + name, Err: err}
+	}
+	out := os.NewFile(uintptr(fd), dst.Name()+"/"+name)
+	defer func() { err = errors.Join(err, out.Close()) }()
+
+	// After a clone the digest is taken from the copy, which nobody else writes.
+	from, to := src, io.Writer(out)
+	if unix.IoctlFileClone(fd, int(src.Fd())) == nil {
+		from, to = out, io.Discard
+	}
+	n, sum, err := copyContext(ctx, to, io.LimitReader(from, size+1), min(copyBuffer, size+1))
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("copy %s to %s: %w", name, dst.Name(), err)
+	case n != size:
+		return "", fmt.Errorf("%s changed its size while it was copied", name)
+	}
+	return sum, nil
+}
+
+// copyContext copies until the end of r, by reads of at most buffer bytes, and
+// returns the number of bytes and their digest.
+func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (total int64, sum string, err error) {
+	free := make(chan []byte, copyBuffers)
+	for range copyBuffers {
+		free <- make([]byte, buffer)
+	}
+	written := make(chan []byte, copyBuffers)
+	digest := make(chan string, 1)
+	go func() {
+		h := sha256.New()
+		for b := range written {
+			h.Write(b) // never fails (package hash)
+			free <- b[:buffer]
+		}
+		digest <- hex.EncodeToString(h.Sum(nil))
+	}()
+	defer func() {
+		close(written)
+		sum = <-digest
+	}()
+	for {
+		if ctx.Err() != nil {
+			return total, "", context.Cause(ctx)
+		}
+		buf := <-free
+		n, err := r.Read(buf)
+		if n > 0 {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return total, "", err
+			}
+			total += int64(n)
+			written <- buf[:n]
+		}
+		switch {
+		case isEOF(err):
+			return total, "", nil
+		case err != nil:
+			return total, "", err
+		case n == 0:
+			free <- buf
+		}
+	}
+}
+
+// Collect copies the flat directory name beneath src, which an untrusted guest
+// wrote, to dst, and returns its files with their digests, sorted by name. It
+// takes regular files only, within the limits; files named in skip are left out.
+func Collect(ctx context.Context, src, name string, dst *os.File, limits Limits, skip ...string) ([]File, error) {
+	top, err := openDir(src)
+	if err != nil {
+		return nil, err
+	}
+	defer top.Close()
+	dir, err := openDirBeneath(top, name)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	names, err := list(dir, limits.Files)
+	if err != nil {
+		return nil, err
+	}
+	skipped := make(map[string]bool, len(skip))
+	for _, n := range skip {
+		skipped[n] = true
+	}
+	var files []File
+	left := limits.Bytes
+	for _, n := range names {
+		if skipped[n] {
+			continue
+		}
+		if n == ManifestName {
+			return nil, fmt.Errorf("the guest wrote a file %s, which is the host's to write", n)
+		}
+		f, err := collectFile(ctx, dir, n, dst, &left)
+		if err != nil {
+			return nil, fmt.Errorf("take images from the guest: %w", err)
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+func collectFile(ctx context.Context, dir *os.File, name string, dst *os.File, left *int64) (File, error) {
+	f, st, err := openRegular(dir, name)
+	if err != nil {
+		return File{}, err
+	}
+	defer f.Close()
+	if st.Size > *left {
+		return File{}, fmt.Errorf("the image set is larger than allowed: raise max_image_bytes in config.toml")
+	}
+	*left -= st.Size
+	sum, err := copyFile(ctx, f, st.Size, dst, name)
+	if err != nil {
+		return File{}, err
+	}
+	return File{Name: name, Size: st.Size, SHA256: sum}, nil
+}
+
+// ReadFile returns a small file that the guest wrote beneath src/name, at most
+// limit bytes of it.
+func ReadFile(src, name, file string, limit int64) ([]byte, error) {
+	top, err := openDir(src)
+	if err != nil {
+		return nil, err
+	}
+	defer top.Close()
+	dir, err := openDirBeneath(top, name)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	f, _, err := openRegular(dir, file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit))
+}

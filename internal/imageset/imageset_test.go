@@ -1,0 +1,671 @@
+package imageset
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func digest(content string) string {
+	sum := sha256.Sum256([]byte(content))
+	return hex.EncodeToString(sum[:])
+}
+
+// names lists a directory, hidden files included.
+func names(t *testing.T, dir string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := []string{}
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
+}
+
+func wantError(t *testing.T, err error, parts ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatalf("no error, want one with %q", parts)
+	}
+	for _, p := range parts {
+		if !strings.Contains(err.Error(), p) {
+			t.Errorf("error %q lacks %q", err, p)
+		}
+	}
+}
+
+// newSet commits an image set of some files and returns its directory.
+func newSet(t *testing.T, files map[string]string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "set")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	commit(t, dir, files)
+	return dir
+}
+
+func commit(t *testing.T, dir string, files map[string]string) {
+	t.Helper()
+	exchange := t.TempDir()
+	if err := os.Mkdir(filepath.Join(exchange, "images"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range files {
+		write(t, filepath.Join(exchange, "images", name), content)
+	}
+	target, err := NewTarget(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := Collect(t.Context(), exchange, "images", target.Dir(), Limits{Files: 100, Bytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := target.Commit(&Manifest{Files: list}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var someFiles = map[string]string{"inventory.img": "inventory", "pages-1.img": strings.Repeat("page", 1<<16), "empty.img": ""}
+
+func TestImageSetThereAndBack(t *testing.T) {
+	dir := newSet(t, someFiles)
+	set, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Close()
+	if set.Manifest.FormatVersion != FormatVersion {
+		t.Errorf("format version %d", set.Manifest.FormatVersion)
+	}
+	stage := filepath.Join(t.TempDir(), "restore")
+	if err := set.CopyTo(t.Context(), stage); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"empty.img", "inventory.img", "pages-1.img"}, names(t, stage)); diff != "" {
+		t.Errorf("staged files (-want +got):\n%s", diff)
+	}
+	for name, want := range someFiles {
+		got, err := os.ReadFile(filepath.Join(stage, name))
+		if err != nil || string(got) != want {
+			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+}
+
+// What a guest may put into its directory to reach beyond it, or to exhaust
+// the host.
+func TestCollectTakesNothingButRegularFiles(t *testing.T) {
+	for name, tc := range map[string]struct {
+		lay    func(t *testing.T, dir, outside string)
+		limits Limits
+		err    string
+	}{
+		"a symbolic link to a file": {
+			lay: func(t *testing.T, dir, outside string) {
+				if err := os.Symlink(outside, filepath.Join(dir, "pages-1.img")); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: `"pages-1.img" is not a regular file`,
+		},
+		"a dangling symbolic link": {
+			lay: func(t *testing.T, dir, _ string) {
+				if err := os.Symlink("/nowhere", filepath.Join(dir, "pages-1.img")); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: "not a regular file",
+		},
+		"a hard link to a file elsewhere": {
+			lay: func(t *testing.T, dir, outside string) {
+				if err := os.Link(outside, filepath.Join(dir, "pages-1.img")); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: "not a regular file with one name",
+		},
+		"a FIFO, which nobody writes to": {
+			lay: func(t *testing.T, dir, _ string) {
+				if err := unix.Mkfifo(filepath.Join(dir, "pages-1.img"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: "not a regular file",
+		},
+		"a socket": {
+			lay: func(t *testing.T, dir, _ string) {
+				if err := unix.Mknod(filepath.Join(dir, "pages-1.img"), unix.S_IFSOCK|0o600, 0); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: "not a regular file",
+		},
+		"a directory": {
+			lay: func(t *testing.T, dir, _ string) {
+				if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: `"sub" is not a regular file`,
+		},
+		"a manifest of the guest's own": {
+			lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ManifestName), "{}") },
+			err: "the host's to write",
+		},
+		"a hidden file":               {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ".x"), "") }, err: "not allowed"},
+		"a whiteout":                  {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ".wh.x"), "") }, err: "not allowed"},
+		"two dots in a name":          {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, "a..b"), "") }, err: "not allowed"},
+		"a line feed in a name":       {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, "a\nb"), "") }, err: "not allowed"},
+		"an escape sequence":          {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, "a\x1b[0m"), "") }, err: "not allowed"},
+		"bytes that are no character": {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, "a\xff"), "") }, err: "not allowed"},
+		"too many files": {
+			lay: func(t *testing.T, dir, _ string) {
+				write(t, filepath.Join(dir, "a"), "")
+				write(t, filepath.Join(dir, "b"), "")
+			},
+			limits: Limits{Files: 2, Bytes: 100}, err: "more than 2 files",
+		},
+		"one large file": {
+			lay:    func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, "z"), strings.Repeat("x", 101)) },
+			limits: Limits{Files: 9, Bytes: 100}, err: "max_image_bytes",
+		},
+		"many small ones, together too large": {
+			lay: func(t *testing.T, dir, _ string) {
+				write(t, filepath.Join(dir, "y"), strings.Repeat("x", 60))
+				write(t, filepath.Join(dir, "z"), strings.Repeat("x", 60))
+			},
+			limits: Limits{Files: 9, Bytes: 100}, err: "max_image_bytes",
+		},
+		"a file of holes, which costs the guest nothing": {
+			lay: func(t *testing.T, dir, _ string) {
+				write(t, filepath.Join(dir, "z"), "")
+				if err := os.Truncate(filepath.Join(dir, "z"), 1<<40); err != nil {
+					t.Fatal(err)
+				}
+			},
+			limits: Limits{Files: 9, Bytes: 1 << 20}, err: "max_image_bytes",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			exchange, outside := t.TempDir(), filepath.Join(t.TempDir(), "secret")
+			write(t, outside, "the host's")
+			dir := filepath.Join(exchange, "images")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			write(t, filepath.Join(dir, "inventory.img"), "")
+			tc.lay(t, dir, outside)
+			if tc.limits.Files == 0 {
+				tc.limits = Limits{Files: 100, Bytes: 1 << 20}
+			}
+			dst := t.TempDir()
+			f, err := os.Open(dst)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			_, err = Collect(t.Context(), exchange, "images", f, tc.limits)
+			wantError(t, err, tc.err)
+			for _, n := range names(t, dst) {
+				if data, _ := os.ReadFile(filepath.Join(dst, n)); strings.Contains(string(data), "the host's") {
+					t.Errorf("%s has the content of a file outside", n)
+				}
+			}
+		})
+	}
+}
+
+func TestCollectStaysBeneath(t *testing.T) {
+	outside := t.TempDir()
+	write(t, filepath.Join(outside, "inventory.img"), "the host's")
+	exchange := t.TempDir()
+	if err := os.Symlink(outside, filepath.Join(exchange, "images")); err != nil {
+		t.Fatal(err)
+	}
+	dst, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dst.Close()
+	for _, name := range []string{"images", "..", "../" + filepath.Base(outside), outside} {
+		if _, err := Collect(t.Context(), exchange, name, dst, Limits{Files: 9, Bytes: 100}); err == nil {
+			t.Errorf("%q was followed", name)
+		}
+		if data, err := ReadFile(exchange, name, "inventory.img", 100); err == nil {
+			t.Errorf("%q was followed: %q", name, data)
+		}
+	}
+	if err := os.Rename(exchange, exchange+"-moved"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(outside, exchange); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Collect(t.Context(), exchange, ".", dst, Limits{Files: 9, Bytes: 100}); err == nil {
+		t.Error("an exchange directory that is a link was followed")
+	}
+}
+
+func TestCollectSkips(t *testing.T) {
+	exchange := t.TempDir()
+	for name, content := range map[string]string{"inventory.img": "i", DumpLogName: "log", StatsName: "stats"} {
+		write(t, filepath.Join(exchange, name), content)
+	}
+	dst, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dst.Close()
+	files, err := Collect(t.Context(), exchange, ".", dst, Limits{Files: 9, Bytes: 100}, DumpLogName, StatsName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}, files); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+func TestReadFileIsBounded(t *testing.T) {
+	exchange := t.TempDir()
+	write(t, filepath.Join(exchange, "log"), "0123456789")
+	got, err := ReadFile(exchange, ".", "log", 4)
+	if err != nil || string(got) != "0123" {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+func TestCopyEndsWithItsContext(t *testing.T) {
+	exchange := t.TempDir()
+	write(t, filepath.Join(exchange, "inventory.img"), "i")
+	dst, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dst.Close()
+	gone := errors.New("the caller has gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(gone)
+	if _, err := Collect(ctx, exchange, ".", dst, Limits{Files: 9, Bytes: 100}); !errors.Is(err, gone) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// edit changes the manifest of an image set.
+func edit(t *testing.T, dir string, change func(map[string]any)) {
+	t.Helper()
+	path := filepath.Join(dir, ManifestName)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := map[string]any{}
+	if err := json.Unmarshal(data, &m); err != nil {
+		t.Fatal(err)
+	}
+	change(m)
+	if data, err = json.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	write(t, path, string(data))
+}
+
+func file(m map[string]any, i int) map[string]any { return m["files"].([]any)[i].(map[string]any) }
+
+func TestDamagedSetIsRefused(t *testing.T) {
+	for name, tc := range map[string]struct {
+		damage func(t *testing.T, dir string)
+		err    []string
+	}{
+		"no manifest": {
+			damage: func(_ *testing.T, dir string) { os.Remove(filepath.Join(dir, ManifestName)) },
+			err:    []string{"not an image set", ManifestName},
+		},
+		"a file is missing": {
+			damage: func(_ *testing.T, dir string) { os.Remove(filepath.Join(dir, "pages-1.img")) },
+			err:    []string{"pages-1.img is missing"},
+		},
+		"a file is truncated": {
+			damage: func(t *testing.T, dir string) {
+				if err := os.Truncate(filepath.Join(dir, "pages-1.img"), 7); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: []string{"pages-1.img has 7 bytes and should have 262144"},
+		},
+		"a byte is flipped": {
+			damage: func(t *testing.T, dir string) { write(t, filepath.Join(dir, "inventory.img"), "inventorY") },
+			err:    []string{"inventory.img is damaged", "SHA-256"},
+		},
+		"a file too many": {
+			damage: func(t *testing.T, dir string) { write(t, filepath.Join(dir, "more.img"), "") },
+			err:    []string{"more.img"},
+		},
+		"a thousand files too many": {
+			damage: func(t *testing.T, dir string) {
+				for i := range 1000 {
+					write(t, filepath.Join(dir, fmt.Sprint(i)), "")
+				}
+			},
+			err: []string{"files that its manifest does not name"},
+		},
+		"a directory too many": {
+			damage: func(t *testing.T, dir string) {
+				if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: []string{`"sub" is not named`},
+		},
+		"a symbolic link in a file's place": {
+			damage: func(t *testing.T, dir string) {
+				moved := filepath.Join(t.TempDir(), "moved")
+				if err := errors.Join(os.Rename(filepath.Join(dir, "inventory.img"), moved), os.Symlink(moved, filepath.Join(dir, "inventory.img"))); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: []string{"inventory.img is not a regular file"},
+		},
+		"a symbolic link in the manifest's place": {
+			damage: func(t *testing.T, dir string) {
+				moved := filepath.Join(t.TempDir(), "moved")
+				if err := errors.Join(os.Rename(filepath.Join(dir, ManifestName), moved), os.Symlink(moved, filepath.Join(dir, ManifestName))); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: []string{"not a regular file"},
+		},
+		"a path with two dots": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { file(m, 0)["name"] = "../../etc/passwd" })
+			},
+			err: []string{"damaged", "../../etc/passwd"},
+		},
+		"an absolute path": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { file(m, 0)["name"] = "/etc/passwd" })
+			},
+			err: []string{"damaged", "/etc/passwd"},
+		},
+		"the manifest among its own files": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { file(m, 0)["name"] = ManifestName })
+			},
+			err: []string{"damaged"},
+		},
+		"a file named twice": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { file(m, 0)["name"] = file(m, 1)["name"] })
+			},
+			err: []string{"damaged", "twice"},
+		},
+		"a negative size": {
+			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { file(m, 0)["size"] = -1 }) },
+			err:    []string{"damaged", "size"},
+		},
+		"a digest of another length": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { file(m, 0)["sha256"] = "00" })
+			},
+			err: []string{"damaged", "digest"},
+		},
+		"an unknown format version": {
+			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["formatVersion"] = 2 }) },
+			err:    []string{"format version 2", "reads 1"},
+		},
+		"no format version": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { delete(m, "formatVersion") })
+			},
+			err: []string{"format version 0"},
+		},
+		"a field that nobody knows": {
+			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["new"] = true }) },
+			err:    []string{"damaged", `"new"`},
+		},
+		"no inventory": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { m["files"] = []any{} })
+			},
+			err: []string{"inventory.img"},
+		},
+		"a manifest that is not JSON": {
+			damage: func(t *testing.T, dir string) { write(t, filepath.Join(dir, ManifestName), "{") },
+			err:    []string{"damaged"},
+		},
+		"a manifest with more behind it": {
+			damage: func(t *testing.T, dir string) {
+				data, err := os.ReadFile(filepath.Join(dir, ManifestName))
+				if err != nil {
+					t.Fatal(err)
+				}
+				write(t, filepath.Join(dir, ManifestName), string(data)+"{}")
+			},
+			err: []string{"damaged"},
+		},
+		"an endless manifest": {
+			damage: func(t *testing.T, dir string) {
+				if err := os.Truncate(filepath.Join(dir, ManifestName), 1<<40); err != nil {
+					t.Fatal(err)
+				}
+			},
+			err: []string{"larger than"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			good := newSet(t, someFiles)
+			dir := newSet(t, someFiles)
+			tc.damage(t, dir)
+			stage := filepath.Join(t.TempDir(), "restore")
+			wantError(t, stageFrom(t, dir, stage), tc.err...)
+			if _, err := os.Lstat(stage); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("something is left at the staging directory: %v", err)
+			}
+			if err := stageFrom(t, good, stage); err != nil {
+				t.Errorf("the good copy afterwards: %v", err)
+			}
+		})
+	}
+}
+
+func stageFrom(t *testing.T, dir, stage string) error {
+	set, err := Open(dir)
+	if err != nil {
+		return err
+	}
+	defer set.Close()
+	return set.CopyTo(t.Context(), stage)
+}
+
+func TestOpenFollowsNoLink(t *testing.T) {
+	dir := newSet(t, someFiles)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(link); err == nil {
+		t.Error("a symbolic link was taken for a checkpoint directory")
+	}
+}
+
+func TestNewTarget(t *testing.T) {
+	t.Run("a directory that is not there", func(t *testing.T) {
+		_, err := NewTarget(filepath.Join(t.TempDir(), "none"))
+		wantError(t, err, "does not exist", "create it first")
+	})
+	t.Run("a file", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "f")
+		write(t, path, "")
+		_, err := NewTarget(path)
+		wantError(t, err, "is not a directory")
+	})
+	t.Run("a symbolic link", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "l")
+		if err := os.Symlink(t.TempDir(), path); err != nil {
+			t.Fatal(err)
+		}
+		_, err := NewTarget(path)
+		wantError(t, err, "is not a directory")
+	})
+	t.Run("a directory with something else", func(t *testing.T) {
+		dir := t.TempDir()
+		write(t, filepath.Join(dir, "letter.txt"), "dear")
+		_, err := NewTarget(dir)
+		wantError(t, err, "not empty", "letter.txt")
+		if diff := cmp.Diff([]string{"letter.txt"}, names(t, dir)); diff != "" {
+			t.Error(diff)
+		}
+	})
+	t.Run("a damaged earlier checkpoint is not thrown away", func(t *testing.T) {
+		dir := newSet(t, someFiles)
+		write(t, filepath.Join(dir, "letter.txt"), "dear")
+		_, err := NewTarget(dir)
+		wantError(t, err, "name an empty directory")
+		if _, err := os.Stat(filepath.Join(dir, "letter.txt")); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("what was left unfinished is removed", func(t *testing.T) {
+		dir := t.TempDir()
+		left := filepath.Join(dir, stagingPrefix+"left")
+		if err := os.Mkdir(left, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(left, "pages-1.img"), "x")
+		target, err := NewTarget(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := target.Abort(); err != nil {
+			t.Fatal(err)
+		}
+		if got := names(t, dir); len(got) != 0 {
+			t.Errorf("left over: %v", got)
+		}
+	})
+	t.Run("what is under way is not", func(t *testing.T) {
+		dir := t.TempDir()
+		first, err := NewTarget(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = first.Abort() }()
+		_, err = NewTarget(dir)
+		wantError(t, err, "another checkpoint is being written")
+		write(t, filepath.Join(first.Dir().Name(), "inventory.img"), "i")
+		if err := first.Commit(&Manifest{Files: []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAbortLeavesNothing(t *testing.T) {
+	dir := t.TempDir()
+	target, err := NewTarget(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !IsStaging(target.Dir().Name()) {
+		t.Errorf("%s is not known as unfinished", target.Dir().Name())
+	}
+	write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
+	for range 2 {
+		if err := target.Abort(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := names(t, dir); len(got) != 0 {
+		t.Errorf("left over: %v", got)
+	}
+}
+
+func TestCommitReplacesAnEarlierSetWhole(t *testing.T) {
+	dir := newSet(t, map[string]string{"inventory.img": "old", "old.img": "old"})
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	commit(t, dir, map[string]string{"inventory.img": "new"})
+	set, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Close()
+	if diff := cmp.Diff([]File{{Name: "inventory.img", Size: 3, SHA256: digest("new")}}, set.Manifest.Files); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if got := names(t, filepath.Dir(dir)); len(got) != 1 {
+		t.Errorf("left beside the image set: %v", got)
+	}
+	if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o755 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+}
+
+func TestAbortKeepsAnEarlierSet(t *testing.T) {
+	dir := newSet(t, someFiles)
+	target, err := NewTarget(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := target.Abort(); err != nil {
+		t.Fatal(err)
+	}
+	if err := stageFrom(t, dir, filepath.Join(t.TempDir(), "x")); err != nil {
+		t.Error(err)
+	}
+	if got := names(t, filepath.Dir(dir)); len(got) != 1 {
+		t.Errorf("left beside the image set: %v", got)
+	}
+}
+
+// A commit that fails half way, here because a file was never written, leaves
+// no file under its final name.
+func TestCommitIsAllOrNothing(t *testing.T) {
+	dir := t.TempDir()
+	target, err := NewTarget(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
+	err = target.Commit(&Manifest{Files: []File{{Name: "inventory.img"}, {Name: "never-written.img"}}})
+	wantError(t, err, "never-written.img")
+	if got := names(t, dir); len(got) != 0 {
+		t.Errorf("left over: %v", got)
+	}
+}
+
+func TestIsStaging(t *testing.T) {
+	for path, want := range map[string]bool{
+		"/a/.kata-checkpoint-0123": true,
+		"/a/.kata-checkpoint":      false,
+		"/a/x":                     false,
+		".kata-checkpoint-0123":    false,
+		"/":                        false,
+		"":                         false,
+	} {
+		if got := IsStaging(path); got != want {
+			t.Errorf("%q: %v", path, got)
+		}
+	}
+}

@@ -1,0 +1,186 @@
+// Package imageset names and checks the files of a checkpoint.
+//
+// An image set is a flat directory of regular files, because the CRI's
+// unpacking allows nothing else: CRIU's images, the content of /dev/shm, and a
+// manifest that is written last. A directory without a manifest is no image
+// set. The shim (package plugin) is the only writer: it takes what the guest
+// wrote with [Collect], which trusts nothing of it, and commits it with
+// [Target.Commit]; before a restore, [Open] and [Set.CopyTo] accept an image
+// set only if every file is there, unchanged, and nothing else is.
+package imageset
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+)
+
+// Names of the files that are ours; all others are CRIU's.
+const (
+	ManifestName = "kata-checkpoint.json"
+	DevShmName   = "dev-shm.tar"
+	DumpLogName  = "dump.log"
+	StatsName    = "stats-dump"
+)
+
+// FormatVersion of the manifest that this code writes. It reads no other.
+const FormatVersion = 1
+
+// maxManifest bounds what is read of a manifest, in bytes.
+const maxManifest = 16 << 20
+
+// Manifest says what an image set is, what it was made from and what its
+// restore needs. It is JSON in the file [ManifestName].
+type Manifest struct {
+	FormatVersion int       `json:"formatVersion"`
+	Created       time.Time `json:"created"`
+	Container     Container `json:"container"`
+	Guest         Guest     `json:"guest"`
+	// Options that CRIU dumped with; the restore applies them again.
+	Options Options `json:"options"`
+	// Externals are mounts whose content is not in the image set.
+	Externals []External `json:"externals,omitempty"`
+	Stdio     []Stdio    `json:"stdio,omitempty"`
+	// Terminal: the container's process had one.
+	Terminal bool `json:"terminal,omitempty"`
+	// OpenFiles are files outside the image set that the processes held open.
+	OpenFiles []OpenFile `json:"openFiles,omitempty"`
+	Phases    []Phase    `json:"phases,omitempty"`
+	Files     []File     `json:"files"`
+}
+
+// Container is what an image set was made from.
+type Container struct {
+	ID        string `json:"id"`
+	Namespace string `json:"namespace"`
+	// Image is the name that the engine knows the container's image by, where it says so.
+	Image string   `json:"image,omitempty"`
+	Args  []string `json:"args,omitempty"`
+	// Mounts are the destinations at which a new container has to have one.
+	Mounts   []string `json:"mounts,omitempty"`
+	Hostname string   `json:"hostname,omitempty"`
+}
+
+// Guest is the VM that an image set was made in.
+type Guest struct {
+	Kernel string `json:"kernel"`
+	// CRIUVersion is major*10000 + minor*100 + sublevel.
+	CRIUVersion uint32   `json:"criuVersion"`
+	CPUFeatures []string `json:"cpuFeatures,omitempty"`
+}
+
+// Options are CRIU's, as far as a restore has to know them.
+type Options struct {
+	TCPEstablished      bool     `json:"tcpEstablished,omitempty"`
+	TCPClose            bool     `json:"tcpClose,omitempty"`
+	ExternalUnixSockets bool     `json:"externalUnixSockets,omitempty"`
+	Terminal            bool     `json:"terminal,omitempty"`
+	FileLocks           bool     `json:"fileLocks,omitempty"`
+	EmptyNamespaces     []string `json:"emptyNamespaces,omitempty"`
+}
+
+// External is a mount that the restore takes from the new container.
+type External struct {
+	Name        string `json:"name"`
+	Destination string `json:"destination"`
+	FSType      string `json:"fsType,omitempty"`
+	Device      bool   `json:"device,omitempty"`
+}
+
+// Stdio is CRIU's key for one of the descriptors 0 to 2.
+type Stdio struct {
+	FD  uint32 `json:"fd"`
+	Key string `json:"key,omitempty"`
+}
+
+// OpenFile is a file by its path in the container and its size in bytes.
+type OpenFile struct {
+	Path string `json:"path"`
+	Size uint64 `json:"size"`
+}
+
+// Phase is a step of the checkpoint and its duration.
+type Phase struct {
+	Name     string        `json:"name"`
+	Duration time.Duration `json:"nanoseconds"`
+}
+
+// File is one of the set's files, the manifest excepted.
+type File struct {
+	Name string `json:"name"`
+	// Size in bytes.
+	Size   int64  `json:"size"`
+	SHA256 string `json:"sha256"`
+}
+
+// Bytes is the size of all files together, the manifest excepted.
+func (m *Manifest) Bytes() int64 {
+	var n int64
+	for _, f := range m.Files {
+		n += f.Size
+	}
+	return n
+}
+
+// ErrNotImageSet is wrapped by the errors about a directory without a manifest.
+var ErrNotImageSet = errors.New("not an image set of kata-checkpoint")
+
+// decode reads a manifest and checks all that can be checked without the files.
+func decode(r io.Reader) (*Manifest, error) {
+	data, err := io.ReadAll(io.LimitReader(r, maxManifest+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", ManifestName, err)
+	}
+	if len(data) > maxManifest {
+		return nil, fmt.Errorf("%s is larger than %d bytes", ManifestName, maxManifest)
+	}
+	var version struct {
+		FormatVersion int `json:"formatVersion"`
+	}
+	if err := json.Unmarshal(data, &version); err != nil {
+		return nil, fmt.Errorf("%s is damaged: %w; take another copy of the checkpoint", ManifestName, err)
+	}
+	if version.FormatVersion != FormatVersion {
+		return nil, fmt.Errorf("%s has format version %d and this kata-checkpoint reads %d: restore with the version that made the checkpoint", ManifestName, version.FormatVersion, FormatVersion)
+	}
+	m := &Manifest{}
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(m); err != nil {
+		return nil, fmt.Errorf("%s is damaged: %w; take another copy of the checkpoint", ManifestName, err)
+	}
+	seen := make(map[string]bool, len(m.Files))
+	for _, f := range m.Files {
+		switch {
+		case checkName(f.Name) != nil:
+			return nil, fmt.Errorf("%s is damaged: %w", ManifestName, checkName(f.Name))
+		case f.Name == ManifestName, seen[f.Name]:
+			return nil, fmt.Errorf("%s is damaged: it names %q twice", ManifestName, f.Name)
+		case f.Size < 0 || len(f.SHA256) != 64:
+			return nil, fmt.Errorf("%s is damaged: size or digest of %q make no sense", ManifestName, f.Name)
+		}
+		seen[f.Name] = true
+	}
+	if !seen["inventory.img"] {
+		return nil, fmt.Errorf("%s names no inventory.img, without which CRIU restores nothing", ManifestName)
+	}
+	return m, nil
+}
+
+// checkName takes the names that a flat directory may have: no path, no
+// leading dot (staging directories and whiteouts have one), printable ASCII.
+func checkName(name string) error {
+	if name == "" || len(name) > 255 || strings.HasPrefix(name, ".") || strings.Contains(name, "..") {
+		return fmt.Errorf("file name %q is not allowed in an image set", name)
+	}
+	for _, c := range []byte(name) {
+		if c <= ' ' || c >= 0x7f || c == '/' || c == '\\' {
+			return fmt.Errorf("file name %q is not allowed in an image set", name)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,125 @@
+package imageset
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Set is an image set that is to be restored.
+type Set struct {
+	Manifest *Manifest
+	dir      *os.File
+}
+
+// Open reads an image set's manifest and checks that the directory holds the
+// files that it names, with their sizes, and no other. The digests are
+// checked by [Set.CopyTo]. The caller closes the set.
+func Open(path string) (*Set, error) {
+	dir, err := openDir(path)
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint directory: %w", err)
+	}
+	s := &Set{dir: dir}
+	if err := s.check(); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("checkpoint %s: %w", path, err)
+	}
+	return s, nil
+}
+
+// Close releases the directory.
+func (s *Set) Close() error { return s.dir.Close() }
+
+func (s *Set) check() error {
+	f, _, err := openRegular(s.dir, ManifestName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: it has no %s; was it made by a runtime other than kata-checkpoint, or not finished?", ErrNotImageSet, ManifestName)
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if s.Manifest, err = decode(f); err != nil {
+		return err
+	}
+	// A few more than there should be, so as to name one of them.
+	names, err := list(s.dir, len(s.Manifest.Files)+1+64)
+	if err != nil {
+		return fmt.Errorf("it holds files that its manifest does not name: %w", err)
+	}
+	present := make(map[string]bool, len(names))
+	for _, n := range names {
+		present[n] = true
+	}
+	delete(present, ManifestName)
+	for _, want := range s.Manifest.Files {
+		if !present[want.Name] {
+			return fmt.Errorf("file %s is missing: take another copy of the checkpoint", want.Name)
+		}
+		delete(present, want.Name)
+		var st unix.Stat_t
+		if err := unix.Fstatat(int(s.dir.Fd()), want.Name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return &os.PathError{Op: "stat", Path: want.Name, Err: err}
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFREG {
+			return fmt.Errorf("%s is not a regular file", want.Name)
+		}
+		if st.Size != want.Size {
+			return fmt.Errorf("file %s has %d bytes and should have %d: take another copy of the checkpoint", want.Name, st.Size, want.Size)
+		}
+	}
+	if more := slices.Sorted(maps.Keys(present)); len(more) > 0 {
+		return fmt.Errorf("%q is not named in %s: nothing is restored from a directory that holds more than the checkpoint", more[0], ManifestName)
+	}
+	return nil
+}
+
+// CopyTo copies the images, without the manifest, into a new directory and
+// verifies their digests on the way. On an error the directory is gone again.
+func (s *Set) CopyTo(ctx context.Context, path string) (err error) {
+	if err := os.Mkdir(path, 0o700); err != nil {
+		return fmt.Errorf("stage checkpoint: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(path))
+		}
+	}()
+	dst, err := openDir(path)
+	if err != nil {
+		return fmt.Errorf("stage checkpoint: %w", err)
+	}
+	defer dst.Close()
+	for _, want := range s.Manifest.Files {
+		if err := s.copyOne(ctx, want, dst); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Set) copyOne(ctx context.Context, want File, dst *os.File) error {
+	f, st, err := openRegular(s.dir, want.Name)
+	if err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	defer f.Close()
+	if st.Size != want.Size {
+		return fmt.Errorf("checkpoint: file %s changed its size meanwhile", want.Name)
+	}
+	sum, err := copyFile(ctx, f, st.Size, dst, want.Name)
+	if err != nil {
+		return fmt.Errorf("stage checkpoint: %w", err)
+	}
+	if sum != want.SHA256 {
+		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; take another copy of the checkpoint", want.Name)
+	}
+	return nil
+}

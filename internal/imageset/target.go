@@ -1,0 +1,187 @@
+package imageset
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// stagingPrefix starts the name of a directory that holds an unfinished image
+// set. checkName allows no such name, so nothing takes it for a part of one.
+const stagingPrefix = ".kata-checkpoint-"
+
+// IsStaging says whether a path is that of an unfinished image set.
+func IsStaging(path string) bool {
+	return filepath.IsAbs(path) && strings.HasPrefix(filepath.Base(path), stagingPrefix)
+}
+
+// Target is the directory that an engine named for a checkpoint, while its
+// image set is being put together beside or inside it. Either [Target.Commit]
+// or [Target.Abort] ends it; until Commit nothing has its final name.
+type Target struct {
+	path    string
+	staging string
+	dir     *os.File
+	// replaces: path holds an earlier image set, which stays whole until Commit.
+	replaces bool
+}
+
+// NewTarget opens a directory for a new image set. The directory must exist
+// and be empty, or hold an earlier image set, which Commit replaces. What an
+// earlier attempt left unfinished is removed.
+func NewTarget(path string) (*Target, error) {
+	st, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("image directory %s does not exist: create it first", path)
+	case err != nil:
+		return nil, fmt.Errorf("image directory: %w", err)
+	case !st.IsDir():
+		return nil, fmt.Errorf("image directory %s is not a directory", path)
+	}
+	t := &Target{path: path}
+	if t.replaces, err = t.holdsImageSet(); err != nil {
+		return nil, err
+	}
+	name := stagingPrefix + randomName()
+	t.staging = filepath.Join(path, name)
+	if t.replaces {
+		// Beside it, so that the two can change places in one step.
+		t.staging = filepath.Join(filepath.Dir(filepath.Clean(path)), name)
+	}
+	if err := os.Mkdir(t.staging, 0o700); err != nil {
+		return nil, fmt.Errorf("image directory %s cannot be written: %w", path, err)
+	}
+	if t.dir, err = openDir(t.staging); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(t.staging))
+	}
+	if err := unix.Flock(int(t.dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", t.staging, err), t.Abort())
+	}
+	return t, nil
+}
+
+// Dir is where the files of the image set go.
+func (t *Target) Dir() *os.File { return t.dir }
+
+// holdsImageSet says whether there is an earlier image set to replace.
+func (t *Target) holdsImageSet() (bool, error) {
+	entries, err := os.ReadDir(t.path)
+	if err != nil {
+		return false, fmt.Errorf("image directory: %w", err)
+	}
+	manifest, other := false, ""
+	for _, e := range entries {
+		switch {
+		case strings.HasPrefix(e.Name(), stagingPrefix) && e.IsDir():
+			if err := removeUnfinished(filepath.Join(t.path, e.Name())); err != nil {
+				return false, fmt.Errorf("image directory %s: %w", t.path, err)
+			}
+		case e.Name() == ManifestName:
+			manifest = true
+		default:
+			other = e.Name()
+		}
+	}
+	if !manifest {
+		if other != "" {
+			return false, fmt.Errorf("image directory %s is not empty (it holds %s) and no earlier checkpoint: name an empty directory", t.path, other)
+		}
+		return false, nil
+	}
+	s, err := Open(t.path)
+	if err != nil {
+		return false, fmt.Errorf("image directory %s holds something other than a whole earlier checkpoint: name an empty directory (%w)", t.path, err)
+	}
+	return true, s.Close()
+}
+
+// removeUnfinished removes what an earlier attempt left, unless that is still
+// under way: then it has a lock on the directory.
+func removeUnfinished(path string) error {
+	dir, err := openDir(path)
+	if err != nil {
+		return fmt.Errorf("unfinished checkpoint: %w", err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return errors.New("another checkpoint is being written to it")
+	}
+	if err := os.RemoveAll(path); err != nil {
+		return fmt.Errorf("remove an unfinished checkpoint: %w", err)
+	}
+	return nil
+}
+
+// Commit writes the manifest and gives the files their final names, the
+// manifest last. After an error the target is as it was before NewTarget.
+func (t *Target) Commit(m *Manifest) (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.Abort())
+		}
+	}()
+	m.FormatVersion = FormatVersion
+	data, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write manifest: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(t.staging, ManifestName), append(data, '\n'), 0o600); err != nil {
+		return fmt.Errorf("write manifest: %w", err)
+	}
+	if t.replaces {
+		return t.exchange()
+	}
+	names := make([]string, 0, len(m.Files)+1)
+	for _, f := range m.Files {
+		names = append(names, f.Name)
+	}
+	for i, n := range append(names, ManifestName) {
+		if err := os.Rename(filepath.Join(t.staging, n), filepath.Join(t.path, n)); err != nil {
+			for _, moved := range names[:min(i, len(names))] {
+				err = errors.Join(err, os.Remove(filepath.Join(t.path, moved)))
+			}
+			return fmt.Errorf("finish checkpoint: %w", err)
+		}
+	}
+	return t.Abort()
+}
+
+// exchange swaps the new image set with the earlier one and removes that.
+func (t *Target) exchange() error {
+	st, err := os.Stat(t.path)
+	if err != nil {
+		return fmt.Errorf("image directory: %w", err)
+	}
+	if err := os.Chmod(t.staging, st.Mode().Perm()); err != nil {
+		return fmt.Errorf("image directory: %w", err)
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, t.staging, unix.AT_FDCWD, t.path, unix.RENAME_EXCHANGE); err != nil {
+		return fmt.Errorf("replace the earlier checkpoint in %s: %w; name an empty directory", t.path, err)
+	}
+	return t.Abort()
+}
+
+// Abort removes what is unfinished. After a Commit it has nothing to do.
+func (t *Target) Abort() error {
+	if t.dir == nil {
+		return nil
+	}
+	err := t.dir.Close()
+	t.dir = nil
+	return errors.Join(err, os.RemoveAll(t.staging))
+}
+
+func randomName() string {
+	b := make([]byte, 8)
+	_, _ = rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}
