@@ -1,0 +1,204 @@
+// Package cgroup finds and freezes the cgroups of containers in the guest,
+// which has cgroup v2 (Kata's kernel parameters ask for it,
+// src/runtime/arch/amd64-options.mk). Only the guest agent uses it.
+package cgroup
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Root is where the guest has cgroup v2.
+const Root = "/sys/fs/cgroup"
+
+// Find returns the directory of a container's cgroup from the cgroupsPath of
+// its OCI spec, by the rules of Kata's agent (src/agent/src/rpc.rs and
+// rustjail/src/container.rs): slice:prefix:name for systemd, or a path.
+func Find(root, cgroupsPath, id string) (string, error) {
+	for _, c := range candidates(cgroupsPath, id) {
+		dir := filepath.Join(root, c)
+		if _, err := os.Stat(filepath.Join(dir, "cgroup.procs")); err == nil {
+			return dir, nil
+		}
+	}
+	return "", fmt.Errorf("cgroup of container %s (cgroupsPath %q): %w", id, cgroupsPath, fs.ErrNotExist)
+}
+
+func candidates(path, id string) []string {
+	if path == "" {
+		return []string{id}
+	}
+	if parts := strings.Split(path, ":"); len(parts) == 3 {
+		return []string{
+			filepath.Join(expandSlice(parts[0]), parts[1]+"-"+parts[2]+".scope"),
+			filepath.Join(parts...),
+		}
+	}
+	return []string{path}
+}
+
+// expandSlice turns a-b.slice into a.slice/a-b.slice, as systemd nests slices.
+func expandSlice(slice string) string {
+	name, ok := strings.CutSuffix(slice, ".slice")
+	if !ok || name == "-" || name == "" {
+		return strings.TrimSuffix(slice, "-.slice")
+	}
+	var path, prefix string
+	for _, part := range strings.Split(name, "-") {
+		prefix += part
+		path = filepath.Join(path, prefix+".slice")
+		prefix += "-"
+	}
+	return path
+}
+
+// Procs lists the processes of a cgroup and, if deep, of those below it.
+func Procs(dir string, deep bool) ([]int, error) {
+	var pids []int
+	read := func(d string) error {
+		data, err := os.ReadFile(filepath.Join(d, "cgroup.procs"))
+		if err != nil {
+			return err
+		}
+		for _, f := range strings.Fields(string(data)) {
+			pid, err := strconv.Atoi(f)
+			if err != nil {
+				return fmt.Errorf("cgroup.procs of %s: %w", d, err)
+			}
+			pids = append(pids, pid)
+		}
+		return nil
+	}
+	if !deep {
+		return pids, read(dir)
+	}
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) && path != dir {
+			return nil // removed meanwhile
+		}
+		if err != nil || !e.IsDir() {
+			return err
+		}
+		err = read(path)
+		if errors.Is(err, fs.ErrNotExist) && path != dir {
+			return nil
+		}
+		return err
+	})
+	return pids, err
+}
+
+// Frozen says whether the cgroup has been told to freeze.
+func Frozen(dir string) (bool, error) {
+	data, err := os.ReadFile(filepath.Join(dir, "cgroup.freeze"))
+	if err != nil {
+		return false, err
+	}
+	return strings.TrimSpace(string(data)) == "1", nil
+}
+
+// Freeze stops all processes of a cgroup and returns when they have stopped.
+// When ctx ends first, the cgroup is thawed again.
+func Freeze(ctx context.Context, dir string) error {
+	events, err := os.Open(filepath.Join(dir, "cgroup.events"))
+	if err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	defer events.Close()
+	if err := write(dir, "cgroup.freeze", "1"); err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	for {
+		frozen, populated, err := readEvents(events)
+		if err != nil {
+			return errors.Join(fmt.Errorf("freeze: %w", err), Thaw(dir))
+		}
+		if frozen {
+			return nil
+		}
+		if !populated {
+			return errors.Join(fmt.Errorf("freeze: no process is left: %w", fs.ErrNotExist), Thaw(dir))
+		}
+		if err := ctx.Err(); err != nil {
+			return errors.Join(fmt.Errorf("freeze: processes did not stop in time: %w", err), Thaw(dir))
+		}
+		// The kernel signals a change of cgroup.events as POLLPRI.
+		fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}} //nolint:gosec // a descriptor
+		if _, err := unix.Poll(fds, 50); err != nil && !errors.Is(err, unix.EINTR) {
+			return errors.Join(fmt.Errorf("freeze: %w", err), Thaw(dir))
+		}
+	}
+}
+
+// Thaw lets the processes of a cgroup go on. A cgroup that is gone is no error.
+func Thaw(dir string) error {
+	err := write(dir, "cgroup.freeze", "0")
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("thaw: %w", err)
+	}
+	return nil
+}
+
+// Kill ends every process of a cgroup and of those below it, and waits until
+// they are gone or ctx ends.
+func Kill(ctx context.Context, dir string) error {
+	if err := write(dir, "cgroup.kill", "1"); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return fmt.Errorf("kill cgroup: %w", err)
+	}
+	for {
+		pids, err := Procs(dir, true)
+		if errors.Is(err, fs.ErrNotExist) || len(pids) == 0 && err == nil {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("kill cgroup: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("kill cgroup %s: %d processes are left: %w", dir, len(pids), ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func readEvents(f *os.File) (frozen, populated bool, err error) {
+	if _, err := f.Seek(0, 0); err != nil {
+		return false, false, err
+	}
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		switch s.Text() {
+		case "frozen 1":
+			frozen = true
+		case "populated 1":
+			populated = true
+		}
+	}
+	return frozen, populated, s.Err()
+}
+
+// write does not create: a missing file means that the cgroup is gone.
+func write(dir, file, value string) error {
+	f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}

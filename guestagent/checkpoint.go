@@ -1,0 +1,226 @@
+package guestagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+)
+
+// ghostLimit is the largest file without a name that goes into an image set,
+// in bytes. CRIU's own default of 1 MiB refuses many a database.
+const ghostLimit = 1 << 30
+
+// Checkpoint implements the service.
+func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
+	defer a.ops.lock(r.GetContainerId())()
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	images, err := a.inExchange(c.ID, r.GetDirectory())
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("container %s: %w", c.ID, err))
+	}
+	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
+		return nil, toRPC(errors.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
+	}
+	if err := os.Mkdir(images, 0o700); err != nil {
+		return nil, toRPC(fmt.Errorf("directory for the images: %w", err))
+	}
+	out, err := a.checkpoint(ctx, c, r, images)
+	if err != nil {
+		return nil, toRPC(errors.Join(fmt.Errorf("checkpoint container %s: %w", c.ID, err), os.RemoveAll(images)))
+	}
+	return out, nil
+}
+
+func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (*api.CheckpointResponse, error) {
+	ph := newPhases(ctx, c.ID)
+	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
+	op, err := a.describe(c, r, out)
+	if err != nil {
+		return nil, err
+	}
+	defer op.Close()
+	opts, err := dumpOptions(op, c, r.GetOptions(), out, images)
+	if err != nil {
+		return nil, err
+	}
+	ph.done("inspect")
+
+	// The two write different files of what is frozen.
+	shm := make(chan error, 1)
+	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()
+	err = op.Dump(opts)
+	ph.done("criu dump")
+	// CRIU cannot be stopped half way without harm to what it dumps. A caller who
+	// has given up meanwhile gets no image set.
+	err = errors.Join(err, <-shm, ctx.Err())
+	ph.done("save /dev/shm")
+	if err != nil {
+		return nil, err
+	}
+
+	for from, to := range map[string]string{op.LogPath(): imageset.DumpLogName, op.StatsPath("dump"): imageset.StatsName} {
+		if err := copyOut(from, filepath.Join(images, to)); err != nil {
+			return nil, err
+		}
+	}
+	ph.done("copy logs")
+	if out.Bytes, err = directoryBytes(images); err != nil {
+		return nil, err
+	}
+	out.Phases = ph.list
+	return out, nil
+}
+
+// describe fills in what the restore has to know and prepares CRIU's run.
+func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
+	root := c.root().PID
+	mounts, err := mountsOf(root)
+	if err != nil {
+		return nil, fmt.Errorf("mounts of the container: %w", err)
+	}
+	guest, err := mountsOf(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("mounts of the guest: %w", err)
+	}
+	out.Externals = externals(mounts, guest, r.GetExternals())
+	pids, err := cgroup.Procs(c.tree(), true)
+	if err != nil {
+		return nil, fmt.Errorf("processes of the container: %w", err)
+	}
+	if err := undumpable(pids, c.Stdio); err != nil {
+		return nil, err
+	}
+	if out.OpenFiles, err = openFiles(pids, mounts); err != nil {
+		return nil, fmt.Errorf("open files of the container: %w", err)
+	}
+	if out.CpuFeatures, err = cpuFeatures(); err != nil {
+		return nil, err
+	}
+	if out.CriuVersion, err = a.criu.version(); err != nil {
+		return nil, err
+	}
+	// Where these are CRIU's own they stay out of the image set: they are the
+	// sandbox's, not the container's. Its cgroup namespace is not joined: cgroup2
+	// is mounted nsdelegate, and from inside nothing can be frozen.
+	job := criu.Job{Target: root, Join: []string{"ipc", "uts"}}
+	pidns := 0
+	if own, err := ownPIDNamespace(root); err != nil {
+		return nil, err
+	} else if !own {
+		pidns = root
+	}
+	return criu.NewOp(filepath.Join(a.dir, "ops"), job, pidns)
+}
+
+// ownPIDNamespace says whether a process is the first of its pid namespace. If
+// not, the namespace is shared with others, and CRIU has to be inside it.
+func ownPIDNamespace(pid int) (bool, error) {
+	pids, err := nsPIDs(pid)
+	if err != nil {
+		return false, err
+	}
+	return pids[len(pids)-1] == 1, nil
+}
+
+func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) (*rpc.CriuOpts, error) {
+	root := c.root().PID
+	pids, err := nsPIDs(root)
+	if err != nil {
+		return nil, err
+	}
+	pid := root
+	if inside := pids[len(pids)-1]; inside != 1 {
+		pid = inside // CRIU is in the shared pid namespace, see describe
+	}
+	opts := op.Options(images)
+	opts.Pid = proto.Int32(int32(pid)) //nolint:gosec // a pid
+	// The shim ends the container, if it is to end, once the image set is safe.
+	opts.LeaveRunning = proto.Bool(true)
+	// Without it CRIU waits for ever for tasks that are frozen already.
+	opts.FreezeCgroup = proto.String(c.tree())
+	opts.GhostLimit = proto.Uint32(ghostLimit)
+	applyOptions(opts, o)
+	for _, e := range out.GetExternals() {
+		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", e.GetDestination(), e.GetName()))
+	}
+	for _, s := range out.GetStdio() {
+		if isTTY(s.GetKey()) && !slices.Contains(opts.External, s.GetKey()) {
+			opts.External = append(opts.External, s.GetKey())
+		}
+	}
+	return opts, nil
+}
+
+// applyOptions sets what a restore has to be told again.
+func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
+	opts.TcpEstablished = proto.Bool(o.GetTcpEstablished())
+	opts.TcpClose = proto.Bool(o.GetTcpClose())
+	opts.ExtUnixSk = proto.Bool(o.GetExternalUnixSockets())
+	opts.ShellJob = proto.Bool(o.GetTerminal())
+	opts.FileLocks = proto.Bool(o.GetFileLocks())
+	if slices.Contains(o.GetEmptyNamespaces(), "network") {
+		opts.EmptyNs = proto.Uint32(unix.CLONE_NEWNET)
+	}
+}
+
+// syncRoot writes out a container's root file system: engines diff it on the
+// host while the container is frozen, some of them before they checkpoint it
+// (`ctr containers checkpoint --rw --task`).
+func syncRoot(pid int) error {
+	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", pid), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("sync the root file system: %w", err)
+	}
+	defer unix.Close(root)
+	if err := unix.Syncfs(root); err != nil {
+		return fmt.Errorf("sync the root file system: %w", err)
+	}
+	return nil
+}
+
+func copyOut(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(dst, src)
+	return errors.Join(err, dst.Close())
+}
+
+func directoryBytes(dir string) (uint64, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	var n uint64
+	for _, e := range entries {
+		st, err := e.Info()
+		if err != nil {
+			return 0, err
+		}
+		n += uint64(st.Size()) //nolint:gosec // not negative
+	}
+	return n, nil
+}

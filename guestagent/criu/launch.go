@@ -1,0 +1,205 @@
+package criu
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+)
+
+// launchErrorName is where the launcher leaves its error: nobody reads its stderr.
+const launchErrorName = "launch-error"
+
+// IsLaunch says whether the arguments are those that go-criu starts its CRIU with.
+func IsLaunch(args []string) bool { return len(args) == 3 && args[1] == "swrk" }
+
+// Launch does the job that lies beside args[0] and becomes CRIU; it returns
+// only on an error. The calling goroutine is locked to the main thread, whose
+// namespaces the process keeps through execve.
+func Launch(args []string) error {
+	dir := filepath.Dir(args[0])
+	err := launch(dir, args)
+	if e := os.WriteFile(filepath.Join(dir, launchErrorName), []byte(err.Error()), 0o600); e != nil {
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+func launch(dir string, args []string) error {
+	data, err := os.ReadFile(filepath.Join(dir, jobName))
+	if err != nil {
+		return err
+	}
+	var job Job
+	if err := json.Unmarshal(data, &job); err != nil {
+		return fmt.Errorf("read job: %w", err)
+	}
+	if job.Cgroup != "" {
+		// "0" is the writer itself, whatever pid namespace it is in.
+		if err := os.WriteFile(filepath.Join(job.Cgroup, "cgroup.procs"), []byte("0"), 0); err != nil {
+			return fmt.Errorf("enter cgroup %s: %w", job.Cgroup, err)
+		}
+		if err := takeOOMScore(job.Target); err != nil {
+			return err
+		}
+	}
+	if err := inherit(job); err != nil {
+		return err
+	}
+	if err := layMounts(dir, job); err != nil {
+		return err
+	}
+	if err := thread.Enter(job.Target, job.Join...); err != nil {
+		return err
+	}
+	if job.FreshProc {
+		// Last: until here pids are those of the guest's root pid namespace.
+		if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+			return fmt.Errorf("mount /proc: %w", err)
+		}
+	}
+	if err := unix.Exec(binary, append([]string{"criu"}, args[1:]...), []string{pathEnv}); err != nil {
+		return fmt.Errorf("start %s: %w", binary, err)
+	}
+	return nil
+}
+
+// takeOOMScore makes this process as likely a victim of the OOM killer as
+// another. The agent is hardly one, and all that it starts inherits that,
+// restored containers included.
+func takeOOMScore(from int) error {
+	score, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", from))
+	if err != nil {
+		return fmt.Errorf("OOM score of the placeholder: %w", err)
+	}
+	if err := os.WriteFile("/proc/self/oom_score_adj", score, 0); err != nil {
+		return fmt.Errorf("take the OOM score of the placeholder: %w", err)
+	}
+	return nil
+}
+
+// inherit takes descriptors of the target, to stay open in CRIU.
+func inherit(job Job) error {
+	if len(job.Inherit) == 0 {
+		return nil
+	}
+	// /proc is still the guest's root one, but system calls take the pids of the
+	// namespace that this process is in.
+	target := job.Target
+	if job.FreshProc {
+		target = job.TargetInside
+	}
+	pidfd, err := unix.PidfdOpen(target, 0)
+	if err != nil {
+		return fmt.Errorf("open process %d: %w", target, err)
+	}
+	defer unix.Close(pidfd)
+	for _, fd := range job.Inherit {
+		got, err := unix.PidfdGetfd(pidfd, fd, 0)
+		if err != nil {
+			return fmt.Errorf("take descriptor %d of process %d: %w", fd, job.Target, err)
+		}
+		if err := unix.Dup3(got, InheritBase+fd, 0); err != nil {
+			return fmt.Errorf("place descriptor %d: %w", fd, err)
+		}
+		unix.Close(got)
+	}
+	return nil
+}
+
+// layMounts gives this process a mount namespace of its own, with the clones
+// that the job asks for. Its propagation is slave: CRIU copies the sharing of
+// external mounts, which fails for private ones where the guest's are shared.
+func layMounts(dir string, job Job) error {
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("make a mount namespace: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("make mounts slave: %w", err)
+	}
+	if len(job.Mounts) == 0 {
+		return nil
+	}
+	clones, err := cloneMounts(job)
+	if err != nil {
+		return err
+	}
+	scratch := filepath.Join(dir, "mnt")
+	if err := os.Mkdir(scratch, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", scratch, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=700"); err != nil {
+		return fmt.Errorf("mount scratch directory: %w", err)
+	}
+	for i, m := range job.Mounts {
+		if err := attach(clones[i], m); err != nil {
+			return fmt.Errorf("lay out mount %s: %w", m.Path, err)
+		}
+	}
+	return nil
+}
+
+// cloneMounts copies mounts of the target's mount namespace. They stay
+// detached, held by descriptors, on the way back to this one.
+func cloneMounts(job Job) ([]int, error) {
+	own, err := unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open own mount namespace: %w", err)
+	}
+	defer unix.Close(own)
+	null, err := unix.OpenTree(unix.AT_FDCWD, "/dev/null", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("clone /dev/null: %w", err)
+	}
+	if err := thread.Enter(job.Target, "mnt"); err != nil {
+		return nil, err
+	}
+	clones := make([]int, len(job.Mounts))
+	for i, m := range job.Mounts {
+		fd, err := cloneMount(m.Path)
+		if err != nil {
+			if !m.Null {
+				return nil, fmt.Errorf("the new container has no mount at %s, which the checkpoint needs: %w", m.Path, err)
+			}
+			fd = null
+		}
+		clones[i] = fd
+	}
+	if err := unix.Setns(own, unix.CLONE_NEWNS); err != nil {
+		return nil, fmt.Errorf("return to own mount namespace: %w", err)
+	}
+	return clones, nil
+}
+
+// cloneMount copies the mount whose root is at path. A path that is no
+// mount's root is an error: its clone would show another part of a file system.
+func cloneMount(path string) (int, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, 0, &st); err != nil {
+		return -1, err
+	}
+	if st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return -1, unix.EINVAL
+	}
+	return unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+}
+
+func attach(clone int, m MountClone) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(clone, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		if err := os.Mkdir(m.At, 0o700); err != nil {
+			return err
+		}
+	} else if err := os.WriteFile(m.At, nil, 0o600); err != nil {
+		return err
+	}
+	return unix.MoveMount(clone, "", unix.AT_FDCWD, m.At, unix.MOVE_MOUNT_F_EMPTY_PATH)
+}

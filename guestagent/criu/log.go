@@ -1,0 +1,77 @@
+package criu
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"strings"
+)
+
+// Error is a dump or restore that CRIU failed.
+type Error struct {
+	What string
+	Err  error
+	// Log has the lines of CRIU's log that matter.
+	Log []string
+}
+
+func (e *Error) Error() string {
+	if len(e.Log) == 0 {
+		return fmt.Sprintf("criu %s: %v (it left no log)", e.What, e.Err)
+	}
+	text := strings.Join(e.Log, "\n")
+	for sign, advice := range advices {
+		if strings.Contains(text, sign) {
+			return fmt.Sprintf("%s (criu %s: %v); its log says:\n%s", advice, e.What, e.Err, text)
+		}
+	}
+	return fmt.Sprintf("criu %s: %v; its log says:\n%s", e.What, e.Err, strings.Join(e.Log, "\n"))
+}
+
+// advices say what to do about what CRIU finds in the workload, by what its log
+// has then.
+var advices = map[string]string{
+	"External socket is used":        "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint",
+	"Some file locks are hold":       "a process holds a file lock: have the engine include file locks, as nerdctl and docker do, or release it before the checkpoint",
+	"Connected TCP socket, consider": "a process has an open TCP connection: annotate the container with kata-checkpoint.dev/tcp: established or close, or close the connection before the checkpoint",
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Bounds of what is quoted of a log.
+const (
+	contextLines = 3
+	maxQuoted    = 40
+)
+
+// Tail returns the lines of CRIU's log that say why it failed: each error
+// with a few lines before it, or, where there is none, the last lines.
+func Tail(path string) []string {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	var out, before []string
+	s := bufio.NewScanner(f)
+	s.Buffer(nil, 1<<20)
+	for s.Scan() {
+		line := s.Text()
+		if strings.Contains(line, "Error (") {
+			out = append(append(out, before...), line)
+			before = nil
+			continue
+		}
+		if before = append(before, line); len(before) > contextLines {
+			before = before[1:]
+		}
+	}
+	if len(out) == 0 {
+		out = before
+	}
+	if len(out) > maxQuoted {
+		// The first error is the cause, what follows its consequences.
+		out = append(out[:maxQuoted], fmt.Sprintf("(%d more lines)", len(out)-maxQuoted))
+	}
+	return out
+}

@@ -1,0 +1,296 @@
+package guestagent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+)
+
+// helperTimeout bounds the wait for an exec helper that Kata has started.
+const helperTimeout = 10 * time.Second
+
+// Exec implements the service.
+func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	if c.Restored == nil {
+		return nil, toRPC(fmt.Errorf("container %s is not a restored one: %w", c.ID, errdefs.ErrFailedPrecondition))
+	}
+	pid, err := a.exec(ctx, c, r)
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("exec in container %s: %w", c.ID, err))
+	}
+	return &api.ExecResponse{Pid: int32(pid)}, nil //nolint:gosec // a pid
+}
+
+func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int, error) {
+	process := &specs.Process{}
+	if err := json.Unmarshal(r.GetProcess(), process); err != nil {
+		return 0, fmt.Errorf("read the process: %w", err)
+	}
+	h, err := findHelper(ctx, c, r.GetHelperToken())
+	if err != nil {
+		return 0, err
+	}
+	defer h.closeStdio()
+	score := 0
+	if process.OOMScoreAdj != nil {
+		score = *process.OOMScoreAdj
+	} else if n, err := strconv.Atoi(firstLine(fmt.Sprintf("/proc/%d/oom_score_adj", c.Restored.PID))); err == nil {
+		score = n
+	}
+	pid, err := enter.Start(enter.Request{Target: c.Restored.PID, Cgroup: c.tree(), Stdio: h.stdio, OOMScoreAdj: score, Process: process})
+	if err != nil {
+		return 0, errors.Join(err, h.kill(), h.close())
+	}
+	go h.attend(pid)
+	return pid, nil
+}
+
+// helper is an exec helper that Kata has started in a placeholder's namespaces.
+type helper struct {
+	pidfd  int
+	stdio  [3]*os.File
+	status *os.File
+}
+
+// findHelper waits for the exec helper with the token and takes its descriptors.
+func findHelper(ctx context.Context, c *container, token string) (*helper, error) {
+	ctx, cancel := context.WithTimeout(ctx, helperTimeout)
+	defer cancel()
+	for {
+		pids, err := cgroup.Procs(c.Cgroup, false)
+		if err != nil {
+			return nil, fmt.Errorf("look for the exec helper: %w", err)
+		}
+		for _, pid := range pids {
+			if h := takeHelper(c, pid, token); h != nil {
+				return h, nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("the exec helper did not start: %w", ctx.Err())
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// takeHelper returns nil when a process is not the helper. Its stdio is there
+// before its own code runs: the real process starts while the helper still
+// does. What it looks at a container cannot fake: the helper runs in the
+// placeholder's cgroup and namespaces, where no process of the container is,
+// from the placeholder's own read-only executable.
+func takeHelper(c *container, pid int, token string) *helper {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil
+	}
+	h := &helper{pidfd: pidfd}
+	if !isHelper(c, pid, token) || !h.take() {
+		h.closeStdio()
+		_ = h.close()
+		return nil
+	}
+	return h
+}
+
+func isHelper(c *container, pid int, token string) bool {
+	cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil {
+		return false
+	}
+	args := strings.Split(strings.TrimSuffix(string(cmd), "\x00"), "\x00")
+	if token == "" || len(args) != 3 || args[1] != ExecMode || args[2] != token {
+		return false
+	}
+	for _, ns := range []string{"pid", "mnt"} {
+		if same, err := sameNamespace(pid, c.Init.PID, ns); err != nil || !same {
+			return false
+		}
+	}
+	exe, err := os.Stat(fmt.Sprintf("/proc/%d/exe", pid))
+	if err != nil {
+		return false
+	}
+	for _, ours := range []string{criu.Agent, fmt.Sprintf("/proc/%d/exe", c.Init.PID)} {
+		if st, err := os.Stat(ours); err == nil && os.SameFile(st, exe) {
+			return true
+		}
+	}
+	return false
+}
+
+// quickenHelper mounts the copy of the agent's binary that is in memory over
+// the one from the share that the placeholder was started from: each exec
+// opens the file, and virtiofs would read it anew each time.
+func quickenHelper(placeholder int) error {
+	cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", placeholder))
+	if err != nil {
+		return err
+	}
+	path, _, _ := strings.Cut(string(cmd), "\x00")
+	return thread.Do(func() error {
+		fd, err := unix.OpenTree(unix.AT_FDCWD, criu.Agent, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return fmt.Errorf("clone %s: %w", criu.Agent, err)
+		}
+		defer unix.Close(fd)
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Propagation: unix.MS_PRIVATE}
+		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+			return fmt.Errorf("make the exec helper read-only: %w", err)
+		}
+		if err := thread.Enter(placeholder, "mnt"); err != nil {
+			return err
+		}
+		if err := unix.MoveMount(fd, "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+			return fmt.Errorf("mount %s: %w", path, err)
+		}
+		return nil
+	})
+}
+
+func (h *helper) take() bool {
+	for i := range h.stdio {
+		if h.stdio[i] = h.get(i); h.stdio[i] == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// get takes a copy of one of the helper's descriptors; nil: it has none such.
+func (h *helper) get(n int) *os.File {
+	fd, err := unix.PidfdGetfd(h.pidfd, n, 0)
+	if err != nil {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), fmt.Sprint("helper's ", n))
+}
+
+// takeStatus waits for the pipe that the helper makes once it runs.
+func (h *helper) takeStatus() error {
+	for deadline := time.Now().Add(helperTimeout); ; {
+		if h.status = h.get(exechelper.StatusFD); h.status != nil {
+			return nil
+		}
+		fds := []unix.PollFd{{Fd: int32(h.pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+		if n, err := unix.Poll(fds, 2); err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("watch the exec helper: %w", err)
+		} else if n > 0 {
+			return errors.New("the exec helper has ended")
+		}
+		if time.Now().After(deadline) {
+			return errors.New("the exec helper does not get ready")
+		}
+	}
+}
+
+func (h *helper) closeStdio() {
+	for i, f := range h.stdio {
+		if f != nil {
+			f.Close()
+			h.stdio[i] = nil
+		}
+	}
+}
+
+func (h *helper) close() error {
+	var err error
+	if h.status != nil {
+		err = h.status.Close()
+	}
+	return errors.Join(err, unix.Close(h.pidfd))
+}
+
+func (h *helper) kill() error {
+	err := unix.PidfdSendSignal(h.pidfd, unix.SIGKILL, nil, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	return err
+}
+
+// attend tells the helper the process's pid and, when it ends, its status. A
+// helper that was killed takes the process with it.
+func (h *helper) attend(pid int) {
+	defer h.close()
+	ws, err := h.await(pid)
+	if err == nil && h.status != nil {
+		_, err = h.status.Write(exechelper.Message{PID: int32(pid), Ended: 1, Status: uint32(ws)}.Encode()) //nolint:gosec // a pid
+	}
+	if err != nil {
+		log.L.WithError(err).WithField("pid", pid).Debug("attend to an exec'd process")
+	}
+}
+
+// await returns the wait status of the process.
+func (h *helper) await(pid int) (unix.WaitStatus, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0, fmt.Errorf("watch process %d: %w", pid, err)
+	}
+	defer unix.Close(pidfd)
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}, {Fd: int32(h.pidfd), Events: unix.POLLIN}} //nolint:gosec // descriptors
+	if err := h.introduce(pid); err != nil {
+		log.L.WithError(err).WithField("pid", pid).Warn("an exec'd process is ended: it has lost its helper")
+		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // gone already, or killed
+		fds = fds[:1]
+	}
+	for {
+		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
+			return 0, fmt.Errorf("watch process %d: %w", pid, err)
+		}
+		if fds[0].Revents != 0 {
+			break
+		}
+		if len(fds) > 1 && fds[1].Revents != 0 {
+			_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // gone already, or killed
+			fds = fds[:1]
+		}
+	}
+	var ws unix.WaitStatus
+	for {
+		_, err := unix.Wait4(pid, &ws, 0, nil)
+		if !errors.Is(err, unix.EINTR) {
+			return ws, err
+		}
+	}
+}
+
+// introduce tells the helper where to pass signals on to.
+func (h *helper) introduce(pid int) error {
+	// Looked up first: a process that has ended is a zombie until it is waited for.
+	pids, err := nsPIDs(pid)
+	if err != nil {
+		return err
+	}
+	if len(pids) < 2 {
+		return fmt.Errorf("process %d is in no nested pid namespace", pid)
+	}
+	if err := h.takeStatus(); err != nil {
+		return err
+	}
+	// From the guest's root namespace inwards: the second is the placeholder's.
+	_, err = h.status.Write(exechelper.Message{PID: int32(pids[1])}.Encode()) //nolint:gosec // a pid
+	return err
+}

@@ -1,0 +1,166 @@
+// Package placeholder is the first process of a restored container: Kata
+// started it in place of the container's own program, and CRIU restores the
+// container's processes below it, in a pid namespace nested in its own. It
+// reaps, passes signals on, and ends with the status of the restored root
+// process, so that Wait, Kill and the exit code stay Kata's.
+//
+// It trusts nothing: it takes no input but signals and the ends of children.
+package placeholder
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Run does not return before the restored root process has ended; it returns
+// the status to exit with: the process's own, or 128 plus its signal.
+func Run() int {
+	// The terminal has to be free for the restored session to take as its own.
+	// Giving it up sends SIGHUP and SIGCONT to this process's group.
+	signal.Ignore(unix.SIGHUP)
+	_ = unix.IoctlSetInt(0, unix.TIOCNOTTY, 0) // fails where there is no terminal
+	signals := make(chan os.Signal, 64)
+	signal.Notify(signals)
+	// A child that ended before Notify sent no signal that is seen.
+	for {
+		if status, done := reap(); done {
+			return status
+		}
+		forward((<-signals).(unix.Signal))
+	}
+}
+
+// reap collects the children that have ended. It says done when the restored
+// root was among them.
+func reap() (status int, done bool) {
+	for {
+		pid, err := peek()
+		if err != nil || pid == 0 {
+			return 0, false
+		}
+		root := isRoot(pid)
+		var ws unix.WaitStatus
+		for {
+			_, err = unix.Wait4(pid, &ws, 0, nil)
+			if !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		if root && err == nil {
+			if ws.Signaled() {
+				return 128 + int(ws.Signal()), true
+			}
+			return ws.ExitStatus(), true
+		}
+	}
+}
+
+// peek returns the pid of a child that has ended and leaves it to be waited
+// for: until then /proc still tells what it was.
+func peek() (int, error) {
+	for {
+		var info unix.Siginfo
+		err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return siginfoPID(&info), err
+	}
+}
+
+// isRoot says whether a child is the first process of a nested pid namespace,
+// as only a restored root is.
+func isRoot(pid int) bool {
+	own, err := nsPIDs("self")
+	if err != nil {
+		return false
+	}
+	pids, err := nsPIDs(strconv.Itoa(pid))
+	return err == nil && len(pids) > len(own) && pids[len(pids)-1] == 1
+}
+
+func nsPIDs(pid string) ([]int, error) {
+	line, err := statusField(pid, "NSpid")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, f := range strings.Fields(line) {
+		n, err := strconv.Atoi(f)
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, n)
+	}
+	return pids, nil
+}
+
+func statusField(pid, name string) (string, error) {
+	data, err := os.ReadFile("/proc/" + pid + "/status")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value), nil
+		}
+	}
+	return "", fmt.Errorf("process %s has no %s", pid, name)
+}
+
+// forward passes a signal on to the restored root.
+func forward(sig unix.Signal) {
+	switch sig {
+	case unix.SIGCHLD, unix.SIGURG:
+		return // about this process only; Go's runtime sends itself SIGURG
+	}
+	pid, ok := findRoot()
+	if !ok {
+		return
+	}
+	// The first process of a pid namespace ignores from outside what it does not
+	// catch. Kata turns SIGTERM into SIGKILL for such (src/agent/src/rpc.rs), but
+	// it sees this process, which catches it: the rule has to be kept here.
+	if sig == unix.SIGTERM && !catches(pid, sig) {
+		sig = unix.SIGKILL
+	}
+	_ = unix.Kill(pid, sig)
+}
+
+// findRoot looks for the restored root among this process's children. Right
+// after the restore it is still on its way here from CRIU's hands.
+func findRoot() (int, bool) {
+	for range 50 {
+		entries, err := os.ReadDir("/proc")
+		if err != nil {
+			return 0, false
+		}
+		for _, e := range entries {
+			pid, err := strconv.Atoi(e.Name())
+			if err != nil || pid == os.Getpid() {
+				continue
+			}
+			if parent, err := statusField(e.Name(), "PPid"); err == nil && parent == strconv.Itoa(os.Getpid()) && isRoot(pid) {
+				return pid, true
+			}
+		}
+		<-time.After(20 * time.Millisecond)
+	}
+	return 0, false
+}
+
+func catches(pid int, sig unix.Signal) bool {
+	field, err := statusField(strconv.Itoa(pid), "SigCgt")
+	if err != nil {
+		return false
+	}
+	mask, err := strconv.ParseUint(field, 16, 64)
+	return err == nil && mask&(1<<(uint(sig)-1)) != 0
+}

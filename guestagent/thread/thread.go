@@ -1,0 +1,45 @@
+// Package thread runs code in other namespaces. Namespaces belong to threads,
+// and Go moves goroutines between threads: so each such piece of code gets a
+// thread of its own, which ends with it.
+package thread
+
+import (
+	"fmt"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// Do runs fn on a thread that is thrown away afterwards, so that fn may change
+// the thread's namespaces, root and working directory. The caller's main
+// goroutine must be locked to the main thread, or /proc/self could follow fn.
+func Do(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			done <- fmt.Errorf("unshare file system state: %w", err)
+			return
+		}
+		done <- fn()
+	}()
+	return <-done
+}
+
+// Enter moves the calling thread, which must be one of [Do] or a locked main
+// thread with file system state of its own, into namespaces of a process.
+func Enter(pid int, namespaces ...string) error {
+	for _, ns := range namespaces {
+		path := fmt.Sprintf("/proc/%d/ns/%s", pid, ns)
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open namespace %s: %w", path, err)
+		}
+		err = unix.Setns(fd, 0)
+		unix.Close(fd)
+		if err != nil {
+			return fmt.Errorf("enter namespace %s: %w", path, err)
+		}
+	}
+	return nil
+}
