@@ -1,0 +1,289 @@
+// Package events carries events to containerd: those of Kata's shim, which
+// gets [Relay]'s socket for containerd's, and our own. All go through one
+// queue, in order, and outlive a restart of containerd. On the way the relay
+// drops what must not be seen, and tells the task service which processes have
+// ended.
+package events
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	eventsapi "github.com/containerd/containerd/api/events"
+	forward "github.com/containerd/containerd/api/services/ttrpc/events/v1"
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const (
+	// queueLimit bounds what waits for a containerd that is away.
+	queueLimit = 8192
+	// sendTimeout bounds one event, as in containerd's own shims.
+	sendTimeout = 5 * time.Second
+	// retryPause is the longest between two attempts to reach containerd.
+	retryPause = time.Second
+)
+
+// process is a container's first process, or an exec's.
+type process struct{ container, exec string }
+
+// Relay takes events and hands them to containerd. See [NewRelay].
+type Relay struct {
+	namespace string
+	address   string
+	onExit    func(container, exec string)
+
+	mu     sync.Mutex
+	queue  []*types.Envelope
+	hidden map[string]bool
+	ended  map[process]bool
+	// change is closed, and made anew, when the queue changes.
+	change chan struct{}
+
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// NewRelay starts a relay to containerd's ttrpc socket at address; without an
+// address, as under CRI-O, events end here. Close ends it.
+func NewRelay(namespace, address string) *Relay {
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &Relay{
+		namespace: namespace,
+		address:   strings.TrimPrefix(address, "unix://"),
+		onExit:    func(string, string) {},
+		hidden:    make(map[string]bool),
+		ended:     make(map[process]bool),
+		change:    make(chan struct{}),
+		cancel:    cancel,
+		done:      make(chan struct{}),
+	}
+	go r.run(ctx)
+	return r
+}
+
+// OnExit sets what is called when a process has ended, before containerd hears
+// of it. It is to be set before the first event.
+func (r *Relay) OnExit(f func(container, exec string)) { r.onExit = f }
+
+// Hide drops all events of a container from now on.
+func (r *Relay) Hide(container string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.hidden[container] = true
+}
+
+// Expect says that a process is about to be created, so that its exit is news,
+// whatever had its name before.
+func (r *Relay) Expect(container, exec string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.ended, process{container, exec})
+}
+
+// Forget drops what is kept of a container that was deleted.
+func (r *Relay) Forget(container string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for p := range r.ended {
+		if p.container == container && p.exec != "" {
+			delete(r.ended, p)
+		}
+	}
+}
+
+// Forward implements containerd's event service for Kata's shim.
+func (r *Relay) Forward(_ context.Context, req *forward.ForwardRequest) (*emptypb.Empty, error) {
+	e := req.GetEnvelope()
+	if e == nil {
+		return &emptypb.Empty{}, nil
+	}
+	// An event of a kind that this build does not know is containerd's to judge.
+	event, _ := typeurl.UnmarshalAny(e.GetEvent())
+	if c, ok := event.(interface{ GetContainerID() string }); ok && r.isHidden(c.GetContainerID()) {
+		return &emptypb.Empty{}, nil
+	}
+	if exit, ok := event.(*eventsapi.TaskExit); ok {
+		p := process{container: exit.GetContainerID()}
+		if exit.GetID() != exit.GetContainerID() {
+			p.exec = exit.GetID()
+		}
+		if !r.firstExit(p) {
+			return &emptypb.Empty{}, nil
+		}
+		r.onExit(p.container, p.exec)
+	}
+	r.push(e)
+	return &emptypb.Empty{}, nil
+}
+
+func (r *Relay) isHidden(container string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.hidden[container]
+}
+
+// firstExit is false for the second exit event of a process: Kata's Rust shim
+// waits for a process at its creation and at its start
+// (src/runtime-rs/crates/runtimes/src/manager.rs).
+func (r *Relay) firstExit(p process) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended[p] {
+		return false
+	}
+	r.ended[p] = true
+	return true
+}
+
+// Publish implements containerd's Publisher for events of our own.
+func (r *Relay) Publish(_ context.Context, topic string, event events.Event) error {
+	a, err := typeurl.MarshalAnyToProto(event)
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", topic, err)
+	}
+	r.push(&types.Envelope{Timestamp: timestamppb.Now(), Namespace: r.namespace, Topic: topic, Event: a})
+	return nil
+}
+
+func (r *Relay) push(e *types.Envelope) {
+	if r.address == "" {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.queue) >= queueLimit {
+		log.L.WithField("topic", e.GetTopic()).Error("event dropped: containerd takes none and too many wait")
+		return
+	}
+	r.queue = append(r.queue, e)
+	r.changed()
+}
+
+// changed is called with the mutex held.
+func (r *Relay) changed() {
+	close(r.change)
+	r.change = make(chan struct{})
+}
+
+// head waits for the oldest event.
+func (r *Relay) head(ctx context.Context) *types.Envelope {
+	for {
+		r.mu.Lock()
+		change := r.change
+		if len(r.queue) > 0 {
+			e := r.queue[0]
+			r.mu.Unlock()
+			return e
+		}
+		r.mu.Unlock()
+		select {
+		case <-change:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// Flush waits until containerd has all events or ctx ends.
+func (r *Relay) Flush(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		change, waiting := r.change, len(r.queue)
+		r.mu.Unlock()
+		if waiting == 0 {
+			return nil
+		}
+		select {
+		case <-change:
+		case <-ctx.Done():
+			return fmt.Errorf("%d events did not reach containerd: %w", waiting, ctx.Err())
+		}
+	}
+}
+
+// Close ends the relay; what has not reached containerd is lost.
+func (r *Relay) Close() error {
+	r.cancel()
+	<-r.done
+	return nil
+}
+
+// run sends the queue's events, each until containerd has answered.
+func (r *Relay) run(ctx context.Context) {
+	defer close(r.done)
+	var client *ttrpc.Client
+	defer func() {
+		if client != nil {
+			client.Close()
+		}
+	}()
+	pause := retryPause / 16
+	for {
+		e := r.head(ctx)
+		if e == nil {
+			return
+		}
+		err := r.send(ctx, &client, e)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil && !isAnswer(err) {
+			log.L.WithError(err).WithField("topic", e.GetTopic()).Debug("containerd takes no event, will try again")
+			if client != nil {
+				client.Close()
+				client = nil
+			}
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+				return
+			}
+			pause = min(2*pause, retryPause)
+			continue
+		}
+		if err != nil {
+			log.L.WithError(err).WithField("topic", e.GetTopic()).Error("containerd refuses an event")
+		}
+		pause = retryPause / 16
+		r.mu.Lock()
+		r.queue = r.queue[1:]
+		r.changed()
+		r.mu.Unlock()
+	}
+}
+
+func (r *Relay) send(ctx context.Context, client **ttrpc.Client, e *types.Envelope) error {
+	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
+	defer cancel()
+	if *client == nil {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", r.address)
+		if err != nil {
+			return err
+		}
+		*client = ttrpc.NewClient(conn)
+	}
+	_, err := forward.NewTTRPCEventsClient(*client).Forward(ctx, &forward.ForwardRequest{Envelope: e})
+	return err
+}
+
+// isAnswer says whether an error came from containerd itself: sending the same
+// again would change nothing.
+func isAnswer(err error) bool {
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ttrpc.ErrClosed) {
+		return false
+	}
+	_, ok := status.FromError(err)
+	return ok
+}

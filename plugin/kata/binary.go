@@ -1,0 +1,196 @@
+// Package kata is all that the shim knows of Kata's own shim, its downstream:
+// how its binary is called and answers, where it says how to reach the guest,
+// and how the guest is dialled. Kata's Go and Rust shims differ in each; both
+// are taken as they are, and nothing here asks which one it has.
+package kata
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// addressSuffix makes the -address that Kata's shim gets differ from ours: both
+// hash it into the name of their socket, and Kata's removes one that it finds
+// (src/runtime/pkg/containerd-shim-v2/service.go, StartShim).
+const addressSuffix = ".kata-checkpoint"
+
+// maxOutput bounds what is taken of a binary's output, in bytes.
+const maxOutput = 1 << 20
+
+// Binary is Kata's shim.
+type Binary struct{ Path string }
+
+// Find looks up the binary that the configuration's downstream_shim names.
+func Find(name string) (Binary, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return Binary{}, fmt.Errorf("no shim of Kata at %q: set downstream_shim in config.toml to where it is: %w", name, err)
+	}
+	return Binary{Path: path}, nil
+}
+
+// Args turns the arguments that containerd gave to us into those for Kata.
+func Args(args []string) []string {
+	out := make([]string, len(args))
+	copy(out, args)
+	for i, a := range out {
+		flag := strings.TrimLeft(a, "-")
+		switch {
+		case flag == a:
+		case flag == "address" && i+1 < len(out):
+			out[i+1] += addressSuffix
+			return out
+		case strings.HasPrefix(flag, "address="):
+			out[i] += addressSuffix
+			return out
+		}
+	}
+	return out
+}
+
+// Call is one run of the binary.
+type Call struct {
+	// Args are containerd's, see [Args].
+	Args  []string
+	Stdin io.Reader
+	// Env is added to the environment.
+	Env []string
+}
+
+// Run runs the binary to its end in the current directory and returns what it
+// wrote on stdout. The error has what it wrote on stderr.
+func (b Binary) Run(ctx context.Context, c Call) ([]byte, error) {
+	// Files, not pipes: a daemon that the binary leaves behind may keep them open.
+	stdout, err := memfd("stdout")
+	if err != nil {
+		return nil, err
+	}
+	defer stdout.Close()
+	stderr, err := memfd("stderr")
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
+
+	cmd := exec.CommandContext(ctx, b.Path, Args(c.Args)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Stdin, stdout, stderr
+	cmd.Env = append(os.Environ(), c.Env...)
+	// containerd kills a delete that takes too long: Kata's must not go on beside
+	// the next container of the same name. The signal comes with the end of the
+	// thread that started the process, so that this one is kept.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread()
+	runErr := cmd.Run()
+	runtime.UnlockOSThread()
+	out, err := content(stdout)
+	if err != nil {
+		return nil, err
+	}
+	said, err := content(stderr)
+	if err != nil {
+		return nil, err
+	}
+	if runErr == nil && len(out) == 0 && len(said) > 0 {
+		// Kata's Rust shim says what is wrong and exits with 0
+		// (src/runtime-rs/crates/shim/src/bin/main.rs).
+		runErr = errors.New("no answer")
+	}
+	if runErr != nil {
+		return out, fmt.Errorf("%s: %w%s", filepath.Base(b.Path), runErr, quote(said))
+	}
+	return out, nil
+}
+
+// quote puts the end of a program's words behind an error.
+func quote(said []byte) string {
+	const limit = 2000
+	said = bytes.TrimSpace(said)
+	if len(said) == 0 {
+		return ""
+	}
+	if len(said) > limit {
+		said = append([]byte("…"), said[len(said)-limit:]...)
+	}
+	return ": " + strings.ToValidUTF8(string(said), "?")
+}
+
+func memfd(name string) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+func content(f *os.File) ([]byte, error) {
+	data, err := io.ReadAll(io.NewSectionReader(f, 0, maxOutput))
+	if err != nil {
+		return nil, fmt.Errorf("read %s of Kata's shim: %w", f.Name(), err)
+	}
+	return data, nil
+}
+
+// Endpoint is where Kata's shim serves.
+type Endpoint struct {
+	// Address is unix://PATH.
+	Address string `json:"address"`
+	// Version is that of the task API, 2 or 3.
+	Version int `json:"version"`
+}
+
+// Path is the socket's path.
+func (e Endpoint) Path() string { return strings.TrimPrefix(e.Address, "unix://") }
+
+// Service is the name of the task service that is served there.
+func (e Endpoint) Service() string { return fmt.Sprintf("containerd.task.v%d.Task", e.Version) }
+
+// ParseStart reads the answer to `start`: an address alone, as Kata's shims
+// print it, or containerd's JSON.
+func ParseStart(out []byte) (Endpoint, error) {
+	text := strings.TrimSpace(string(out))
+	e := Endpoint{Address: text, Version: 2}
+	if strings.HasPrefix(text, "{") {
+		var answer struct {
+			Endpoint
+			Protocol string `json:"protocol"`
+		}
+		if err := json.Unmarshal([]byte(text), &answer); err != nil {
+			return e, fmt.Errorf("answer of Kata's shim to start: %q: %w", abbreviate(text), err)
+		}
+		if answer.Protocol != "" && answer.Protocol != "ttrpc" {
+			return e, fmt.Errorf("answer of Kata's shim to start: protocol %q is not supported, only ttrpc", answer.Protocol)
+		}
+		if e = answer.Endpoint; e.Version == 0 {
+			e.Version = 2
+		}
+	}
+	switch {
+	case text == "":
+		return e, errors.New("no answer of Kata's shim to start")
+	case e.Version != 2 && e.Version != 3:
+		return e, fmt.Errorf("answer of Kata's shim to start: version %d of the task API is not known", e.Version)
+	case !strings.HasPrefix(e.Address, "unix:///") || strings.ContainsFunc(e.Address, func(r rune) bool { return r <= ' ' || r > '~' }):
+		return e, fmt.Errorf("answer of Kata's shim to start: %q is not the address of a socket: is downstream_shim in config.toml Kata's shim?", abbreviate(text))
+	}
+	return e, nil
+}
+
+func abbreviate(s string) string {
+	const limit = 200
+	if len(s) > limit {
+		return s[:limit] + "…"
+	}
+	return s
+}

@@ -1,0 +1,70 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
+)
+
+// downstream is Kata's task service.
+type downstream struct {
+	client  *ttrpc.Client
+	service string
+	// gone is closed when the connection has ended, which is when Kata's shim has.
+	gone chan struct{}
+}
+
+func dialDownstream(ctx context.Context, e kata.Endpoint) (*downstream, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", e.Path())
+	if err != nil {
+		return nil, fmt.Errorf("reach Kata's shim: %w", err)
+	}
+	d := &downstream{service: e.Service(), gone: make(chan struct{})}
+	d.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(d.gone) }))
+	return d, nil
+}
+
+// call makes one call. Metadata and deadline of ctx go along; an answer's
+// error is returned as it came.
+func (d *downstream) call(ctx context.Context, method string, req, resp proto.Message) error {
+	return d.client.Call(ctx, d.service, method, req, resp)
+}
+
+// errKataGone says that the connection to Kata's shim has ended.
+var errKataGone = errclass.Unavailable("the shim of Kata has ended")
+
+// own makes a call for a purpose of our own; its error is to be wrapped.
+func (d *downstream) own(ctx context.Context, method string, req, resp proto.Message) error {
+	err := d.call(ctx, method, req, resp)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ttrpc.ErrClosed):
+		return errKataGone
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
+	return errgrpc.ToNative(err)
+}
+
+func (d *downstream) state(ctx context.Context, id string) (*task.StateResponse, error) {
+	resp := &task.StateResponse{}
+	if err := d.own(ctx, "State", &task.StateRequest{ID: id}, resp); err != nil {
+		return nil, fmt.Errorf("state of container %s: %w", id, err)
+	}
+	return resp, nil
+}
+
+func (d *downstream) kill(ctx context.Context, r *task.KillRequest) error {
+	return d.own(ctx, "Kill", r, &emptypb.Empty{})
+}

@@ -1,0 +1,106 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/log"
+	"google.golang.org/protobuf/proto"
+)
+
+const (
+	statusCreated = tasktypes.Status_CREATED
+	statusRunning = tasktypes.Status_RUNNING
+	statusStopped = tasktypes.Status_STOPPED
+	statusPaused  = tasktypes.Status_PAUSED
+)
+
+// stateTimeout bounds Kata's part of State: containerd gives a shim 2 s
+// (plugins/services/tasks/local.go) and shows the task as unknown then.
+const stateTimeout = 1500 * time.Millisecond
+
+// runningFor is how long Kata's word that a container runs is taken without
+// asking again. That it has ended comes by itself, as an event and as the
+// answer to a Wait; this is for the case that neither arrived.
+const runningFor = 2 * time.Second
+
+// State answers for a running container from what Kata said last, so that it
+// costs no second hop and waits for nobody; else it asks Kata, and takes the
+// last answer when that takes too long.
+func (s *Service) State(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
+	c := s.container(r.ID)
+	if c == nil {
+		resp := &task.StateResponse{}
+		return resp, s.pass(ctx, "State", r, resp)
+	}
+	if a := c.abandoned.Load(); a != nil && r.ExecID == "" {
+		return a.state(c), nil
+	}
+	if r.ExecID == "" {
+		if last := c.lastRunning(); last != nil {
+			return c.shown(last), nil
+		}
+	}
+	kctx, cancel := context.WithTimeout(ctx, stateTimeout)
+	defer cancel()
+	resp := &task.StateResponse{}
+	err := s.pass(kctx, "State", r, resp)
+	switch {
+	case err == nil:
+		c.answers.Store(r.ExecID, resp)
+		if r.ExecID == "" {
+			c.noteStatus(resp.GetStatus())
+		}
+	case errors.Is(kctx.Err(), context.DeadlineExceeded):
+		last, ok := c.answers.Load(r.ExecID)
+		if !ok {
+			return nil, err
+		}
+		resp = last.(*task.StateResponse)
+		log.G(ctx).WithField("container", c.id).Warn("Kata does not answer State in time: the last known state is shown")
+	default:
+		return nil, err
+	}
+	return c.shown(resp), nil
+}
+
+// noteStatus remembers what Kata said of the container's first process.
+func (c *container) noteStatus(status tasktypes.Status) {
+	switch status {
+	case statusRunning:
+		c.runningAt.Store(time.Now().UnixNano())
+	case statusStopped:
+		c.stopped()
+	}
+}
+
+// lastRunning returns Kata's last answer for a container that the agent knows
+// and that runs, as far as anybody has heard.
+func (c *container) lastRunning() *task.StateResponse {
+	if !c.managed() || time.Since(time.Unix(0, c.runningAt.Load())) > runningFor {
+		return nil
+	}
+	last, ok := c.answers.Load("")
+	if !ok {
+		return nil
+	}
+	resp := last.(*task.StateResponse)
+	if resp.GetStatus() != statusRunning {
+		return nil
+	}
+	return resp
+}
+
+// shown is Kata's answer with what Kata does not know: that we have frozen the
+// container, its execs too.
+func (c *container) shown(resp *task.StateResponse) *task.StateResponse {
+	if resp.GetStatus() != statusRunning || !c.isFrozen() {
+		return resp
+	}
+	paused := proto.Clone(resp).(*task.StateResponse)
+	paused.Status = statusPaused
+	return paused
+}

@@ -1,0 +1,99 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"golang.org/x/sys/unix"
+)
+
+// rootfsDiffName is the archive of the writable layer that the CRI lays beside
+// the image set (containerd, internal/cri/server/container_checkpoint_linux.go).
+const rootfsDiffName = "rootfs-diff.tar"
+
+// applyRootfsDiff applies the changes of the root file system that lie beside
+// an image set, if they do. containerd does so itself after Create, into a
+// mount that with Kata is in the shim's mount namespace only: they would be lost.
+func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mount) error {
+	if isTemporary(checkpoint) {
+		return nil // what lies beside it is anybody's
+	}
+	f, err := openOwn(filepath.Join(filepath.Dir(filepath.Clean(checkpoint)), rootfsDiffName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("apply the changes of the root file system: %w", err)
+	}
+	defer f.Close()
+	if err := inMountNamespace(func(target string) (err error) {
+		if err := mount.All(mount.FromProto(mounts), target); err != nil {
+			return fmt.Errorf("mount: %w", err)
+		}
+		defer func() { err = errors.Join(err, mount.UnmountMounts(mount.FromProto(mounts), target, 0)) }()
+		r, err := compression.DecompressStream(f)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.Name(), err)
+		}
+		defer r.Close()
+		if _, err := archive.Apply(ctx, target, r); err != nil {
+			return fmt.Errorf("%s: %w", f.Name(), err)
+		}
+		return nil
+	}); err != nil {
+		return fmt.Errorf("apply the changes of the root file system: %w", err)
+	}
+	return nil
+}
+
+// openOwn opens a regular file that nobody but this user, who is root, could
+// have put there.
+func openOwn(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || !st.Mode().IsRegular() || int(sys.Uid) != os.Geteuid() {
+		return nil, errors.Join(fmt.Errorf("%s is not a regular file of this user", path), f.Close())
+	}
+	return f, nil
+}
+
+// inMountNamespace calls f on a thread with a mount namespace of its own, with
+// an empty directory to mount on: whatever happens, no mount is left over.
+func inMountNamespace(f func(target string) error) error {
+	target, err := os.MkdirTemp("", "kata-checkpoint-rootfs-")
+	if err != nil {
+		return err
+	}
+	done := make(chan error)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, the namespace with it.
+		runtime.LockOSThread()
+		done <- func() error {
+			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+				return os.NewSyscallError("unshare", err)
+			}
+			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+				return os.NewSyscallError("mount", err)
+			}
+			return f(target)
+		}()
+	}()
+	return errors.Join(<-done, os.Remove(target))
+}
