@@ -1,0 +1,75 @@
+// testbed-vmm is the hypervisor that the testbed gives to Kata: it answers Cloud Hypervisor's API with a QEMU. See package vmm.
+//
+// Usage: testbed-vmm --api-socket PATH; --version prints what Kata wants to see. Settings come from a file (vmm.LoadSettings).
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/log"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "testbed-vmm:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	socket := ""
+	for i, arg := range args {
+		switch {
+		case arg == "--version" || arg == "-V":
+			fmt.Println(vmm.Version)
+			return nil
+		case arg == "--api-socket" && i+1 < len(args):
+			socket = args[i+1]
+		case strings.HasPrefix(arg, "--api-socket="):
+			socket = strings.TrimPrefix(arg, "--api-socket=")
+		}
+		// Everything else that Kata gives (log levels, seccomp, an event monitor) concerns Cloud Hypervisor alone.
+	}
+	socket = strings.TrimPrefix(socket, "path=")
+	if socket == "" {
+		return errors.New("no --api-socket")
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find own path: %w", err)
+	}
+	settings, err := vmm.LoadSettings(exe)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(settings.LogDir, 0o755); err != nil {
+		return fmt.Errorf("log directory: %w", err)
+	}
+	name := filepath.Base(filepath.Dir(socket)) // both shims make a directory for each sandbox, named with its id
+	logFile, err := os.OpenFile(filepath.Join(settings.LogDir, name+".vmm"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("log: %w", err)
+	}
+	defer logFile.Close()
+	log.L.Logger.SetOutput(logFile)
+	log.L.WithField("args", args).WithField("accel", settings.Accel).Info("start")
+
+	listener, err := vmm.Listen(socket)
+	if err != nil {
+		return fmt.Errorf("api socket: %w", err)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	err = vmm.NewServer(settings, name, logFile).Serve(ctx, listener)
+	log.L.WithError(err).Info("end")
+	return err
+}

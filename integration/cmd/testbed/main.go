@@ -1,0 +1,132 @@
+// testbed makes and removes directories with a containerd and a Kata that runs without KVM. See package testbed.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/containerd/log"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
+)
+
+const usage = `usage:
+  testbed build                 make everything that a testbed needs and that is not there yet
+  testbed up --dir DIR [...]    make a testbed; prints what a shell evaluates to work with it (testbed up -h: options)
+  testbed down --dir DIR        end all that runs in it and remove it
+  testbed shell --dir DIR SANDBOX_ID -- COMMAND [ARGUMENT...]
+                                run a command in the guest's root; exits with its status`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	log.L.Logger.SetOutput(os.Stderr)
+	status, err := run(ctx, os.Args[1:])
+	if errors.Is(err, flag.ErrHelp) {
+		os.Exit(2)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testbed:", err)
+		status = 1
+	}
+	os.Exit(status)
+}
+
+func run(ctx context.Context, args []string) (status int, err error) {
+	if len(args) == 0 {
+		return 2, errors.New(usage)
+	}
+	switch verb, args := args[0], args[1:]; verb {
+	case "build":
+		return 0, build(ctx)
+	case "up":
+		return 0, up(ctx, args)
+	case "down":
+		t, _, err := open("down", args)
+		if err != nil {
+			return 1, err
+		}
+		return 0, t.Down(ctx)
+	case "shell":
+		return shell(ctx, args)
+	}
+	return 2, errors.New(usage)
+}
+
+// build makes all parts that do not depend on the agent, so that the first `testbed up` is as fast as the second.
+func build(ctx context.Context) error {
+	p, err := parts.Find()
+	if err != nil {
+		return err
+	}
+	if err := p.InstallHostPackages(ctx); err != nil {
+		return err
+	}
+	for _, part := range []func(context.Context) (string, error){p.VhostDeviceVsock, p.Image, p.StandinBase, p.KataBase, p.Containerd} {
+		path, err := part(ctx)
+		if err != nil {
+			return err
+		}
+		fmt.Println(path)
+	}
+	return nil
+}
+
+func up(ctx context.Context, args []string) error {
+	var o testbed.Options
+	flags := flag.NewFlagSet("testbed up", flag.ContinueOnError)
+	flags.StringVar(&o.Dir, "dir", "", "`directory` to make")
+	flags.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata (containerd-shim-kata-v2, configuration.toml, kata-agent) in place of the stand-in")
+	flags.StringVar((*string)(&o.Way), "way", "", "the stand-in's `way`: go (default) or rust")
+	flags.StringVar(&o.GuestMounts, "guest-mounts", "", "propagation of the guest's mounts: shared (default) or private")
+	flags.StringVar(&o.Accel, "accel", "", "kvm or tcg; by default what a probe has found")
+	flags.BoolVar(&o.NoNetwork, "no-network", false, "no network for sandboxes: faster where no CNI gives them one")
+	flags.BoolVar(&o.NoAgent, "no-agent", false, "leave our guest bundle out of Kata's configuration")
+	flags.StringVar(&o.GuestBundle, "guest-bundle", "", "guest bundle's `directory` (default build/guest-bundle)")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	t, err := testbed.Up(ctx, o)
+	if err != nil {
+		return err
+	}
+	fmt.Print(t.Env())
+	return nil
+}
+
+// open finds the testbed that --dir, or else the environment made by up, names.
+func open(verb string, args []string) (*testbed.Testbed, []string, error) {
+	flags := flag.NewFlagSet("testbed "+verb, flag.ContinueOnError)
+	dir := flags.String("dir", os.Getenv("TESTBED_DIR"), "the testbed's `directory`")
+	if err := flags.Parse(args); err != nil {
+		return nil, nil, err
+	}
+	if *dir == "" {
+		return nil, nil, errors.New("no --dir")
+	}
+	t, err := testbed.Open(*dir)
+	return t, flags.Args(), err
+}
+
+func shell(ctx context.Context, args []string) (int, error) {
+	t, args, err := open("shell", args)
+	if err != nil {
+		return 1, err
+	}
+	if len(args) < 2 {
+		return 2, errors.New(usage)
+	}
+	id, command := args[0], args[1:]
+	if command[0] == "--" {
+		command = command[1:]
+	}
+	output, status, err := t.GuestExec(ctx, id, testbed.Command(command...))
+	os.Stdout.Write(output)
+	return status, err
+}

@@ -1,0 +1,162 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/api/types"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// checkpointLabel marks the images that containerd's client makes of checkpoints.
+const checkpointLabel = "containerd.io/checkpoint"
+
+// CheckpointTo has the image set written to an existing directory, by what `ctr task checkpoint --image-path DIR [--exit]` does: the client
+// pauses the task unless it is paused, asks for the checkpoint with options, and resumes it.
+func (e *Engine) CheckpointTo(ctx context.Context, task client.Task, dir string, exit bool) error {
+	name := "checkpoint/" + task.ID() + ":" + filepath.Base(dir)
+	_, err := task.Checkpoint(ctx, client.WithCheckpointName(name), func(i *client.CheckpointTaskInfo) error {
+		i.Options = &runcoptions.CheckpointOptions{ImagePath: dir, Exit: exit}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("checkpoint %s: %w", task.ID(), err)
+	}
+	// For runtimes that are not runc's the client adds an image of the writable layer. Nobody asked for that.
+	return e.RemoveCheckpoints(ctx)
+}
+
+// CheckpointByDefault has containerd keep the image set and unpacks it to a directory, by what `nerdctl checkpoint create` and docker do. The
+// runtime is given no options, so that it decides itself what becomes of the container.
+func (e *Engine) CheckpointByDefault(ctx context.Context, task client.Task, dir string) error {
+	image, err := task.Checkpoint(ctx)
+	if err != nil {
+		return fmt.Errorf("checkpoint %s: %w", task.ID(), err)
+	}
+	if err := e.unpack(ctx, image, dir); err != nil {
+		return fmt.Errorf("checkpoint %s: %w", task.ID(), err)
+	}
+	return e.RemoveCheckpoints(ctx)
+}
+
+// unpack writes the image set of a checkpoint's image to a directory.
+func (e *Engine) unpack(ctx context.Context, image client.Image, dir string) error {
+	data, err := content.ReadBlob(ctx, e.Client.ContentStore(), image.Target())
+	if err != nil {
+		return err
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(data, &index); err != nil {
+		return err
+	}
+	checkpoint, err := client.GetIndexByMediaType(&index, images.MediaTypeContainerd1Checkpoint)
+	if err != nil {
+		return err
+	}
+	reader, err := e.Client.ContentStore().ReaderAt(ctx, *checkpoint)
+	if err != nil {
+		return err
+	}
+	defer reader.Close()
+	_, err = archive.Apply(ctx, dir, content.NewReader(reader))
+	return err
+}
+
+// RemoveCheckpoints removes the images that checkpoints left in containerd.
+func (e *Engine) RemoveCheckpoints(ctx context.Context) error {
+	list, err := e.Client.ImageService().List(ctx, fmt.Sprintf("labels.%q", checkpointLabel))
+	if err != nil {
+		return fmt.Errorf("remove checkpoints: %w", err)
+	}
+	for _, image := range list {
+		err = errors.Join(err, e.Client.ImageService().Delete(ctx, image.Name, images.SynchronousDelete()))
+	}
+	if err != nil {
+		return fmt.Errorf("remove checkpoints: %w", err)
+	}
+	return nil
+}
+
+// Commit makes an image of the container's memory, its writable layer and its configuration, all of one instant, by what
+// `ctr container checkpoint --task --rw --image ID REFERENCE` does. The container goes on.
+func (e *Engine) Commit(ctx context.Context, container client.Container, reference string) (client.Image, error) {
+	task, err := container.Task(ctx, nil)
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w", container.ID(), err)
+	}
+	if err := task.Pause(ctx); err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w", container.ID(), err)
+	}
+	image, err := container.Checkpoint(ctx, reference, client.WithCheckpointRuntime, client.WithCheckpointImage, client.WithCheckpointRW,
+		client.WithCheckpointTask)
+	if err := errors.Join(err, task.Resume(ctx)); err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w", container.ID(), err)
+	}
+	return image, nil
+}
+
+// RestoreImage makes a container of an image made by Commit and restores its processes: `ctr container restore --rw --live ID REFERENCE`.
+func (e *Engine) RestoreImage(ctx context.Context, id string, image client.Image) (*Run, error) {
+	container, err := e.Client.Restore(ctx, id, image, client.WithRestoreImage, client.WithRestoreSpec, client.WithRestoreRuntime,
+		client.WithRestoreRW)
+	if err != nil {
+		return nil, fmt.Errorf("restore %s: %w", id, err)
+	}
+	return e.Start(ctx, container, client.WithTaskCheckpoint(image))
+}
+
+// Restore starts the container from the image set in a directory, by what `nerdctl start --checkpoint` and `docker start --checkpoint` do:
+// the directory goes into containerd's content store as an archive, and containerd unpacks that for the runtime.
+func (e *Engine) Restore(ctx context.Context, container client.Container, dir string) (*Run, error) {
+	leased, done, err := e.Client.WithLease(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("restore %s: %w", container.ID(), err)
+	}
+	// A lease that stays ends by itself after a day.
+	defer func() { _ = done(context.WithoutCancel(ctx)) }()
+	checkpoint, err := e.store(leased, dir)
+	if err != nil {
+		return nil, fmt.Errorf("restore %s: %w", container.ID(), err)
+	}
+	return e.Start(leased, container, func(_ context.Context, _ *client.Client, i *client.TaskInfo) error {
+		i.Checkpoint = checkpoint
+		return nil
+	})
+}
+
+// store writes a directory into the content store as a checkpoint.
+func (e *Engine) store(ctx context.Context, dir string) (*types.Descriptor, error) {
+	if _, err := os.Stat(dir); err != nil {
+		return nil, err
+	}
+	tar := archive.Diff(ctx, "", dir)
+	defer tar.Close()
+	writer, err := content.OpenWriter(ctx, e.Client.ContentStore(), content.WithRef(fmt.Sprintf("checkpoint-%d", time.Now().UnixNano())),
+		content.WithDescriptor(ocispec.Descriptor{MediaType: images.MediaTypeContainerd1Checkpoint}))
+	if err != nil {
+		return nil, err
+	}
+	defer writer.Close()
+	digester := digest.SHA256.Digester()
+	size, err := io.Copy(io.MultiWriter(writer, digester.Hash()), tar)
+	if err != nil {
+		return nil, err
+	}
+	if err := writer.Commit(ctx, size, digester.Digest()); err != nil && !errdefs.IsAlreadyExists(err) {
+		return nil, err
+	}
+	return &types.Descriptor{MediaType: images.MediaTypeContainerd1Checkpoint, Digest: digester.Digest().String(), Size: size}, nil
+}

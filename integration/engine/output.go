@@ -1,0 +1,69 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"sync"
+)
+
+// Output collects what a task prints, by lines. Tasks that follow each other may write to the same one.
+type Output struct {
+	mu      sync.Mutex
+	lines   []string
+	partial []byte
+	more    chan struct{} // closed and made anew with every line
+}
+
+// NewOutput makes an empty one.
+func NewOutput() *Output { return &Output{more: make(chan struct{})} }
+
+// Write implements io.Writer.
+func (o *Output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.partial = append(o.partial, p...)
+	for {
+		line, rest, ok := bytes.Cut(o.partial, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		o.lines = append(o.lines, string(line))
+		o.partial = rest
+		close(o.more)
+		o.more = make(chan struct{})
+	}
+}
+
+// Lines gives all that has been printed so far; an end without a newline is a line.
+func (o *Output) Lines() []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	out := append([]string(nil), o.lines...)
+	if len(o.partial) > 0 {
+		out = append(out, string(o.partial))
+	}
+	return out
+}
+
+// Wait returns once the condition holds for the whole lines there are; it is asked again with every new one. The condition's error ends
+// the wait.
+func (o *Output) Wait(ctx context.Context, condition func(lines []string) (bool, error)) error {
+	for {
+		o.mu.Lock()
+		lines, more := o.lines[:len(o.lines):len(o.lines)], o.more
+		o.mu.Unlock()
+		if ok, err := condition(lines); ok || err != nil {
+			return err
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			last := "nothing"
+			if len(lines) > 0 {
+				last = fmt.Sprintf("%d lines, the last %q", len(lines), lines[len(lines)-1])
+			}
+			return fmt.Errorf("wait for output (there is %s): %w", last, ctx.Err())
+		}
+	}
+}

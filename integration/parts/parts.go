@@ -1,0 +1,139 @@
+// Package parts makes what a testbed is put together from, once, and keeps it below the checkout's build directory: containerd, the
+// guest's initrd, the container image, the host's vsock daemon. Package testbed and its command are the callers.
+//
+// Each part has a key made of everything that goes into it; a part is made anew only when its key changes. Several processes may ask
+// at the same time: one of them builds, the others wait.
+package parts
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/containerd/log"
+)
+
+// Parts finds and makes the parts of one checkout.
+type Parts struct {
+	root string // the checkout
+}
+
+const module = "module github.com/kata-checkpoint/kata-checkpoint\n"
+
+// Find looks for the checkout: in the working directory and above, then above the running program.
+func Find() (*Parts, error) {
+	var starts []string
+	if dir, err := os.Getwd(); err == nil {
+		starts = append(starts, dir)
+	}
+	if exe, err := os.Executable(); err == nil {
+		starts = append(starts, filepath.Dir(exe))
+	}
+	for _, dir := range starts {
+		for ; dir != "/"; dir = filepath.Dir(dir) {
+			if data, err := os.ReadFile(filepath.Join(dir, "go.mod")); err == nil && strings.Contains(string(data), module) {
+				return &Parts{root: dir}, nil
+			}
+		}
+	}
+	return nil, errors.New("the checkout of kata-checkpoint is neither above the working directory nor above the program")
+}
+
+// Bin is where `make build` puts the project's programs.
+func (p *Parts) Bin(name ...string) string {
+	return filepath.Join(append([]string{p.root, "bin"}, name...)...)
+}
+
+// Build is the directory with everything that can be made again.
+func (p *Parts) Build(name ...string) string {
+	return filepath.Join(append([]string{p.root, "build"}, name...)...)
+}
+
+// once makes the part name (a path below build) unless it is there with the same key. build writes the part to the path that it is
+// given, file or directory; only when it succeeds does the part get its name.
+func (p *Parts) once(ctx context.Context, name string, key []byte, build func(ctx context.Context, path string) error) (string, error) {
+	path := p.Build(name)
+	unlock, err := p.lock(name)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	stamp := p.Build(".keys", strings.ReplaceAll(name, "/", "_"))
+	want := hex.EncodeToString(key)
+	if have, err := os.ReadFile(stamp); err == nil && string(have) == want {
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+	}
+	log.G(ctx).WithField("part", name).Info("making")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return "", fmt.Errorf("make %s: %w", name, err)
+	}
+	fresh := path + ".new"
+	if err := errors.Join(os.Remove(stamp), os.RemoveAll(fresh)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("make %s: %w", name, err)
+	}
+	if err := build(ctx, fresh); err != nil {
+		_ = os.RemoveAll(fresh)
+		return "", fmt.Errorf("make %s: %w", name, err)
+	}
+	if err := os.RemoveAll(path); err != nil {
+		return "", fmt.Errorf("make %s: %w", name, err)
+	}
+	if err := os.Rename(fresh, path); err != nil {
+		return "", fmt.Errorf("make %s: %w", name, err)
+	}
+	if err := os.WriteFile(stamp, []byte(want), 0o644); err != nil {
+		return "", fmt.Errorf("make %s: %w", name, err)
+	}
+	return path, nil
+}
+
+// lock keeps others from making the same part until the returned function is called.
+func (p *Parts) lock(name string) (func(), error) {
+	dir := p.Build(".keys")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, strings.ReplaceAll(name, "/", "_")+".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// keyOf makes a key of texts.
+func keyOf(texts ...string) []byte {
+	h := sha256.New()
+	for _, t := range texts {
+		fmt.Fprintf(h, "%d:%s", len(t), t)
+	}
+	return h.Sum(nil)
+}
+
+// fileKey is a key of a file's content.
+func fileKey(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", fmt.Errorf("read %s: %w", path, err)
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}

@@ -1,0 +1,263 @@
+package testbed
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
+)
+
+// ownerEnv marks the environment of all that runs in a testbed. It is not among the exports of Env: a user's shell is nothing to kill.
+const ownerEnv = "TESTBED_OWNER"
+
+// configure writes everybody's configuration.
+func (t *Testbed) configure(ctx context.Context, p *parts.Parts, o Options) error {
+	template, downstream := standinGo, p.Bin("standin", string(o.Way), "containerd-shim-kata-v2")
+	if o.Way == Rust {
+		template = standinRust
+	}
+	if o.Kata != "" {
+		downstream = filepath.Join(o.Kata, "containerd-shim-kata-v2")
+		data, err := os.ReadFile(filepath.Join(o.Kata, "configuration.toml"))
+		if err != nil {
+			return fmt.Errorf("configure: %w", err)
+		}
+		template = string(data)
+	}
+	t.Downstream = downstream
+	var initrd string
+	var err error
+	if o.Kata != "" {
+		initrd, err = p.KataInitrd(ctx, filepath.Join(o.Kata, "kata-agent"))
+	} else {
+		initrd, err = p.StandinInitrd(ctx, p.Bin("standin-agent"))
+	}
+	if err != nil {
+		return err
+	}
+	kernel, _, err := parts.Kernel()
+	if err != nil {
+		return fmt.Errorf("configure: %w", err)
+	}
+	if o.Accel == "" {
+		o.Accel = vmm.AccelTCG
+		works, err := p.KVMWorks(ctx, initrd)
+		if err != nil {
+			return err
+		}
+		if works {
+			o.Accel = vmm.AccelKVM
+		}
+	}
+	if err := t.installVMM(ctx, p, o.Accel); err != nil {
+		return err
+	}
+	settings := kataSettings{
+		VMM: filepath.Join(t.Dir, "bin/testbed-vmm"), Virtiofsd: filepath.Join(t.Dir, "bin/testbed-virtiofsd"),
+		Kernel: kernel, Initrd: initrd, GuestMounts: o.GuestMounts, Way: o.Way, NoNetwork: o.NoNetwork,
+	}
+	if !o.NoAgent {
+		settings.GuestBundle = t.bundle()
+		if err := parts.CopyTree(o.GuestBundle, settings.GuestBundle); err != nil {
+			return fmt.Errorf("guest bundle (make guest-bundle): %w", err)
+		}
+	}
+	kata, err := deriveKataConfig(template, settings)
+	if err != nil {
+		return err
+	}
+	ours, err := toml.Marshal(ownSettings(t, o, downstream))
+	if err != nil {
+		return fmt.Errorf("configure: %w", err)
+	}
+	return errors.Join(
+		os.WriteFile(t.KataConfig(), []byte(kata), 0o644),
+		os.WriteFile(t.ownConfig(), ours, 0o644),
+	)
+}
+
+// ownSettings is the configuration of the shim under test.
+func ownSettings(t *Testbed, o Options, downstream string) map[string]any {
+	settings := map[string]any{
+		"downstream_shim":  downstream,
+		"kata_config_path": t.KataConfig(),
+		"state_dir":        filepath.Join(t.Dir, "state"),
+		"guest_bundle":     t.bundle(),
+		"agent_timeout":    "60s", // a guest under TCG
+	}
+	if o.NoAgent {
+		settings["guest_agent"] = "optional"
+	}
+	maps.Copy(settings, o.Settings)
+	return settings
+}
+
+func (t *Testbed) bundle() string { return filepath.Join(t.Dir, "bundle") }
+
+func (t *Testbed) ownConfig() string { return filepath.Join(t.Dir, "kata-checkpoint.toml") }
+
+// installVMM puts the programs that Kata starts into the testbed's directory: their names then tell whose they are, and the VMM finds its
+// settings beside itself, whatever environment Kata gives it.
+func (t *Testbed) installVMM(ctx context.Context, p *parts.Parts, accel string) error {
+	vsock, err := p.VhostDeviceVsock(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"testbed-vmm", "testbed-virtiofsd"} {
+		if err := parts.CopyFile(p.Bin(name), filepath.Join(t.Dir, "bin", name)); err != nil {
+			return fmt.Errorf("install %s (make build): %w", name, err)
+		}
+	}
+	settings, err := json.MarshalIndent(vmm.Settings{
+		QEMU: "qemu-system-x86_64", VhostDeviceVsock: vsock, Accel: accel, LogDir: t.logDir(),
+		ReadySigns: []string{vmm.DefaultReadySign}, Env: []string{ownerEnv + "=" + t.Dir},
+	}, "", "  ")
+	if err != nil {
+		return fmt.Errorf("vmm settings: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(t.Dir, "bin/testbed-vmm.json"), settings, 0o644); err != nil {
+		return fmt.Errorf("vmm settings: %w", err)
+	}
+	return nil
+}
+
+// maxSocketDir is the longest directory in which all of containerd's sockets keep within the kernel's 107 bytes.
+const maxSocketDir = 107 - len("/containerd.sock.ttrpc")
+
+const containerdConfig = `version = 3
+root = %[1]q
+state = %[2]q
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.nri.v1.nri"]
+
+[grpc]
+address = %[3]q
+
+[ttrpc]
+address = %[4]q
+
+[debug]
+level = "debug"
+`
+
+// startContainerd starts it as a daemon and returns when it serves.
+func (t *Testbed) startContainerd(ctx context.Context, p *parts.Parts) error {
+	programs, err := p.Containerd(ctx)
+	if err != nil {
+		return err
+	}
+	sockets := filepath.Join(t.Dir, "run")
+	if len(sockets) > maxSocketDir {
+		if t.SocketDir, err = os.MkdirTemp("/run", "testbed-"); err != nil {
+			return fmt.Errorf("containerd: %w", err)
+		}
+		sockets = t.SocketDir
+	}
+	t.Address = filepath.Join(sockets, "containerd.sock")
+	t.Path = strings.Join([]string{p.Bin(), programs, os.Getenv("PATH")}, ":")
+	config := filepath.Join(t.Dir, "containerd.toml")
+	text := fmt.Sprintf(containerdConfig, filepath.Join(t.Dir, "root"), filepath.Join(t.Dir, "run"), t.Address, t.Address+".ttrpc")
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		return fmt.Errorf("containerd: %w", err)
+	}
+	out, err := os.OpenFile(filepath.Join(t.logDir(), "containerd"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("containerd: %w", err)
+	}
+	defer out.Close()
+	cmd := exec.Command(filepath.Join(programs, "containerd"), "--config", config) // no context: it outlives its starter
+	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
+	// containerd unpacks checkpoints into its temporary directory, which would be /tmp.
+	cmd.Env = append(os.Environ(), "PATH="+t.Path, "KATA_CHECKPOINT_CONFIG="+t.ownConfig(), ownerEnv+"="+t.Dir,
+		"TMPDIR="+filepath.Join(t.Dir, "tmp"), "XDG_RUNTIME_DIR=")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start containerd: %w", err)
+	}
+	// Waited for, so that it is no zombie where a test takes its testbed down in the process that made it.
+	ended := make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		close(ended)
+	}()
+	if t.Containerd, err = processOf(cmd.Process.Pid); err != nil {
+		return fmt.Errorf("start containerd: %w", err)
+	}
+	if err := t.record(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		err := t.serves(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ended:
+			return fmt.Errorf("containerd ended: %s", lastLines(filepath.Join(t.logDir(), "containerd")))
+		case <-ctx.Done():
+			return fmt.Errorf("containerd does not serve: %w", err)
+		}
+	}
+}
+
+func (t *Testbed) serves(ctx context.Context) error {
+	if _, err := os.Stat(t.Address); err != nil {
+		return err
+	}
+	c, err := t.Client()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.Version(ctx)
+	return err
+}
+
+// Import puts the images of an archive into containerd and unpacks them.
+func (t *Testbed) Import(ctx context.Context, archive string) error {
+	f, err := os.Open(archive)
+	if err != nil {
+		return fmt.Errorf("import image: %w", err)
+	}
+	defer f.Close()
+	c, err := t.Client()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	images, err := c.Import(ctx, f)
+	if err != nil {
+		return fmt.Errorf("import image: %w", err)
+	}
+	for _, image := range images {
+		if err := client.NewImage(c, image).Unpack(ctx, ""); err != nil {
+			return fmt.Errorf("unpack image: %w", err)
+		}
+	}
+	return nil
+}
+
+// lastLines gives the end of a log for an error's text.
+func lastLines(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	const keep = 1000
+	return strings.TrimSpace(string(data[max(0, len(data)-keep):]))
+}

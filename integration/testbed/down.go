@@ -1,0 +1,180 @@
+package testbed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+)
+
+// Down ends everything that runs in the testbed and removes all of it. It can be called again after a failure.
+func (t *Testbed) Down(ctx context.Context) error {
+	start := time.Now()
+	// What names the rest goes last: first look, then end, then remove.
+	sandboxes := t.sandboxes()
+	processes, err := t.owned()
+	if err != nil {
+		return err
+	}
+	sockets := listening(processes)
+
+	// containerd first, and in peace: it writes its database. Nobody restarts shims behind our back then.
+	t.Containerd.signal(syscall.SIGTERM)
+	waitGone(ctx, 5*time.Second, t.Containerd)
+	if err := t.endAll(ctx); err != nil {
+		return err
+	}
+
+	var errs []error
+	for socket := range sockets {
+		errs = append(errs, removeSocket(socket))
+	}
+	for _, id := range sandboxes {
+		for _, dir := range sandboxDirs(id) {
+			errs = append(errs, removeTree(dir))
+		}
+		errs = append(errs, removeCgroups(ctx, id), removeFIFOs(id))
+	}
+	errs = append(errs, t.removeShimSockets(), removeNetworkNamespaces())
+	if t.SocketDir != "" {
+		errs = append(errs, removeTree(t.SocketDir))
+	}
+	errs = append(errs, leaveMachine(t.Dir))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("testbed down: %w", err)
+	}
+	if err := removeTree(t.Dir); err != nil {
+		return fmt.Errorf("testbed down: %w", err)
+	}
+	log.G(ctx).WithFields(log.Fields{"dir": t.Dir, "took": time.Since(start)}).Info("testbed is down")
+	return nil
+}
+
+// sandboxes lists the ids of all sandboxes and containers that there have been: containerd keeps a directory for those it has, the VMM a
+// log of those it had.
+func (t *Testbed) sandboxes() []string {
+	seen := map[string]bool{}
+	bundles, _ := filepath.Glob(filepath.Join(t.Dir, "run/io.containerd.runtime.v2.task/*/*"))
+	for _, b := range bundles {
+		seen[filepath.Base(b)] = true
+	}
+	logs, _ := filepath.Glob(filepath.Join(t.logDir(), "*.vmm"))
+	for _, l := range logs {
+		seen[strings.TrimSuffix(filepath.Base(l), ".vmm")] = true
+	}
+	var out []string
+	for id := range seen {
+		out = append(out, id)
+	}
+	return out
+}
+
+// sandboxDirs is where Kata's shims keep a sandbox's files outside of its bundle, and where the C virtiofsd has its pid for the Rust one.
+func sandboxDirs(id string) []string {
+	out := []string{"/run/virtiofsd/.run.kata." + id + ".root.virtiofsd.sock.pid"}
+	for _, parent := range []string{
+		"/run/kata-containers/shared/sandboxes", "/run/kata-containers", "/run/vc/vm", "/run/vc/sbs", "/run/vc/firecracker", "/run/kata",
+	} {
+		out = append(out, filepath.Join(parent, id))
+	}
+	return out
+}
+
+// removeCgroups removes the cgroups of a sandbox, which Kata leaves: NAME/kata_ID and kata_overhead/ID. A killed process counts as theirs
+// until its parent, pid 1 by now, has reaped it.
+func removeCgroups(ctx context.Context, id string) error {
+	var found []string
+	err := filepath.WalkDir("/sys/fs/cgroup", func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == id && filepath.Base(filepath.Dir(path)) == "kata_overhead" || d.Name() == "kata_"+id) {
+			found = append(found, path)
+		}
+		return nil // a cgroup that goes while we look is none of ours
+	})
+	for _, path := range found {
+		var e error
+		if eventually(ctx, 5*time.Second, func() bool {
+			e = unix.Rmdir(path)
+			return !errors.Is(e, unix.EBUSY)
+		}); e != nil && !errors.Is(e, unix.ENOENT) {
+			err = errors.Join(err, fmt.Errorf("remove cgroup %s: %w", path, e))
+		}
+	}
+	return err
+}
+
+// removeFIFOs removes the directories with a container's stdio that clients make.
+func removeFIFOs(id string) error {
+	found, _ := filepath.Glob("/run/containerd/fifo/*/" + id + "-std*")
+	var errs []error
+	for _, path := range found {
+		errs = append(errs, os.RemoveAll(filepath.Dir(path)))
+	}
+	return errors.Join(errs...)
+}
+
+// removeShimSockets removes sockets of shims that nobody listens on any more. Their names are digests and tell nothing, and Kata's Go shim
+// leaves its own; those from before the testbed are not touched.
+func (t *Testbed) removeShimSockets() error {
+	record, err := os.Stat(filepath.Join(t.Dir, recordName))
+	if err != nil {
+		return fmt.Errorf("remove sockets: %w", err)
+	}
+	inUse := map[string]bool{}
+	for _, s := range unixSockets() {
+		inUse[s.path] = true
+	}
+	found, _ := filepath.Glob("/run/containerd/s/*")
+	var errs []error
+	for _, path := range found {
+		info, err := os.Lstat(path)
+		if err != nil || inUse[path] || info.ModTime().Before(record.ModTime()) {
+			continue
+		}
+		errs = append(errs, removeSocket(path))
+	}
+	return errors.Join(errs...)
+}
+
+// removeNetworkNamespaces removes the names of network namespaces that Kata made, where no process has the namespace mounted there any
+// more: a killed shim takes the mount along with its mount namespace and leaves the file.
+func removeNetworkNamespaces() error {
+	found, _ := filepath.Glob("/run/netns/cnitest-*")
+	if len(found) == 0 {
+		return nil
+	}
+	inUse := map[string]bool{}
+	seen := map[string]bool{}
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range processes {
+		namespace, err := os.Readlink(filepath.Join(dir, "ns/mnt"))
+		if err != nil || seen[namespace] {
+			continue
+		}
+		seen[namespace] = true
+		all, err := mountsOf(filepath.Join(dir, "mountinfo"))
+		if err != nil {
+			continue // ended
+		}
+		for _, m := range all {
+			inUse[filepath.Base(m.path)] = true
+		}
+	}
+	var errs []error
+	for _, path := range found {
+		// A shim makes the file first and mounts right away.
+		const justMade = 100 * time.Millisecond
+		info, err := os.Lstat(path)
+		if err != nil || inUse[filepath.Base(path)] || time.Since(info.ModTime()) < justMade {
+			continue
+		}
+		errs = append(errs, os.Remove(path))
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,242 @@
+package testbed
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What all testbeds of a machine share. The first one arranges it, the last one puts it back:
+//
+//   - Mounts below / are shared, as under systemd: those that Kata makes have to reach its virtiofsd.
+//   - Something listens on /dev/log: Kata's Go shim does not start without.
+//
+// The directory has a file for each testbed, named after a digest of its directory, which it contains.
+const (
+	machineDir  = "/run/kata-checkpoint-testbed"
+	machineLock = "/run/kata-checkpoint-testbed.lock"
+)
+
+// machineState is what was done to the machine, kept in machineDir.
+type machineState struct {
+	// KeepShared has the mounts that were shared or slaves before; nil if mounts were left as they are.
+	KeepShared []string `json:"keep_shared,omitempty"`
+	MadeShared bool     `json:"made_shared"`
+	Syslogd    process  `json:"syslogd"`
+}
+
+// withMachine runs do alone among all testbeds.
+func withMachine(do func() error) error {
+	for {
+		f, err := os.OpenFile(machineLock, os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+		defer f.Close()
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+		// The last testbed removes the file, lock and all, while others may wait for it: what they get then keeps nobody away.
+		held, err := f.Stat()
+		if err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+		if named, err := os.Stat(machineLock); err == nil && os.SameFile(held, named) {
+			return do()
+		}
+	}
+}
+
+func userFile(dir string) string {
+	sum := sha256.Sum256([]byte(dir))
+	return filepath.Join(machineDir, hex.EncodeToString(sum[:8])+".user")
+}
+
+// joinMachine arranges the machine for the testbed in dir.
+func joinMachine(dir string) error {
+	return withMachine(func() error {
+		if err := os.MkdirAll(machineDir, 0o755); err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+		if err := os.WriteFile(userFile(dir), []byte(dir), 0o644); err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+		s, err := loadMachine()
+		if err != nil {
+			return err
+		}
+		return errors.Join(s.shareMounts(), s.startSyslogd(), s.save())
+	})
+}
+
+// leaveMachine puts the machine back if nobody needs it any more.
+func leaveMachine(dir string) error {
+	return withMachine(func() error {
+		if err := os.Remove(userFile(dir)); err != nil {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // never joined
+			}
+			return fmt.Errorf("machine: %w", err)
+		}
+		users, _ := filepath.Glob(filepath.Join(machineDir, "*.user"))
+		for _, u := range users {
+			data, err := os.ReadFile(u)
+			if err != nil {
+				continue
+			}
+			if _, err := os.Stat(string(data)); err == nil {
+				return nil
+			}
+			// Somebody removed that testbed by hand.
+		}
+		s, err := loadMachine()
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(s.unshareMounts(), s.stopSyslogd()); err != nil {
+			return err
+		}
+		removeEmpty()
+		if err := os.RemoveAll(machineDir); err != nil {
+			return fmt.Errorf("machine: %w", err)
+		}
+		return os.Remove(machineLock)
+	})
+}
+
+// removeEmpty removes what Kata makes once for all sandboxes and never takes away, as far as nothing is in it.
+func removeEmpty() {
+	dirs := []string{
+		"/run/kata-containers/shared/sandboxes", "/run/kata-containers/shared", "/run/kata-containers",
+		"/run/vc/sbs", "/run/vc/vm", "/run/vc", "/run/kata", "/run/containerd/s", "/run/containerd/fifo", "/run/containerd", "/run/netns",
+	}
+	for _, name := range []string{"kata_overhead", Namespace} {
+		hierarchies, _ := filepath.Glob("/sys/fs/cgroup/*/" + name) // version 1
+		dirs = append(append(dirs, hierarchies...), "/sys/fs/cgroup/"+name)
+	}
+	for _, dir := range dirs {
+		_ = unix.Rmdir(dir) // not empty, or not there
+	}
+}
+
+func machineFile() string { return filepath.Join(machineDir, "state.json") }
+
+func loadMachine() (*machineState, error) {
+	s := &machineState{}
+	data, err := os.ReadFile(machineFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(data, s)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("machine: %w", err)
+	}
+	return s, nil
+}
+
+func (s *machineState) save() error {
+	data, err := json.Marshal(s)
+	if err == nil {
+		err = os.WriteFile(machineFile(), data, 0o644)
+	}
+	if err != nil {
+		return fmt.Errorf("machine: %w", err)
+	}
+	return nil
+}
+
+func (s *machineState) shareMounts() error {
+	all, err := mounts()
+	if err != nil {
+		return err
+	}
+	root := slices.IndexFunc(all, func(m mount) bool { return m.path == "/" })
+	if root >= 0 && all[root].shared {
+		return nil
+	}
+	s.KeepShared = nil
+	for _, m := range all {
+		if m.shared || m.slave {
+			s.KeepShared = append(s.KeepShared, m.path)
+		}
+	}
+	s.MadeShared = true
+	if err := unix.Mount("", "/", "", unix.MS_SHARED|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("share mounts: %w", err)
+	}
+	return nil
+}
+
+func (s *machineState) unshareMounts() error {
+	if !s.MadeShared {
+		return nil
+	}
+	all, err := mounts()
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if !m.shared || slices.Contains(s.KeepShared, m.path) {
+			continue
+		}
+		// Gone in between, or below another mount: not to be reached by its path, and nobody else's to see.
+		if err := unix.Mount("", m.path, "", unix.MS_PRIVATE, ""); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("make %s private again: %w", m.path, err)
+		}
+	}
+	return nil
+}
+
+const syslogSocket = "/dev/log"
+
+func (s *machineState) startSyslogd() error {
+	if _, err := os.Stat(syslogSocket); err == nil {
+		return nil
+	}
+	cmd := exec.Command("busybox", "syslogd", "-n", "-O", filepath.Join(machineDir, "syslog"))
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start syslogd: %w", err)
+	}
+	go cmd.Wait() //nolint:errcheck // no zombie, should this process live on
+	var err error
+	if s.Syslogd, err = processOf(cmd.Process.Pid); err != nil {
+		return fmt.Errorf("start syslogd: %w", err)
+	}
+	listens := false
+	eventually(context.Background(), 5*time.Second, func() bool {
+		_, err := os.Stat(syslogSocket)
+		listens = err == nil
+		return listens || !s.Syslogd.alive()
+	})
+	if !listens {
+		return errors.New("busybox syslogd does not listen")
+	}
+	return nil
+}
+
+func (s *machineState) stopSyslogd() error {
+	if !s.Syslogd.alive() {
+		return nil
+	}
+	s.Syslogd.signal(syscall.SIGTERM) // it removes its own pid file
+	if !waitGone(context.Background(), 5*time.Second, s.Syslogd) {
+		return errors.New("syslogd does not end")
+	}
+	return removeSocket(syslogSocket)
+}

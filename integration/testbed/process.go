@@ -1,0 +1,190 @@
+package testbed
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// process names a process for good: its id together with its start, since ids come again.
+type process struct {
+	PID   int    `json:"pid,omitempty"`
+	Start string `json:"start,omitempty"` // as /proc/PID/stat has it, in clock ticks since the machine's boot
+}
+
+func processOf(pid int) (process, error) {
+	start, _, err := statOf(pid)
+	return process{pid, start}, err
+}
+
+// statOf gives a process's start and state.
+func statOf(pid int) (start, state string, err error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", "", err
+	}
+	// The second field is the program's name in parentheses, and may hold anything.
+	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+	const stateField, startField = 0, 19 // the third and the twenty-second of all
+	if len(fields) <= startField {
+		return "", "", fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
+	}
+	return fields[startField], fields[stateField], nil
+}
+
+// alive tells whether the process still runs; a zombie does not.
+func (p process) alive() bool {
+	if p.PID == 0 {
+		return false
+	}
+	start, state, err := statOf(p.PID)
+	return err == nil && start == p.Start && state != "Z"
+}
+
+func (p process) signal(s syscall.Signal) {
+	if p.alive() {
+		_ = syscall.Kill(p.PID, s) // ended in between
+	}
+}
+
+// waitGone returns true once none of the processes runs any more.
+func waitGone(ctx context.Context, limit time.Duration, processes ...process) bool {
+	return eventually(ctx, limit, func() bool { return !slices.ContainsFunc(processes, process.alive) })
+}
+
+// eventually asks until it is so, for a bounded time, and returns the last answer.
+func eventually(ctx context.Context, limit time.Duration, is func() bool) bool {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !is() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return is()
+		}
+	}
+	return true
+}
+
+// owned finds the testbed's processes: they have its mark in their environment, or one of its programs as their name, or work in one of
+// its bundles (Kata's shims clear environments at times). This process is not among them.
+func (t *Testbed) owned() ([]process, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	var out []process
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		p, err := processOf(pid)
+		if err != nil || !p.alive() || !t.owns(pid) {
+			continue
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+func (t *Testbed) owns(pid int) bool {
+	dir := fmt.Sprintf("/proc/%d/", pid)
+	if env, err := os.ReadFile(dir + "environ"); err == nil {
+		if slices.Contains(strings.Split(string(env), "\x00"), ownerEnv+"="+t.Dir) {
+			return true
+		}
+	}
+	if cmdline, err := os.ReadFile(dir + "cmdline"); err == nil {
+		name, _, _ := strings.Cut(string(cmdline), "\x00")
+		if strings.HasPrefix(name, filepath.Join(t.Dir, "bin")+"/") {
+			return true
+		}
+	}
+	cwd, err := os.Readlink(dir + "cwd")
+	return err == nil && strings.HasPrefix(cwd, filepath.Join(t.Dir, "run")+"/")
+}
+
+// listening lists the paths of the unix sockets that the processes listen on.
+func listening(processes []process) map[string]bool {
+	inodes := map[string]bool{}
+	for _, p := range processes {
+		links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.PID))
+		for _, link := range links {
+			if target, err := os.Readlink(link); err == nil && strings.HasPrefix(target, "socket:[") {
+				inodes[strings.Trim(target, "socket:[]")] = true
+			}
+		}
+	}
+	out := map[string]bool{}
+	for _, s := range unixSockets() {
+		if s.listens && inodes[s.inode] {
+			out[s.path] = true
+		}
+	}
+	return out
+}
+
+type unixSocket struct {
+	path, inode string
+	listens     bool
+}
+
+// unixSockets lists the machine's unix sockets with a path.
+func unixSockets() []unixSocket {
+	data, _ := os.ReadFile("/proc/net/unix")
+	var out []unixSocket
+	for line := range strings.Lines(string(data)) {
+		// Num RefCount Protocol Flags Type St Inode Path
+		fields := strings.Fields(line)
+		if len(fields) == 8 && strings.HasPrefix(fields[7], "/") {
+			const acceptsConnections = "00010000"
+			out = append(out, unixSocket{path: fields[7], inode: fields[6], listens: fields[3] == acceptsConnections})
+		}
+	}
+	return out
+}
+
+// endAll kills the testbed's processes until there are none; a shim may start one while it is killed.
+func (t *Testbed) endAll(ctx context.Context) error {
+	const limit = 20 * time.Second
+	for deadline := time.Now().Add(limit); ; {
+		left, err := t.owned()
+		if err != nil {
+			return err
+		}
+		if len(left) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) || ctx.Err() != nil {
+			return fmt.Errorf("processes that do not end: %v", left)
+		}
+		for _, p := range left {
+			p.signal(syscall.SIGKILL)
+		}
+		waitGone(ctx, time.Second, left...)
+	}
+}
+
+// removeSocket removes a file if it is a socket.
+func removeSocket(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil || info.Mode()&fs.ModeSocket == 0 {
+		return err
+	}
+	return os.Remove(path)
+}

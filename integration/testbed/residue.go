@@ -1,0 +1,61 @@
+package testbed
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Residue lists what there is of containers that have been removed and of what was done with them, in words: processes other than containerd,
+// mounts, bundles and sandboxes with their names, files of the product's state directory, and unpacked checkpoints. There should be none of
+// these in a testbed without containers.
+//
+// What Kata itself leaves is not listed: sockets of its shims and empty cgroups.
+func (t *Testbed) Residue(containers ...string) ([]string, error) {
+	processes, err := t.owned()
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, p := range processes {
+		if p == t.Containerd {
+			continue
+		}
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.PID))
+		out = append(out, fmt.Sprintf("process %d: %s", p.PID, bytes.ReplaceAll(cmdline, []byte{0}, []byte{' '})))
+	}
+	all, err := mounts()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range all {
+		if strings.HasPrefix(m.path, t.Dir+"/") || slices.ContainsFunc(strings.Split(m.path, "/"), func(name string) bool {
+			return slices.Contains(containers, name)
+		}) {
+			out = append(out, "mount "+m.path)
+		}
+	}
+	patterns := []string{
+		"run/io.containerd.runtime.v2.task/*/*", "root/io.containerd.runtime.v2.task/*/*", "state/*/*", "tmp/ctrd-checkpoint*",
+	}
+	for i, p := range patterns {
+		patterns[i] = filepath.Join(t.Dir, p)
+	}
+	for _, id := range containers {
+		for _, dir := range sandboxDirs(id) {
+			if !strings.HasSuffix(dir, ".pid") { // of the testbed's own virtiofsd
+				patterns = append(patterns, dir)
+			}
+		}
+	}
+	for _, p := range patterns {
+		found, _ := filepath.Glob(p)
+		for _, path := range found {
+			out = append(out, "file "+path)
+		}
+	}
+	return out, nil
+}

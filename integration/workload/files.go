@@ -1,0 +1,124 @@
+package workload
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+)
+
+// openFiles has files open in all the places that a container has. It adds a record to each in every round and reads all of them back,
+// by the descriptors that it has had from the start.
+type openFiles struct {
+	volume, root, shm, deleted string
+	constant                   []string
+
+	growing []*recordFile
+	fixed   []*fixedFile
+	n       int
+}
+
+func (o *openFiles) open() error {
+	for _, path := range []string{o.volume, o.root, o.shm, o.deleted} {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_RDWR|os.O_APPEND, 0o644)
+		if err != nil {
+			return err
+		}
+		o.growing = append(o.growing, &recordFile{path: path, f: f})
+	}
+	if err := os.Remove(o.deleted); err != nil {
+		return err
+	}
+	for _, path := range o.constant {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		content, err := io.ReadAll(f)
+		if err != nil {
+			return err
+		}
+		o.fixed = append(o.fixed, &fixedFile{path: path, f: f, content: content})
+	}
+	return nil
+}
+
+func (o *openFiles) round(w io.Writer) error {
+	for _, f := range o.growing {
+		if err := f.verify(o.n); err != nil {
+			return err
+		}
+	}
+	for _, f := range o.fixed {
+		if err := f.verify(); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Stat(o.deleted); err == nil {
+		return fmt.Errorf("%s was deleted and has a name again", o.deleted)
+	}
+	o.n++
+	for _, f := range o.growing {
+		if _, err := f.f.Write(f.record(o.n)); err != nil {
+			return err
+		}
+	}
+	_, err := fmt.Fprintf(w, "round %d files %d\n", o.n, len(o.growing)+len(o.fixed))
+	return err
+}
+
+// recordFile holds a record for each round.
+type recordFile struct {
+	path string
+	f    *os.File
+}
+
+// record is one of fixed length that no other round and no other file has.
+func (r *recordFile) record(n int) []byte {
+	return fmt.Appendf(nil, "%08d %08x\n", n, crc32.ChecksumIEEE(fmt.Append(nil, r.path, n)))
+}
+
+func (r *recordFile) verify(n int) error {
+	var want []byte
+	for i := 1; i <= n; i++ {
+		want = append(want, r.record(i)...)
+	}
+	return sameContent(r.path, r.f, want)
+}
+
+// fixedFile is read by its descriptor and by its name: a mount that is gone shows in one, a descriptor of another file in the other.
+type fixedFile struct {
+	path    string
+	f       *os.File
+	content []byte
+}
+
+func (x *fixedFile) verify() error {
+	if err := sameContent(x.path, x.f, x.content); err != nil {
+		return err
+	}
+	f, err := os.Open(x.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return sameContent(x.path, f, x.content)
+}
+
+func sameContent(path string, f *os.File, want []byte) error {
+	have := make([]byte, len(want)+1)
+	n, err := f.ReadAt(have, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if bytes.Equal(have[:n], want) {
+		return nil
+	}
+	at := 0
+	for at < n && at < len(want) && have[at] == want[at] {
+		at++
+	}
+	return fmt.Errorf("%s has %d bytes or more in place of %d, and is another from byte %d on", path, n, len(want), at)
+}

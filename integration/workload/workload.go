@@ -1,0 +1,150 @@
+// Package workload has the programs that run inside containers under test. Each keeps state in several places, checks for as long as it
+// runs that all of it agrees, and ends with an error as soon as it does not: what a checkpoint lost or a restore did twice shows in its
+// output, without a look at how either works.
+//
+// The output is lines of words, one a round, which package workload's callers parse with [Ticks], [Rounds] and [Boots].
+package workload
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+)
+
+// Path is the program's in the container image.
+const Path = "/bin/workload"
+
+const usage = `usage: workload PROGRAM [OPTION...]
+  counter             count in memory, in a file and in /dev/shm
+  files               keep files open: on a volume, on the root file system, in /dev/shm, and a deleted one
+  memory              verify checksums of random memory
+  obedient            count, end on SIGTERM, and do what a file says
+  terminal            answer what is typed
+  io-uring            count, with an io_uring
+  peer                count in step with a peer at the other end of a unix socket
+  tree                use one of each kind of thing that processes have
+  idle                do nothing
+  first-instruction   print what mounts and files there are at the start`
+
+// program is one that has been set up and runs until something is wrong.
+type program interface {
+	// round does one step and verifies all state.
+	round(w io.Writer) error
+}
+
+// Main runs the program that the arguments name. It returns only with an error, or when the program has nothing more to do.
+func Main(args []string, w io.Writer) error {
+	if len(args) == 0 {
+		return errors.New(usage)
+	}
+	name, args := args[0], args[1:]
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	every := flags.Duration("every", 100*time.Millisecond, "time between rounds")
+	var setup func() (program, error)
+	switch name {
+	case "counter":
+		c := counter{}
+		flags.StringVar(&c.file, "file", "/var/tmp/count", "`file` of the root file system")
+		flags.StringVar(&c.shm, "shm", "/dev/shm/count", "`file` of /dev/shm")
+		setup = func() (program, error) { return &c, c.reset() }
+	case "files":
+		o := openFiles{}
+		flags.StringVar(&o.volume, "volume", "/data/records", "`file` of a volume")
+		flags.StringVar(&o.root, "root", "/var/tmp/records", "`file` of the root file system")
+		flags.StringVar(&o.shm, "shm", "/dev/shm/records", "`file` of /dev/shm")
+		flags.StringVar(&o.deleted, "deleted", "/var/tmp/deleted", "`file` that is removed once it is open")
+		flags.Func("constant", "`file` that is read only and does not change; may be given again", func(path string) error {
+			o.constant = append(o.constant, path)
+			return nil
+		})
+		setup = func() (program, error) { return &o, o.open() }
+	case "memory":
+		m := memory{}
+		flags.IntVar(&m.mib, "mib", 64, "`MiB` of random memory")
+		flags.IntVar(&m.shmMiB, "shm-mib", 16, "`MiB` of random data in /dev/shm")
+		flags.StringVar(&m.shm, "shm", "/dev/shm/random", "`file` of /dev/shm")
+		setup = func() (program, error) { return &m, m.fill() }
+	case "obedient":
+		o := obedient{stderr: os.Stderr, exit: os.Exit}
+		flags.StringVar(&o.command, "command", "/var/tmp/command", "`file` for commands; write it under another name and rename it")
+		setup = func() (program, error) {
+			o.listen()
+			return &o, nil
+		}
+	case "terminal":
+		t := terminal{exit: os.Exit}
+		setup = func() (program, error) {
+			t.open()
+			return &t, nil
+		}
+	case "io-uring":
+		u := ioUring{}
+		setup = func() (program, error) { return &u, u.open() }
+	case "peer":
+		p := peer{}
+		flags.StringVar(&p.socket, "socket", "peer", "`name` of an abstract unix socket")
+		flags.BoolVar(&p.listen, "listen", false, "wait for the other end")
+		setup = func() (program, error) { return &p, p.connect() }
+	case "tree":
+		t := tree{}
+		flags.StringVar(&t.dir, "dir", "/var/tmp", "`directory` for files")
+		flags.StringVar(&t.watch, "watch", "/run/watched", "`directory` in which files come and go")
+		setup = func() (program, error) { return &t, t.setup() }
+	case "tree-child":
+		return treeChild()
+	case "idle":
+		setup = func() (program, error) { return idle{}, nil }
+	case "first-instruction":
+		if err := firstInstruction(w); err != nil {
+			return err
+		}
+		setup = func() (program, error) { return idle{}, nil }
+	default:
+		return fmt.Errorf("there is no program %q\n%s", name, usage)
+	}
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	p, err := setup()
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	boot := &boot{path: "/proc/sys/kernel/random/boot_id"}
+	ticker := time.NewTicker(*every)
+	defer ticker.Stop()
+	for ; ; <-ticker.C {
+		if err := boot.round(w); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if err := p.round(w); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+}
+
+type idle struct{}
+
+func (idle) round(io.Writer) error { return nil }
+
+// boot says in which boot of which kernel the program is, at the start and whenever that has changed.
+type boot struct {
+	path, id string
+}
+
+func (b *boot) round(w io.Writer) error {
+	data, err := os.ReadFile(b.path)
+	if err != nil {
+		return err
+	}
+	id := strings.TrimSpace(string(data))
+	if id == b.id {
+		return nil
+	}
+	b.id = id
+	_, err = fmt.Fprintln(w, "boot", id)
+	return err
+}
