@@ -1,0 +1,159 @@
+// Package config reads the part of a Kata configuration file that the stand-in
+// obeys. The file is Kata's own, and tells which of Kata's shims it is for.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
+)
+
+// DefaultPath is read when the engine's options name no file.
+const DefaultPath = "/etc/kata-containers/configuration.toml"
+
+// Config is what a sandbox is made from.
+type Config struct {
+	Way          way.Way
+	VMM          string // path of the program that answers Cloud Hypervisor's API
+	Kernel       string
+	Initrd       string
+	KernelParams string
+	MemoryMiB    int64
+	VCPUs        int32
+	VirtioFSD    string
+	VirtioFSArgs []string // virtio_fs_extra_args
+	HookPath     string   // guest_hook_path, a folder in the guest
+	DebugConsole bool
+	// DialTimeout bounds the whole wait for the guest's agent.
+	DialTimeout time.Duration
+	// BindMounts are shared with the guest below sandbox-mounts/.
+	BindMounts []BindMount
+}
+
+// BindMount is one entry of sandbox_bind_mounts.
+type BindMount struct {
+	Source   string
+	Writable bool
+}
+
+type hypervisor struct {
+	Path         string   `toml:"path"`
+	Kernel       string   `toml:"kernel"`
+	Initrd       string   `toml:"initrd"`
+	KernelParams string   `toml:"kernel_params"`
+	Memory       int64    `toml:"default_memory"`
+	VCPUs        float64  `toml:"default_vcpus"`
+	VirtioFSD    string   `toml:"virtio_fs_daemon"`
+	VirtioFSArgs []string `toml:"virtio_fs_extra_args"`
+	HookPath     string   `toml:"guest_hook_path"`
+}
+
+type file struct {
+	Hypervisor map[string]hypervisor `toml:"hypervisor"`
+	Agent      map[string]struct {
+		DebugConsole       bool  `toml:"debug_console_enabled"`
+		DialTimeout        int64 `toml:"dial_timeout"`
+		ReconnectTimeoutMS int64 `toml:"reconnect_timeout_ms"`
+	} `toml:"agent"`
+	Runtime struct {
+		Hypervisor string   `toml:"hypervisor_name"`
+		BindMounts []string `toml:"sandbox_bind_mounts"`
+	} `toml:"runtime"`
+}
+
+// tables are the names that the hypervisor's table has for Cloud Hypervisor.
+var tables = []string{"clh", "cloud-hypervisor"}
+
+// wayOf: the Rust shim's file says which of its hypervisors is meant, and the
+// Go shim's, which may name one only, does not.
+func (f *file) wayOf(table string) way.Way {
+	if f.Runtime.Hypervisor != "" || table != "clh" {
+		return way.Rust
+	}
+	return way.Go
+}
+
+// Load reads the file that the engine's options name, or Kata's default one.
+func Load(path string) (*Config, error) {
+	if path == "" {
+		path = DefaultPath
+	}
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read the configuration: %w", err)
+	}
+	c, err := parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("read the configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func parse(raw []byte) (*Config, error) {
+	var f file
+	if err := toml.Unmarshal(raw, &f); err != nil {
+		return nil, err
+	}
+	for _, name := range tables {
+		h, ok := f.Hypervisor[name]
+		if !ok || f.Runtime.Hypervisor != "" && f.Runtime.Hypervisor != name {
+			continue
+		}
+		w := f.wayOf(name)
+		agent := f.Agent["kata"]
+		c := &Config{
+			Way:          w,
+			VMM:          h.Path,
+			Kernel:       h.Kernel,
+			Initrd:       h.Initrd,
+			KernelParams: h.KernelParams,
+			MemoryMiB:    h.Memory,
+			VCPUs:        int32(h.VCPUs),
+			VirtioFSD:    h.VirtioFSD,
+			VirtioFSArgs: h.VirtioFSArgs,
+			HookPath:     h.HookPath,
+			DebugConsole: agent.DebugConsole,
+			DialTimeout:  45 * time.Second,
+		}
+		if c.MemoryMiB <= 0 {
+			c.MemoryMiB = 2048
+		}
+		if c.VCPUs <= 0 {
+			c.VCPUs = 1
+		}
+		if w == way.Go && agent.DialTimeout > 0 {
+			c.DialTimeout = time.Duration(agent.DialTimeout) * time.Second
+		}
+		if w == way.Rust && agent.ReconnectTimeoutMS > 0 {
+			c.DialTimeout = time.Duration(agent.ReconnectTimeoutMS) * time.Millisecond
+		}
+		for _, entry := range f.Runtime.BindMounts {
+			c.BindMounts = append(c.BindMounts, bindMount(w, entry))
+		}
+		for what, value := range map[string]string{"path": c.VMM, "kernel": c.Kernel, "initrd": c.Initrd, "virtio_fs_daemon": c.VirtioFSD} {
+			if value == "" {
+				return nil, fmt.Errorf("hypervisor.%s has no %s", name, what)
+			}
+		}
+		return c, nil
+	}
+	return nil, errors.New("no hypervisor table for Cloud Hypervisor")
+}
+
+// bindMount reads one entry. Only the Rust shim knows a mode behind a colon;
+// the Go shim shares everything read-only.
+func bindMount(w way.Way, entry string) BindMount {
+	if w == way.Rust {
+		if source, ok := strings.CutSuffix(entry, ":rw"); ok {
+			return BindMount{Source: source, Writable: true}
+		}
+		entry = strings.TrimSuffix(entry, ":ro")
+	}
+	return BindMount{Source: entry}
+}

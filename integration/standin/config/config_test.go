@@ -1,0 +1,79 @@
+package config
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
+)
+
+const common = `
+path = "/usr/bin/vmm"
+kernel = "/boot/vmlinuz"
+initrd = "/boot/guest.cpio"
+virtio_fs_daemon = "/usr/libexec/virtiofsd"
+kernel_params = "quiet"
+default_memory = 1536
+guest_hook_path = "/hooks"
+`
+
+func TestTheFileTellsTheWay(t *testing.T) {
+	base := Config{
+		VMM: "/usr/bin/vmm", Kernel: "/boot/vmlinuz", Initrd: "/boot/guest.cpio", VirtioFSD: "/usr/libexec/virtiofsd",
+		KernelParams: "quiet", MemoryMiB: 1536, VCPUs: 1, HookPath: "/hooks",
+	}
+	goWant, rustWant := base, base
+	goWant.Way, goWant.DialTimeout, goWant.DebugConsole = way.Go, 90*time.Second, true
+	goWant.BindMounts = []BindMount{{Source: "/opt/a"}, {Source: "/opt/b:rw"}}
+	rustWant.Way, rustWant.DialTimeout, rustWant.VCPUs = way.Rust, 60*time.Second, 2
+	rustWant.BindMounts = []BindMount{{Source: "/opt/a"}, {Source: "/opt/b", Writable: true}, {Source: "/opt/c"}}
+
+	for name, c := range map[string]struct {
+		text string
+		want Config
+	}{
+		"go": {`[hypervisor.clh]` + common + `
+[agent.kata]
+debug_console_enabled = true
+dial_timeout = 90
+[runtime]
+sandbox_bind_mounts = ["/opt/a", "/opt/b:rw"]
+`, goWant},
+		"rust": {`[hypervisor.clh]` + common + `
+default_vcpus = 2.0
+[hypervisor.clh.factory]
+enable_template = false
+[agent.kata]
+reconnect_timeout_ms = 60000
+[agent.kata.mem_agent]
+mem_agent_enable = false
+[runtime]
+name = "virt_container"
+hypervisor_name = "clh"
+sandbox_bind_mounts = ["/opt/a", "/opt/b:rw", "/opt/c:ro"]
+`, rustWant},
+	} {
+		got, err := parse([]byte(c.text))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if diff := cmp.Diff(&c.want, got); diff != "" {
+			t.Errorf("%s: %s", name, diff)
+		}
+	}
+}
+
+func TestOtherHypervisorsAreRefused(t *testing.T) {
+	if _, err := parse([]byte("[hypervisor.qemu]" + common)); err == nil {
+		t.Error("a file for QEMU was taken")
+	}
+	if _, err := parse([]byte("[hypervisor.clh]" + common + "[runtime]\nhypervisor_name = \"qemu\"\n")); err == nil {
+		t.Error("a file that names QEMU was taken")
+	}
+	if _, err := parse([]byte("[hypervisor.clh]\npath = \"/usr/bin/vmm\"\n")); err == nil {
+		t.Error("a file without a kernel was taken")
+	}
+}

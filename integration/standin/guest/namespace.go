@@ -1,0 +1,70 @@
+package guest
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// pinned holds the sandbox-wide namespaces.
+const pinned = "/var/run/sandbox-ns"
+
+// pin makes a namespace that lives on at pinned/NAME, and runs f in it.
+func pin(name string, flag int, f func() error) (string, error) {
+	path := filepath.Join(pinned, name)
+	if err := os.MkdirAll(pinned, 0o755); err != nil {
+		return "", fmt.Errorf("pin namespace %s: %w", name, err)
+	}
+	file, err := os.Create(path)
+	if err != nil {
+		return "", fmt.Errorf("pin namespace %s: %w", name, err)
+	}
+	file.Close()
+	err = onThread(func() error {
+		if err := unix.Unshare(flag); err != nil {
+			return err
+		}
+		if err := f(); err != nil {
+			return err
+		}
+		return unix.Mount("/proc/thread-self/ns/"+name, path, "", unix.MS_BIND, "")
+	})
+	if err != nil {
+		return "", fmt.Errorf("pin namespace %s: %w", name, err)
+	}
+	return path, nil
+}
+
+// inMounts runs f in the mount namespace of a process. f must do its system
+// calls itself and start nothing.
+func inMounts(pid int, f func() error) error {
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return onThread(func() error {
+		// A thread that shares its root folder with others cannot change mounts.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return err
+		}
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+			return err
+		}
+		return f()
+	})
+}
+
+// onThread runs f on a thread that ends with it, which the process's first
+// thread cannot: package main keeps that one to itself.
+func onThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		done <- f()
+	}()
+	return <-done
+}

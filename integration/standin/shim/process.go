@@ -1,0 +1,330 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	eventstypes "github.com/containerd/containerd/api/events"
+	task "github.com/containerd/containerd/api/runtime/task/v2"
+	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/stdio"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
+)
+
+// Start starts a container or an exec.
+func (s *service) Start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	if r.ExecID != "" {
+		if err := s.startExec(ctx, c, p); err != nil {
+			return nil, err
+		}
+		return &task.StartResponse{Pid: s.sandbox.Pid()}, nil
+	}
+	if status, _, _ := p.state(); status != tasktypes.Status_CREATED {
+		return nil, fmt.Errorf("start container %s, which is %s: %w", c.id, status, errdefs.ErrFailedPrecondition)
+	}
+	if _, err := s.sandbox.Agent.StartContainer(ctx, &api.ContainerRequest{Id: c.id}); err != nil {
+		return nil, err
+	}
+	p.set(tasktypes.Status_RUNNING)
+	if err := p.startIO(s.way, s.namespace, s.sandbox); err != nil {
+		return nil, err
+	}
+	s.afterStart(ctx, c)
+	s.events.Send(&eventstypes.TaskStart{ContainerID: c.id, Pid: s.sandbox.Pid()})
+	s.follow(c, p)
+	return &task.StartResponse{Pid: s.sandbox.Pid()}, nil
+}
+
+func (s *service) startExec(ctx context.Context, c *container, p *process) error {
+	if status, _, _ := c.init.state(); status != tasktypes.Status_RUNNING {
+		return fmt.Errorf("exec in container %s, which is %s: %w", c.id, status, errdefs.ErrFailedPrecondition)
+	}
+	raw, err := json.Marshal(p.spec)
+	if err != nil {
+		return err
+	}
+	// The lock is held meanwhile: where the container's cgroup is frozen, that is
+	// until its thaw, as with Kata.
+	if _, err := s.sandbox.Agent.ExecProcess(ctx, &api.ExecProcessRequest{Id: c.id, ExecId: p.execID, Process: raw}); err != nil {
+		return err
+	}
+	p.set(tasktypes.Status_RUNNING)
+	if p.width != 0 && p.height != 0 {
+		if err := s.resize(ctx, p); err != nil {
+			return err
+		}
+	}
+	if err := p.startIO(s.way, s.namespace, s.sandbox); err != nil {
+		return err
+	}
+	if s.way == way.Go {
+		s.events.Send(&eventstypes.TaskExecStarted{ContainerID: c.id, ExecID: p.execID, Pid: s.sandbox.Pid()})
+	}
+	s.follow(c, p)
+	return nil
+}
+
+// follow waits for a process that has been started.
+func (s *service) follow(c *container, p *process) {
+	if s.way == way.Rust {
+		s.announceExit(c, p)
+	}
+	go func() {
+		exit := p.wait(s.sandbox)
+		at := time.Now()
+		if s.way == way.Rust {
+			// Kata's Rust shim cleans up first, and then says that it is over.
+			if p.execID == "" {
+				c.mu.Lock()
+				s.release(c)
+				c.mu.Unlock()
+			}
+			p.setExited(exit, at)
+			return
+		}
+		s.mu.Lock()
+		p.setExited(exit, at)
+		s.teardown.Add(1)
+		defer s.teardown.Done()
+		s.sendExit(p)
+		s.mu.Unlock()
+		if p.execID != "" {
+			return
+		}
+		if c.kind.OwnsSandbox() {
+			s.endSandbox()
+		} else {
+			s.release(c)
+		}
+	}()
+}
+
+// release takes a container that has exited out of the guest and the share.
+func (s *service) release(c *container) {
+	if err := s.sandbox.RemoveContainer(context.Background(), c.id); err != nil {
+		log.L.WithError(err).WithField("container", c.id).Warn("release a container")
+	}
+}
+
+func (s *service) endSandbox() {
+	s.sandbox.Stop(context.Background())
+	if err := s.sandbox.Remove(); err != nil {
+		log.L.WithError(err).Error("end the sandbox")
+	}
+}
+
+// announceExit is the Rust way's: one exit is told as often as somebody waits.
+func (s *service) announceExit(c *container, p *process) {
+	sandbox := s.sandbox
+	go func() {
+		<-p.exited
+		if p.execID == "" && c.kind.OwnsSandbox() {
+			sandbox.Stop(context.Background())
+		}
+		s.sendExit(p)
+	}()
+}
+
+func (s *service) sendExit(p *process) {
+	_, exit, at := p.state()
+	id := p.container
+	if p.execID != "" {
+		id = p.execID
+	}
+	s.events.Send(&eventstypes.TaskExit{
+		ContainerID: p.container, ID: id, Pid: s.sandbox.Pid(), ExitStatus: exit, ExitedAt: timestamppb.New(at),
+	})
+}
+
+// Wait returns when a process has exited. In the Rust way the engine's wait for
+// the sandbox's first container is what ends the sandbox.
+func (s *service) Wait(_ context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
+	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	leave()
+	<-p.exited
+	if s.way == way.Rust && p.execID == "" && c.kind.OwnsSandbox() {
+		s.endSandbox()
+	}
+	_, exit, at := p.state()
+	return &task.WaitResponse{ExitStatus: exit, ExitedAt: timestamppb.New(at)}, nil
+}
+
+// Delete forgets a process that has exited, or, in the Go way, ends it.
+func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
+	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	status, exit, at := p.state()
+	answer := &task.DeleteResponse{Pid: s.sandbox.Pid(), ExitStatus: exit, ExitedAt: timestamppb.New(at)}
+	if r.ExecID != "" {
+		delete(c.execs, r.ExecID)
+		return answer, nil
+	}
+	if s.way == way.Go {
+		if !c.kind.OwnsSandbox() && status != tasktypes.Status_STOPPED {
+			s.release(c)
+		}
+		s.events.Send(&eventstypes.TaskDelete{ContainerID: c.id, Pid: s.sandbox.Pid(), ExitStatus: exit, ExitedAt: answer.ExitedAt})
+		delete(s.containers, c.id)
+	} else {
+		s.events.Send(&eventstypes.TaskDelete{ID: c.id, Pid: s.sandbox.Pid(), ExitStatus: exit})
+		s.mu.Lock()
+		delete(s.containers, c.id)
+		s.mu.Unlock()
+	}
+	s.afterStop(ctx, c)
+	s.unmountRootfs(c)
+	return answer, nil
+}
+
+// Exec prepares one more process.
+func (s *service) Exec(_ context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
+	c, leave, err := s.enter(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	if _, ok := c.execs[r.ExecID]; ok && s.way == way.Go {
+		return nil, fmt.Errorf("exec %s: %w", r.ExecID, errdefs.ErrAlreadyExists)
+	}
+	spec, err := execSpec(s.way, r.Spec)
+	if err != nil {
+		return nil, err
+	}
+	spec.Terminal = r.Terminal
+	p := newProcess(c.id, r.ExecID, stdio.Paths{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal})
+	p.spec = spec
+	if spec.ConsoleSize != nil {
+		p.width, p.height = uint32(spec.ConsoleSize.Width), uint32(spec.ConsoleSize.Height)
+	}
+	c.execs[r.ExecID] = p
+	if s.way == way.Go {
+		s.events.Send(&eventstypes.TaskExecAdded{ContainerID: c.id, ExecID: r.ExecID})
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// execSpec is what gets through to the guest of a process that the engine asks
+// for: no capabilities in either way, and no limits in the Go way.
+func execSpec(w way.Way, process *anypb.Any) (*specs.Process, error) {
+	if process == nil {
+		return nil, fmt.Errorf("exec without a process: %w", errdefs.ErrInvalidArgument)
+	}
+	var p specs.Process
+	if err := json.Unmarshal(process.Value, &p); err != nil {
+		return nil, errors.Join(fmt.Errorf("read the exec's process: %w", errdefs.ErrInvalidArgument), err)
+	}
+	p.Capabilities = nil
+	p.ApparmorProfile, p.SelinuxLabel = "", ""
+	if w == way.Go {
+		p.Rlimits = nil
+	}
+	return &p, nil
+}
+
+// Kill signals a process. A container without an exec id is signalled as a
+// whole where the signal is SIGKILL: the agent sees to that.
+func (s *service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
+	final := r.Signal == uint32(syscall.SIGKILL) || r.Signal == uint32(syscall.SIGTERM)
+	_, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		if s.way == way.Rust && final && errdefs.IsNotFound(err) {
+			return &emptypb.Empty{}, nil
+		}
+		return nil, err
+	}
+	defer leave()
+	if status, _, _ := p.state(); status == tasktypes.Status_STOPPED && final {
+		return &emptypb.Empty{}, nil
+	}
+	execID := r.ExecID
+	if s.way == way.Rust && r.All {
+		execID = ""
+	}
+	if _, err := s.sandbox.Agent.SignalProcess(ctx, &api.SignalProcessRequest{Id: r.ID, ExecId: execID, Signal: r.Signal}); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// State tells how a process is. Like all others it waits for a request that
+// holds the lock.
+func (s *service) State(_ context.Context, r *task.StateRequest) (*task.StateResponse, error) {
+	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	status, exit, at := p.state()
+	return &task.StateResponse{
+		ID: c.id, Bundle: c.bundle, Pid: s.sandbox.Pid(), Status: status, ExecID: r.ExecID,
+		Stdin: p.paths.Stdin, Stdout: p.paths.Stdout, Stderr: p.paths.Stderr, Terminal: p.paths.Terminal,
+		ExitStatus: exit, ExitedAt: timestamppb.New(at),
+	}, nil
+}
+
+// ResizePty tells a terminal its size. That of an exec which has not started is
+// kept for its start.
+func (s *service) ResizePty(ctx context.Context, r *task.ResizePtyRequest) (*emptypb.Empty, error) {
+	_, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	p.width, p.height = r.Width, r.Height
+	if status, _, _ := p.state(); status == tasktypes.Status_CREATED && p.execID != "" {
+		return &emptypb.Empty{}, nil
+	}
+	if err := s.resize(ctx, p); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+func (s *service) resize(ctx context.Context, p *process) error {
+	_, err := s.sandbox.Agent.ResizeTerminal(ctx, &api.ResizeTerminalRequest{Id: p.container, ExecId: p.execID, Width: p.width, Height: p.height})
+	return err
+}
+
+// CloseIO ends a process's stdin.
+func (s *service) CloseIO(_ context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
+	_, p, leave, err := s.enterProcess(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	if p.copy != nil {
+		if err := p.copy.CloseStdin(); err != nil {
+			return nil, fmt.Errorf("close stdin: %w", err)
+		}
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// Connect tells the pids.
+func (s *service) Connect(context.Context, *task.ConnectRequest) (*task.ConnectResponse, error) {
+	return &task.ConnectResponse{ShimPid: uint32(os.Getpid()), TaskPid: s.lockedPid()}, nil
+}

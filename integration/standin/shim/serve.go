@@ -1,0 +1,107 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"time"
+
+	task "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/publish"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
+)
+
+const (
+	// listenerFd is the socket that `start` leaves open.
+	listenerFd = 3
+	// socketEnv is the socket's path, for the end.
+	socketEnv = "STANDIN_SOCKET"
+	// logPatience is how long a shim without anybody who reads its log lives, as
+	// the Go shim does.
+	logPatience = 2 * time.Second
+)
+
+// serve is the shim itself.
+func serve(w way.Way, f *flags) error {
+	unix.CloseOnExec(listenerFd)
+	if err := openLog("log"); err != nil {
+		return err
+	}
+	if w == way.Rust {
+		ignore := make(chan os.Signal, 1)
+		signal.Notify(ignore, unix.SIGTERM)
+	}
+	socket := os.NewFile(listenerFd, "listener")
+	l, err := net.FileListener(socket)
+	socket.Close()
+	if err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	server, err := ttrpc.NewServer(
+		ttrpc.WithServerHandshaker(ttrpc.UnixSocketRequireSameUser()),
+		ttrpc.WithUnaryServerInterceptor(asKata(w)))
+	if err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	events := publish.New(os.Getenv("TTRPC_ADDRESS"), f.namespace)
+	ended := make(chan struct{})
+	s := newService(w, f.id, f.namespace, events, func() { end(w, events, ended) })
+	task.RegisterTTRPCTaskService(server, s)
+	err = server.Serve(context.Background(), l)
+	if errors.Is(err, ttrpc.ErrServerClosed) {
+		<-ended
+		return nil
+	}
+	return fmt.Errorf("serve: %w", err)
+}
+
+// answerTime is what the answer to the last request gets to leave the Rust
+// shim; the Go shim does not answer it.
+const answerTime = 50 * time.Millisecond
+
+// end exits. The Go shim leaves its socket behind.
+func end(w way.Way, events *publish.Publisher, ended chan struct{}) {
+	defer close(ended)
+	if w == way.Rust {
+		<-time.After(answerTime)
+		if path := os.Getenv(socketEnv); path != "" {
+			_ = os.Remove(path)
+		}
+	}
+	events.Close()
+	os.Exit(0)
+}
+
+// openLog makes the fifo that containerd reads the place for what is written
+// to stderr, panics included.
+func openLog(path string) error {
+	// A containerd that goes away must not take the shim with it. Not ignored:
+	// children would inherit that.
+	broken := make(chan os.Signal, 1)
+	signal.Notify(broken, unix.SIGPIPE)
+	for deadline := time.Now().Add(logPatience); ; {
+		fd, err := unix.Open(path, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err == nil {
+			// Blocking from here on: nothing of the log may get lost.
+			if err := unix.SetNonblock(fd, false); err != nil {
+				return fmt.Errorf("open the log: %w", err)
+			}
+			if err := unix.Dup2(fd, 2); err != nil {
+				return fmt.Errorf("open the log: %w", err)
+			}
+			log.L.Logger.SetOutput(os.Stderr)
+			return unix.Close(fd)
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("open the log: %w", err)
+		}
+		<-time.After(10 * time.Millisecond)
+	}
+}

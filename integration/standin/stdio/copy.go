@@ -1,0 +1,105 @@
+package stdio
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"syscall"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
+)
+
+// Guest is the far end of the streams.
+type Guest struct {
+	Stdin          io.WriteCloser
+	Stdout, Stderr io.Reader
+}
+
+// Copy is a running copy of one process's streams.
+type Copy struct {
+	way   way.Way
+	guest Guest
+	done  chan struct{}
+	// stdinDone is closed when the engine's stdin has ended.
+	stdinDone chan struct{}
+	// keep is the Rust way's own write end of stdin: without it the engine's
+	// first writer to leave would end the stream.
+	keep      *os.File
+	keepClose sync.Once
+}
+
+// Start opens the engine's ends and copies until the process's output ends.
+func Start(w way.Way, namespace, id string, p Paths, guest Guest) (*Copy, error) {
+	c := &Copy{way: w, guest: guest, done: make(chan struct{}), stdinDone: make(chan struct{})}
+	if p.None() {
+		close(c.done)
+		close(c.stdinDone)
+		return c, nil
+	}
+	if w == way.Rust && p.Stdin != "" {
+		// For reading, too, so that opening it waits for nobody; the reader
+		// opens it next and finds a writer.
+		keep, err := os.OpenFile(p.Stdin, os.O_RDWR|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			return nil, fmt.Errorf("open stdin: %w", err)
+		}
+		c.keep = keep
+	}
+	// The copy outlives the request that asks for it.
+	e, err := open(context.Background(), w, namespace, id, p)
+	if err != nil {
+		c.closeKeep()
+		return nil, err
+	}
+	go c.run(e)
+	return c, nil
+}
+
+func (c *Copy) run(e *ends) {
+	var output, all sync.WaitGroup
+	if e.in != nil {
+		all.Go(func() {
+			_, _ = io.Copy(c.guest.Stdin, e.in)
+			close(c.stdinDone)
+			if c.way == way.Rust {
+				_ = c.guest.Stdin.Close()
+			}
+		})
+	} else {
+		close(c.stdinDone)
+	}
+	if e.out != nil {
+		output.Go(func() { _, _ = io.Copy(e.out, c.guest.Stdout) })
+	}
+	if e.err != nil {
+		output.Go(func() { _, _ = io.Copy(e.err, c.guest.Stderr) })
+	}
+	output.Wait()
+	c.closeKeep()
+	e.close() // ends the copy of stdin as well
+	all.Wait()
+	close(c.done)
+}
+
+// Done is closed when the process's output has ended and all of it is copied.
+func (c *Copy) Done() <-chan struct{} { return c.done }
+
+// CloseStdin ends the process's stdin once all of it is through. The Go way
+// waits here, under its caller's lock, for as long as the engine keeps its own
+// end open: that is Kata's behaviour, too.
+func (c *Copy) CloseStdin() error {
+	if c.way == way.Rust {
+		c.closeKeep()
+		return nil
+	}
+	<-c.stdinDone
+	return c.guest.Stdin.Close()
+}
+
+func (c *Copy) closeKeep() {
+	if c.keep != nil {
+		c.keepClose.Do(func() { c.keep.Close() })
+	}
+}

@@ -1,0 +1,116 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+)
+
+// The part of Cloud Hypervisor's configuration that a sandbox needs; the names
+// are its own.
+type vmConfig struct {
+	CPUs    cpus    `json:"cpus"`
+	Memory  memory  `json:"memory"`
+	Payload payload `json:"payload"`
+	FS      []fs    `json:"fs"`
+	Vsock   vsock   `json:"vsock"`
+	Serial  console `json:"serial"`
+	Console console `json:"console"`
+}
+
+type cpus struct {
+	Boot int32 `json:"boot_vcpus"`
+	Max  int32 `json:"max_vcpus"`
+}
+
+type memory struct {
+	Size   int64 `json:"size"`
+	Shared bool  `json:"shared"`
+}
+
+type payload struct {
+	Kernel    string `json:"kernel"`
+	Cmdline   string `json:"cmdline"`
+	Initramfs string `json:"initramfs"`
+}
+
+type fs struct {
+	Tag       string `json:"tag"`
+	Socket    string `json:"socket"`
+	NumQueues int    `json:"num_queues"`
+	QueueSize int    `json:"queue_size"`
+}
+
+type vsock struct {
+	CID    int64  `json:"cid"`
+	Socket string `json:"socket"`
+}
+
+type console struct {
+	Mode string `json:"mode"`
+}
+
+// vmm is a client of the VMM's API socket.
+type vmm struct {
+	client http.Client
+}
+
+func newVMM(socket string) *vmm {
+	return &vmm{client: http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		},
+		DisableKeepAlives: true,
+	}}}
+}
+
+// call makes one request. The VMM answers 200 or 204, and anything else with
+// its reason as the body.
+func (v *vmm) call(ctx context.Context, method, name string, body any) error {
+	var content io.Reader
+	if body != nil {
+		raw, err := json.Marshal(body)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		content = bytes.NewReader(raw)
+	}
+	request, err := http.NewRequestWithContext(ctx, method, "http://localhost/api/v1/"+name, content)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	request.Header.Set("Content-Type", "application/json")
+	answer, err := v.client.Do(request)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode >= 300 {
+		reason, _ := io.ReadAll(io.LimitReader(answer.Body, 4096))
+		return fmt.Errorf("%s: %s: %s", name, answer.Status, bytes.TrimSpace(reason))
+	}
+	return nil
+}
+
+// waitFor pings until the VMM answers, which it does once its socket is there.
+func (v *vmm) waitFor(ctx context.Context, gone <-chan struct{}) error {
+	for {
+		err := v.call(ctx, http.MethodGet, "vmm.ping", nil)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-gone:
+			return fmt.Errorf("the VMM is gone: %w", err)
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
