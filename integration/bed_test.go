@@ -1,0 +1,103 @@
+package integration
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// keepEnv leaves the testbed of a failed scenario up, containers included, for a look at it by hand.
+const keepEnv = "TESTBED_KEEP"
+
+// bed is a testbed that scenarios of the same variant share.
+type bed struct {
+	*testbed.Testbed
+	engine *engine.Engine
+	ids    []string // of all containers that there have been
+}
+
+// beds makes testbeds when they are first needed, and takes them away in the end.
+type beds struct {
+	parts *parts.Parts
+	dir   string
+	up    map[variant]*bed
+	keep  bool
+}
+
+func newBeds(t *testing.T) *beds {
+	t.Helper()
+	p, err := parts.Find()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Not t.TempDir, which would remove what is mounted in a testbed that could not be taken down.
+	dir, err := os.MkdirTemp("/var/tmp", "kata-checkpoint-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &beds{parts: p, dir: dir, up: map[variant]*bed{}}
+	t.Cleanup(func() {
+		for v := range b.up {
+			b.down(t, v)
+		}
+		if err := os.Remove(dir); err != nil && !b.keep {
+			t.Errorf("testbeds left files: %v", err)
+		}
+	})
+	return b
+}
+
+// get gives the variant's testbed.
+func (b *beds) get(t *testing.T, v variant) *bed {
+	t.Helper()
+	if b.up[v] != nil {
+		return b.up[v]
+	}
+	ctx := t.Context()
+	image, err := b.parts.WorkloadImage(ctx, b.parts.Bin("workload"), workload.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	tb, err := testbed.Up(ctx, testbed.Options{Dir: filepath.Join(b.dir, v.name()), Kata: v.kata, Way: v.way, GuestMounts: v.guestMounts})
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := tb.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.up[v] = &bed{Testbed: tb, engine: &engine.Engine{Client: client, Runtime: testbed.Runtime, FIFOs: filepath.Join(tb.Dir, "tmp/fifos")}}
+	if err := tb.Import(ctx, image); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("testbed %s is up after %s", v.name(), time.Since(start).Round(time.Millisecond))
+	return b.up[v]
+}
+
+// down takes the variant's testbed away and checks that it is gone.
+func (b *beds) down(t *testing.T, v variant) {
+	t.Helper()
+	bed := b.up[v]
+	delete(b.up, v)
+	bed.engine.Client.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := bed.Down(ctx); err != nil {
+		t.Errorf("take down %s: %v", v.name(), err)
+	}
+	left, err := bed.Residue(bed.ids...)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, what := range left {
+		t.Errorf("testbed %s is down and left %s", v.name(), what)
+	}
+}

@@ -1,0 +1,106 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+)
+
+// memory256: a workload of 256 MiB comes back whole. A liveness probe every second outlives the checkpoint. What it costs is printed.
+func memory256(s *scenario) {
+	const mib = 256
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
+	first := s.run(c)
+	s.printed(first.Output, workload.Rounds, 2)
+
+	stop, probes, n := make(chan struct{}), make(chan error, 1), 0
+	go func() {
+		defer close(probes)
+		for ticker := time.NewTicker(time.Second); ; {
+			if err := s.probe(first, n); err != nil {
+				probes <- err
+				return
+			}
+			n++
+			select {
+			case <-ticker.C:
+			case <-stop:
+				return
+			}
+		}
+	}()
+	guest, host := s.written(c.ID(), "virtiofsd"), s.written(c.ID(), "containerd-shim-kata-checkpoint-v2")
+	dir := s.checkpoint(first, false)
+	guest, host = s.written(c.ID(), "virtiofsd")-guest, s.written(c.ID(), "containerd-shim-kata-checkpoint-v2")-host
+	s.printed(first.Output, workload.Rounds, len(s.numbers(first.Output, workload.Rounds))+2)
+	close(stop)
+	for err := range probes {
+		s.Errorf("a liveness probe failed: %v", err)
+	}
+	if n < 2 {
+		s.Errorf("there were %d liveness probes", n)
+	}
+	s.costs(dir, guest, host)
+
+	s.removed(c)
+	c = s.create(engine.Container{ID: "again", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
+	restored := s.restore(c, dir)
+	rounds := s.printed(restored.Output, workload.Rounds, 2)
+	s.consecutive(rounds[0], rounds)
+	s.movedOn(first, restored)
+}
+
+// costs prints what the checkpoint in a directory took.
+func (s *scenario) costs(dir string, guest, host int64) {
+	s.Helper()
+	data, err := os.ReadFile(filepath.Join(dir, imageset.ManifestName))
+	s.check(err)
+	var m imageset.Manifest
+	s.check(json.Unmarshal(data, &m))
+	var frozen, writing time.Duration
+	for _, phase := range m.Phases {
+		s.Logf("%8.0f ms  %s", float64(phase.Duration)/float64(time.Millisecond), phase.Name)
+		frozen += phase.Duration
+		if phase.Name == "guest: criu dump" || phase.Name == "copy images" {
+			writing += phase.Duration
+		}
+	}
+	const mib = 1 << 20
+	s.Logf("image set of %d MiB; written: %d MiB by the guest, %d MiB by the host", m.Bytes()/mib, guest/mib, host/mib)
+	s.Logf("%.0f %% of %s were spent writing", 100*writing.Seconds()/frozen.Seconds(), frozen.Round(time.Millisecond))
+	if m.Bytes() < 256*mib {
+		s.Errorf("the image set has %d bytes", m.Bytes())
+	}
+	if guest > 2*m.Bytes() || host > 2*m.Bytes() {
+		s.Errorf("of an image set of %d bytes, the guest wrote %d and the host %d", m.Bytes(), guest, host)
+	}
+}
+
+// written gives how many bytes a container's processes of a program have written to files.
+func (s *scenario) written(id, program string) (sum int64) {
+	s.Helper()
+	residue, err := s.bed.Residue(id)
+	s.check(err)
+	for _, line := range residue {
+		var pid int
+		if _, err := fmt.Sscanf(line, "process %d:", &pid); err != nil || !strings.Contains(line, program) || !strings.Contains(line, id) {
+			continue
+		}
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+		s.check(err)
+		for field := range strings.Lines(string(data)) {
+			var n int64
+			if _, err := fmt.Sscanf(field, "wchar: %d", &n); err == nil {
+				sum += n
+			}
+		}
+	}
+	return sum
+}

@@ -1,0 +1,48 @@
+package integration
+
+import (
+	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// terminal: after a restore, somebody at a container's terminal goes on: it reads and writes, has the right size, is the session's controlling
+// one, and ^C reaches the foreground.
+func terminal(s *scenario) {
+	keys := newKeyboard()
+	at := s.engine.With(engine.Streams{Stdin: keys, Terminal: true})
+	c, err := at.Create(s.ctx, s.named(engine.Container{ID: "c", Args: []string{workload.Path, "terminal"}}))
+	s.check(err)
+	first, err := at.Start(s.ctx, c)
+	s.check(err)
+	s.step("started")
+	s.check(first.Resize(s.ctx, 81, 25))
+	keys.typed("tell\n")
+	s.says(first.Output, 0, "line 1: 25 rows, 81 columns")
+	keys.typed("through\n")
+	s.says(first.Output, 0, "line 2: through")
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	s.check(keys.Close())
+
+	keys = newKeyboard()
+	defer keys.Close()
+	restored, err := s.engine.With(engine.Streams{Stdin: keys, Terminal: true}).Restore(s.ctx, c, dir)
+	s.check(err)
+	s.step("restored")
+	keys.typed("typed\n")
+	s.says(restored.Output, 0, "line 3: typed")
+	if all := strings.Join(restored.Output.Lines(), "\n"); strings.Count(all, "typed") != 2 {
+		s.Errorf("what is typed is not shown once by the terminal and once by the program: %q", all)
+	}
+	keys.typed("\x03")
+	s.says(restored.Output, 0, "interrupted")
+	s.check(restored.Resize(s.ctx, 101, 37))
+	keys.typed("tell\n")
+	s.says(restored.Output, 0, "line 4: 37 rows, 101 columns")
+	keys.typed("through\n")
+	s.says(restored.Output, 0, "line 5: through")
+	keys.typed("exit 6\n")
+	s.ended(restored, 6)
+}

@@ -1,0 +1,98 @@
+// Package integration has the scenarios: what users do with checkpoints, from an engine's calls to the workload's own numbers, in VMs.
+//
+// A scenario gets its results from containerd, from what the workload prints and from files; it never looks into the parts under test. Each
+// leaves nothing behind, and that is checked. `make e2e RUN=NAME` runs one.
+package integration
+
+import (
+	"os"
+	"testing"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
+)
+
+// kataEnv names the directory of a real Kata, on which the scenarios then run in place of the stand-in.
+const kataEnv = "TESTBED_KATA"
+
+var scenarios = []struct {
+	name string
+	run  func(*scenario)
+	// guestMounts are the propagations with which the guest is tried; shared, as systemd has it, where none is given.
+	guestMounts []string
+}{
+	{name: "exit-and-restore", run: exitAndRestore},
+	{name: "leave-running", run: leaveRunning},
+	{name: "paused-before", run: pausedBefore},
+	{name: "volumes-and-files", run: volumesAndFiles},
+	{name: "exchange-withdrawn", run: exchangeWithdrawn},
+	{name: "shared-and-private-mounts", run: sharedAndPrivateMounts, guestMounts: []string{testbed.Shared, testbed.Private}},
+	{name: "shm-and-memory", run: shmAndMemory},
+	{name: "lifecycle-after-restore", run: lifecycleAfterRestore},
+	{name: "terminal", run: terminal},
+	{name: "exec-running-during-checkpoint", run: execRunningDuringCheckpoint},
+	{name: "exec-while-frozen", run: execWhileFrozen},
+	{name: "process-tree", run: processTree},
+	{name: "broken-images", run: brokenImages},
+	{name: "refused", run: refused},
+	{name: "refused-without-agent", run: refusedWithoutAgent},
+	{name: "memory-256m", run: memory256},
+}
+
+// variant is a kind of guest under the parts under test.
+type variant struct {
+	kata        string // directory of a real Kata; empty: the stand-in
+	way         testbed.Way
+	guestMounts string
+}
+
+func (v variant) name() string {
+	kind := "standin"
+	if v.kata != "" {
+		kind = "kata"
+	}
+	name := kind + "-" + string(v.way)
+	if v.guestMounts != testbed.Shared {
+		name += "-" + v.guestMounts
+	}
+	return name
+}
+
+func variants(t *testing.T, guestMounts []string) []variant {
+	t.Helper()
+	kinds := []variant{{way: testbed.Go}, {way: testbed.Rust}}
+	if dir := os.Getenv(kataEnv); dir != "" {
+		way, err := testbed.WayOfKata(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kinds = []variant{{kata: dir, way: way}}
+	}
+	if len(guestMounts) == 0 {
+		guestMounts = []string{testbed.Shared}
+	}
+	var out []variant
+	for _, kind := range kinds {
+		for _, mounts := range guestMounts {
+			kind.guestMounts = mounts
+			out = append(out, kind)
+		}
+	}
+	return out
+}
+
+func TestScenario(t *testing.T) {
+	if testing.Short() {
+		t.Skip("scenarios boot VMs, which takes minutes: not with -short")
+	}
+	if os.Getuid() != 0 {
+		t.Skip("scenarios mount, make network namespaces and start containerd: only as root")
+	}
+	beds := newBeds(t)
+	for _, s := range scenarios {
+		t.Run(s.name, func(t *testing.T) {
+			for _, v := range variants(t, s.guestMounts) {
+				t.Run(v.name(), func(t *testing.T) { s.run(newScenario(t, beds, v)) })
+			}
+		})
+	}
+}
