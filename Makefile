@@ -1,0 +1,95 @@
+# `make` lists the targets. Everything they make is below bin/ and build/; build/ caches downloads, too.
+
+# A toolchain that packaging/bootstrap fetched stands before an older one of the machine.
+export PATH := $(CURDIR)/build/go/bin:$(PATH)
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+MODULE  := github.com/kata-checkpoint/kata-checkpoint
+
+LDFLAGS := -s -w -X $(MODULE)/internal/version.Version=$(VERSION)
+GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+
+# The stand-in for Kata has the name of Kata's own shim: it must not be found beside ours on a PATH.
+STANDIN  := integration/cmd/containerd-shim-kata-v2
+COMMANDS := $(filter-out $(STANDIN)/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go)))
+
+E2E_TIMEOUT ?= 40m
+# The race detector needs a C compiler; RACE= does without.
+RACE ?= -race
+
+# RUN=NAME is one scenario; KATA=DIR runs on the Kata in DIR in place of the stand-in.
+SCENARIO := $(if $(RUN),-run 'TestScenario/$(RUN)$$')
+E2E_ENV  := $(if $(KATA),TESTBED_KATA=$(abspath $(KATA)))
+
+.DEFAULT_GOAL := help
+# Targets build and boot things that compete for the machine; go builds in parallel by itself.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: bootstrap
+bootstrap: ## install what is missing on a Debian 12 machine, Go included (as root)
+	packaging/bootstrap test
+
+.PHONY: build
+build: ## build all binaries into bin/
+	$(GOBUILD) -o bin/ $(addprefix ./,$(COMMANDS))
+	$(GOBUILD) -o bin/standin/go/ ./$(STANDIN)
+	mkdir -p bin/standin/rust && ln -f bin/standin/go/containerd-shim-kata-v2 bin/standin/rust/
+
+# Rebuilt when its recipe changes; remove build/criu to take newer packages from Debian.
+build/criu/MANIFEST: $(wildcard internal/cmd/criu-bundle/*.go internal/debian/*)
+	go run ./internal/cmd/criu-bundle -cache build/apt/forky -out build/criu
+
+.PHONY: guest-bundle
+guest-bundle: build/criu/MANIFEST ## build what an operator installs as /opt/kata-checkpoint/guest into build/guest-bundle
+	$(GOBUILD) -o bin/ ./cmd/kata-checkpoint-agent
+	packaging/guest-bundle bin/kata-checkpoint-agent build/criu build/guest-bundle
+
+.PHONY: test
+test: bootstrap build guest-bundle unit e2e ## from nothing: install, build, run all tests (what CI runs)
+
+.PHONY: unit
+unit: ## run the tests of the packages
+	go test $(RACE) $$(go list ./... | grep -vx '$(MODULE)/integration')
+
+.PHONY: testbed
+testbed: build guest-bundle ## make what VMs are started from; DIR=D starts a testbed in D: eval its output (KATA= as for e2e)
+	@bin/testbed build >&2
+	@$(if $(DIR),bin/testbed up --dir $(DIR) $(if $(KATA),--kata $(KATA)))
+
+.PHONY: demo
+demo: ## from nothing: install, build, and show a checkpoint and a restore (KATA= as for e2e)
+	@KATA=$(abspath $(KATA)) MAKEFLAGS= integration/demo
+
+.PHONY: e2e
+e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, KATA=DIR on real Kata
+	$(E2E_ENV) go test ./integration -count=1 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
+
+.PHONY: bench
+bench: testbed ## measure checkpoints over bare dumps, calls and execs through the shim over those past it
+	bin/bench $(if $(KATA),-kata $(abspath $(KATA)))
+
+.PHONY: notice
+notice: build/criu/MANIFEST ## write NOTICE: the licences of what the binaries and the guest bundle contain
+	CGO_ENABLED=0 go run ./internal/cmd/notice
+
+.PHONY: lint
+lint: ## check style and imports
+	packaging/bootstrap lint
+	go tool -modfile=internal/tools/go.mod golangci-lint run
+	shellcheck .ci/run integration/demo internal/debian/private-apt packaging/bootstrap packaging/guest-bundle packaging/step
+
+.PHONY: proto
+proto: ## generate the protocols' Go code
+	packaging/bootstrap proto
+	go build -o build/tools/ google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc
+	PATH=$(CURDIR)/build/tools:$$PATH protoc --go_out=. --go_opt=paths=source_relative \
+		--go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative $(wildcard guestagent/api/*.proto integration/standin/api/*.proto)
+
+.PHONY: clean
+clean: ## remove what was built; downloads stay (remove build/ for those)
+	rm -rf bin build/guest-bundle build/criu build/tools
