@@ -120,6 +120,19 @@ func (e *ProtocolError) Error() string {
 // Unwrap gives the error its class.
 func (e *ProtocolError) Unwrap() error { return errdefs.ErrFailedPrecondition }
 
+// goneError is of a call that no agent has answered.
+type goneError struct{ error }
+
+// Unwrap gives the error its class.
+func (e goneError) Unwrap() error { return e.error }
+
+// IsGone says whether an error means that no agent has answered: one that does
+// and refuses gives errors of its own, of whatever class.
+func IsGone(err error) bool {
+	var gone goneError
+	return errors.As(err, &gone)
+}
+
 var errClosed = errclass.Unavailable("the shim is shutting down")
 
 // connection returns the live connection or makes one.
@@ -162,7 +175,7 @@ func (a *Agent) connection(ctx context.Context) (*connection, error) {
 func (a *Agent) open(ctx context.Context) (*connection, error) {
 	conn, err := a.dial(ctx)
 	if err != nil {
-		return nil, errclass.Unavailable("no agent answers in the guest: %w", err)
+		return nil, goneError{errclass.Unavailable("no agent answers in the guest: %w", err)}
 	}
 	c := &connection{done: make(chan struct{})}
 	c.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(c.done) }))
@@ -175,7 +188,7 @@ func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
 	defer cancel()
 	info, err := c.agent.Info(ctx, &api.InfoRequest{})
 	if err != nil {
-		return nil, errclass.Unavailable("the agent in the guest does not answer: %w", native(err))
+		return nil, goneError{errclass.Unavailable("the agent in the guest does not answer: %w", native(err))}
 	}
 	if info.GetProtocol() != api.ProtocolVersion {
 		return nil, &ProtocolError{Agent: info.GetVersion(), Protocol: info.GetProtocol()}
@@ -264,7 +277,7 @@ func native(err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, ttrpc.ErrClosed):
-		return errclass.Unavailable("the agent in the guest has gone")
+		return goneError{errclass.Unavailable("the agent in the guest has gone")}
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}

@@ -225,11 +225,8 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 
 // preflight finds what would make a checkpoint fail before anything is frozen.
 func (c *container) preflight(ctx context.Context) error {
-	if err := c.s.needAgent(ctx); err != nil {
-		return err
-	}
 	var info *api.InfoResponse
-	err := c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		info, err = a.Info(ctx, &api.InfoRequest{Check: true})
 		return err
 	})

@@ -136,7 +136,7 @@ func (c *container) managed() bool {
 func (c *container) freeze(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
 	defer cancel()
-	err := c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
+	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id})
 		return err
 	})
@@ -151,13 +151,10 @@ func (c *container) freeze(ctx context.Context) error {
 func (c *container) thaw(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
 	defer cancel()
-	err := c.s.needAgent(ctx)
-	if err == nil {
-		err = c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
-			_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
-			return err
-		})
-	}
+	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
+		return err
+	})
 	if err == nil || errdefs.IsNotFound(err) {
 		return nil
 	}

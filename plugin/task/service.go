@@ -245,6 +245,22 @@ func (s *Service) needAgent(ctx context.Context) error {
 	return s.agent.WaitConnect(ctx, 0, s.startAgent)
 }
 
+// callAgent calls the agent with what may arrive twice. That an agent has died
+// may show only by the call: then it is started again, and called again.
+func (s *Service) callAgent(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+	if err := s.needAgent(ctx); err != nil {
+		return err
+	}
+	err := s.agent.Do(ctx, call)
+	if !guest.IsGone(err) || ctx.Err() != nil {
+		return err
+	}
+	if err := s.needAgent(ctx); err != nil {
+		return err
+	}
+	return s.agent.Do(ctx, call)
+}
+
 // agentLost is called when the connection to the agent broke. What is frozen
 // must get its owner back before the agent thaws it.
 func (s *Service) agentLost() {
