@@ -25,6 +25,313 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type UpdateNetworkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interfaces    []*Interface           `protobuf:"bytes,1,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
+	Routes        []*Route               `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	Neighbours    []*Neighbour           `protobuf:"bytes,3,rep,name=neighbours,proto3" json:"neighbours,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateNetworkRequest) Reset() {
+	*x = UpdateNetworkRequest{}
+	mi := &file_integration_standin_api_agent_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateNetworkRequest) ProtoMessage() {}
+
+func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_integration_standin_api_agent_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateNetworkRequest.ProtoReflect.Descriptor instead.
+func (*UpdateNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *UpdateNetworkRequest) GetInterfaces() []*Interface {
+	if x != nil {
+		return x.Interfaces
+	}
+	return nil
+}
+
+func (x *UpdateNetworkRequest) GetRoutes() []*Route {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *UpdateNetworkRequest) GetNeighbours() []*Neighbour {
+	if x != nil {
+		return x.Neighbours
+	}
+	return nil
+}
+
+// Interface is found by its hardware address and gets the rest.
+type Interface struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Mac   string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
+	Mtu   uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	// addresses have their prefix length behind a slash.
+	Addresses     []string `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	NoArp         bool     `protobuf:"varint,5,opt,name=no_arp,json=noArp,proto3" json:"no_arp,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Interface) Reset() {
+	*x = Interface{}
+	mi := &file_integration_standin_api_agent_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Interface) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Interface) ProtoMessage() {}
+
+func (x *Interface) ProtoReflect() protoreflect.Message {
+	mi := &file_integration_standin_api_agent_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Interface.ProtoReflect.Descriptor instead.
+func (*Interface) Descriptor() ([]byte, []int) {
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Interface) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Interface) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *Interface) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *Interface) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Interface) GetNoArp() bool {
+	if x != nil {
+		return x.NoArp
+	}
+	return false
+}
+
+// Route is one of the main table. Empty strings stand for what it does not have.
+type Route struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	Destination   string                 `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
+	Gateway       string                 `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Source        string                 `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
+	Scope         uint32                 `protobuf:"varint,5,opt,name=scope,proto3" json:"scope,omitempty"`
+	Flags         uint32                 `protobuf:"varint,6,opt,name=flags,proto3" json:"flags,omitempty"`
+	Mtu           uint32                 `protobuf:"varint,7,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Route) Reset() {
+	*x = Route{}
+	mi := &file_integration_standin_api_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Route) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Route) ProtoMessage() {}
+
+func (x *Route) ProtoReflect() protoreflect.Message {
+	mi := &file_integration_standin_api_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Route.ProtoReflect.Descriptor instead.
+func (*Route) Descriptor() ([]byte, []int) {
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Route) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Route) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Route) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *Route) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Route) GetScope() uint32 {
+	if x != nil {
+		return x.Scope
+	}
+	return 0
+}
+
+func (x *Route) GetFlags() uint32 {
+	if x != nil {
+		return x.Flags
+	}
+	return 0
+}
+
+func (x *Route) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+type Neighbour struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Mac           string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"`
+	State         uint32                 `protobuf:"varint,4,opt,name=state,proto3" json:"state,omitempty"`
+	Flags         uint32                 `protobuf:"varint,5,opt,name=flags,proto3" json:"flags,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Neighbour) Reset() {
+	*x = Neighbour{}
+	mi := &file_integration_standin_api_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Neighbour) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Neighbour) ProtoMessage() {}
+
+func (x *Neighbour) ProtoReflect() protoreflect.Message {
+	mi := &file_integration_standin_api_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Neighbour.ProtoReflect.Descriptor instead.
+func (*Neighbour) Descriptor() ([]byte, []int) {
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Neighbour) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Neighbour) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Neighbour) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *Neighbour) GetState() uint32 {
+	if x != nil {
+		return x.State
+	}
+	return 0
+}
+
+func (x *Neighbour) GetFlags() uint32 {
+	if x != nil {
+		return x.Flags
+	}
+	return 0
+}
+
 type CreateSandboxRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Id       string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -40,7 +347,7 @@ type CreateSandboxRequest struct {
 
 func (x *CreateSandboxRequest) Reset() {
 	*x = CreateSandboxRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[0]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -52,7 +359,7 @@ func (x *CreateSandboxRequest) String() string {
 func (*CreateSandboxRequest) ProtoMessage() {}
 
 func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[0]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -65,7 +372,7 @@ func (x *CreateSandboxRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSandboxRequest.ProtoReflect.Descriptor instead.
 func (*CreateSandboxRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{0}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateSandboxRequest) GetId() string {
@@ -105,7 +412,7 @@ type ContainerRequest struct {
 
 func (x *ContainerRequest) Reset() {
 	*x = ContainerRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[1]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -117,7 +424,7 @@ func (x *ContainerRequest) String() string {
 func (*ContainerRequest) ProtoMessage() {}
 
 func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[1]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -130,7 +437,7 @@ func (x *ContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerRequest.ProtoReflect.Descriptor instead.
 func (*ContainerRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{1}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ContainerRequest) GetId() string {
@@ -156,7 +463,7 @@ type CreateContainerRequest struct {
 
 func (x *CreateContainerRequest) Reset() {
 	*x = CreateContainerRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[2]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -168,7 +475,7 @@ func (x *CreateContainerRequest) String() string {
 func (*CreateContainerRequest) ProtoMessage() {}
 
 func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[2]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -181,7 +488,7 @@ func (x *CreateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateContainerRequest.ProtoReflect.Descriptor instead.
 func (*CreateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{2}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateContainerRequest) GetId() string {
@@ -223,7 +530,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[3]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -235,7 +542,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[3]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -248,7 +555,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{3}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UpdateContainerRequest) GetId() string {
@@ -275,7 +582,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[4]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -287,7 +594,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[4]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -300,7 +607,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{4}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StatsResponse) GetMetrics() []byte {
@@ -320,7 +627,7 @@ type ProcessRequest struct {
 
 func (x *ProcessRequest) Reset() {
 	*x = ProcessRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[5]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -332,7 +639,7 @@ func (x *ProcessRequest) String() string {
 func (*ProcessRequest) ProtoMessage() {}
 
 func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[5]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -345,7 +652,7 @@ func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRequest.ProtoReflect.Descriptor instead.
 func (*ProcessRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{5}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProcessRequest) GetId() string {
@@ -374,7 +681,7 @@ type ExecProcessRequest struct {
 
 func (x *ExecProcessRequest) Reset() {
 	*x = ExecProcessRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[6]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -386,7 +693,7 @@ func (x *ExecProcessRequest) String() string {
 func (*ExecProcessRequest) ProtoMessage() {}
 
 func (x *ExecProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[6]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -399,7 +706,7 @@ func (x *ExecProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecProcessRequest.ProtoReflect.Descriptor instead.
 func (*ExecProcessRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{6}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ExecProcessRequest) GetId() string {
@@ -434,7 +741,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[7]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -446,7 +753,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[7]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -459,7 +766,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{7}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SignalProcessRequest) GetId() string {
@@ -492,7 +799,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[8]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -504,7 +811,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[8]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -517,7 +824,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{8}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WaitProcessResponse) GetStatus() uint32 {
@@ -539,7 +846,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[9]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -551,7 +858,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[9]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -564,7 +871,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{9}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ResizeTerminalRequest) GetId() string {
@@ -606,7 +913,7 @@ type ReadStreamRequest struct {
 
 func (x *ReadStreamRequest) Reset() {
 	*x = ReadStreamRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[10]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -618,7 +925,7 @@ func (x *ReadStreamRequest) String() string {
 func (*ReadStreamRequest) ProtoMessage() {}
 
 func (x *ReadStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[10]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -631,7 +938,7 @@ func (x *ReadStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadStreamRequest.ProtoReflect.Descriptor instead.
 func (*ReadStreamRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{10}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReadStreamRequest) GetId() string {
@@ -665,7 +972,7 @@ type ReadStreamResponse struct {
 
 func (x *ReadStreamResponse) Reset() {
 	*x = ReadStreamResponse{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[11]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -677,7 +984,7 @@ func (x *ReadStreamResponse) String() string {
 func (*ReadStreamResponse) ProtoMessage() {}
 
 func (x *ReadStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[11]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -690,7 +997,7 @@ func (x *ReadStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadStreamResponse.ProtoReflect.Descriptor instead.
 func (*ReadStreamResponse) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{11}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReadStreamResponse) GetData() []byte {
@@ -718,7 +1025,7 @@ type WriteStreamRequest struct {
 
 func (x *WriteStreamRequest) Reset() {
 	*x = WriteStreamRequest{}
-	mi := &file_integration_standin_api_agent_proto_msgTypes[12]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +1037,7 @@ func (x *WriteStreamRequest) String() string {
 func (*WriteStreamRequest) ProtoMessage() {}
 
 func (x *WriteStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_integration_standin_api_agent_proto_msgTypes[12]
+	mi := &file_integration_standin_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +1050,7 @@ func (x *WriteStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteStreamRequest.ProtoReflect.Descriptor instead.
 func (*WriteStreamRequest) Descriptor() ([]byte, []int) {
-	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{12}
+	return file_integration_standin_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WriteStreamRequest) GetId() string {
@@ -771,7 +1078,35 @@ var File_integration_standin_api_agent_proto protoreflect.FileDescriptor
 
 const file_integration_standin_api_agent_proto_rawDesc = "" +
 	"\n" +
-	"#integration/standin/api/agent.proto\x12\x1akata_checkpoint.standin.v1\x1a\x1bgoogle/protobuf/empty.proto\"\x8b\x01\n" +
+	"#integration/standin/api/agent.proto\x12\x1akata_checkpoint.standin.v1\x1a\x1bgoogle/protobuf/empty.proto\"\xdf\x01\n" +
+	"\x14UpdateNetworkRequest\x12E\n" +
+	"\n" +
+	"interfaces\x18\x01 \x03(\v2%.kata_checkpoint.standin.v1.InterfaceR\n" +
+	"interfaces\x129\n" +
+	"\x06routes\x18\x02 \x03(\v2!.kata_checkpoint.standin.v1.RouteR\x06routes\x12E\n" +
+	"\n" +
+	"neighbours\x18\x03 \x03(\v2%.kata_checkpoint.standin.v1.NeighbourR\n" +
+	"neighbours\"x\n" +
+	"\tInterface\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
+	"\x03mtu\x18\x03 \x01(\rR\x03mtu\x12\x1c\n" +
+	"\taddresses\x18\x04 \x03(\tR\taddresses\x12\x15\n" +
+	"\x06no_arp\x18\x05 \x01(\bR\x05noArp\"\xb7\x01\n" +
+	"\x05Route\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12 \n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x18\n" +
+	"\agateway\x18\x03 \x01(\tR\agateway\x12\x16\n" +
+	"\x06source\x18\x04 \x01(\tR\x06source\x12\x14\n" +
+	"\x05scope\x18\x05 \x01(\rR\x05scope\x12\x14\n" +
+	"\x05flags\x18\x06 \x01(\rR\x05flags\x12\x10\n" +
+	"\x03mtu\x18\a \x01(\rR\x03mtu\"\x81\x01\n" +
+	"\tNeighbour\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\rR\x05state\x12\x14\n" +
+	"\x05flags\x18\x05 \x01(\rR\x05flags\"\x8b\x01\n" +
 	"\x14CreateSandboxRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12&\n" +
@@ -818,9 +1153,9 @@ const file_integration_standin_api_agent_proto_rawDesc = "" +
 	"\x12WriteStreamRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data2\xb0\n" +
-	"\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data2\x8b\v\n" +
 	"\x05Agent\x12Y\n" +
+	"\rUpdateNetwork\x120.kata_checkpoint.standin.v1.UpdateNetworkRequest\x1a\x16.google.protobuf.Empty\x12Y\n" +
 	"\rCreateSandbox\x120.kata_checkpoint.standin.v1.CreateSandboxRequest\x1a\x16.google.protobuf.Empty\x12]\n" +
 	"\x0fCreateContainer\x122.kata_checkpoint.standin.v1.CreateContainerRequest\x1a\x16.google.protobuf.Empty\x12V\n" +
 	"\x0eStartContainer\x12,.kata_checkpoint.standin.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12W\n" +
@@ -852,57 +1187,66 @@ func file_integration_standin_api_agent_proto_rawDescGZIP() []byte {
 	return file_integration_standin_api_agent_proto_rawDescData
 }
 
-var file_integration_standin_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_integration_standin_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_integration_standin_api_agent_proto_goTypes = []any{
-	(*CreateSandboxRequest)(nil),   // 0: kata_checkpoint.standin.v1.CreateSandboxRequest
-	(*ContainerRequest)(nil),       // 1: kata_checkpoint.standin.v1.ContainerRequest
-	(*CreateContainerRequest)(nil), // 2: kata_checkpoint.standin.v1.CreateContainerRequest
-	(*UpdateContainerRequest)(nil), // 3: kata_checkpoint.standin.v1.UpdateContainerRequest
-	(*StatsResponse)(nil),          // 4: kata_checkpoint.standin.v1.StatsResponse
-	(*ProcessRequest)(nil),         // 5: kata_checkpoint.standin.v1.ProcessRequest
-	(*ExecProcessRequest)(nil),     // 6: kata_checkpoint.standin.v1.ExecProcessRequest
-	(*SignalProcessRequest)(nil),   // 7: kata_checkpoint.standin.v1.SignalProcessRequest
-	(*WaitProcessResponse)(nil),    // 8: kata_checkpoint.standin.v1.WaitProcessResponse
-	(*ResizeTerminalRequest)(nil),  // 9: kata_checkpoint.standin.v1.ResizeTerminalRequest
-	(*ReadStreamRequest)(nil),      // 10: kata_checkpoint.standin.v1.ReadStreamRequest
-	(*ReadStreamResponse)(nil),     // 11: kata_checkpoint.standin.v1.ReadStreamResponse
-	(*WriteStreamRequest)(nil),     // 12: kata_checkpoint.standin.v1.WriteStreamRequest
-	(*emptypb.Empty)(nil),          // 13: google.protobuf.Empty
+	(*UpdateNetworkRequest)(nil),   // 0: kata_checkpoint.standin.v1.UpdateNetworkRequest
+	(*Interface)(nil),              // 1: kata_checkpoint.standin.v1.Interface
+	(*Route)(nil),                  // 2: kata_checkpoint.standin.v1.Route
+	(*Neighbour)(nil),              // 3: kata_checkpoint.standin.v1.Neighbour
+	(*CreateSandboxRequest)(nil),   // 4: kata_checkpoint.standin.v1.CreateSandboxRequest
+	(*ContainerRequest)(nil),       // 5: kata_checkpoint.standin.v1.ContainerRequest
+	(*CreateContainerRequest)(nil), // 6: kata_checkpoint.standin.v1.CreateContainerRequest
+	(*UpdateContainerRequest)(nil), // 7: kata_checkpoint.standin.v1.UpdateContainerRequest
+	(*StatsResponse)(nil),          // 8: kata_checkpoint.standin.v1.StatsResponse
+	(*ProcessRequest)(nil),         // 9: kata_checkpoint.standin.v1.ProcessRequest
+	(*ExecProcessRequest)(nil),     // 10: kata_checkpoint.standin.v1.ExecProcessRequest
+	(*SignalProcessRequest)(nil),   // 11: kata_checkpoint.standin.v1.SignalProcessRequest
+	(*WaitProcessResponse)(nil),    // 12: kata_checkpoint.standin.v1.WaitProcessResponse
+	(*ResizeTerminalRequest)(nil),  // 13: kata_checkpoint.standin.v1.ResizeTerminalRequest
+	(*ReadStreamRequest)(nil),      // 14: kata_checkpoint.standin.v1.ReadStreamRequest
+	(*ReadStreamResponse)(nil),     // 15: kata_checkpoint.standin.v1.ReadStreamResponse
+	(*WriteStreamRequest)(nil),     // 16: kata_checkpoint.standin.v1.WriteStreamRequest
+	(*emptypb.Empty)(nil),          // 17: google.protobuf.Empty
 }
 var file_integration_standin_api_agent_proto_depIdxs = []int32{
-	0,  // 0: kata_checkpoint.standin.v1.Agent.CreateSandbox:input_type -> kata_checkpoint.standin.v1.CreateSandboxRequest
-	2,  // 1: kata_checkpoint.standin.v1.Agent.CreateContainer:input_type -> kata_checkpoint.standin.v1.CreateContainerRequest
-	1,  // 2: kata_checkpoint.standin.v1.Agent.StartContainer:input_type -> kata_checkpoint.standin.v1.ContainerRequest
-	1,  // 3: kata_checkpoint.standin.v1.Agent.RemoveContainer:input_type -> kata_checkpoint.standin.v1.ContainerRequest
-	3,  // 4: kata_checkpoint.standin.v1.Agent.UpdateContainer:input_type -> kata_checkpoint.standin.v1.UpdateContainerRequest
-	1,  // 5: kata_checkpoint.standin.v1.Agent.Stats:input_type -> kata_checkpoint.standin.v1.ContainerRequest
-	6,  // 6: kata_checkpoint.standin.v1.Agent.ExecProcess:input_type -> kata_checkpoint.standin.v1.ExecProcessRequest
-	7,  // 7: kata_checkpoint.standin.v1.Agent.SignalProcess:input_type -> kata_checkpoint.standin.v1.SignalProcessRequest
-	5,  // 8: kata_checkpoint.standin.v1.Agent.WaitProcess:input_type -> kata_checkpoint.standin.v1.ProcessRequest
-	9,  // 9: kata_checkpoint.standin.v1.Agent.ResizeTerminal:input_type -> kata_checkpoint.standin.v1.ResizeTerminalRequest
-	10, // 10: kata_checkpoint.standin.v1.Agent.ReadStdout:input_type -> kata_checkpoint.standin.v1.ReadStreamRequest
-	10, // 11: kata_checkpoint.standin.v1.Agent.ReadStderr:input_type -> kata_checkpoint.standin.v1.ReadStreamRequest
-	12, // 12: kata_checkpoint.standin.v1.Agent.WriteStdin:input_type -> kata_checkpoint.standin.v1.WriteStreamRequest
-	5,  // 13: kata_checkpoint.standin.v1.Agent.CloseStdin:input_type -> kata_checkpoint.standin.v1.ProcessRequest
-	13, // 14: kata_checkpoint.standin.v1.Agent.CreateSandbox:output_type -> google.protobuf.Empty
-	13, // 15: kata_checkpoint.standin.v1.Agent.CreateContainer:output_type -> google.protobuf.Empty
-	13, // 16: kata_checkpoint.standin.v1.Agent.StartContainer:output_type -> google.protobuf.Empty
-	13, // 17: kata_checkpoint.standin.v1.Agent.RemoveContainer:output_type -> google.protobuf.Empty
-	13, // 18: kata_checkpoint.standin.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
-	4,  // 19: kata_checkpoint.standin.v1.Agent.Stats:output_type -> kata_checkpoint.standin.v1.StatsResponse
-	13, // 20: kata_checkpoint.standin.v1.Agent.ExecProcess:output_type -> google.protobuf.Empty
-	13, // 21: kata_checkpoint.standin.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
-	8,  // 22: kata_checkpoint.standin.v1.Agent.WaitProcess:output_type -> kata_checkpoint.standin.v1.WaitProcessResponse
-	13, // 23: kata_checkpoint.standin.v1.Agent.ResizeTerminal:output_type -> google.protobuf.Empty
-	11, // 24: kata_checkpoint.standin.v1.Agent.ReadStdout:output_type -> kata_checkpoint.standin.v1.ReadStreamResponse
-	11, // 25: kata_checkpoint.standin.v1.Agent.ReadStderr:output_type -> kata_checkpoint.standin.v1.ReadStreamResponse
-	13, // 26: kata_checkpoint.standin.v1.Agent.WriteStdin:output_type -> google.protobuf.Empty
-	13, // 27: kata_checkpoint.standin.v1.Agent.CloseStdin:output_type -> google.protobuf.Empty
-	14, // [14:28] is the sub-list for method output_type
-	0,  // [0:14] is the sub-list for method input_type
-	0,  // [0:0] is the sub-list for extension type_name
-	0,  // [0:0] is the sub-list for extension extendee
-	0,  // [0:0] is the sub-list for field type_name
+	1,  // 0: kata_checkpoint.standin.v1.UpdateNetworkRequest.interfaces:type_name -> kata_checkpoint.standin.v1.Interface
+	2,  // 1: kata_checkpoint.standin.v1.UpdateNetworkRequest.routes:type_name -> kata_checkpoint.standin.v1.Route
+	3,  // 2: kata_checkpoint.standin.v1.UpdateNetworkRequest.neighbours:type_name -> kata_checkpoint.standin.v1.Neighbour
+	0,  // 3: kata_checkpoint.standin.v1.Agent.UpdateNetwork:input_type -> kata_checkpoint.standin.v1.UpdateNetworkRequest
+	4,  // 4: kata_checkpoint.standin.v1.Agent.CreateSandbox:input_type -> kata_checkpoint.standin.v1.CreateSandboxRequest
+	6,  // 5: kata_checkpoint.standin.v1.Agent.CreateContainer:input_type -> kata_checkpoint.standin.v1.CreateContainerRequest
+	5,  // 6: kata_checkpoint.standin.v1.Agent.StartContainer:input_type -> kata_checkpoint.standin.v1.ContainerRequest
+	5,  // 7: kata_checkpoint.standin.v1.Agent.RemoveContainer:input_type -> kata_checkpoint.standin.v1.ContainerRequest
+	7,  // 8: kata_checkpoint.standin.v1.Agent.UpdateContainer:input_type -> kata_checkpoint.standin.v1.UpdateContainerRequest
+	5,  // 9: kata_checkpoint.standin.v1.Agent.Stats:input_type -> kata_checkpoint.standin.v1.ContainerRequest
+	10, // 10: kata_checkpoint.standin.v1.Agent.ExecProcess:input_type -> kata_checkpoint.standin.v1.ExecProcessRequest
+	11, // 11: kata_checkpoint.standin.v1.Agent.SignalProcess:input_type -> kata_checkpoint.standin.v1.SignalProcessRequest
+	9,  // 12: kata_checkpoint.standin.v1.Agent.WaitProcess:input_type -> kata_checkpoint.standin.v1.ProcessRequest
+	13, // 13: kata_checkpoint.standin.v1.Agent.ResizeTerminal:input_type -> kata_checkpoint.standin.v1.ResizeTerminalRequest
+	14, // 14: kata_checkpoint.standin.v1.Agent.ReadStdout:input_type -> kata_checkpoint.standin.v1.ReadStreamRequest
+	14, // 15: kata_checkpoint.standin.v1.Agent.ReadStderr:input_type -> kata_checkpoint.standin.v1.ReadStreamRequest
+	16, // 16: kata_checkpoint.standin.v1.Agent.WriteStdin:input_type -> kata_checkpoint.standin.v1.WriteStreamRequest
+	9,  // 17: kata_checkpoint.standin.v1.Agent.CloseStdin:input_type -> kata_checkpoint.standin.v1.ProcessRequest
+	17, // 18: kata_checkpoint.standin.v1.Agent.UpdateNetwork:output_type -> google.protobuf.Empty
+	17, // 19: kata_checkpoint.standin.v1.Agent.CreateSandbox:output_type -> google.protobuf.Empty
+	17, // 20: kata_checkpoint.standin.v1.Agent.CreateContainer:output_type -> google.protobuf.Empty
+	17, // 21: kata_checkpoint.standin.v1.Agent.StartContainer:output_type -> google.protobuf.Empty
+	17, // 22: kata_checkpoint.standin.v1.Agent.RemoveContainer:output_type -> google.protobuf.Empty
+	17, // 23: kata_checkpoint.standin.v1.Agent.UpdateContainer:output_type -> google.protobuf.Empty
+	8,  // 24: kata_checkpoint.standin.v1.Agent.Stats:output_type -> kata_checkpoint.standin.v1.StatsResponse
+	17, // 25: kata_checkpoint.standin.v1.Agent.ExecProcess:output_type -> google.protobuf.Empty
+	17, // 26: kata_checkpoint.standin.v1.Agent.SignalProcess:output_type -> google.protobuf.Empty
+	12, // 27: kata_checkpoint.standin.v1.Agent.WaitProcess:output_type -> kata_checkpoint.standin.v1.WaitProcessResponse
+	17, // 28: kata_checkpoint.standin.v1.Agent.ResizeTerminal:output_type -> google.protobuf.Empty
+	15, // 29: kata_checkpoint.standin.v1.Agent.ReadStdout:output_type -> kata_checkpoint.standin.v1.ReadStreamResponse
+	15, // 30: kata_checkpoint.standin.v1.Agent.ReadStderr:output_type -> kata_checkpoint.standin.v1.ReadStreamResponse
+	17, // 31: kata_checkpoint.standin.v1.Agent.WriteStdin:output_type -> google.protobuf.Empty
+	17, // 32: kata_checkpoint.standin.v1.Agent.CloseStdin:output_type -> google.protobuf.Empty
+	18, // [18:33] is the sub-list for method output_type
+	3,  // [3:18] is the sub-list for method input_type
+	3,  // [3:3] is the sub-list for extension type_name
+	3,  // [3:3] is the sub-list for extension extendee
+	0,  // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_integration_standin_api_agent_proto_init() }
@@ -916,7 +1260,7 @@ func file_integration_standin_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_integration_standin_api_agent_proto_rawDesc), len(file_integration_standin_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -9,6 +9,7 @@ import (
 )
 
 type AgentService interface {
+	UpdateNetwork(context.Context, *UpdateNetworkRequest) (*emptypb.Empty, error)
 	CreateSandbox(context.Context, *CreateSandboxRequest) (*emptypb.Empty, error)
 	CreateContainer(context.Context, *CreateContainerRequest) (*emptypb.Empty, error)
 	StartContainer(context.Context, *ContainerRequest) (*emptypb.Empty, error)
@@ -28,6 +29,13 @@ type AgentService interface {
 func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 	srv.RegisterService("kata_checkpoint.standin.v1.Agent", &ttrpc.ServiceDesc{
 		Methods: map[string]ttrpc.Method{
+			"UpdateNetwork": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UpdateNetworkRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.UpdateNetwork(ctx, &req)
+			},
 			"CreateSandbox": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CreateSandboxRequest
 				if err := unmarshal(&req); err != nil {
@@ -138,6 +146,14 @@ func NewAgentClient(client *ttrpc.Client) AgentService {
 	return &agentClient{
 		client: client,
 	}
+}
+
+func (c *agentClient) UpdateNetwork(ctx context.Context, req *UpdateNetworkRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "kata_checkpoint.standin.v1.Agent", "UpdateNetwork", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
 }
 
 func (c *agentClient) CreateSandbox(ctx context.Context, req *CreateSandboxRequest) (*emptypb.Empty, error) {

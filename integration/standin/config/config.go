@@ -32,6 +32,8 @@ type Config struct {
 	DebugConsole bool
 	// DialTimeout bounds the whole wait for the guest's agent.
 	DialTimeout time.Duration
+	// NoNetwork leaves the network namespace's interfaces alone.
+	NoNetwork bool
 	// BindMounts are shared with the guest below sandbox-mounts/.
 	BindMounts []BindMount
 }
@@ -64,6 +66,7 @@ type file struct {
 	Runtime struct {
 		Hypervisor string   `toml:"hypervisor_name"`
 		BindMounts []string `toml:"sandbox_bind_mounts"`
+		Model      string   `toml:"internetworking_model"`
 	} `toml:"runtime"`
 }
 
@@ -120,6 +123,7 @@ func parse(raw []byte) (*Config, error) {
 			HookPath:     h.HookPath,
 			DebugConsole: agent.DebugConsole,
 			DialTimeout:  45 * time.Second,
+			NoNetwork:    f.Runtime.Model == "none",
 		}
 		if c.MemoryMiB <= 0 {
 			c.MemoryMiB = 2048

@@ -28,6 +28,7 @@ func TestTheFileTellsTheWay(t *testing.T) {
 	goWant.Way, goWant.DialTimeout, goWant.DebugConsole = way.Go, 90*time.Second, true
 	goWant.BindMounts = []BindMount{{Source: "/opt/a"}, {Source: "/opt/b:rw"}}
 	rustWant.Way, rustWant.DialTimeout, rustWant.VCPUs = way.Rust, 60*time.Second, 2
+	rustWant.NoNetwork = true
 	rustWant.BindMounts = []BindMount{{Source: "/opt/a"}, {Source: "/opt/b", Writable: true}, {Source: "/opt/c"}}
 
 	for name, c := range map[string]struct {
@@ -39,6 +40,7 @@ func TestTheFileTellsTheWay(t *testing.T) {
 debug_console_enabled = true
 dial_timeout = 90
 [runtime]
+internetworking_model = "tcfilter"
 sandbox_bind_mounts = ["/opt/a", "/opt/b:rw"]
 `, goWant},
 		"rust": {`[hypervisor.clh]` + common + `
@@ -52,6 +54,7 @@ mem_agent_enable = false
 [runtime]
 name = "virt_container"
 hypervisor_name = "clh"
+internetworking_model = "none"
 sandbox_bind_mounts = ["/opt/a", "/opt/b:rw", "/opt/c:ro"]
 `, rustWant},
 	} {

@@ -87,6 +87,10 @@ func done(err error) (*emptypb.Empty, error) {
 	return &emptypb.Empty{}, nil
 }
 
+func (s *service) UpdateNetwork(_ context.Context, r *api.UpdateNetworkRequest) (*emptypb.Empty, error) {
+	return done(updateNetwork(r))
+}
+
 func (s *service) CreateSandbox(_ context.Context, r *api.CreateSandboxRequest) (*emptypb.Empty, error) {
 	return done(s.sandbox.create(r))
 }

@@ -17,10 +17,11 @@ import (
 	"github.com/containerd/ttrpc"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/config"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/hostspec"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/network"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/share"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vm"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
@@ -34,6 +35,7 @@ type Sandbox struct {
 	shareLock sync.Mutex
 	share     *share.Share
 	netns     *netns.Namespace
+	network   *network.Network // nil where the configuration wants none
 	vm        *vm.VM
 	client    *ttrpc.Client
 	// Agent is the guest's. Streams and waits may use it without a lock.
@@ -77,7 +79,10 @@ func Create(ctx context.Context, o Options) (_ *Sandbox, err error) {
 	if s.netns, err = netns.New(hostspec.NetworkNamespace(o.Spec), o.ID); err != nil {
 		return nil, err
 	}
-	if s.vm, err = vm.Start(ctx, o.Config, o.ID, s.share.Dir(), s.netns); err != nil {
+	if !o.Config.NoNetwork {
+		s.network = network.New(s.netns)
+	}
+	if err := s.boot(ctx); err != nil {
 		return nil, err
 	}
 	if err := s.record(); err != nil {
@@ -86,7 +91,13 @@ func Create(ctx context.Context, o Options) (_ *Sandbox, err error) {
 	if err := o.BeforeContainers(s); err != nil {
 		return nil, err
 	}
+	if err := s.plug(ctx); err != nil {
+		return nil, err
+	}
 	if err := s.connect(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.updateNetwork(ctx); err != nil {
 		return nil, err
 	}
 	_, err = s.Agent.CreateSandbox(ctx, &api.CreateSandboxRequest{
@@ -229,6 +240,9 @@ func (s *Sandbox) Remove() error {
 		var failures []error
 		if s.share != nil {
 			failures = append(failures, s.share.Remove())
+		}
+		if s.network != nil {
+			failures = append(failures, s.network.Remove())
 		}
 		if s.netns != nil {
 			failures = append(failures, s.netns.Remove())

@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -8,7 +9,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The part of Cloud Hypervisor's configuration that a sandbox needs; the names
@@ -55,13 +59,21 @@ type console struct {
 	Mode string `json:"mode"`
 }
 
+// netConfig is what vm.add-net takes. The tap comes beside it, as a descriptor.
+type netConfig struct {
+	MAC       string `json:"mac"`
+	NumQueues int    `json:"num_queues"`
+	QueueSize int    `json:"queue_size"`
+}
+
 // vmm is a client of the VMM's API socket.
 type vmm struct {
+	socket string
 	client http.Client
 }
 
 func newVMM(socket string) *vmm {
-	return &vmm{client: http.Client{Transport: &http.Transport{
+	return &vmm{socket: socket, client: http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)
@@ -73,29 +85,72 @@ func newVMM(socket string) *vmm {
 // call makes one request. The VMM answers 200 or 204, and anything else with
 // its reason as the body.
 func (v *vmm) call(ctx context.Context, method, name string, body any) error {
+	request, err := newRequest(ctx, method, name, body)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	answer, err := v.client.Do(request)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return outcome(name, answer)
+}
+
+func newRequest(ctx context.Context, method, name string, body any) (*http.Request, error) {
 	var content io.Reader
 	if body != nil {
 		raw, err := json.Marshal(body)
 		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+			return nil, err
 		}
 		content = bytes.NewReader(raw)
 	}
 	request, err := http.NewRequestWithContext(ctx, method, "http://localhost/api/v1/"+name, content)
 	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+		return nil, err
 	}
 	request.Header.Set("Content-Type", "application/json")
-	answer, err := v.client.Do(request)
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
+	return request, nil
+}
+
+func outcome(name string, answer *http.Response) error {
 	defer answer.Body.Close()
 	if answer.StatusCode >= 300 {
 		reason, _ := io.ReadAll(io.LimitReader(answer.Body, 4096))
 		return fmt.Errorf("%s: %s: %s", name, answer.Status, bytes.TrimSpace(reason))
 	}
 	return nil
+}
+
+// addNet gives the VM a network card. Before the boot it is there from the
+// start, afterwards it is plugged in.
+func (v *vmm) addNet(ctx context.Context, c netConfig, tap *os.File) error {
+	const name = "vm.add-net"
+	request, err := newRequest(ctx, http.MethodPut, name, c)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	var message bytes.Buffer
+	if err := request.Write(&message); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: v.socket, Net: "unix"})
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = conn.SetDeadline(deadline)
+	}
+	// The descriptor goes with the request's first byte.
+	if _, _, err := conn.WriteMsgUnix(message.Bytes(), unix.UnixRights(int(tap.Fd())), nil); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	answer, err := http.ReadResponse(bufio.NewReader(conn), request)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return outcome(name, answer)
 }
 
 // waitFor pings until the VMM answers, which it does once its socket is there.

@@ -17,9 +17,10 @@ import (
 
 	"github.com/containerd/log"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/config"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/network"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
@@ -40,7 +41,8 @@ type VM struct {
 
 // Start boots a VM that shows shared to its guest. It returns when the VMM has
 // taken the order to boot, long before the guest's agent answers.
-func Start(ctx context.Context, c *config.Config, sandbox, shared string, ns *netns.Namespace) (_ *VM, err error) {
+// The cards are there when the guest boots.
+func Start(ctx context.Context, c *config.Config, sandbox, shared string, ns *netns.Namespace, cards []network.Card) (_ *VM, err error) {
 	v := &VM{config: c, socket: c.Way.VsockSocket(sandbox), dir: c.Way.VMDir(sandbox)}
 	if err := os.MkdirAll(v.dir, 0o750); err != nil {
 		return nil, fmt.Errorf("start the VM: %w", err)
@@ -62,13 +64,13 @@ func Start(ctx context.Context, c *config.Config, sandbox, shared string, ns *ne
 	if err != nil {
 		return nil, fmt.Errorf("start the VMM: %w", err)
 	}
-	if err := v.boot(ctx, apiSocket, virtiofs); err != nil {
+	if err := v.boot(ctx, apiSocket, virtiofs, cards); err != nil {
 		return nil, fmt.Errorf("boot the VM: %w", err)
 	}
 	return v, nil
 }
 
-func (v *VM) boot(ctx context.Context, apiSocket, virtiofs string) error {
+func (v *VM) boot(ctx context.Context, apiSocket, virtiofs string, cards []network.Card) error {
 	v.api = newVMM(apiSocket)
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -88,7 +90,20 @@ func (v *VM) boot(ctx context.Context, apiSocket, virtiofs string) error {
 	if err != nil {
 		return err
 	}
+	if err := v.Plug(ctx, cards); err != nil {
+		return err
+	}
 	return v.api.call(ctx, http.MethodPut, "vm.boot", nil)
+}
+
+// Plug gives the VM more network cards. Their taps stay the caller's.
+func (v *VM) Plug(ctx context.Context, cards []network.Card) error {
+	for _, c := range cards {
+		if err := v.api.addNet(ctx, netConfig{MAC: c.MAC, NumQueues: 2, QueueSize: 256}, c.Tap); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // commandLine is the kernel's. The agent finds its own settings there.

@@ -10,10 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/config"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/network"
 )
 
 func TestDialSpeaksTheHybridProtocol(t *testing.T) {
@@ -109,5 +111,50 @@ func TestCommandLine(t *testing.T) {
 	got := commandLine(&config.Config{KernelParams: "a=b", DebugConsole: true})
 	if want := "panic=1 no_timer_check quiet a=b agent.debug_console agent.debug_console_vport=1026"; got != want {
 		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+func TestATapTravelsWithItsCard(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "api")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	reader, tap, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	asked := make(chan string, 1)
+	go func() {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		request, rights := make([]byte, 4096), make([]byte, 64)
+		n, oobn, _, _, err := c.ReadMsgUnix(request, rights)
+		asked <- string(request[:n])
+		messages, _ := syscall.ParseSocketControlMessage(rights[:oobn])
+		if err == nil && len(messages) == 1 {
+			if fds, _ := syscall.ParseUnixRights(&messages[0]); len(fds) == 1 {
+				got := os.NewFile(uintptr(fds[0]), "tap")
+				_, _ = got.WriteString("hello")
+				got.Close()
+			}
+		}
+		_, _ = io.WriteString(c, "HTTP/1.1 204 \r\n\r\n")
+	}()
+	v := &VM{api: newVMM(path)}
+	if err := v.Plug(t.Context(), []network.Card{{MAC: "02:00:00:00:00:01", Tap: tap}}); err != nil {
+		t.Fatal(err)
+	}
+	tap.Close()
+	if request := <-asked; !strings.HasPrefix(request, "PUT /api/v1/vm.add-net HTTP/1.1\r\n") || !strings.Contains(request, `"mac":"02:00:00:00:00:01"`) {
+		t.Errorf("asked %q", request)
+	}
+	if got, err := io.ReadAll(reader); string(got) != "hello" {
+		t.Errorf("the descriptor that came is not the tap: %q, %v", got, err)
 	}
 }

@@ -1,6 +1,6 @@
-// Package netns holds the network namespace that a sandbox's VMM and the
-// engine's hooks run in. The guest gets no interface out of it: what counts is
-// that hooks find a namespace other than the host's at the VMM's pid.
+// Package netns makes and enters network namespaces that have a name in the
+// file system: a sandbox's own, where the engine brings none, and those that
+// the scenarios make as a network plugin does.
 package netns
 
 import (
@@ -13,27 +13,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Dir is where namespaces have their names, for `ip netns`, too.
+const Dir = "/run/netns"
+
 // Namespace is a network namespace with a name in the file system.
 type Namespace struct {
 	Path    string
 	created bool
 }
 
-// Path is where a namespace that New makes has its name.
-func Path(sandbox string) string { return filepath.Join("/run/netns", "kata-"+sandbox) }
+// Path is where the namespace that a sandbox has made for itself has its name.
+func Path(sandbox string) string { return filepath.Join(Dir, "kata-"+sandbox) }
 
 // New opens the engine's namespace, or makes one where the engine names none.
 func New(path, sandbox string) (*Namespace, error) {
 	if path != "" {
 		return &Namespace{Path: path}, nil
 	}
-	path = Path(sandbox)
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("make a network namespace: %w", err)
-	}
-	// The name of one that was never removed is taken over: its namespace went
-	// with the shim that had it.
-	f, err := os.OpenFile(path, os.O_CREATE, 0o444)
+	return Make(Path(sandbox))
+}
+
+// Make makes a namespace that has a name at path until Remove is called.
+func Make(path string) (*Namespace, error) {
+	f, err := create(path)
 	if err != nil {
 		return nil, fmt.Errorf("make a network namespace: %w", err)
 	}
@@ -49,6 +51,22 @@ func New(path, sandbox string) (*Namespace, error) {
 		return nil, fmt.Errorf("make a network namespace: %w", err)
 	}
 	return &Namespace{Path: path, created: true}, nil
+}
+
+// create makes the file that the namespace is mounted on. The name of one that
+// was never removed is taken over: its namespace went with the shim that had it.
+// The folder may go while we are about it: a testbed that ends removes it when
+// it is empty.
+func create(path string) (f *os.File, err error) {
+	for range 10 {
+		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, err
+		}
+		if f, err = os.OpenFile(path, os.O_CREATE, 0o444); !errors.Is(err, os.ErrNotExist) {
+			break
+		}
+	}
+	return f, err
 }
 
 // Do runs f in the namespace. A process that f starts is in it, too, and dies
@@ -67,7 +85,7 @@ func (n *Namespace) Do(f func() error) error {
 	})
 }
 
-// Remove takes away what New made.
+// Remove takes away what New or Make made.
 func (n *Namespace) Remove() error {
 	if !n.created {
 		return nil
