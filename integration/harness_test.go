@@ -40,7 +40,8 @@ type scenario struct {
 	ids    []string // of its containers
 	execs  int      // that there have been
 	start  time.Time
-	logAt  int64 // containerd's log before this is of others
+	logAt  int64          // containerd's log before this is of others
+	undo   []func() error // once the containers are removed, the last first
 }
 
 func newScenario(t *testing.T, beds *beds, v variant) *scenario {
@@ -76,6 +77,11 @@ func (s *scenario) leaveNothing() {
 	defer cancel()
 	for _, id := range slices.Backward(s.ids) { // a pod's sandbox after its containers
 		if err := s.engine.Remove(ctx, id); err != nil {
+			s.Error(err)
+		}
+	}
+	for _, undo := range slices.Backward(s.undo) {
+		if err := undo(); err != nil {
 			s.Error(err)
 		}
 	}
@@ -129,6 +135,9 @@ func (s *scenario) residue(ctx context.Context) ([]string, error) {
 	})
 	return left, err
 }
+
+// later has the scenario undo something that its containers need.
+func (s *scenario) later(undo func() error) { s.undo = append(s.undo, undo) }
 
 // check fails the scenario if there is an error.
 func (s *scenario) check(err error) {

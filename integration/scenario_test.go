@@ -36,6 +36,7 @@ var scenarios = []struct {
 	{name: "refused", run: refused},
 	{name: "refused-without-agent", run: refusedWithoutAgent},
 	{name: "memory-256m", run: memory256},
+	{name: "network", run: networked},
 }
 
 // variant is a kind of guest under the parts under test.

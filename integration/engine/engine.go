@@ -55,6 +55,8 @@ type Container struct {
 	Mounts      []specs.Mount
 	Hooks       *specs.Hooks
 	Annotations map[string]string
+	// Network is the path of a network namespace; empty: a new one.
+	Network string
 	// Spec changes what else there is in the container's specification.
 	Spec []oci.SpecOpts
 	// RuntimeOptions are what an operator configures for the runtime, such as the path of Kata's configuration.
@@ -76,6 +78,9 @@ func (e *Engine) Create(ctx context.Context, c Container) (client.Container, err
 			s.Hooks = c.Hooks
 			return nil
 		})
+	}
+	if c.Network != "" {
+		spec = append(spec, oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: c.Network}))
 	}
 	if e.Streams.Terminal {
 		spec = append(spec, oci.WithTTY)

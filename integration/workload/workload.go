@@ -24,6 +24,7 @@ const usage = `usage: workload PROGRAM [OPTION...]
   memory              verify checksums of random memory
   obedient            count, end on SIGTERM, and do what a file says
   terminal            answer what is typed
+  relay               answer over TCP, and ask others
   io-uring            count, with an io_uring
   peer                count in step with a peer at the other end of a unix socket
   tree                use one of each kind of thing that processes have
@@ -81,6 +82,10 @@ func Main(args []string, w io.Writer) error {
 			t.open()
 			return &t, nil
 		}
+	case "relay":
+		r := relay{}
+		flags.StringVar(&r.address, "listen", ":8080", "`address` to listen on")
+		setup = func() (program, error) { return &r, r.listen() }
 	case "io-uring":
 		u := ioUring{}
 		setup = func() (program, error) { return &u, u.open() }

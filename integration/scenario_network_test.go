@@ -1,0 +1,96 @@
+package integration
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// networked: a container that is given a network namespace with an interface in it reaches the node and is reached from there. The same after
+// a restore in another VM, for which the namespace is made anew, with another address, as for a new pod. No connection is open meanwhile.
+func networked(s *scenario) {
+	path := wirePath()
+	before := s.wire(path)
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "relay", "-listen", fmt.Sprintf(":%d", relayPort)}, Network: path})
+	first := s.run(c)
+	s.interfaceIs(first, before)
+	s.talks(first, before, 1)
+
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	s.check(before.remove())
+
+	after := s.wire(path)
+	restored := s.restore(c, dir)
+	s.talks(restored, after, 3)
+	s.interfaceIs(restored, after)
+	s.movedOn(first, restored)
+	s.removed(c)
+}
+
+const relayPort = 8080
+
+// talks checks that traffic goes both ways between a relay and the node. The answers are numbered from first on.
+func (s *scenario) talks(run *engine.Run, w *wire, first int) {
+	s.Helper()
+	// It listens before it prints.
+	s.check(run.Output.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) > 0, nil }))
+	relay := net.JoinHostPort(w.pod.String(), fmt.Sprint(relayPort))
+	s.answers(relay, "say in", fmt.Sprintf("%d in", first))
+	s.step("reached %s from the node", relay)
+
+	l, err := net.Listen("tcp", net.JoinHostPort(w.node.String(), "0"))
+	s.check(err)
+	defer l.Close()
+	heard := make(chan error, 1)
+	go func() { heard <- answerOnce(l, w.pod) }()
+	s.answers(relay, fmt.Sprintf("ask %s out", l.Addr()), fmt.Sprintf("%d heard out", first+1))
+	l.Close()
+	s.check(<-heard)
+	s.step("reached %s from the container", l.Addr())
+}
+
+func (s *scenario) answers(address, question, want string) {
+	s.Helper()
+	answer, err := workload.Ask(address, question)
+	s.check(err)
+	if answer != want {
+		s.Fatalf("%s answers %q to %q, not %q", address, answer, question, want)
+	}
+}
+
+// answerOnce serves one connection, which has to come from a certain address.
+func answerOnce(l net.Listener, from net.IP) error {
+	c, err := l.Accept()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if peer := c.RemoteAddr().(*net.TCPAddr); !peer.IP.Equal(from) {
+		return fmt.Errorf("the connection comes from %s, not from %s", peer, from)
+	}
+	if err := c.SetDeadline(time.Now().Add(settleTimeout)); err != nil {
+		return err
+	}
+	question, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c, "heard %s", question)
+	return err
+}
+
+// interfaceIs checks what a container sees of its interface.
+func (s *scenario) interfaceIs(run *engine.Run, w *wire) {
+	s.Helper()
+	lines := s.sh(run, "cd /sys/class/net/eth0; cat address mtu; ip -4 -o address show eth0 | awk '{print $4}'; ip route show | awk '/^default/ {print $3}'")
+	want := []string{w.mac.String(), fmt.Sprint(mtu), w.pod.String() + "/30", w.node.String()}
+	if !slices.Equal(lines, want) {
+		s.Errorf("the container's interface is %q, not %q", lines, want)
+	}
+}

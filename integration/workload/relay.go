@@ -1,0 +1,104 @@
+package workload
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// relay answers over TCP, one line a connection. How many requests there have been is in its memory and in each answer.
+type relay struct {
+	address string
+	served  int
+	failed  atomic.Pointer[error]
+}
+
+// relayTimeout is for one exchange with anybody.
+const relayTimeout = 20 * time.Second
+
+func (r *relay) listen() error {
+	// Go's servers use MPTCP where the kernel has it, which CRIU does not know.
+	config := net.ListenConfig{}
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(context.Background(), "tcp", r.address)
+	if err != nil {
+		return err
+	}
+	r.address = l.Addr().String()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				r.failed.Store(&err)
+				return
+			}
+			r.serve(c)
+		}
+	}()
+	return nil
+}
+
+func (r *relay) round(io.Writer) error {
+	if err := r.failed.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// serve answers one request and hangs up. When its peer sees the end, no connection of the program is open any more.
+func (r *relay) serve(c net.Conn) {
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(relayTimeout)) // a connection that is gone says so when it is read
+	request, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return
+	}
+	r.served++
+	answer, err := answerTo(strings.TrimSuffix(request, "\n"))
+	if err != nil {
+		answer = "error: " + err.Error()
+	}
+	fmt.Fprintf(c, "%d %s\n", r.served, answer)
+}
+
+func answerTo(request string) (string, error) {
+	verb, rest, _ := strings.Cut(request, " ")
+	switch verb {
+	case "say":
+		return rest, nil
+	case "ask":
+		address, question, _ := strings.Cut(rest, " ")
+		return Ask(address, question)
+	}
+	return "", fmt.Errorf("unknown request %q", request)
+}
+
+// Ask sends one line to a TCP server and gives the line that comes back, once the server has hung up. The program relay is one:
+// it answers "say WORDS" with the words, and "ask ADDRESS WORDS" with what another server answers to them, with a number before.
+func Ask(address, question string) (string, error) {
+	c, err := net.DialTimeout("tcp", address, relayTimeout)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(relayTimeout)); err != nil {
+		return "", err
+	}
+	if _, err := fmt.Fprintln(c, question); err != nil {
+		return "", err
+	}
+	answer, err := io.ReadAll(c)
+	if err != nil {
+		return "", err
+	}
+	line, whole := strings.CutSuffix(string(answer), "\n")
+	if !whole {
+		return "", fmt.Errorf("ask %s: the answer ends after %q", address, answer)
+	}
+	return line, nil
+}
