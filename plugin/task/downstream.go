@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
+	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -34,10 +36,32 @@ func dialDownstream(ctx context.Context, e kata.Endpoint) (*downstream, error) {
 	return d, nil
 }
 
+const (
+	// tearingDown is what Kata's Go shim answers to the Delete of a container
+	// whose exit it has told and which it is still taking out of the guest:
+	// since 4.1 it tells first (src/runtime/pkg/containerd-shim-v2/wait.go,
+	// src/runtime/virtcontainers/container.go). Engines delete right after the
+	// exit, and once.
+	tearingDown = "Container not ready or stopped, impossible to delete"
+	// tearDownLimit bounds how long a Delete waits for that.
+	tearDownLimit = 10 * time.Second
+)
+
 // call makes one call. Metadata and deadline of ctx go along; an answer's
 // error is returned as it came.
 func (d *downstream) call(ctx context.Context, method string, req, resp proto.Message) error {
-	return d.client.Call(ctx, d.service, method, req, resp)
+	limit := time.Now().Add(tearDownLimit)
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		err := d.client.Call(ctx, d.service, method, req, resp)
+		if err == nil || method != "Delete" || !strings.Contains(err.Error(), tearingDown) || time.Now().After(limit) {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // errKataGone says that the connection to Kata's shim has ended.

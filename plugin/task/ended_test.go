@@ -1,6 +1,8 @@
 package task
 
 import (
+	"context"
+	"errors"
 	"syscall"
 	"testing"
 
@@ -26,5 +28,26 @@ func TestKillOfWhatHasNotStartedEndsIt(t *testing.T) {
 	}
 	if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
 		t.Error(err)
+	}
+}
+
+// Kata's Go shim tells an exit before the container can be deleted, and engines
+// delete at once.
+func TestDeleteWaitsForKatasTearDown(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
+		t.Fatal(err)
+	}
+	refusals := 0
+	h.kata.Before("Delete", func(context.Context) error {
+		if refusals == 2 {
+			return nil
+		}
+		refusals++
+		return errors.New("Container not ready or stopped, impossible to delete")
+	})
+	if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil || refusals != 2 {
+		t.Errorf("%v after %d refusals", err, refusals)
 	}
 }

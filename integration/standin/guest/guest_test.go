@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -109,15 +110,20 @@ func TestCapabilitiesByName(t *testing.T) {
 	}
 }
 
-// TestAProcessMayEndBeforeItsPidIsKnown takes all children of the test away, so
-// nothing here may wait for one in another way.
-func TestAProcessMayEndBeforeItsPidIsKnown(t *testing.T) {
+// theReaper takes all children of the tests away: there is one, and nothing
+// here may wait for a child in another way.
+var theReaper = sync.OnceValue(func() *reaper {
 	r := newReaper()
+	go r.run()
+	return r
+})
+
+func TestAProcessMayEndBeforeItsPidIsKnown(t *testing.T) {
 	early, err := os.StartProcess("/bin/sh", []string{"sh", "-c", "exit 3"}, &os.ProcAttr{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	go r.run()
+	r := theReaper()
 	for deadline := time.Now().Add(10 * time.Second); unix.Kill(early.Pid, 0) == nil && time.Now().Before(deadline); {
 		<-time.After(time.Millisecond)
 	}

@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	tasktypes "github.com/containerd/containerd/api/types/task"
@@ -27,8 +28,10 @@ type container struct {
 	bundle  string
 	spec    *specs.Spec
 	mounted bool
-	init    *process
-	execs   map[string]*process
+	// released: out of the guest, after its exit; the Go way's.
+	released atomic.Bool
+	init     *process
+	execs    map[string]*process
 }
 
 // process is a container's first one, whose execID is empty, or one more.

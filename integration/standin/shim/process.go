@@ -113,6 +113,7 @@ func (s *service) follow(c *container, p *process) {
 			s.endSandbox()
 		} else {
 			s.release(c)
+			c.released.Store(true)
 		}
 	}()
 }
@@ -184,8 +185,13 @@ func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.Dele
 		return answer, nil
 	}
 	if s.way == way.Go {
-		if !c.kind.OwnsSandbox() && status != tasktypes.Status_STOPPED {
+		switch {
+		case c.kind.OwnsSandbox():
+		case status != tasktypes.Status_STOPPED:
 			s.release(c)
+		case !c.released.Load():
+			// Kata tells of the exit before it takes the container out of the guest.
+			return nil, errors.New("Container not ready or stopped, impossible to delete") //nolint:staticcheck // as Kata says it
 		}
 		s.events.Send(&eventstypes.TaskDelete{ContainerID: c.id, Pid: s.sandbox.Pid(), ExitStatus: exit, ExitedAt: answer.ExitedAt})
 		delete(s.containers, c.id)
