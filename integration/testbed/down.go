@@ -42,7 +42,7 @@ func (t *Testbed) Down(ctx context.Context) error {
 		}
 		errs = append(errs, removeCgroups(ctx, id), removeFIFOs(id))
 	}
-	errs = append(errs, t.removeShimSockets(), removeNetworkNamespaces())
+	errs = append(errs, t.removeShimSockets(), t.removeNetworkNamespaces())
 	if t.SocketDir != "" {
 		errs = append(errs, removeTree(t.SocketDir))
 	}
@@ -138,43 +138,6 @@ func (t *Testbed) removeShimSockets() error {
 			continue
 		}
 		errs = append(errs, removeSocket(path))
-	}
-	return errors.Join(errs...)
-}
-
-// removeNetworkNamespaces removes the names of network namespaces that Kata made, where no process has the namespace mounted there any
-// more: a killed shim takes the mount along with its mount namespace and leaves the file.
-func removeNetworkNamespaces() error {
-	found, _ := filepath.Glob("/run/netns/cnitest-*")
-	if len(found) == 0 {
-		return nil
-	}
-	inUse := map[string]bool{}
-	seen := map[string]bool{}
-	processes, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range processes {
-		namespace, err := os.Readlink(filepath.Join(dir, "ns/mnt"))
-		if err != nil || seen[namespace] {
-			continue
-		}
-		seen[namespace] = true
-		all, err := mountsOf(filepath.Join(dir, "mountinfo"))
-		if err != nil {
-			continue // ended
-		}
-		for _, m := range all {
-			inUse[filepath.Base(m.path)] = true
-		}
-	}
-	var errs []error
-	for _, path := range found {
-		// A shim makes the file first and mounts right away.
-		const justMade = 100 * time.Millisecond
-		info, err := os.Lstat(path)
-		if err != nil || inUse[filepath.Base(path)] || time.Since(info.ModTime()) < justMade {
-			continue
-		}
-		errs = append(errs, os.Remove(path))
 	}
 	return errors.Join(errs...)
 }

@@ -63,6 +63,9 @@ func run(args []string) error {
 	log.L.Logger.SetOutput(logFile)
 	log.L.WithField("args", args).WithField("accel", settings.Accel).Info("start")
 
+	if err := vmm.NoteNamespace(settings.LogDir, name); err != nil {
+		return err
+	}
 	listener, err := vmm.Listen(socket)
 	if err != nil {
 		return fmt.Errorf("api socket: %w", err)
