@@ -16,7 +16,7 @@ import (
 func networked(s *scenario) {
 	path := wirePath()
 	before := s.wire(path)
-	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "relay", "-listen", fmt.Sprintf(":%d", relayPort)}, Network: path})
+	c := s.create(engine.Container{ID: "c", Args: relay, Network: path})
 	first := s.run(c)
 	s.interfaceIs(first, before)
 	s.talks(first, before, 1)
@@ -33,23 +33,45 @@ func networked(s *scenario) {
 	s.removed(c)
 }
 
-const relayPort = 8080
+// networkHotplugged: the same for a container whose hooks bring the interface when the VM runs already, as nerdctl's do, before the restore as well.
+func networkHotplugged(s *scenario) {
+	w := s.loose()
+	c := s.create(engine.Container{ID: "c", Args: relay, Hooks: w.hooks()})
+	first := s.run(c)
+	s.interfaceIs(first, w)
+	s.talks(first, w, 1)
+
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	s.check(w.remove())
+
+	s.check(w.make())
+	restored := s.restore(c, dir)
+	s.talks(restored, w, 3)
+	s.interfaceIs(restored, w)
+	s.movedOn(first, restored)
+	s.removed(c)
+}
+
+const relayPort = "8080"
+
+var relay = []string{workload.Path, "relay", "-listen", ":" + relayPort}
 
 // talks checks that traffic goes both ways between a relay and the node. The answers are numbered from first on.
 func (s *scenario) talks(run *engine.Run, w *wire, first int) {
 	s.Helper()
 	// It listens before it prints.
 	s.check(run.Output.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) > 0, nil }))
-	relay := net.JoinHostPort(w.pod.String(), fmt.Sprint(relayPort))
-	s.answers(relay, "say in", fmt.Sprintf("%d in", first))
-	s.step("reached %s from the node", relay)
+	address := net.JoinHostPort(w.pod.String(), relayPort)
+	s.answers(address, "say in", fmt.Sprintf("%d in", first))
+	s.step("reached %s from the node", address)
 
 	l, err := net.Listen("tcp", net.JoinHostPort(w.node.String(), "0"))
 	s.check(err)
 	defer l.Close()
 	heard := make(chan error, 1)
 	go func() { heard <- answerOnce(l, w.pod) }()
-	s.answers(relay, fmt.Sprintf("ask %s out", l.Addr()), fmt.Sprintf("%d heard out", first+1))
+	s.answers(address, fmt.Sprintf("ask %s out", l.Addr()), fmt.Sprintf("%d heard out", first+1))
 	l.Close()
 	s.check(<-heard)
 	s.step("reached %s from the container", l.Addr())

@@ -37,6 +37,7 @@ var scenarios = []struct {
 	{name: "refused-without-agent", run: refusedWithoutAgent},
 	{name: "memory-256m", run: memory256},
 	{name: "network", run: networked},
+	{name: "network-hotplugged", run: networkHotplugged},
 }
 
 // variant is a kind of guest under the parts under test.

@@ -9,8 +9,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 )
@@ -22,6 +25,8 @@ type wire struct {
 	node, pod net.IP
 	mac       net.HardwareAddr
 }
+
+var wireMask = net.CIDRMask(30, 32)
 
 // mtu of a wire is not the usual one, so that it tells whether the guest has been told.
 const mtu = 1420
@@ -40,11 +45,7 @@ func random(n int) []byte {
 // wire makes one with addresses of its own, which goes with the scenario if not before.
 func (s *scenario) wire(path string) *wire {
 	s.Helper()
-	// One of the 32768 nets of four addresses in 198.18.0.0/15, which is for tests and nobody's.
-	net4 := 198<<24 | 18<<16 | uint32(binary.BigEndian.Uint16(random(2))>>1)<<2
-	address := func(n uint32) net.IP { return binary.BigEndian.AppendUint32(nil, net4+n) }
-	w := &wire{node: address(1), pod: address(2), link: "kct" + hex.EncodeToString(random(4))}
-	s.later(w.remove)
+	w := s.loose()
 	var err error
 	w.namespace, err = netns.Make(path)
 	s.check(err)
@@ -53,35 +54,55 @@ func (s *scenario) wire(path string) *wire {
 	return w
 }
 
-func (w *wire) connect() error {
-	mask := net.CIDRMask(30, 32)
-	w.mac = append(net.HardwareAddr{0x02}, random(5)...)
-	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: w.link, MTU: mtu}, PeerName: w.link + "p", PeerHardwareAddr: w.mac}
-	if err := netlink.LinkAdd(pair); err != nil {
+// loose makes a wire whose second end is on the node, too, until somebody takes it.
+func (s *scenario) loose() *wire {
+	s.Helper()
+	// One of the 32768 nets of four addresses in 198.18.0.0/15, which is for tests and nobody's.
+	net4 := 198<<24 | 18<<16 | uint32(binary.BigEndian.Uint16(random(2))>>1)<<2
+	address := func(n uint32) net.IP { return binary.BigEndian.AppendUint32(nil, net4+n) }
+	w := &wire{node: address(1), pod: address(2), link: "kct" + hex.EncodeToString(random(4)), mac: append(net.HardwareAddr{0x02}, random(5)...)}
+	s.later(w.remove)
+	s.check(w.make())
+	return w
+}
+
+// peer is the second end before it is in its namespace.
+func (w *wire) peer() string { return w.link + "p" }
+
+func (w *wire) make() error {
+	err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: w.link, MTU: mtu}, PeerName: w.peer(), PeerHardwareAddr: w.mac})
+	if err != nil {
 		return fmt.Errorf("make a veth pair: %w", err)
 	}
 	node, err := netlink.LinkByName(w.link)
-	if err != nil {
-		return err
+	if err == nil {
+		err = netlink.AddrAdd(node, &netlink.Addr{IPNet: &net.IPNet{IP: w.node, Mask: wireMask}})
 	}
-	peer, err := netlink.LinkByName(pair.PeerName)
-	if err != nil {
-		return err
+	if err == nil {
+		err = netlink.LinkSetUp(node)
 	}
-	err = errors.Join(netlink.AddrAdd(node, &netlink.Addr{IPNet: &net.IPNet{IP: w.node, Mask: mask}}), netlink.LinkSetUp(node))
 	if err != nil {
 		return fmt.Errorf("set up %s: %w", w.link, err)
 	}
+	return nil
+}
+
+// connect moves the second end into the namespace.
+func (w *wire) connect() error {
 	namespace, err := os.Open(w.namespace.Path)
 	if err != nil {
 		return err
 	}
 	defer namespace.Close()
-	if err := netlink.LinkSetNsFd(peer, int(namespace.Fd())); err != nil {
-		return fmt.Errorf("move the veth's end: %w", err)
+	peer, err := netlink.LinkByName(w.peer())
+	if err == nil {
+		err = netlink.LinkSetNsFd(peer, int(namespace.Fd()))
+	}
+	if err != nil {
+		return fmt.Errorf("move %s: %w", w.peer(), err)
 	}
 	return w.namespace.Do(func() error {
-		peer, err := netlink.LinkByName(pair.PeerName)
+		peer, err := netlink.LinkByName(w.peer())
 		if err != nil {
 			return err
 		}
@@ -91,7 +112,7 @@ func (w *wire) connect() error {
 		if err := netlink.LinkSetMTU(peer, mtu); err != nil {
 			return err
 		}
-		if err := netlink.AddrAdd(peer, &netlink.Addr{IPNet: &net.IPNet{IP: w.pod, Mask: mask}}); err != nil {
+		if err := netlink.AddrAdd(peer, &netlink.Addr{IPNet: &net.IPNet{IP: w.pod, Mask: wireMask}}); err != nil {
 			return err
 		}
 		if err := netlink.LinkSetUp(peer); err != nil {
@@ -101,12 +122,33 @@ func (w *wire) connect() error {
 	})
 }
 
+// hooks connect the wire as those of nerdctl do: once there is a VMM, to the network namespace that it is in.
+func (w *wire) hooks() *specs.Hooks {
+	inside := []string{
+		fmt.Sprintf("link set %s name eth0 mtu %d", w.peer(), mtu), fmt.Sprintf("addr add %s/30 dev eth0", w.pod), "link set eth0 up",
+		"route add default via " + w.node.String(),
+	}
+	script := []string{
+		"set -e",
+		`pid=$(sed -n 's/.*"pid": *\([0-9]*\).*/\1/p')`,
+		fmt.Sprintf("busybox nsenter -t %d -n busybox ip link set %s netns $pid", os.Getpid(), w.peer()), // Kata's Go shim runs hooks in the namespace
+	}
+	for _, command := range inside {
+		script = append(script, "busybox nsenter -t $pid -n busybox ip "+command)
+	}
+	return &specs.Hooks{CreateRuntime: []specs.Hook{{
+		Path: "/bin/sh", Args: []string{"sh", "-c", strings.Join(script, "\n")}, Env: []string{"PATH=" + os.Getenv("PATH")},
+	}}}
+}
+
 // remove may be called again.
 func (w *wire) remove() error {
 	var errs []error
 	// The namespace keeps its end for as long as a VM is in it.
 	if node, err := netlink.LinkByName(w.link); err == nil {
-		errs = append(errs, netlink.LinkDel(node))
+		if err := netlink.LinkDel(node); !errors.Is(err, unix.ENODEV) { // gone with the namespace
+			errs = append(errs, err)
+		}
 	}
 	if w.namespace != nil {
 		errs = append(errs, w.namespace.Remove())
