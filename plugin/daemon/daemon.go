@@ -96,7 +96,7 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 		return nil, err
 	}
 	r.PID = os.Getpid()
-	if r.StartTime, err = manager.StartTime(r.PID); err != nil {
+	if r.StartTime, err = bundle.StartTime(r.PID); err != nil {
 		return nil, err
 	}
 	if err := r.Write(i.Bundle); err != nil {

@@ -27,12 +27,17 @@ import (
 )
 
 // containerd gives delete 5 s in all (core/runtime/v2/shim.go, cleanupTimeout).
-const retireTimeout = 2 * time.Second
+const (
+	retireTimeout = 2 * time.Second
+	// vmTimeout is until when, from the beginning, the end of the VM is waited for.
+	vmTimeout = 4 * time.Second
+)
 
 // Delete cleans up after a shim whose connection to containerd has ended, by
 // whatever cause, and returns the answer for stdout. What is wrong is logged
 // and stops nothing: nobody comes after this.
 func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
+	begin := time.Now()
 	warn := func(step string, err error) {
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("container", i.ID).Warn("delete: " + step)
@@ -61,6 +66,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		warn("stop Kata's container", i.retire(ctx, r.Downstream, owns))
 		if owns {
 			warn("end Kata's shim", killKata(i.Bundle))
+			warn("end the VM", endVM(i.Bundle, i.ID, begin.Add(vmTimeout)))
 		}
 	}
 	resp := &task.DeleteResponse{ExitStatus: 128 + uint32(syscall.SIGKILL), ExitedAt: timestamppb.Now()}
@@ -72,6 +78,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	}
 	if owns {
 		warn("sockets", i.removeSockets(r))
+		warn("what Kata leaves", kata.Sweep(i.ID))
 	}
 	return proto.Marshal(resp)
 }
@@ -96,7 +103,7 @@ func (i *Invocation) guessRecord() (*bundle.Record, error) {
 // endDaemon ends our daemon, should it be alive.
 func endDaemon(r *bundle.Record) error {
 	return end(r.PID, func() bool {
-		t, err := StartTime(r.PID)
+		t, err := bundle.StartTime(r.PID)
 		return err == nil && t == r.StartTime
 	})
 }

@@ -10,27 +10,12 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
 )
 
 // endTimeout bounds the end of a process that was killed.
 const endTimeout = 2 * time.Second
-
-// StartTime is when a process started, in clock ticks after boot. With it a
-// pid names one process and no later one.
-func StartTime(pid int) (uint64, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	// The name in parentheses may hold anything.
-	i := strings.LastIndexByte(string(data), ')')
-	fields := strings.Fields(string(data[i+1:]))
-	const startTime = 22 - 3 // proc(5) counts from 1, and pid and name are cut off
-	if i < 0 || len(fields) <= startTime {
-		return 0, fmt.Errorf("/proc/%d/stat cannot be read", pid)
-	}
-	return strconv.ParseUint(fields[startTime], 10, 64)
-}
 
 // end kills a process, if it is the one that is meant, and waits for its end.
 func end(pid int, isMeant func() bool) error {
@@ -66,6 +51,50 @@ func end(pid int, isMeant func() bool) error {
 		}
 		return nil
 	}
+}
+
+// endVM kills the VM of a sandbox whose Kata is gone, and waits until nothing
+// is left of it: Kata's delete takes a VMM that nobody has reaped yet for one
+// that runs, and waits for its agent until containerd kills it
+// (src/runtime/virtcontainers/hypervisor.go, IsHypervisorRunning).
+func endVM(dir, sandbox string, until time.Time) error {
+	pid, start, err := bundle.VM(dir)
+	if err != nil || pid == 0 {
+		return err
+	}
+	is := func() bool {
+		t, err := bundle.StartTime(pid)
+		return err == nil && t == start
+	}
+	if !is() {
+		return nil
+	}
+	if !isZombie(pid) {
+		// Every VMM of Kata's has the sandbox's name in its arguments: in the path
+		// of its API socket, or as its own name.
+		if err := end(pid, func() bool { return is() && hasArgument(pid, sandbox) }); err != nil {
+			return fmt.Errorf("end the VM: %w", err)
+		}
+	}
+	for is() && isZombie(pid) {
+		if time.Now().After(until) {
+			return fmt.Errorf("the VM's process %d has ended and nobody reaps it", pid)
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+	return nil
+}
+
+// hasArgument says whether a text is part of a process's command line.
+func hasArgument(pid int, text string) bool {
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return err == nil && strings.Contains(string(line), text)
+}
+
+func isZombie(pid int) bool {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	i := strings.LastIndexByte(string(data), ')')
+	return err == nil && i >= 0 && strings.HasPrefix(string(data[i+1:]), " Z")
 }
 
 // killKata kills the daemon of Kata's shim that was started in a bundle. Both

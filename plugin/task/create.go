@@ -59,6 +59,11 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		return nil, err
 	}
 	c.answers.Store("", createdAnswer(r, resp.GetPid()))
+	if r.ID == s.sandbox {
+		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
+			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("note the VM's process")
+		}
+	}
 	created := time.Since(begin)
 	if kind != bundle.Sandbox {
 		c.agentErr = s.meetAgent(ctx, c)

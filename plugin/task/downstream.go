@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
@@ -24,6 +27,9 @@ type downstream struct {
 	service string
 	// gone is closed when the connection has ended, which is when Kata's shim has.
 	gone chan struct{}
+	path string
+
+	unlinkOnce sync.Once
 }
 
 func dialDownstream(ctx context.Context, e kata.Endpoint) (*downstream, error) {
@@ -31,9 +37,32 @@ func dialDownstream(ctx context.Context, e kata.Endpoint) (*downstream, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach Kata's shim: %w", err)
 	}
-	d := &downstream{service: e.Service(), gone: make(chan struct{})}
+	d := &downstream{service: e.Service(), gone: make(chan struct{}), path: e.Path()}
 	d.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(d.gone) }))
 	return d, nil
+}
+
+// unlinkTimeout bounds the time from the end of Kata's connections to the end
+// of its socket.
+const unlinkTimeout = 500 * time.Millisecond
+
+// unlink removes the socket of a Kata that has ended. Its Rust shim leaves it,
+// and does not start again under the same name while it is there
+// (src/runtime-rs/crates/shim/src/shim_start.rs).
+func (d *downstream) unlink() {
+	d.unlinkOnce.Do(func() {
+		for limit := time.Now().Add(unlinkTimeout); time.Now().Before(limit); {
+			conn, err := net.Dial("unix", d.path)
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				os.Remove(d.path)
+			}
+			if err != nil {
+				return
+			}
+			conn.Close()
+			<-time.After(5 * time.Millisecond)
+		}
+	})
 }
 
 const (

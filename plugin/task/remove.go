@@ -92,6 +92,7 @@ func (s *Service) Shutdown(ctx context.Context, r *task.ShutdownRequest) (*empty
 		return resp, nil
 	}
 	// Before the answer: a container of the same name may be started with it.
+	s.down.unlink()
 	s.unlink()
 	s.shutdown.Shutdown()
 	return resp, nil

@@ -90,6 +90,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	go func() {
 		<-down.gone
 		log.G(ctx).Info("Kata's shim has ended")
+		down.unlink()
 		s.cancel(errKataGone)
 		s.shutdown.Shutdown()
 	}()

@@ -1,0 +1,50 @@
+package kata
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/moby/sys/mountinfo"
+)
+
+// shareDir is where both of Kata's shims make the directory tree that a
+// sandbox shares with its guest (src/runtime/virtcontainers/fs_share_linux.go,
+// src/runtime-rs/crates/resource/src/share_fs/utils.rs).
+const shareDir = "/run/kata-containers/shared/sandboxes"
+
+// Sweep removes what Kata leaves of a sandbox's share for containers that were
+// created and never started: empty directories and empty files, on which its
+// mounts were. Anything else stays, and so does all of it while something is
+// mounted there. Kata's shim must have ended.
+func Sweep(sandbox string) error { return sweep(filepath.Join(shareDir, filepath.Base(sandbox))) }
+
+func sweep(dir string) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return fmt.Errorf("sweep %s: %w", dir, err)
+	}
+	if len(mounts) > 0 {
+		return fmt.Errorf("sweep %s: %s is mounted", dir, mounts[0].Mountpoint)
+	}
+	var dirs []string
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return nil //nolint:nilerr // gone already, or not ours to read
+		}
+		if d.IsDir() {
+			dirs = append(dirs, path)
+			return nil
+		}
+		if st, err := d.Info(); err == nil && st.Mode().IsRegular() && st.Size() == 0 {
+			os.Remove(path)
+		}
+		return nil
+	})
+	for _, d := range slices.Backward(dirs) {
+		os.Remove(d) // fails where something is left
+	}
+	return err
+}

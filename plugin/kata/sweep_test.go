@@ -1,0 +1,58 @@
+package kata
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func TestSweepRemovesOnlyWhatIsEmpty(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "sb")
+	for _, d := range []string{"rw/passthrough/sb/rootfs", "rw/kept", "outside"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(name, content string) {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("rw/passthrough/hosts", "")
+	write("rw/kept/data", "x")
+	if err := os.Symlink("/etc", filepath.Join(dir, "outside", "link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := sweep(dir); err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	_ = filepath.WalkDir(dir, func(path string, _ os.DirEntry, _ error) error {
+		rel, _ := filepath.Rel(dir, path)
+		left = append(left, rel)
+		return nil
+	})
+	want := []string{".", "outside", "outside/link", "rw", "rw/kept", "rw/kept/data"}
+	if len(left) != len(want) {
+		t.Fatalf("left: %q, want %q", left, want)
+	}
+	for i := range want {
+		if left[i] != want[i] {
+			t.Errorf("left: %q, want %q", left, want)
+		}
+	}
+
+	empty := filepath.Join(t.TempDir(), "sb")
+	if err := os.MkdirAll(filepath.Join(empty, "shared", "c"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := sweep(empty); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(empty); !os.IsNotExist(err) {
+		t.Errorf("%s is still there: %v", empty, err)
+	}
+	if err := sweep(empty); err != nil {
+		t.Errorf("nothing to sweep: %v", err)
+	}
+}
