@@ -17,12 +17,29 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
 // ghostLimit is the largest file without a name that goes into an image set,
 // in bytes. CRIU's own default of 1 MiB refuses many a database.
 const ghostLimit = 1 << 30
+
+// CheckCheckpoint implements the service.
+func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*empty, error) {
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	pids, err := cgroup.Procs(c.tree(), true)
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("processes of container %s: %w", c.ID, err))
+	}
+	if err := undumpable(c, pids, r.GetOptions()); err != nil {
+		return nil, toRPC(err)
+	}
+	return &empty{}, nil
+}
 
 // Checkpoint implements the service.
 func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
@@ -43,7 +60,7 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, toRPC(errors.Join(fmt.Errorf("checkpoint container %s: %w", c.ID, err), os.RemoveAll(images)))
+		return nil, toRPC(errors.Join(err, os.RemoveAll(images)))
 	}
 	return out, nil
 }
@@ -104,11 +121,14 @@ func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.Checkp
 	if err != nil {
 		return nil, fmt.Errorf("processes of the container: %w", err)
 	}
-	if err := undumpable(pids, c.Stdio); err != nil {
+	if err := undumpable(c, pids, r.GetOptions()); err != nil {
 		return nil, err
 	}
 	if out.OpenFiles, err = openFiles(pids, mounts); err != nil {
 		return nil, fmt.Errorf("open files of the container: %w", err)
+	}
+	if out.Hostname, err = hostname(root); err != nil {
+		return nil, err
 	}
 	if out.CpuFeatures, err = cpuFeatures(); err != nil {
 		return nil, err
@@ -178,6 +198,21 @@ func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
 	if slices.Contains(o.GetEmptyNamespaces(), "network") {
 		opts.EmptyNs = proto.Uint32(unix.CLONE_NEWNET)
 	}
+}
+
+// hostname is the one that a process sees.
+func hostname(pid int) (string, error) {
+	var name unix.Utsname
+	err := thread.Do(func() error {
+		if err := thread.Enter(pid, "uts"); err != nil {
+			return err
+		}
+		return unix.Uname(&name)
+	})
+	if err != nil {
+		return "", fmt.Errorf("hostname of the container: %w", err)
+	}
+	return unix.ByteSliceToString(name.Nodename[:]), nil
 }
 
 // syncRoot writes out a container's root file system: engines diff it on the

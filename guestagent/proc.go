@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // process tells one process from a later one of the same pid.
@@ -158,7 +160,13 @@ func missing(want, have []string) []string {
 	return out
 }
 
-func kernelRelease() string { return firstLine("/proc/sys/kernel/osrelease") }
+func kernelRelease() string {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(name.Release[:])
+}
 
 func bootID() string { return firstLine("/proc/sys/kernel/random/boot_id") }
 

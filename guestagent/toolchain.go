@@ -7,9 +7,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/containerd/errdefs"
-
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // checkTimeout bounds `criu check`, which takes about a second without KVM.
@@ -40,17 +39,17 @@ func newToolchain(bundle string) *toolchain {
 func load(bundle string) (uint32, error) {
 	// A file that only kernels with the option have (kernel/pid_namespace.c).
 	if _, err := os.Stat("/proc/sys/kernel/ns_last_pid"); err != nil {
-		return 0, fmt.Errorf("the guest kernel %s was built without CONFIG_CHECKPOINT_RESTORE: give Kata a kernel with the options of configs/kernel (%w)", kernelRelease(), errdefs.ErrFailedPrecondition)
+		return 0, errclass.Precondition("the guest kernel %s was built without CONFIG_CHECKPOINT_RESTORE: give Kata a kernel with the options of configs/kernel", kernelRelease())
 	}
 	if err := criu.Load(bundle); err != nil {
-		return 0, fmt.Errorf("%w: install the whole guest bundle (%w)", err, errdefs.ErrFailedPrecondition)
+		return 0, errclass.Precondition("%w: install the whole guest bundle", err)
 	}
 	v, err := criu.Version()
 	if err != nil {
-		return 0, fmt.Errorf("CRIU does not run in the guest: %w: install the whole guest bundle (%w)", err, errdefs.ErrFailedPrecondition)
+		return 0, errclass.Precondition("CRIU does not run in the guest: %w: install the whole guest bundle", err)
 	}
 	if v < criu.MinVersion {
-		return v, fmt.Errorf("CRIU %s in the guest is too old: install a guest bundle with %s or newer (%w)", criu.FormatVersion(v), criu.FormatVersion(criu.MinVersion), errdefs.ErrFailedPrecondition)
+		return v, errclass.Precondition("CRIU %s in the guest is too old: install a guest bundle with %s or newer", criu.FormatVersion(v), criu.FormatVersion(criu.MinVersion))
 	}
 	return v, nil
 }

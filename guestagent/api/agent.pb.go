@@ -764,7 +764,8 @@ type CheckpointResponse struct {
 	KernelRelease string                 `protobuf:"bytes,6,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
 	// cpu_features that the processes may use, by their names in /proc/cpuinfo.
 	CpuFeatures []string `protobuf:"bytes,7,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
-	Hostname    string   `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	// hostname that the processes see.
+	Hostname string `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
 	// bytes that the guest wrote into the directory.
 	Bytes         uint64 `protobuf:"varint,9,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -868,15 +869,13 @@ type RestoreRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
 	// directory is the image set's name in the exchange mount.
-	Directory   string             `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
-	Options     *CheckpointOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
-	Externals   []*External        `protobuf:"bytes,4,rep,name=externals,proto3" json:"externals,omitempty"`
-	Stdio       []*Stdio           `protobuf:"bytes,5,rep,name=stdio,proto3" json:"stdio,omitempty"`
-	OpenFiles   []*OpenFile        `protobuf:"bytes,6,rep,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
-	CriuVersion uint32             `protobuf:"varint,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
-	CpuFeatures []string           `protobuf:"bytes,8,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
-	// terminal: the placeholder has one.
-	Terminal      bool `protobuf:"varint,9,opt,name=terminal,proto3" json:"terminal,omitempty"`
+	Directory     string             `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	Options       *CheckpointOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
+	Externals     []*External        `protobuf:"bytes,4,rep,name=externals,proto3" json:"externals,omitempty"`
+	Stdio         []*Stdio           `protobuf:"bytes,5,rep,name=stdio,proto3" json:"stdio,omitempty"`
+	OpenFiles     []*OpenFile        `protobuf:"bytes,6,rep,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
+	CriuVersion   uint32             `protobuf:"varint,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
+	CpuFeatures   []string           `protobuf:"bytes,8,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -965,13 +964,6 @@ func (x *RestoreRequest) GetCpuFeatures() []string {
 		return x.CpuFeatures
 	}
 	return nil
-}
-
-func (x *RestoreRequest) GetTerminal() bool {
-	if x != nil {
-		return x.Terminal
-	}
-	return false
 }
 
 type RestoreResponse struct {
@@ -1198,7 +1190,7 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\x0ekernel_release\x18\x06 \x01(\tR\rkernelRelease\x12!\n" +
 	"\fcpu_features\x18\a \x03(\tR\vcpuFeatures\x12\x1a\n" +
 	"\bhostname\x18\b \x01(\tR\bhostname\x12\x14\n" +
-	"\x05bytes\x18\t \x01(\x04R\x05bytes\"\xb2\x03\n" +
+	"\x05bytes\x18\t \x01(\x04R\x05bytes\"\x96\x03\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1208,8 +1200,7 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"open_files\x18\x06 \x03(\v2!.katacheckpoint.agent.v1.OpenFileR\topenFiles\x12!\n" +
 	"\fcriu_version\x18\a \x01(\rR\vcriuVersion\x12!\n" +
-	"\fcpu_features\x18\b \x03(\tR\vcpuFeatures\x12\x1a\n" +
-	"\bterminal\x18\t \x01(\bR\bterminal\"[\n" +
+	"\fcpu_features\x18\b \x03(\tR\vcpuFeatures\"[\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x126\n" +
 	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"m\n" +
@@ -1218,14 +1209,15 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\fhelper_token\x18\x02 \x01(\tR\vhelperToken\x12\x18\n" +
 	"\aprocess\x18\x03 \x01(\fR\aprocess\" \n" +
 	"\fExecResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid2\xca\x06\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid2\xa1\a\n" +
 	"\x05Agent\x12S\n" +
 	"\x04Info\x12$.katacheckpoint.agent.v1.InfoRequest\x1a%.katacheckpoint.agent.v1.InfoResponse\x12V\n" +
 	"\x05Adopt\x12%.katacheckpoint.agent.v1.AdoptRequest\x1a&.katacheckpoint.agent.v1.AdoptResponse\x12K\n" +
 	"\x06Forget\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
 	"\x04Hold\x12$.katacheckpoint.agent.v1.HoldRequest\x1a\x16.google.protobuf.Empty\x12K\n" +
 	"\x06Freeze\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12I\n" +
-	"\x04Thaw\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12e\n" +
+	"\x04Thaw\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12U\n" +
+	"\x0fCheckCheckpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a\x16.google.protobuf.Empty\x12e\n" +
 	"\n" +
 	"Checkpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a+.katacheckpoint.agent.v1.CheckpointResponse\x12O\n" +
 	"\fCheckRestore\x12'.katacheckpoint.agent.v1.RestoreRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
@@ -1282,22 +1274,24 @@ var file_guestagent_api_agent_proto_depIdxs = []int32{
 	3,  // 13: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
 	2,  // 14: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
 	2,  // 15: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	11, // 16: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	13, // 17: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	13, // 18: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	15, // 19: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	1,  // 20: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 21: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	17, // 22: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	17, // 23: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	17, // 24: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	17, // 25: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	12, // 26: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	17, // 27: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	14, // 28: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	16, // 29: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	20, // [20:30] is the sub-list for method output_type
-	10, // [10:20] is the sub-list for method input_type
+	11, // 16: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	11, // 17: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	13, // 18: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	13, // 19: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	15, // 20: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	1,  // 21: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 22: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	17, // 23: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	17, // 24: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	17, // 25: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	17, // 26: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	17, // 27: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	12, // 28: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	17, // 29: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	14, // 30: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	16, // 31: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	21, // [21:32] is the sub-list for method output_type
+	10, // [10:21] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name

@@ -15,6 +15,7 @@ type AgentService interface {
 	Hold(context.Context, *HoldRequest) (*emptypb.Empty, error)
 	Freeze(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	Thaw(context.Context, *ContainerRequest) (*emptypb.Empty, error)
+	CheckCheckpoint(context.Context, *CheckpointRequest) (*emptypb.Empty, error)
 	Checkpoint(context.Context, *CheckpointRequest) (*CheckpointResponse, error)
 	CheckRestore(context.Context, *RestoreRequest) (*emptypb.Empty, error)
 	Restore(context.Context, *RestoreRequest) (*RestoreResponse, error)
@@ -65,6 +66,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.Thaw(ctx, &req)
+			},
+			"CheckCheckpoint": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CheckpointRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.CheckCheckpoint(ctx, &req)
 			},
 			"Checkpoint": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CheckpointRequest
@@ -151,6 +159,14 @@ func (c *agentClient) Freeze(ctx context.Context, req *ContainerRequest) (*empty
 func (c *agentClient) Thaw(ctx context.Context, req *ContainerRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "Thaw", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) CheckCheckpoint(ctx context.Context, req *CheckpointRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "CheckCheckpoint", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

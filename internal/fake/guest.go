@@ -270,6 +270,11 @@ func (g *Guest) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Emp
 	return &emptypb.Empty{}, g.enter(ctx, "Thaw", r.GetContainerId(), r)
 }
 
+// CheckCheckpoint implements the agent.
+func (g *Guest) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "CheckCheckpoint", r.GetContainerId(), r)
+}
+
 // Checkpoint implements the agent: it writes some files.
 func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
 	dir := filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory())

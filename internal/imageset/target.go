@@ -58,7 +58,7 @@ func NewTarget(path string) (*Target, error) {
 		t.staging = filepath.Join(filepath.Dir(filepath.Clean(path)), name)
 	}
 	if err := os.Mkdir(t.staging, 0o700); err != nil {
-		return nil, fmt.Errorf("image directory %s cannot be written: %w", path, err)
+		return nil, fmt.Errorf("image directory %s cannot be written to: name one that can: %w", path, err)
 	}
 	if t.dir, err = openDir(t.staging); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(t.staging))

@@ -126,11 +126,11 @@ func (c *container) checkpoint(ctx context.Context, before state, r *checkpointR
 // run leaves the container frozen, or stopped.
 func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manifest, error) {
 	c := j.c
-	if err := c.preflight(ctx); err != nil {
-		return nil, err
-	}
 	if err := j.openTarget(); err != nil {
 		return nil, errclass.With(errdefs.ErrFailedPrecondition, err)
+	}
+	if err := j.preflight(ctx, before); err != nil {
+		return nil, err
 	}
 	j.phases.done("prepare")
 	if !before.frozen() {
@@ -146,7 +146,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 
 	var out *api.CheckpointResponse
 	err := c.s.agent.DoAlone(ctx, func(ctx context.Context, a api.AgentService) (err error) {
-		out, err = a.Checkpoint(ctx, &api.CheckpointRequest{ContainerId: c.id, Directory: j.images, Options: j.options, Externals: c.externals})
+		out, err = a.Checkpoint(ctx, j.request())
 		return err
 	})
 	if err != nil {
@@ -158,13 +158,13 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	limits := imageset.Limits{Files: c.s.cfg.MaxImageFiles, Bytes: c.s.cfg.MaxImageBytes}
 	files, err := imageset.Collect(ctx, c.exchange.dir, j.images, j.target.Dir(), limits, imageset.DumpLogName, imageset.StatsName)
 	if err != nil {
-		return nil, err
+		return nil, j.fullOr(err)
 	}
 	j.keepLogs(ctx)
 	j.phases.done("copy images")
 	m := j.manifest(out, files)
 	if err := j.target.Commit(m); err != nil {
-		return nil, err
+		return nil, j.fullOr(err)
 	}
 	j.phases.done("commit")
 	if j.stop {
@@ -176,6 +176,11 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	return m, nil
 }
 
+// request is what the agent is asked to write.
+func (j *checkpointJob) request() *api.CheckpointRequest {
+	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals}
+}
+
 // openTarget opens the directory for the image set, and notes what `delete`
 // has to remove should this process be killed.
 func (j *checkpointJob) openTarget() (err error) {
@@ -183,6 +188,14 @@ func (j *checkpointJob) openTarget() (err error) {
 		return err
 	}
 	return bundle.SetStaging(j.c.bundle, j.target.Dir().Name())
+}
+
+// fullOr says what to do where an error is that of a full file system.
+func (j *checkpointJob) fullOr(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("there is no room for the image set in %s: make room there, or name a directory of another file system: %w", j.path, err))
+	}
+	return err
 }
 
 // clean removes all but the finished image set.
@@ -224,7 +237,8 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 }
 
 // preflight finds what would make a checkpoint fail before anything is frozen.
-func (c *container) preflight(ctx context.Context) error {
+func (j *checkpointJob) preflight(ctx context.Context, before state) error {
+	c := j.c
 	var info *api.InfoResponse
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		info, err = a.Info(ctx, &api.InfoRequest{Check: true})
@@ -236,7 +250,13 @@ func (c *container) preflight(ctx context.Context) error {
 	if p := info.GetProblems(); len(p) > 0 {
 		return errclass.Precondition("%s", strings.Join(p, "; "))
 	}
-	return nil
+	if before.frozen() {
+		return nil // Checkpoint itself checks, once more
+	}
+	return c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.CheckCheckpoint(ctx, j.request())
+		return err
+	})
 }
 
 func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.File) *imageset.Manifest {

@@ -108,7 +108,7 @@ func TestCheckpointOfARunningContainerFreezesAndThaws(t *testing.T) {
 	if got := h.status(); got != "RUNNING" {
 		t.Errorf("State says %s", got)
 	}
-	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Checkpoint c1", "Thaw c1")
+	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1", "Freeze c1", "Checkpoint c1", "Thaw c1")
 }
 
 func TestCheckpointThatStops(t *testing.T) {
@@ -266,9 +266,18 @@ func TestCheckpointRefused(t *testing.T) {
 		if status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("code %s", status.Code(err))
 		}
+		h.guest.SetProblems()
+		h.guest.Before("CheckCheckpoint", func(context.Context) error {
+			return errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "the workload uses io_uring")
+		})
+		err = h.checkpoint(t.TempDir(), nil)
+		wantError(t, err, "the workload uses io_uring")
+		if status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("code %s", status.Code(err))
+		}
 		h.guest.SetThere(false)
 		wantError(t, h.checkpoint(t.TempDir(), nil), "no agent answers")
-		h.wantCalls("the agent", h.guest.Calls(), "Adopt c1")
+		h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1")
 		if got := h.status(); got != "RUNNING" {
 			t.Errorf("State says %s", got)
 		}

@@ -187,7 +187,6 @@ func restoreRequest(c *container) *api.RestoreRequest {
 		},
 		CriuVersion: m.Guest.CRIUVersion,
 		CpuFeatures: m.Guest.CPUFeatures,
-		Terminal:    c.terminal,
 	}
 	for _, e := range m.Externals {
 		r.Externals = append(r.Externals, &api.External{Name: e.Name, Destination: e.Destination, Fstype: e.FSType, Device: e.Device})
