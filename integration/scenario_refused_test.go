@@ -31,11 +31,7 @@ func refused(s *scenario) {
 	s.inGuest(pod, "umount /proc/sys/kernel")
 	s.goesOn(run)
 	// An agent that has died is started again, and asks again.
-	agent := s.inGuest(pod, "cat /sys/fs/cgroup/cgroup.procs | while read p; do readlink /proc/$p/exe | grep -q kata-checkpoint-agent && echo $p; done; true")
-	if agent == "" {
-		s.Fatal("there is no agent in the guest")
-	}
-	s.inGuest(pod, "kill -9 "+agent)
+	s.endAgent(pod)
 	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
 	s.goesOn(run)
 	s.step("the guest")
@@ -47,8 +43,8 @@ func refused(s *scenario) {
 		options string
 		words   []string
 	}{
-		"a directory that cannot be written to": {syscall.MS_RDONLY, "", []string{"read-only file system"}},
-		"a full file system":                    {0, "size=1m", []string{"no space left on device"}},
+		"a directory that cannot be written to": {syscall.MS_RDONLY, "", []string{"cannot be written to", "read-only file system"}},
+		"a full file system":                    {0, "size=1m", []string{"no room", "make room", "no space left on device"}},
 	} {
 		dir := s.dir()
 		s.check(syscall.Mount("tmpfs", dir, "tmpfs", mount.flags, mount.options))
@@ -171,6 +167,16 @@ func (s *scenario) goesOn(run *engine.Run) {
 		parse = workload.Ticks
 	}
 	s.consecutive(1, s.numbers(run.Output, parse))
+}
+
+// endAgent kills the agent in the guest of a pod.
+func (s *scenario) endAgent(p *pod) {
+	s.Helper()
+	agent := s.inGuest(p, "cat /sys/fs/cgroup/cgroup.procs | while read p; do readlink /proc/$p/exe | grep -q kata-checkpoint-agent && echo $p; done; true")
+	if agent == "" {
+		s.Fatal("there is no agent in the guest")
+	}
+	s.inGuest(p, "kill -9 "+agent)
 }
 
 // inGuest runs a script in the guest of a pod.

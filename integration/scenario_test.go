@@ -35,6 +35,7 @@ var scenarios = []struct {
 	{name: "broken-images", run: brokenImages},
 	{name: "refused", run: refused},
 	{name: "refused-without-agent", run: refusedWithoutAgent},
+	{name: "refused-guest-bundle", run: refusedGuestBundle},
 	{name: "memory-256m", run: memory256},
 	{name: "network", run: networked},
 	{name: "network-hotplugged", run: networkHotplugged},
