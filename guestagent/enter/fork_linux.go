@@ -31,6 +31,7 @@ const (
 const (
 	stepCgroup = iota + 2
 	stepOOM
+	stepHide
 	stepNamespaces
 	stepFork
 	stepSession
@@ -47,7 +48,7 @@ const (
 )
 
 var stepNames = map[uint32]string{
-	stepCgroup: "enter the container's cgroup", stepOOM: "set the OOM score", stepNamespaces: "enter the container's namespaces",
+	stepCgroup: "enter the container's cgroup", stepOOM: "set the OOM score", stepHide: "hide from the container", stepNamespaces: "enter the container's namespaces",
 	stepFork: "fork in the container", stepSession: "make a session", stepStdio: "place stdio", stepTerminal: "take the terminal",
 	stepLimits: "set resource limits", stepCwd: "change to the working directory", stepGroups: "set groups", stepGID: "set the group",
 	stepUID: "set the user", stepCapabilities: "set capabilities", stepNoNew: "set no-new-privileges", stepExec: "exec",
@@ -114,6 +115,14 @@ func (p *plan) children() (int, syscall.Errno) {
 		goto fail
 	}
 	if _, _, errno = unix.RawSyscall(unix.SYS_WRITE, r1, uintptr(unsafe.Pointer(&p.oomValue[0])), uintptr(len(p.oomValue))); errno != 0 {
+		goto fail
+	}
+	// Until they become the command the children have the agent's memory and
+	// descriptors. None of the container's processes, which see the second one,
+	// may look into it or trace it, not even with the same capabilities; execve
+	// ends this.
+	step = stepHide
+	if _, _, errno = unix.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0); errno != 0 {
 		goto fail
 	}
 	step = stepNamespaces
