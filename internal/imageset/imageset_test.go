@@ -669,3 +669,68 @@ func TestIsStaging(t *testing.T) {
 		}
 	}
 }
+
+// A Commit that was killed while it gave the files their final names is taken
+// back, by whoever finds it: `delete`, or the next checkpoint.
+func TestHalfACommitIsTakenBack(t *testing.T) {
+	half := func(t *testing.T, dir string) string {
+		t.Helper()
+		target, err := NewTarget(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := &Manifest{FormatVersion: FormatVersion, Files: []File{
+			{Name: "inventory.img", Size: 1, SHA256: digest("i")}, {Name: "pages-1.img", Size: 1, SHA256: digest("p")},
+		}}
+		data, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		staging := target.Dir().Name()
+		write(t, filepath.Join(dir, "inventory.img"), "i") // as if it had been moved
+		write(t, filepath.Join(staging, "pages-1.img"), "p")
+		write(t, filepath.Join(staging, ManifestName), string(data))
+		write(t, filepath.Join(staging, committingName), "")
+		target.Dir().Close() // which a kill does, and the lock with it
+		return staging
+	}
+	t.Run("by delete", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := RemoveStaging(half(t, dir)); err != nil {
+			t.Fatal(err)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("there is left %v, error %v", left, err)
+		}
+	})
+	t.Run("by the next checkpoint", func(t *testing.T) {
+		dir := t.TempDir()
+		half(t, dir)
+		target, err := NewTarget(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := target.Abort(); err != nil {
+			t.Fatal(err)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("there is left %v, error %v", left, err)
+		}
+	})
+	t.Run("not once the manifest has moved", func(t *testing.T) {
+		dir := t.TempDir()
+		staging := half(t, dir)
+		for _, name := range []string{"pages-1.img", ManifestName} {
+			if err := os.Rename(filepath.Join(staging, name), filepath.Join(dir, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := RemoveStaging(staging); err != nil {
+			t.Fatal(err)
+		}
+		left, err := os.ReadDir(dir)
+		if err != nil || len(left) != 3 {
+			t.Errorf("there is left %v, error %v", left, err)
+		}
+	})
+}

@@ -18,6 +18,10 @@ import (
 // set. checkName allows no such name, so nothing takes it for a part of one.
 const stagingPrefix = ".kata-checkpoint-"
 
+// committingName is a file in such a directory from when on its files get their
+// final names. No file of an image set is called so.
+const committingName = ".committing"
+
 // IsStaging says whether a path is that of an unfinished image set.
 func IsStaging(path string) bool {
 	return filepath.IsAbs(path) && strings.HasPrefix(filepath.Base(path), stagingPrefix)
@@ -74,6 +78,9 @@ func (t *Target) Dir() *os.File { return t.dir }
 
 // holdsImageSet says whether there is an earlier image set to replace.
 func (t *Target) holdsImageSet() (bool, error) {
+	if err := removeUnfinished(t.path); err != nil {
+		return false, fmt.Errorf("image directory %s: %w", t.path, err)
+	}
 	entries, err := os.ReadDir(t.path)
 	if err != nil {
 		return false, fmt.Errorf("image directory: %w", err)
@@ -81,10 +88,6 @@ func (t *Target) holdsImageSet() (bool, error) {
 	manifest, other := false, ""
 	for _, e := range entries {
 		switch {
-		case strings.HasPrefix(e.Name(), stagingPrefix) && e.IsDir():
-			if err := removeUnfinished(filepath.Join(t.path, e.Name())); err != nil {
-				return false, fmt.Errorf("image directory %s: %w", t.path, err)
-			}
 		case e.Name() == ManifestName:
 			manifest = true
 		default:
@@ -104,9 +107,21 @@ func (t *Target) holdsImageSet() (bool, error) {
 	return true, s.Close()
 }
 
-// removeUnfinished removes what an earlier attempt left, unless that is still
-// under way: then it has a lock on the directory.
+// removeUnfinished removes what earlier attempts left in a directory, unless one
+// is still under way.
 func removeUnfinished(path string) error {
+	entries, err := os.ReadDir(path)
+	for _, e := range entries {
+		if e.IsDir() && strings.HasPrefix(e.Name(), stagingPrefix) {
+			err = errors.Join(err, removeUnlocked(filepath.Join(path, e.Name())))
+		}
+	}
+	return err
+}
+
+// removeUnlocked removes an unfinished image set. One that is still being made
+// has a lock on it.
+func removeUnlocked(path string) error {
 	dir, err := openDir(path)
 	if err != nil {
 		return fmt.Errorf("unfinished checkpoint: %w", err)
@@ -115,8 +130,50 @@ func removeUnfinished(path string) error {
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return errors.New("another checkpoint is being written to it")
 	}
+	return RemoveStaging(path)
+}
+
+// RemoveStaging removes an unfinished image set whose maker is gone, and takes
+// back what had its final name already.
+func RemoveStaging(path string) error {
+	if !IsStaging(path) {
+		return fmt.Errorf("%q is no unfinished image set", path)
+	}
+	if err := takeBack(path); err != nil {
+		return fmt.Errorf("remove an unfinished checkpoint: %w", err)
+	}
 	if err := os.RemoveAll(path); err != nil {
 		return fmt.Errorf("remove an unfinished checkpoint: %w", err)
+	}
+	return nil
+}
+
+// takeBack removes the files of a Commit that was killed half way. Those that
+// have moved out are the ones that the manifest, which moves last, names and
+// that are not here any more.
+func takeBack(staging string) error {
+	if _, err := os.Lstat(filepath.Join(staging, committingName)); err != nil {
+		return nil //nolint:nilerr // nothing has moved
+	}
+	f, err := os.Open(filepath.Join(staging, ManifestName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it has moved: the image set is whole
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	m, err := decode(f)
+	if err != nil {
+		return err
+	}
+	for _, file := range m.Files { // decode allows flat names only
+		if _, err := os.Lstat(filepath.Join(staging, file.Name)); !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(filepath.Dir(staging), file.Name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	return nil
 }
@@ -139,6 +196,9 @@ func (t *Target) Commit(m *Manifest) (err error) {
 	}
 	if t.replaces {
 		return t.exchange()
+	}
+	if err := os.WriteFile(filepath.Join(t.staging, committingName), nil, 0o600); err != nil {
+		return fmt.Errorf("finish checkpoint: %w", err)
 	}
 	names := make([]string, 0, len(m.Files)+1)
 	for _, f := range m.Files {

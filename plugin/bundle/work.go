@@ -2,11 +2,9 @@ package bundle
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
@@ -55,8 +53,5 @@ func RemoveStaging(dir string) error {
 	if err != nil {
 		return err
 	}
-	if !imageset.IsStaging(string(path)) || strings.ContainsRune(string(path), '\n') {
-		return fmt.Errorf("%q is no unfinished image set", path)
-	}
-	return os.RemoveAll(string(path))
+	return imageset.RemoveStaging(string(path))
 }
