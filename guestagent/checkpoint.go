@@ -66,7 +66,7 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 }
 
 func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (*api.CheckpointResponse, error) {
-	ph := newPhases(ctx, c.ID)
+	ph := newPhases(ctx, "checkpoint", c.ID)
 	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
 	op, err := a.describe(c, r, out)
 	if err != nil {

@@ -121,7 +121,7 @@ func discard(ctx context.Context, dir string) error {
 }
 
 func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest) (*api.RestoreResponse, error) {
-	ph := newPhases(ctx, c.ID)
+	ph := newPhases(ctx, "restore", c.ID)
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
 		return nil, err

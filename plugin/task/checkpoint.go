@@ -22,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
 )
 
@@ -102,7 +103,7 @@ func (c *container) checkpoint(ctx context.Context, before state, r *checkpointR
 	begin := time.Now()
 	j := &checkpointJob{
 		checkpointRequest: r, c: c, images: "checkpoint-" + strings.ToLower(rand.Text()),
-		phases: &phases{ctx: ctx, id: c.id, last: begin},
+		phases: &phases{ctx: ctx, id: c.id, last: begin, stops: c.s.stops},
 	}
 	c.become(checkpointingState{c: c, isFrozen: before.frozen()})
 	m, err := j.run(ctx, before)
@@ -345,12 +346,15 @@ type phases struct {
 	id   string
 	last time.Time
 	list []imageset.Phase
+
+	stops stopat.Dir
 }
 
 func (p *phases) done(name string) {
 	now := time.Now()
 	p.add(name, now.Sub(p.last))
-	p.last = now
+	p.stops.Wait(p.ctx, "checkpoint", name)
+	p.last = time.Now()
 }
 
 // guest adds the agent's own phases, and what was lost on the way.

@@ -65,6 +65,9 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		}
 	}
 	created := time.Since(begin)
+	if c.source != nil {
+		s.stops.Wait(ctx, "restore", "create")
+	}
 	if kind != bundle.Sandbox {
 		c.agentErr = s.meetAgent(ctx, c)
 	}

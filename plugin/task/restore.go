@@ -70,6 +70,7 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	c.source = &source{manifest: set.Manifest, path: path}
 	r.Checkpoint = "" // Kata is to start what looks like any other container
 	log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": "stage images", "duration": time.Since(begin), "bytes": set.Manifest.Bytes()}).Info("restore")
+	c.s.stops.Wait(ctx, "restore", "stage images")
 	return nil
 }
 
@@ -137,6 +138,7 @@ func (c *container) putPlaceholder(spec *bundle.Spec) error {
 // When that fails, nothing stays alive.
 func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	begin := time.Now()
+	c.s.stops.Wait(ctx, "restore", "adopt")
 	req := restoreRequest(c)
 	err := c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.CheckRestore(ctx, req)
@@ -150,6 +152,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
+	c.s.stops.Wait(ctx, "restore", "start")
 	var out *api.RestoreResponse
 	err = c.s.agent.DoAlone(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		out, err = a.Restore(ctx, req)
@@ -173,6 +176,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	if err := os.RemoveAll(c.exchange.path(restoreDir)); err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Warn("remove the restored images")
 	}
+	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
 )
@@ -50,6 +52,9 @@ type Options struct {
 	Unlink func()
 }
 
+// stopEnv names the directory by which tests stop operations at their phases.
+const stopEnv = "KATA_CHECKPOINT_STOP_DIR"
+
 // Service serves one sandbox.
 type Service struct {
 	cfg       *config.Config
@@ -61,6 +66,7 @@ type Service struct {
 	events    Events
 	shutdown  shutdown.Service
 	unlink    func()
+	stops     stopat.Dir
 
 	// base ends when the service stops; operations do not outlive it.
 	base   context.Context
@@ -82,6 +88,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, containers: make(map[string]*container),
+		stops: stopat.Dir(os.Getenv(stopEnv)),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.agent = guest.New(s.dialAgent, o.Namespace+"/"+o.Sandbox, s.agentLost)
