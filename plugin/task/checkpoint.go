@@ -24,6 +24,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/guest"
 )
 
 // maxCRIULog bounds what is kept of CRIU's log and statistics, in bytes.
@@ -110,6 +111,9 @@ func (c *container) checkpoint(ctx context.Context, before state, r *checkpointR
 	// First the container, then the files: the agent may still be writing some.
 	c.afterwards(ctx, before, err)
 	cleanErr := j.clean()
+	if j.target != nil {
+		err = c.afterLoss(ctx, err)
+	}
 	c.resumeIfWanted(ctx)
 	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin), "path": r.path})
 	if err != nil {
@@ -213,6 +217,10 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 	if _, ended := c.current().(stoppedState); ended {
 		return
 	}
+	if c.s.down.ended() {
+		c.stopped() // with Kata's shim the VM goes, by `delete`
+		return
+	}
 	// A caller that is gone, or whose time has run out, resumes nothing any
 	// more: then a container that it has paused goes on, too.
 	abandoned := failed != nil && ctx.Err() != nil
@@ -225,7 +233,8 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 	if c.isFrozen() {
 		if err := c.thaw(uctx); err != nil {
 			log.G(ctx).WithError(err).WithField("container", c.id).Error("after a checkpoint")
-			c.become(pausedState{c}) // a Resume may have more luck
+			c.thawOwed.Store(true)
+			c.become(pausedState{c}) // a Resume may have more luck, or an agent that comes back
 			return
 		}
 	}
@@ -235,6 +244,20 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
 		log.G(ctx).WithField("container", c.id).Warn("resumed: whoever paused it for a checkpoint has given up")
 	}
+}
+
+// afterLoss says what to do about a checkpoint that failed because the agent
+// died.
+func (c *container) afterLoss(ctx context.Context, err error) error {
+	if _, ended := c.current().(stoppedState); ended || !guest.IsGone(err) {
+		return err
+	}
+	uctx, cancel := undo(ctx)
+	defer cancel()
+	if c.s.needAgent(uctx) != nil {
+		return fmt.Errorf("%w; it could not be started again: unless the VM has ended, its containers go on, and can be checkpointed again only in a new VM", err)
+	}
+	return fmt.Errorf("%w; it has been started again: repeat the checkpoint", err)
 }
 
 // preflight finds what would make a checkpoint fail before anything is frozen.

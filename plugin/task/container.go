@@ -42,6 +42,8 @@ type container struct {
 	abandonedDone chan struct{}
 	// thawWanted: a Resume gave up waiting for the operation under way.
 	thawWanted atomic.Bool
+	// thawOwed: a checkpoint has ended, and its thaw could not be made.
+	thawOwed atomic.Bool
 
 	gate     gate
 	launches launches
@@ -156,6 +158,7 @@ func (c *container) thaw(ctx context.Context) error {
 		return err
 	})
 	if err == nil || errdefs.IsNotFound(err) {
+		c.thawOwed.Store(false)
 		return nil
 	}
 	if _, ended := c.current().(stoppedState); ended {

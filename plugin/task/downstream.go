@@ -76,6 +76,16 @@ const (
 	tearDownLimit = 10 * time.Second
 )
 
+// ended says whether Kata's shim has.
+func (d *downstream) ended() bool {
+	select {
+	case <-d.gone:
+		return true
+	default:
+		return false
+	}
+}
+
 // call makes one call. Metadata and deadline of ctx go along; an answer's
 // error is returned as it came.
 func (d *downstream) call(ctx context.Context, method string, req, resp proto.Message) error {

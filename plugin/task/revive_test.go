@@ -2,7 +2,12 @@ package task
 
 import (
 	"context"
+	"errors"
+	"slices"
 	"testing"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
 )
 
 // Every engine pauses before it checkpoints: an agent that has died is started
@@ -18,5 +23,71 @@ func TestPauseStartsAnAgentThatHasDied(t *testing.T) {
 	h.pause()
 	if got := h.status(); got != "PAUSED" {
 		t.Errorf("State says %s", got)
+	}
+}
+
+// An agent that dies at its work is started again, to thaw what is frozen, and
+// the engine is told.
+func TestCheckpointWhoseAgentDies(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.guest.Before("Checkpoint", func(context.Context) error {
+		h.guest.SetThere(false)
+		return errors.New("nobody hears this")
+	})
+	h.kata.Before("Create", func(context.Context) error {
+		h.guest.SetThere(true)
+		return nil
+	})
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "started again", "repeat the checkpoint")
+	if got := h.status(); got != "RUNNING" {
+		t.Errorf("State says %s", got)
+	}
+	if calls := h.guest.Calls(); !slices.Contains(calls, "Thaw c1") {
+		t.Errorf("calls to the agent: %q", calls)
+	}
+}
+
+// Where it cannot be started again at once, the container is thawed when it is
+// there, or by the engine's Resume.
+func TestThawThatHasToWaitForTheAgent(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.guest.Before("Checkpoint", func(context.Context) error {
+		h.guest.SetThere(false)
+		return errors.New("nobody hears this")
+	})
+	h.kata.Before("Create", func(context.Context) error { return errors.New("no room") })
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "could not be started again")
+	if got := h.status(); got != "PAUSED" {
+		t.Errorf("State says %s", got)
+	}
+	h.guest.SetThere(true)
+	if _, err := h.task.Resume(t.Context(), &task.ResumeRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.status(); got != "RUNNING" {
+		t.Errorf("State says %s", got)
+	}
+}
+
+// A checkpoint during which Kata's shim dies waits for nobody in a guest that
+// is lost.
+func TestCheckpointDuringWhichKataDies(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.guest.Before("Checkpoint", func(ctx context.Context) error {
+		h.kata.Die()
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	h.guest.Before("Thaw", func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	begin := time.Now()
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the shim of Kata has ended")
+	if took := time.Since(begin); took > undoTimeout/2 {
+		t.Errorf("it took %s", took)
 	}
 }

@@ -68,6 +68,9 @@ type Service struct {
 	unlink    func()
 	stops     stopat.Dir
 
+	// reviving is held by whoever starts the agent again.
+	reviving chan struct{}
+
 	// base ends when the service stops; operations do not outlive it.
 	base   context.Context
 	cancel context.CancelCauseFunc
@@ -88,7 +91,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, containers: make(map[string]*container),
-		stops: stopat.Dir(os.Getenv(stopEnv)),
+		stops: stopat.Dir(os.Getenv(stopEnv)), reviving: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.agent = guest.New(s.dialAgent, o.Namespace+"/"+o.Sandbox, s.agentLost)
@@ -230,7 +233,7 @@ func (s *Service) meetAgent(ctx context.Context, c *container) error {
 	if g.HooksHideGuestHook {
 		grace = 0
 	}
-	return s.agent.WaitConnect(ctx, grace, s.startAgent)
+	return s.agent.WaitConnect(ctx, grace, s.revive)
 }
 
 // inspect has the agent find out whether CRIU can work in its guest, and load
@@ -250,7 +253,21 @@ func (s *Service) inspect(ctx context.Context) {
 func (s *Service) needAgent(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.AgentTimeout)
 	defer cancel()
-	return s.agent.WaitConnect(ctx, 0, s.startAgent)
+	return s.agent.WaitConnect(ctx, 0, s.revive)
+}
+
+// revive starts the agent, unless another call has just done it.
+func (s *Service) revive(ctx context.Context) error {
+	select {
+	case s.reviving <- struct{}{}:
+		defer func() { <-s.reviving }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if s.agent.Connect(ctx) == nil {
+		return nil
+	}
+	return s.startAgent(ctx)
 }
 
 // callAgent calls the agent with what may arrive twice. That an agent has died
@@ -284,7 +301,7 @@ func (s *Service) agentLost() {
 			if len(s.frozen()) == 0 {
 				return errors.New("nothing is frozen any more")
 			}
-			return s.startAgent(ctx)
+			return s.revive(ctx)
 		}
 		if err := s.agent.WaitConnect(ctx, min(lostGrace, s.cfg.AgentTimeout/2), revive); err != nil {
 			if len(s.frozen()) > 0 && s.base.Err() == nil {
@@ -296,8 +313,11 @@ func (s *Service) agentLost() {
 			// The agent has to know that it is ours. Not beside an operation, which
 			// may be about to thaw.
 			err := c.do(ctx, func(st state) error {
-				if !st.frozen() {
+				switch {
+				case !st.frozen():
 					return nil
+				case c.thawOwed.Load():
+					return st.resume(ctx)
 				}
 				return c.freeze(ctx)
 			})
