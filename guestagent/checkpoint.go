@@ -60,9 +60,19 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, toRPC(errors.Join(err, os.RemoveAll(images)))
+		return nil, toRPC(errors.Join(err, os.RemoveAll(images), stayFrozen(ctx, c)))
 	}
 	return out, nil
+}
+
+// stayFrozen freezes a container again that a CRIU was at work on that ended
+// unexpectedly: CRIU thaws what it dumps, and freezes it when it is done.
+func stayFrozen(ctx context.Context, c *container) error {
+	frozen, err := cgroup.Frozen(c.tree())
+	if err != nil || frozen {
+		return nil //nolint:nilerr // the container has ended
+	}
+	return cgroup.Freeze(ctx, c.tree())
 }
 
 func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (*api.CheckpointResponse, error) {

@@ -104,6 +104,9 @@ func Daemon(ctx context.Context, executable string) error {
 	if f, err := os.OpenFile(filepath.Join(Home, "agent.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err == nil {
 		log.L.Logger.SetOutput(f)
 	}
+	if err := a.takeOver(); err != nil {
+		log.G(ctx).WithError(err).Error("what an earlier agent left")
+	}
 	listener, err := vsock.Listen(set.VsockPort, nil)
 	if err != nil {
 		return fmt.Errorf("listen on vsock port %d: %w", set.VsockPort, err)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -105,6 +106,26 @@ func Check(ctx context.Context) error {
 		return fmt.Errorf("criu check: %w: %s", err, strings.TrimSpace(string(out)))
 	}
 	return nil
+}
+
+// Running lists the processes in the guest that are the loaded CRIU. What a
+// container calls by its name is another file.
+func Running() []int {
+	own, err := os.Stat(binary)
+	if err != nil {
+		return nil
+	}
+	links, _ := filepath.Glob("/proc/[0-9]*/exe")
+	var out []int
+	for _, link := range links {
+		if exe, err := os.Stat(link); err != nil || !os.SameFile(exe, own) {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link))); err == nil {
+			out = append(out, pid)
+		}
+	}
+	return out
 }
 
 // Command is one of the programs of the bundle: criu, tar or gzip. The

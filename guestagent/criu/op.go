@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -158,8 +159,11 @@ func (o *Op) run(what string, call func(*gocriu.Criu) error) error {
 	if launch, e := os.ReadFile(filepath.Join(o.dir, launchErrorName)); e == nil {
 		return fmt.Errorf("criu %s: %s", what, launch)
 	}
-	if errors.Is(err, unix.ECONNRESET) || err.Error() == "EOF" {
-		err = errors.Join(err, cleanup)
+	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, io.EOF) {
+		if cleanup != nil {
+			err = cleanup // says how
+		}
+		err = fmt.Errorf("CRIU has ended before it was done: %w", err)
 	}
 	return &Error{What: what, Err: err, Log: Tail(o.LogPath())}
 }
