@@ -511,7 +511,9 @@ func TestDelete(t *testing.T) {
 			if err := bundle.SetStaging(dir, unfinished); err != nil {
 				t.Fatal(err)
 			}
+			socket := n.record(dir).Downstream.Path()
 			tc.prepare(n, dir)
+			_, noRecord := os.Stat(filepath.Join(dir, bundle.RecordName))
 			begin := time.Now()
 			resp := n.delete(dir)
 			if d := time.Since(begin); d > 4*time.Second {
@@ -521,7 +523,11 @@ func TestDelete(t *testing.T) {
 				t.Errorf("answer %v", resp)
 			}
 			n.wantNothing()
-			for _, d := range []string{exchange, unfinished, starter} {
+			left := []string{exchange, unfinished, starter}
+			if noRecord == nil {
+				left = append(left, socket) // Kata's Rust shim does not start where there is one
+			}
+			for _, d := range left {
 				if _, err := os.Stat(d); !errors.Is(err, fs.ErrNotExist) {
 					t.Errorf("%s is left: %v", d, err)
 				}

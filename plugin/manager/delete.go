@@ -29,6 +29,9 @@ import (
 // containerd gives delete 5 s in all (core/runtime/v2/shim.go, cleanupTimeout).
 const (
 	retireTimeout = 2 * time.Second
+	// shutdownGrace is for a shim of Kata's that has been told to shut down, to
+	// end by itself.
+	shutdownGrace = 500 * time.Millisecond
 	// vmTimeout is until when, from the beginning, the end of the VM is waited for.
 	vmTimeout = 4 * time.Second
 )
@@ -63,9 +66,14 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	// owner any more, which Kata's own delete does not expect.
 	alive := !owns && answers(r.Address)
 	if !alive {
-		warn("stop Kata's container", i.retire(ctx, r.Downstream, owns))
+		err := i.retire(ctx, r.Downstream, owns)
+		warn("stop Kata's container", err)
 		if owns {
-			warn("end Kata's shim", killKata(i.Bundle))
+			grace := shutdownGrace
+			if err != nil {
+				grace = 0
+			}
+			warn("end Kata's shim", killKata(i.Bundle, grace))
 			warn("end the VM", endVM(i.Bundle, i.ID, begin.Add(vmTimeout)))
 		}
 	}
@@ -102,7 +110,7 @@ func (i *Invocation) guessRecord() (*bundle.Record, error) {
 
 // endDaemon ends our daemon, should it be alive.
 func endDaemon(r *bundle.Record) error {
-	return end(r.PID, func() bool {
+	return end(r.PID, 0, func() bool {
 		t, err := bundle.StartTime(r.PID)
 		return err == nil && t == r.StartTime
 	})
@@ -185,7 +193,12 @@ func (i *Invocation) deleteKata(ctx context.Context, r *bundle.Record) (*task.De
 // removeSockets removes what belongs to the sandbox as a whole.
 func (i *Invocation) removeSockets(r *bundle.Record) error {
 	var errs []error
-	for _, path := range []string{strings.TrimPrefix(r.Address, "unix://"), r.Events} {
+	paths := []string{strings.TrimPrefix(r.Address, "unix://"), r.Events}
+	if r.Downstream.Address != "" {
+		// Kata's Rust shim starts none where there is one (shim/src/shim_start.rs).
+		paths = append(paths, r.Downstream.Path())
+	}
+	for _, path := range paths {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}

@@ -17,8 +17,9 @@ import (
 // endTimeout bounds the end of a process that was killed.
 const endTimeout = 2 * time.Second
 
-// end kills a process, if it is the one that is meant, and waits for its end.
-func end(pid int, isMeant func() bool) error {
+// end kills a process, if it is the one that is meant and has not ended by
+// itself within a grace time, and waits for its end.
+func end(pid int, grace time.Duration, isMeant func() bool) error {
 	if pid <= 1 {
 		return nil
 	}
@@ -35,21 +36,28 @@ func end(pid int, isMeant func() bool) error {
 	if !isMeant() {
 		return nil
 	}
+	if ended, err := waitEnd(fd, grace); ended || err != nil {
+		return err
+	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return os.NewSyscallError("pidfd_send_signal", err)
 	}
-	for deadline := time.Now().Add(endTimeout); ; {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+	ended, err := waitEnd(fd, endTimeout)
+	if err == nil && !ended {
+		err = fmt.Errorf("process %d does not end", pid)
+	}
+	return err
+}
+
+// waitEnd says whether a process ends within a time.
+func waitEnd(pidfd int, limit time.Duration) (bool, error) {
+	for deadline := time.Now().Add(limit); ; {
+		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
 		n, err := unix.Poll(fds, max(0, int(time.Until(deadline).Milliseconds())))
-		switch {
-		case errors.Is(err, unix.EINTR):
+		if errors.Is(err, unix.EINTR) {
 			continue
-		case err != nil:
-			return os.NewSyscallError("poll", err)
-		case n == 0:
-			return fmt.Errorf("process %d does not end", pid)
 		}
-		return nil
+		return n > 0, os.NewSyscallError("poll", err)
 	}
 }
 
@@ -72,7 +80,7 @@ func endVM(dir, sandbox string, until time.Time) error {
 	if !isZombie(pid) {
 		// Every VMM of Kata's has the sandbox's name in its arguments: in the path
 		// of its API socket, or as its own name.
-		if err := end(pid, func() bool { return is() && hasArgument(pid, sandbox) }); err != nil {
+		if err := end(pid, 0, func() bool { return is() && hasArgument(pid, sandbox) }); err != nil {
 			return fmt.Errorf("end the VM: %w", err)
 		}
 	}
@@ -99,8 +107,8 @@ func isZombie(pid int) bool {
 
 // killKata kills the daemon of Kata's shim that was started in a bundle. Both
 // of Kata's shims write its pid to shim.pid there, and it keeps the bundle as
-// its working directory.
-func killKata(dir string) error {
+// its working directory. It may end by itself within a grace time.
+func killKata(dir string, grace time.Duration) error {
 	data, err := os.ReadFile(filepath.Join(dir, "shim.pid"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -112,7 +120,7 @@ func killKata(dir string) error {
 	if err != nil {
 		return fmt.Errorf("end Kata's shim: shim.pid: %w", err)
 	}
-	if err := end(pid, func() bool { return worksIn(pid, dir) }); err != nil {
+	if err := end(pid, grace, func() bool { return worksIn(pid, dir) }); err != nil {
 		return fmt.Errorf("end Kata's shim: %w", err)
 	}
 	return nil

@@ -142,7 +142,7 @@ func (i *Invocation) startKata(ctx context.Context, shim kata.Binary, events str
 
 // stopKata ends what startKata has started, before it was given anything to do.
 func (i *Invocation) stopKata(e kata.Endpoint) error {
-	err := killKata(i.Bundle)
+	err := killKata(i.Bundle, 0)
 	if e.Address != "" {
 		if rerr := os.Remove(e.Path()); !errors.Is(rerr, os.ErrNotExist) {
 			err = errors.Join(err, rerr)
