@@ -142,6 +142,9 @@ func (c *container) freeze(ctx context.Context) error {
 		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id})
 		return err
 	})
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx) // which says why, as when Kata's shim has died
+	}
 	if err != nil {
 		return fmt.Errorf("freeze container %s: %w", c.id, err)
 	}
