@@ -90,6 +90,10 @@ func TestAnAgentThatWasStartedAgainIsFound(t *testing.T) {
 	if err := a.Do(t.Context(), forget); err != nil {
 		t.Error(err)
 	}
+	// It is told by a goroutine of its own.
+	for deadline := time.Now().Add(20 * time.Second); lost.Load() == 0 && time.Now().Before(deadline); {
+		<-time.After(time.Millisecond)
+	}
 	if lost.Load() != 1 {
 		t.Errorf("told %d times", lost.Load())
 	}
