@@ -234,7 +234,8 @@ func (s *service) Exec(_ context.Context, r *task.ExecProcessRequest) (*emptypb.
 }
 
 // execSpec is what gets through to the guest of a process that the engine asks
-// for: no capabilities in either way, and no limits in the Go way.
+// for: no capabilities in either way, and neither limits nor no-new-privileges
+// in the Go way.
 func execSpec(w way.Way, process *anypb.Any) (*specs.Process, error) {
 	if process == nil {
 		return nil, fmt.Errorf("exec without a process: %w", errdefs.ErrInvalidArgument)
@@ -247,6 +248,7 @@ func execSpec(w way.Way, process *anypb.Any) (*specs.Process, error) {
 	p.ApparmorProfile, p.SelinuxLabel = "", ""
 	if w == way.Go {
 		p.Rlimits = nil
+		p.NoNewPrivileges = false
 	}
 	return &p, nil
 }
