@@ -136,11 +136,15 @@ func readSettings(path string) (settings, error) {
 }
 
 // settle takes the daemon out of whatever cgroup the hook ran in, and out of
-// the reach of the OOM killer. Neither is vital.
+// the reach of the OOM killer; and it switches MPTCP off in the guest's network
+// namespace, which all containers are in: CRIU cannot dump its sockets, and
+// programs that ask for one (Go's servers do from 1.24 on) take TCP without it.
+// None of it is vital.
 func settle() {
 	for path, value := range map[string]string{
 		"/sys/fs/cgroup/cgroup.procs": "0",
 		"/proc/self/oom_score_adj":    "-999",
+		"/proc/sys/net/mptcp/enabled": "0",
 	} {
 		if err := os.WriteFile(path, []byte(value), 0); err != nil {
 			log.L.WithError(err).Debugf("write %s", path)

@@ -2,7 +2,6 @@ package workload
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -22,10 +21,8 @@ type relay struct {
 const relayTimeout = 20 * time.Second
 
 func (r *relay) listen() error {
-	// Go's servers use MPTCP where the kernel has it, which CRIU does not know.
-	config := net.ListenConfig{}
-	config.SetMultipathTCP(false)
-	l, err := config.Listen(context.Background(), "tcp", r.address)
+	// As any server in Go: with MPTCP, which CRIU does not know, where the guest has it.
+	l, err := net.Listen("tcp", r.address)
 	if err != nil {
 		return err
 	}
