@@ -44,8 +44,8 @@ func pose(t *testing.T, program string, args []string, attr *unix.SysProcAttr) i
 }
 
 // took waits for the process to be taken for the helper.
-func took(c *container, pid int, token string) bool {
-	for deadline := time.Now().Add(200 * time.Millisecond); time.Now().Before(deadline); {
+func took(c *container, pid int, token string, limit time.Duration) bool {
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); <-time.After(time.Millisecond) {
 		if h := takeHelper(c, pid, token); h != nil {
 			h.closeStdio()
 			_ = h.close()
@@ -76,7 +76,7 @@ func TestOnlyTheHelperIsTaken(t *testing.T) {
 	if err := os.WriteFile(copied, data, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if !took(c, pose(t, self, helper, nil), testToken) {
+	if !took(c, pose(t, self, helper, nil), testToken, 20*time.Second) {
 		t.Fatal("the helper is not taken")
 	}
 	for name, tc := range map[string]struct {
@@ -92,7 +92,7 @@ func TestOnlyTheHelperIsTaken(t *testing.T) {
 		"another mount namespace": {self, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}, testToken},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if took(c, pose(t, tc.program, tc.args, tc.attr), tc.token) {
+			if took(c, pose(t, tc.program, tc.args, tc.attr), tc.token, 200*time.Millisecond) {
 				t.Error("taken for the helper")
 			}
 		})
