@@ -184,7 +184,7 @@ func newNode(t *testing.T, mode string) *node {
 	}
 	n.configure(fmt.Sprintf("downstream_shim = %q\nstate_dir = %q\n", filepath.Join(dir, kataName), n.state))
 	// A binary with the race detector sleeps for a second when it ends, if it may.
-	n.env = append(os.Environ(), "GORACE=atexit_sleep_ms=0", roleEnv+"=1", socketsEnv+"="+n.sockets, kataEnv+"="+mode, "KATA_CHECKPOINT_CONFIG="+n.config(), "TTRPC_ADDRESS="+filepath.Join(dir, "c.ttrpc"))
+	n.env = append(os.Environ(), "GORACE=atexit_sleep_ms=0", roleEnv+"=1", socketsEnv+"="+n.sockets, kataEnv+"="+mode, "KATA_CHECKPOINT_CONFIG="+n.config(), "TTRPC_ADDRESS="+filepath.Join(dir, "c.ttrpc"), "XDG_RUNTIME_DIR=", "TMPDIR="+dir)
 	t.Cleanup(n.cleanup)
 	return n
 }
@@ -503,12 +503,13 @@ func TestDelete(t *testing.T) {
 			exchange := nri.ExchangeDir(n.state, "ns", "c1")
 			unfinished := filepath.Join(t.TempDir(), ".kata-checkpoint-0123")
 			starter := filepath.Join(n.state, "starter", "ns--c1--x")
-			for _, d := range []string{exchange, unfinished, starter} {
+			unpacked := filepath.Join(n.dir, "ctrd-checkpoint0123")
+			for _, d := range []string{exchange, unfinished, starter, unpacked} {
 				if err := os.MkdirAll(d, 0o700); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if err := bundle.SetStaging(dir, unfinished); err != nil {
+			if err := errors.Join(bundle.SetStaging(dir, unfinished), bundle.SetTemporary(dir, unpacked)); err != nil {
 				t.Fatal(err)
 			}
 			socket := n.record(dir).Downstream.Path()
@@ -523,7 +524,7 @@ func TestDelete(t *testing.T) {
 				t.Errorf("answer %v", resp)
 			}
 			n.wantNothing()
-			left := []string{exchange, unfinished, starter}
+			left := []string{exchange, unfinished, starter, unpacked}
 			if noRecord == nil {
 				left = append(left, socket) // Kata's Rust shim does not start where there is one
 			}

@@ -32,11 +32,29 @@ func CRIWorkPath(dir string) string {
 // stagingName is our file in the bundle that names an unfinished image set.
 const stagingName = "kata-checkpoint.staging"
 
+// temporaryName is our file in the bundle that names containerd's unpacked copy
+// of a checkpoint, which nobody else removes.
+const temporaryName = "kata-checkpoint.temporary"
+
 // SetStaging notes where an unfinished image set is, or that there is none.
-func SetStaging(dir, path string) error {
-	note := filepath.Join(dir, stagingName)
-	if path != "" {
-		return replaceFile(note, []byte(path))
+func SetStaging(dir, path string) error { return setNote(filepath.Join(dir, stagingName), path) }
+
+// SetTemporary notes where containerd has unpacked a checkpoint, or that it is
+// removed.
+func SetTemporary(dir, path string) error { return setNote(filepath.Join(dir, temporaryName), path) }
+
+// Temporary is what SetTemporary has noted.
+func Temporary(dir string) (string, error) {
+	path, err := os.ReadFile(filepath.Join(dir, temporaryName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return string(path), err
+}
+
+func setNote(note, text string) error {
+	if text != "" {
+		return replaceFile(note, []byte(text))
 	}
 	if err := os.Remove(note); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

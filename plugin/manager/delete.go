@@ -82,6 +82,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		resp, err = i.deleteKata(ctx, r)
 		warn("Kata's part", err)
 		warn("unfinished image set", bundle.RemoveStaging(i.Bundle))
+		warn("containerd's copy of a checkpoint", removeTemporary(i.Bundle))
 		warn("exchange directory", os.RemoveAll(nri.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
 	}
 	if owns {
@@ -188,6 +189,16 @@ func (i *Invocation) deleteKata(ctx context.Context, r *bundle.Record) (*task.De
 		return resp, fmt.Errorf("answer of Kata's shim to delete: %w", err)
 	}
 	return theirs, nil
+}
+
+// removeTemporary removes the copy of a checkpoint that a killed daemon had been
+// given by containerd.
+func removeTemporary(dir string) error {
+	path, err := bundle.Temporary(dir)
+	if err != nil || path == "" {
+		return err
+	}
+	return tasks.RemoveTemporary(path)
 }
 
 // removeSockets removes what belongs to the sandbox as a whole.

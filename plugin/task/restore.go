@@ -46,8 +46,16 @@ type source struct {
 func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	begin := time.Now()
 	path := r.Checkpoint
-	// Nobody else removes it, whether it could be used or not.
-	defer removeTemporary(ctx, path)
+	// Nobody else removes it, whether it could be used or not: `delete` does
+	// should this process be killed.
+	if err := bundle.SetTemporary(c.bundle, path); err != nil {
+		return fmt.Errorf("restore: %w", err)
+	}
+	defer func() {
+		if err := errors.Join(RemoveTemporary(path), bundle.SetTemporary(c.bundle, "")); err != nil {
+			log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of the checkpoint")
+		}
+	}()
 	set, err := imageset.Open(path)
 	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore: %w", err))
@@ -204,23 +212,21 @@ func restoreRequest(c *container) *api.RestoreRequest {
 	return r
 }
 
-// removeTemporary removes the directory into which containerd unpacked a
+// RemoveTemporary removes the directory into which containerd unpacked a
 // checkpoint for us: it never does so itself (plugins/services/tasks/local.go,
 // Create). Anything else that was named as a checkpoint is left alone.
-func removeTemporary(ctx context.Context, path string) {
+func RemoveTemporary(path string) error {
 	if !isTemporary(path) {
-		return
+		return nil
 	}
 	st, err := os.Lstat(path)
 	if err != nil || !st.IsDir() || st.Mode().Perm() != 0o700 {
-		return
+		return nil //nolint:nilerr // none that containerd has made
 	}
 	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || int(sys.Uid) != os.Geteuid() {
-		return
+		return nil
 	}
-	if err := os.RemoveAll(path); err != nil {
-		log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of the checkpoint")
-	}
+	return os.RemoveAll(path)
 }
 
 // isTemporary says whether containerd made the name for a copy of its own.
