@@ -38,19 +38,36 @@ func VM(dir string) (pid int, start uint64, err error) {
 	return pid, start, nil
 }
 
+// VMEnded says whether the VM that was noted has ended. Where none was, nobody
+// knows.
+func VMEnded(dir string) bool {
+	pid, start, err := VM(dir)
+	if err != nil || pid == 0 {
+		return false
+	}
+	at, state, err := stat(pid)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && (at != start || state == "Z" || state == "X")
+}
+
 // StartTime is when a process started, in clock ticks after boot. With it a
 // pid names one process and no later one.
 func StartTime(pid int) (uint64, error) {
+	start, _, err := stat(pid)
+	return start, err
+}
+
+func stat(pid int) (start uint64, state string, err error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	// The name in parentheses may hold anything.
 	i := strings.LastIndexByte(string(data), ')')
 	fields := strings.Fields(string(data[i+1:]))
 	const startTime = 22 - 3 // proc(5) counts from 1, and pid and name are cut off
 	if i < 0 || len(fields) <= startTime {
-		return 0, fmt.Errorf("/proc/%d/stat cannot be read", pid)
+		return 0, "", fmt.Errorf("/proc/%d/stat cannot be read", pid)
 	}
-	return strconv.ParseUint(fields[startTime], 10, 64)
+	start, err = strconv.ParseUint(fields[startTime], 10, 64)
+	return start, fields[0], err
 }

@@ -83,7 +83,7 @@ func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive fun
 	for {
 		err := a.Connect(ctx)
 		var other *ProtocolError
-		if err == nil || errors.As(err, &other) || errors.Is(err, errClosed) {
+		if err == nil || errors.As(err, &other) || errors.Is(err, errClosed) || errors.Is(err, ErrNoVM) {
 			return err
 		}
 		if ctx.Err() != nil {
@@ -132,6 +132,9 @@ func IsGone(err error) bool {
 	var gone goneError
 	return errors.As(err, &gone)
 }
+
+// ErrNoVM is what a dialer returns when there is nothing to wait for.
+var ErrNoVM = errors.New("its VM has ended")
 
 var errClosed = errclass.Unavailable("the shim is shutting down")
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/guest"
 )
 
 // container is one container of the sandbox, from Create to Delete.
@@ -160,7 +161,7 @@ func (c *container) thaw(ctx context.Context) error {
 		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
 		return err
 	})
-	if err == nil || errdefs.IsNotFound(err) {
+	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
 		c.thawOwed.Store(false)
 		return nil
 	}

@@ -63,6 +63,7 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
 			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("note the VM's process")
 		}
+		s.vmBundle.Store(&r.Bundle)
 	}
 	created := time.Since(begin)
 	if c.source != nil {

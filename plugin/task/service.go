@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/events"
@@ -23,6 +24,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
 )
@@ -68,6 +70,8 @@ type Service struct {
 	unlink    func()
 	stops     stopat.Dir
 
+	// vmBundle is where the VM's process is noted, once there is one.
+	vmBundle atomic.Pointer[string]
 	// reviving is held by whoever starts the agent again.
 	reviving chan struct{}
 
@@ -206,7 +210,17 @@ func (s *Service) dialAgent(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return g.Dial(ctx, s.cfg.AgentPort)
+	conn, err := g.Dial(ctx, s.cfg.AgentPort)
+	if err != nil && s.vmEnded() {
+		return nil, guest.ErrNoVM
+	}
+	return conn, err
+}
+
+// vmEnded says whether the VM has ended, as far as anybody can tell.
+func (s *Service) vmEnded() bool {
+	dir := s.vmBundle.Load()
+	return dir != nil && bundle.VMEnded(*dir)
 }
 
 const (
