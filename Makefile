@@ -8,10 +8,13 @@ MODULE  := github.com/kata-checkpoint/kata-checkpoint
 
 LDFLAGS := -s -w -X $(MODULE)/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+# The guest's binary has an entry point of its own (guestagent/entry).
+ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-E $(MODULE)/guestagent/entry.start)
+GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) $(ENTRY)' -o bin/ ./cmd/kata-checkpoint-agent
 
 # The stand-in for Kata has the name of Kata's own shim: it must not be found beside ours on a PATH.
 STANDIN  := integration/cmd/containerd-shim-kata-v2
-COMMANDS := $(filter-out $(STANDIN)/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go)))
+COMMANDS := $(filter-out $(STANDIN)/ cmd/kata-checkpoint-agent/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go)))
 
 E2E_TIMEOUT ?= 40m
 # The race detector needs a C compiler; RACE= does without.
@@ -37,6 +40,7 @@ bootstrap: ## install what is missing on a Debian 12 machine, Go included (as ro
 .PHONY: build
 build: ## build all binaries into bin/
 	$(GOBUILD) -o bin/ $(addprefix ./,$(COMMANDS))
+	$(GUESTBIN)
 	$(GOBUILD) -o bin/standin/go/ ./$(STANDIN)
 	mkdir -p bin/standin/rust && ln -f bin/standin/go/containerd-shim-kata-v2 bin/standin/rust/
 
@@ -46,7 +50,7 @@ build/criu/MANIFEST: $(wildcard internal/cmd/criu-bundle/*.go internal/debian/*)
 
 .PHONY: guest-bundle
 guest-bundle: build/criu/MANIFEST ## build what an operator installs as /opt/kata-checkpoint/guest into build/guest-bundle
-	$(GOBUILD) -o bin/ ./cmd/kata-checkpoint-agent
+	$(GUESTBIN)
 	packaging/guest-bundle bin/kata-checkpoint-agent build/criu build/guest-bundle
 
 .PHONY: test

@@ -23,6 +23,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -44,6 +45,9 @@ type Agent struct {
 	hold holders
 
 	criu *toolchain
+
+	// spawner forks execs into restored containers.
+	spawner enter.Spawner
 }
 
 // New prepares the agent's directory. CRIU is taken from the guest bundle when
@@ -51,6 +55,7 @@ type Agent struct {
 func New(bundle string) (*Agent, error) {
 	a := &Agent{dir: Home, criu: newToolchain(bundle)}
 	a.hold.expired = a.thawAll
+	a.spawner.Command = a.spawnCommand
 	if err := a.prepare(); err != nil {
 		return nil, err
 	}

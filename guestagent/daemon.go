@@ -27,6 +27,7 @@ const (
 	DaemonMode      = "daemon"
 	PlaceholderMode = "placeholder"
 	ExecMode        = "exec"
+	SpawnMode       = "spawn"
 )
 
 // lockPath is locked by the one daemon of a guest. It is outside of Home,

@@ -2,17 +2,15 @@ package guestagent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
+	"os/exec"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
@@ -25,6 +23,9 @@ import (
 
 // helperTimeout bounds the wait for an exec helper that Kata has started.
 const helperTimeout = 10 * time.Second
+
+// helperPause is between two looks for a helper of which nothing was heard.
+const helperPause = 10 * time.Millisecond
 
 // Exec implements the service.
 func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
@@ -43,27 +44,28 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 }
 
 func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int, error) {
-	process := &specs.Process{}
-	if err := json.Unmarshal(r.GetProcess(), process); err != nil {
-		return 0, fmt.Errorf("read the process: %w", err)
-	}
 	h, err := findHelper(ctx, c, r.GetHelperToken())
 	if err != nil {
 		return 0, err
 	}
 	defer h.closeStdio()
-	score := 0
-	if process.OOMScoreAdj != nil {
-		score = *process.OOMScoreAdj
-	} else if n, err := strconv.Atoi(firstLine(fmt.Sprintf("/proc/%d/oom_score_adj", c.Restored.PID))); err == nil {
-		score = n
-	}
-	pid, err := enter.Start(enter.Request{Target: c.Restored.PID, Cgroup: c.tree(), Stdio: h.stdio, OOMScoreAdj: score, Process: process})
+	pid, err := a.spawner.Start(enter.Request{Target: c.Restored.PID, Cgroup: c.tree(), Process: r.GetProcess()}, h.stdio)
 	if err != nil {
 		return 0, errors.Join(err, h.kill(), h.close())
 	}
 	go h.attend(pid)
 	return pid, nil
+}
+
+// spawnCommand starts the spawner from the agent's copy in memory: what a fork
+// of it needs is never read from the share.
+func (a *Agent) spawnCommand() (*exec.Cmd, error) {
+	if _, err := a.criu.version(); err != nil { // which loads the copy
+		return nil, err
+	}
+	cmd := exec.Command(criu.Agent, SpawnMode)
+	cmd.Dir = "/"
+	return cmd, nil
 }
 
 // helper is an exec helper that Kata has started in a placeholder's namespaces.
@@ -77,22 +79,63 @@ type helper struct {
 func findHelper(ctx context.Context, c *container, token string) (*helper, error) {
 	ctx, cancel := context.WithTimeout(ctx, helperTimeout)
 	defer cancel()
-	for {
+	starts := watchStarts(ctx)
+	for soon := 0; ; soon-- {
 		pids, err := cgroup.Procs(c.Cgroup, false)
 		if err != nil {
 			return nil, fmt.Errorf("look for the exec helper: %w", err)
 		}
 		for _, pid := range pids {
+			if pid == c.Init.PID {
+				continue
+			}
 			if h := takeHelper(c, pid, token); h != nil {
 				return h, nil
 			}
 		}
+		pause := helperPause
+		if soon > 0 {
+			pause /= 10
+		}
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("the exec helper did not start: %w", ctx.Err())
-		case <-time.After(2 * time.Millisecond):
+		case <-starts:
+			soon = 10 // the file is open, its execution follows
+		case <-time.After(pause):
 		}
 	}
+}
+
+// watchStarts says when somebody executes the agent's copy in memory, which
+// [quickenHelper] has made the helper's. Nothing is said where inotify does
+// not work or the helper is another file; nobody may rely on it.
+func watchStarts(ctx context.Context) <-chan struct{} {
+	starts := make(chan struct{}, 1)
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil
+	}
+	events := os.NewFile(uintptr(fd), "inotify")
+	if _, err := unix.InotifyAddWatch(fd, criu.Agent, unix.IN_OPEN); err != nil {
+		events.Close()
+		return nil
+	}
+	stop := context.AfterFunc(ctx, func() { events.Close() })
+	go func() {
+		defer stop()
+		defer events.Close()
+		for b := make([]byte, unix.SizeofInotifyEvent+unix.PathMax); ; {
+			if _, err := events.Read(b); err != nil {
+				return
+			}
+			select {
+			case starts <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	return starts
 }
 
 // takeHelper returns nil when a process is not the helper. Its stdio is there

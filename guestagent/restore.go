@@ -166,7 +166,10 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err := quickenHelper(c.Init.PID); err != nil {
 		log.G(ctx).WithError(err).Warn("put the exec helper into memory")
 	}
-	ph.done("place the exec helper")
+	if err := a.spawner.Prepare(); err != nil {
+		log.G(ctx).WithError(err).Warn("start the spawner")
+	}
+	ph.done("prepare for execs")
 	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
 }
 

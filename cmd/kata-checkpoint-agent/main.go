@@ -1,7 +1,7 @@
 // kata-checkpoint-agent is the guest's side of kata-checkpoint in one binary.
 // What it is depends on how it is started: the prestart hook of Kata's guest
 // (by its name), the daemon, the placeholder of a restored container, the exec
-// helper in one, the launcher that becomes CRIU, or, on a host, the bundle's
+// helper in one, the spawner that forks execs, the launcher that becomes CRIU, or, on a host, the bundle's
 // CRIU (by its name).
 package main
 
@@ -15,6 +15,8 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
+	_ "github.com/kata-checkpoint/kata-checkpoint/guestagent/entry" // where it starts, see the Makefile
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/placeholder"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
@@ -46,6 +48,8 @@ func main() {
 		os.Exit(placeholder.Run())
 	case mode == guestagent.ExecMode && len(os.Args) == 3:
 		os.Exit(exechelper.Run())
+	case mode == guestagent.SpawnMode:
+		os.Exit(enter.Serve())
 	case mode == "--version":
 		fmt.Println("kata-checkpoint-agent", version.Version)
 	default:

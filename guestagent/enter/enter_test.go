@@ -2,8 +2,11 @@ package enter
 
 import (
 	"bufio"
+	"encoding/json"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -12,6 +15,16 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
+
+// spawnMode makes this test's binary a spawner.
+const spawnMode = "spawn"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == spawnMode {
+		os.Exit(Serve())
+	}
+	os.Exit(m.Run())
+}
 
 // A process that is started inside of a container's namespaces is in each of
 // them, the time namespace too, and is what the request says, no more.
@@ -24,6 +37,32 @@ func TestStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	target := startTarget(t)
+	binary := "/proc/self/exe"
+	if runtime.GOARCH == "amd64" {
+		binary = build(t)
+	}
+	testStart(t, []string{binary, spawnMode}, target, cgroup)
+}
+
+// build makes the guest's binary as the Makefile does.
+func build(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "agent")
+	cmd := exec.Command("go", "build", "-ldflags=-E github.com/kata-checkpoint/kata-checkpoint/guestagent/entry.start", "-o", path, "../../cmd/kata-checkpoint-agent")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return path
+}
+
+func testStart(t *testing.T, command []string, target int, cgroup string) {
+	var process *exec.Cmd
+	spawner := &Spawner{Command: func() (*exec.Cmd, error) {
+		process = exec.Command(command[0], command[1:]...)
+		return process, nil
+	}}
+	t.Cleanup(spawner.Close)
 	mask := uint32(0o027)
 	for name, tc := range map[string]struct {
 		process specs.Process
@@ -43,12 +82,18 @@ func TestStart(t *testing.T) {
 		"environment":       {specs.Process{Args: []string{"sh", "-c", "echo $A $HOME"}, Env: []string{"A=b", "PATH=/bin:/usr/bin"}}, "b /root\n", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			out, status := run(t, target, cgroup, tc.process)
+			out, status := run(t, spawner, target, cgroup, tc.process)
 			if out != tc.want || status.ExitStatus() != tc.status {
 				t.Errorf("wrote %q and ended with %d, want %q and %d", out, status.ExitStatus(), tc.want, tc.status)
 			}
 		})
 	}
+	t.Run("spawner that has ended", func(t *testing.T) {
+		end(t, spawner, process)
+		if out, _ := run(t, spawner, target, cgroup, specs.Process{Args: []string{"echo", "again"}}); out != "again\n" {
+			t.Errorf("wrote %q", out)
+		}
+	})
 	t.Run("missing command", func(t *testing.T) {
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 		if err != nil {
@@ -56,11 +101,25 @@ func TestStart(t *testing.T) {
 		}
 		defer null.Close()
 		p := specs.Process{Args: []string{"no-such-command"}}
-		_, err = Start(Request{Target: target, Cgroup: cgroup, Stdio: [3]*os.File{null, null, null}, Process: &p})
+		_, err = spawner.Start(request(t, target, cgroup, p), [3]*os.File{null, null, null})
 		if err == nil || !strings.Contains(err.Error(), "executable file not found") {
 			t.Errorf("Start = %v", err)
 		}
 	})
+}
+
+// end kills a spawner's process and waits until it has lost its connection.
+func end(t *testing.T, s *Spawner, cmd *exec.Cmd) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	fds := []unix.PollFd{{Fd: int32(s.conn.Fd()), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+	if n, err := unix.Poll(fds, 10000); n != 1 || err != nil {
+		t.Fatalf("the spawner lives on: %d, %v", n, err)
+	}
 }
 
 func readLinks(t *testing.T, pid int, kinds ...string) string {
@@ -111,7 +170,16 @@ func startTarget(t *testing.T) int {
 	return pid
 }
 
-func run(t *testing.T, target int, cgroup string, p specs.Process) (string, unix.WaitStatus) {
+func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
+	t.Helper()
+	data, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Request{Target: target, Cgroup: cgroup, Process: data}
+}
+
+func run(t *testing.T, spawner *Spawner, target int, cgroup string, p specs.Process) (string, unix.WaitStatus) {
 	t.Helper()
 	if p.Env == nil {
 		p.Env = []string{"PATH=/bin:/usr/bin"}
@@ -126,7 +194,7 @@ func run(t *testing.T, target int, cgroup string, p specs.Process) (string, unix
 		t.Fatal(err)
 	}
 	defer read.Close()
-	pid, err := Start(Request{Target: target, Cgroup: cgroup, Stdio: [3]*os.File{null, write, os.Stderr}, Process: &p})
+	pid, err := spawner.Start(request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr})
 	write.Close()
 	if err != nil {
 		t.Fatal(err)

@@ -1,149 +1,169 @@
 package enter
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"github.com/moby/sys/capability"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// plan is all that the children need, laid out so that they neither allocate
-// nor call anything but the kernel.
+// plan is all that the spawner and the children need, laid out so that they
+// neither allocate nor call anything but the kernel. It holds no pointers: it
+// and what follows it, its texts, go to another process, and an offset becomes
+// an address there.
 type plan struct {
-	pidfd  uintptr
-	cgroup uintptr
-	report uintptr
-	read   *os.File
-	files  []*os.File
+	// offsets of texts that end with a zero byte, and of lists of such offsets
+	// that end with a zero.
+	cwd, oomPath uintptr
+	argv, envv   uintptr
+	// paths are to be tried one after the other.
+	paths     [maxPaths]uintptr
+	pathCount int
 
-	stdio    [3]uintptr
-	terminal bool
+	oomValue, oomSize uintptr
 
-	cwd   *byte
-	paths []*byte
-	argv  []*byte
-	envv  []*byte
+	limits     [maxLimits]limit
+	limitCount int
 
-	oomPath  *byte
-	oomValue []byte
+	uid, gid, umask    uintptr
+	groups, groupCount uintptr
 
-	limits []limit
-	uid    uintptr
-	gid    uintptr
-	groups []uint32
-	umask  uintptr
+	header        unix.CapUserHeader
+	caps          [2]unix.CapUserData
+	drop, ambient uint64 // a bit a capability
 
-	dropCaps []uintptr
-	ambient  []uintptr
-	header   unix.CapUserHeader
-	caps     [2]unix.CapUserData
-	noNew    bool
+	terminal, noNew bool
 }
+
+const (
+	maxPaths  = 256
+	maxLimits = 32
+	// maxPlan is more than the kernel takes for a command and its environment by default.
+	maxPlan = 4 << 20
+)
 
 type limit struct {
 	resource uintptr
 	value    unix.Rlimit
 }
 
-func newPlan(r Request) (_ *plan, err error) {
-	proc := r.Process
-	if proc == nil || len(proc.Args) == 0 {
+// image is a plan and its texts, as the spawner reads it.
+type image struct{ data []byte }
+
+func (m *image) align() {
+	for len(m.data)%int(unsafe.Sizeof(uintptr(0))) != 0 {
+		m.data = append(m.data, 0)
+	}
+}
+
+func (m *image) text(s string) (uintptr, error) {
+	if strings.IndexByte(s, 0) >= 0 {
+		return 0, fmt.Errorf("exec: %q holds a zero byte", s)
+	}
+	at := uintptr(len(m.data))
+	m.data = append(append(m.data, s...), 0)
+	return at, nil
+}
+
+func (m *image) list(texts []string) (uintptr, error) {
+	var offsets []byte
+	for _, s := range texts {
+		at, err := m.text(s)
+		if err != nil {
+			return 0, err
+		}
+		offsets = binary.NativeEndian.AppendUint64(offsets, uint64(at))
+	}
+	m.align()
+	at := uintptr(len(m.data))
+	m.data = append(m.data, binary.NativeEndian.AppendUint64(offsets, 0)...)
+	return at, nil
+}
+
+// newImage lays out what the process in the request wants.
+func newImage(target int, proc *specs.Process) ([]byte, error) {
+	if len(proc.Args) == 0 {
 		return nil, errors.New("exec: no command")
 	}
-	p := &plan{terminal: proc.Terminal, noNew: proc.NoNewPrivileges, uid: uintptr(proc.User.UID), gid: uintptr(proc.User.GID), groups: proc.User.AdditionalGids}
-	defer func() {
-		if err != nil {
-			p.close()
-		}
-	}()
-	p.umask = 0o022
+	p := &plan{terminal: proc.Terminal, noNew: proc.NoNewPrivileges, uid: uintptr(proc.User.UID), gid: uintptr(proc.User.GID), umask: 0o022}
 	if proc.User.Umask != nil {
 		p.umask = uintptr(*proc.User.Umask)
 	}
-	if err := p.open(r); err != nil {
+	size := int(unsafe.Sizeof(*p))
+	m := &image{data: make([]byte, size, 4*size)}
+	if err := p.texts(m, target, proc); err != nil {
 		return nil, err
 	}
-	if err := p.texts(r); err != nil {
-		return nil, err
+	m.align()
+	p.groups, p.groupCount = uintptr(len(m.data)), uintptr(len(proc.User.AdditionalGids))
+	for _, g := range proc.User.AdditionalGids {
+		m.data = binary.NativeEndian.AppendUint32(m.data, g)
 	}
 	if err := p.setLimits(proc.Rlimits); err != nil {
 		return nil, err
 	}
-	return p, p.setCapabilities(proc.Capabilities)
+	if err := p.setCapabilities(proc.Capabilities); err != nil {
+		return nil, err
+	}
+	if len(m.data) > maxPlan {
+		return nil, fmt.Errorf("exec: %w", unix.E2BIG)
+	}
+	copy(m.data, unsafe.Slice((*byte)(unsafe.Pointer(p)), size))
+	return m.data, nil
 }
 
-func (p *plan) open(r Request) error {
-	pidfd, err := unix.PidfdOpen(r.Target, 0)
-	if err != nil {
-		return fmt.Errorf("exec: the container's process: %w", err)
+func (p *plan) texts(m *image, target int, proc *specs.Process) (err error) {
+	env := environment(target, proc)
+	paths := candidates(proc.Args[0], env)
+	if len(paths) > maxPaths {
+		return fmt.Errorf("exec: PATH has more than %d directories", maxPaths)
 	}
-	p.pidfd = p.keep(os.NewFile(uintptr(pidfd), "target"))
-	procs, err := os.OpenFile(r.Cgroup+"/cgroup.procs", os.O_WRONLY, 0)
-	if err != nil {
-		return fmt.Errorf("exec: %w", err)
-	}
-	p.cgroup = p.keep(procs)
-	read, write, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("exec: %w", err)
-	}
-	p.read, p.report = read, p.keep(write)
-	for i, f := range r.Stdio {
-		// Clear of 0 to 2, which the child overwrites one by one.
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return fmt.Errorf("exec: stdio: %w", err)
+	for i, path := range paths {
+		if p.paths[i], err = m.text(path); err != nil {
+			return err
 		}
-		p.stdio[i] = p.keep(os.NewFile(uintptr(fd), f.Name()))
 	}
-	return nil
-}
-
-func (p *plan) keep(f *os.File) uintptr {
-	p.files = append(p.files, f)
-	return f.Fd()
-}
-
-func (p *plan) close() {
-	for _, f := range p.files {
-		f.Close()
+	p.pathCount = len(paths)
+	if p.argv, err = m.list(proc.Args); err != nil {
+		return err
 	}
-	p.files = nil
-}
-
-func (p *plan) texts(r Request) (err error) {
-	pointers := func(in []string) []*byte {
-		var out []*byte
-		for _, s := range in {
-			b, e := unix.BytePtrFromString(s)
-			if e != nil {
-				err = fmt.Errorf("exec: %q holds a zero byte: %w", s, e)
-				return nil
-			}
-			out = append(out, b)
-		}
-		return out
+	if p.envv, err = m.list(env); err != nil {
+		return err
 	}
-	env := environment(r)
-	p.paths = pointers(candidates(r.Process.Args[0], env))
-	p.argv = append(pointers(r.Process.Args), nil)
-	p.envv = append(pointers(env), nil)
-	cwd := r.Process.Cwd
+	cwd := proc.Cwd
 	if cwd == "" {
 		cwd = "/"
 	}
-	rest := pointers([]string{cwd, "/proc/self/oom_score_adj"})
-	if err != nil {
+	if p.cwd, err = m.text(cwd); err != nil {
 		return err
 	}
-	p.cwd, p.oomPath = rest[0], rest[1]
-	p.oomValue = []byte(strconv.Itoa(r.OOMScoreAdj))
-	return nil
+	if p.oomPath, err = m.text("/proc/self/oom_score_adj"); err != nil {
+		return err
+	}
+	score := firstLine(fmt.Sprintf("/proc/%d/oom_score_adj", target))
+	if proc.OOMScoreAdj != nil {
+		score = strconv.Itoa(*proc.OOMScoreAdj)
+	}
+	p.oomSize = uintptr(len(score))
+	p.oomValue, err = m.text(score)
+	return err
+}
+
+// firstLine is empty where the file is gone: the process of it is then, too.
+func firstLine(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(data), "\n")
+	return line
 }
 
 // resources are the names of limits in the OCI spec (setrlimit(2)).
@@ -161,7 +181,11 @@ func (p *plan) setLimits(in []specs.POSIXRlimit) error {
 		if !ok {
 			return fmt.Errorf("exec: unknown limit %q", l.Type)
 		}
-		p.limits = append(p.limits, limit{res, unix.Rlimit{Cur: l.Soft, Max: l.Hard}})
+		if p.limitCount == maxLimits {
+			return fmt.Errorf("exec: more than %d limits", maxLimits)
+		}
+		p.limits[p.limitCount] = limit{res, unix.Rlimit{Cur: l.Soft, Max: l.Hard}}
+		p.limitCount++
 	}
 	return nil
 }
@@ -190,15 +214,8 @@ func (p *plan) setCapabilities(in *specs.LinuxCapabilities) error {
 		}
 		return m
 	}
-	bounding, ambient := mask(in.Bounding), mask(in.Ambient)
-	for c := range int(last) + 1 {
-		if bounding&(1<<c) == 0 {
-			p.dropCaps = append(p.dropCaps, uintptr(c))
-		}
-		if ambient&(1<<c) != 0 {
-			p.ambient = append(p.ambient, uintptr(c))
-		}
-	}
+	p.drop = (1<<(int(last)+1) - 1) &^ mask(in.Bounding)
+	p.ambient = mask(in.Ambient)
 	p.header = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	effective, permitted, inheritable := mask(in.Effective), mask(in.Permitted), mask(in.Inheritable)
 	for i := range p.caps {
