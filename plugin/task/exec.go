@@ -83,33 +83,47 @@ func (c *container) startExec(ctx context.Context, r *task.StartRequest) (_ *tas
 	}
 	defer c.gate.leave()
 	resp := &task.StartResponse{}
-	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
-		return nil, err
+	e, ok := c.execs.Load(r.ExecID)
+	if !ok {
+		return resp, c.s.pass(ctx, "Start", r, resp)
 	}
-	if e, ok := c.execs.Load(r.ExecID); ok {
-		if err := c.enterRestored(ctx, r.ExecID, e.(*restoredExec)); err != nil {
-			return nil, err
-		}
+	if err := c.startInRestored(ctx, r, resp, e.(*restoredExec)); err != nil {
+		return nil, err
 	}
 	return resp, nil
 }
 
-// enterRestored has the agent start the process that the helper stands for.
-// Without one the helper is of no use.
-func (c *container) enterRestored(ctx context.Context, id string, e *restoredExec) error {
-	err := c.s.agent.DoOnce(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process})
+// startInRestored has Kata start the helper and the agent the process that the
+// helper stands for. The agent is asked first: it waits for the helper, and
+// what it can do before then costs no time.
+func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, resp *task.StartResponse, e *restoredExec) error {
+	actx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	entered := make(chan error, 1)
+	go func() { entered <- c.enterRestored(actx, e) }()
+	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
+		cancel() // there is no helper to wait for
+		<-entered
 		return err
-	})
+	}
+	err := <-entered
 	if err == nil {
 		return nil
 	}
-	uctx, cancel := undo(ctx)
-	defer cancel()
-	if kerr := c.endHelper(uctx, id); kerr != nil {
+	uctx, stop := undo(ctx)
+	defer stop()
+	if kerr := c.endHelper(uctx, r.ExecID); kerr != nil { // it is of no use alone
 		err = errors.Join(err, kerr)
 	}
-	return fmt.Errorf("exec %s in container %s: %w", id, c.id, err)
+	return fmt.Errorf("exec %s in container %s: %w", r.ExecID, c.id, err)
+}
+
+// enterRestored has the agent start the process that the helper stands for.
+func (c *container) enterRestored(ctx context.Context, e *restoredExec) error {
+	return c.s.agent.DoOnce(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process})
+		return err
+	})
 }
 
 // endHelper ends an exec's helper, and waits until Kata knows of its end: an
