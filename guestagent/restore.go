@@ -139,13 +139,13 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
 	}
-	// All of the placeholder's: what CRIU does not join it would make from the
+	// The placeholder's: what CRIU does not join it would make from the
 	// guest's root namespaces, or from the image set's old pod.
 	pids, err := nsPIDs(c.Init.PID)
 	if err != nil {
 		return nil, err
 	}
-	job := criu.Job{Target: c.Init.PID, TargetInside: pids[len(pids)-1], Join: []string{"ipc", "uts", "cgroup"}, Cgroup: tree}
+	job := criu.Job{Target: c.Init.PID, TargetInside: pids[len(pids)-1], Join: []string{"ipc", "uts"}, Cgroup: tree}
 	op, err := criu.NewOp(filepath.Join(a.dir, "ops"), job, c.Init.PID)
 	if err != nil {
 		return nil, err

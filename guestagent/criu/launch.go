@@ -57,6 +57,12 @@ func launch(dir string, args []string) error {
 	if err := thread.Enter(job.Target, job.Join...); err != nil {
 		return err
 	}
+	if job.Cgroup != "" {
+		// What CRIU restores inherits this view: its own cgroup is the root, as it was before the checkpoint.
+		if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
+			return fmt.Errorf("make a cgroup namespace: %w", err)
+		}
+	}
 	if job.FreshProc {
 		// Last: until here pids are those of the guest's root pid namespace.
 		if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {

@@ -38,7 +38,8 @@ type Job struct {
 	// FreshProc: CRIU runs in a pid namespace other than the guest's root one
 	// and needs a /proc that shows it.
 	FreshProc bool `json:"freshProc"`
-	// Cgroup is a directory of the cgroup that CRIU is moved into, or empty.
+	// Cgroup is a directory of the cgroup that CRIU is moved into, and that is
+	// the root of its cgroup namespace then; or empty.
 	Cgroup string `json:"cgroup,omitempty"`
 	// Mounts are clones of mounts of Target, each on a mount point of its own.
 	Mounts []MountClone `json:"mounts,omitempty"`
