@@ -83,10 +83,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, err
 	}
 	defer op.Close()
-	opts, err := dumpOptions(op, c, r.GetOptions(), out, images)
-	if err != nil {
-		return nil, err
-	}
+	opts := dumpOptions(op, c, r.GetOptions(), out, images)
 	ph.done("inspect")
 
 	// The two write different files of what is frozen.
@@ -149,18 +146,11 @@ func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.Checkp
 	// Where these are CRIU's own they stay out of the image set: they are the
 	// sandbox's, not the container's. Its cgroup namespace is not joined: cgroup2
 	// is mounted nsdelegate, and from inside nothing can be frozen.
-	job := criu.Job{Target: root, Join: []string{"ipc", "uts"}}
-	pidns := 0
-	if own, err := ownPIDNamespace(root); err != nil {
-		return nil, err
-	} else if !own {
-		pidns = root
-	}
-	return criu.NewOp(filepath.Join(a.dir, "ops"), job, pidns)
+	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: []string{"ipc", "uts"}}, 0)
 }
 
 // ownPIDNamespace says whether a process is the first of its pid namespace. If
-// not, the namespace is shared with others, and CRIU has to be inside it.
+// not, the namespace is another container's.
 func ownPIDNamespace(pid int) (bool, error) {
 	pids, err := nsPIDs(pid)
 	if err != nil {
@@ -169,18 +159,9 @@ func ownPIDNamespace(pid int) (bool, error) {
 	return pids[len(pids)-1] == 1, nil
 }
 
-func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) (*rpc.CriuOpts, error) {
-	root := c.root().PID
-	pids, err := nsPIDs(root)
-	if err != nil {
-		return nil, err
-	}
-	pid := root
-	if inside := pids[len(pids)-1]; inside != 1 {
-		pid = inside // CRIU is in the shared pid namespace, see describe
-	}
+func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) *rpc.CriuOpts {
 	opts := op.Options(images)
-	opts.Pid = proto.Int32(int32(pid)) //nolint:gosec // a pid
+	opts.Pid = proto.Int32(int32(c.root().PID)) //nolint:gosec // a pid
 	// The shim ends the container, if it is to end, once the image set is safe.
 	opts.LeaveRunning = proto.Bool(true)
 	// Without it CRIU waits for ever for tasks that are frozen already.
@@ -195,7 +176,7 @@ func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.C
 			opts.External = append(opts.External, s.GetKey())
 		}
 	}
-	return opts, nil
+	return opts
 }
 
 // applyOptions sets what a restore has to be told again.

@@ -17,6 +17,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
@@ -31,12 +32,19 @@ func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*empty, 
 		return nil, toRPC(err)
 	}
 	if err := a.checkRestore(c, r); err != nil {
-		return nil, toRPC(fmt.Errorf("container %s cannot be restored: %w (%w)", c.ID, err, errdefs.ErrFailedPrecondition))
+		return nil, toRPC(errclass.Precondition("container %s cannot be restored: %w", c.ID, err))
 	}
 	return &empty{}, nil
 }
 
 func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
+	own, err := ownPIDNamespace(c.Init.PID)
+	if err != nil {
+		return err
+	}
+	if !own { // its placeholder would not be the one to reap the restored root
+		return errors.New("the new container shares its pod's pid namespace: create it with one of its own (shareProcessNamespace: false)")
+	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
 		return err

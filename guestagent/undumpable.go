@@ -16,6 +16,20 @@ import (
 // message comes late, and from deep within its log. The processes need not be
 // frozen: then it tells only what can be known of them while they run.
 func undumpable(c *container, pids []int, o *api.CheckpointOptions) error {
+	own, err := ownPIDNamespace(c.root().PID)
+	if err != nil {
+		return err
+	}
+	// CRIU can dump it from within the namespace. At a restore each process would
+	// need the pid that it had, among those of a new pod's containers.
+	if !own {
+		return errclass.Precondition("the container shares its pod's pid namespace, where no restore could give its processes their pids again: run it with one of its own (shareProcessNamespace: false)")
+	}
+	return undumpableFiles(c, pids, o)
+}
+
+// undumpableFiles looks at what processes have open.
+func undumpableFiles(c *container, pids []int, o *api.CheckpointOptions) error {
 	sockets := make(map[uint32]int) // a socket's inode, and a process that has it
 	for _, pid := range pids {
 		fds, err := descriptors(pid)

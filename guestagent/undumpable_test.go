@@ -51,7 +51,7 @@ func TestUndumpableUnixSocket(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := asContainer(t)
 			other := sleeper(t, kind)
-			err := undumpable(c, []int{c.Init.PID}, &api.CheckpointOptions{})
+			err := undumpableFiles(c, []int{c.Init.PID}, &api.CheckpointOptions{})
 			if err == nil {
 				t.Fatal("a connection to outside is not found")
 			}
@@ -60,10 +60,10 @@ func TestUndumpableUnixSocket(t *testing.T) {
 					t.Errorf("%q lacks %q", err, part)
 				}
 			}
-			if err := undumpable(c, []int{c.Init.PID}, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
+			if err := undumpableFiles(c, []int{c.Init.PID}, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
 				t.Errorf("allowed, and refused: %v", err)
 			}
-			if err := undumpable(c, []int{c.Init.PID, other}, &api.CheckpointOptions{}); err != nil {
+			if err := undumpableFiles(c, []int{c.Init.PID, other}, &api.CheckpointOptions{}); err != nil {
 				t.Errorf("both ends are in the container: %v", err)
 			}
 		})
@@ -81,6 +81,17 @@ func TestUndumpableFile(t *testing.T) {
 		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", link, err)
 		}
+	}
+}
+
+func TestUndumpableSharedPIDNamespace(t *testing.T) {
+	if os.Getpid() == 1 {
+		t.Skip("this is the first process of its pid namespace")
+	}
+	c := asContainer(t) // in the pid namespace of whoever runs the test
+	err := undumpable(c, []int{c.Init.PID}, &api.CheckpointOptions{})
+	if err == nil || !strings.Contains(err.Error(), "pid namespace") {
+		t.Errorf("a shared pid namespace: %v", err)
 	}
 }
 

@@ -97,13 +97,13 @@ func (s *scenario) bundle() *installed {
 }
 
 // replace moves a file or directory of the bundle away and has another made in its place.
-func (b *installed) replace(name string, make func(to string) error) error {
+func (b *installed) replace(name string, put func(to string) error) error {
 	at := filepath.Join(b.dir, name)
 	if err := os.Rename(at, filepath.Join(b.aside, fmt.Sprint(len(b.replaced)))); err != nil {
 		return err
 	}
 	b.replaced = append(b.replaced, name)
-	return make(at)
+	return put(at)
 }
 
 // putBack undoes what replace did.

@@ -36,6 +36,7 @@ var scenarios = []struct {
 	{name: "refused", run: refused},
 	{name: "refused-without-agent", run: refusedWithoutAgent},
 	{name: "refused-guest-bundle", run: refusedGuestBundle},
+	{name: "ways-in", run: waysIn},
 	{name: "memory-256m", run: memory256},
 	{name: "network", run: networked},
 	{name: "network-hotplugged", run: networkHotplugged},

@@ -35,7 +35,7 @@ var (
 var guestModules = []string{
 	"virtio_pci", "virtiofs", "vmw_vsock_virtio_transport", "virtio_net", "virtio_blk", "overlay",
 	"unix_diag", "inet_diag", "tcp_diag", "udp_diag", "raw_diag", "af_packet_diag", "netlink_diag", "nf_tables",
-	"tun", "veth",
+	"tun", "veth", "vsock_loopback",
 }
 
 // Kernel finds the newest of the host's Debian cloud kernels: image and version.

@@ -13,6 +13,8 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 )
 
 // Path is the program's in the container image.
@@ -27,6 +29,9 @@ const usage = `usage: workload PROGRAM [OPTION...]
   relay               answer over TCP, and ask others
   io-uring            count, with an io_uring
   peer                count in step with a peer at the other end of a unix socket
+  intruder            count, with processes that pose as the guest agent's exec helper
+  dial-agent          try to be served by the guest agent
+  spy                 look for a process of the guest agent's
   tree                use one of each kind of thing that processes have
   idle                do nothing
   first-instruction   print what mounts and files there are at the start`
@@ -94,6 +99,19 @@ func Main(args []string, w io.Writer) error {
 		flags.StringVar(&p.socket, "socket", "peer", "`name` of an abstract unix socket")
 		flags.BoolVar(&p.listen, "listen", false, "wait for the other end")
 		setup = func() (program, error) { return &p, p.connect() }
+	case "intruder":
+		i := intruder{}
+		setup = func() (program, error) { return &i, i.pose() }
+	case "exec":
+		return poser()
+	case "dial-agent":
+		port := flags.Uint("port", api.DefaultPort, "vsock `port`")
+		if err := flags.Parse(args); err != nil {
+			return err
+		}
+		return dialAgent(w, *port)
+	case "spy":
+		return spy(w)
 	case "tree":
 		t := tree{}
 		flags.StringVar(&t.dir, "dir", "/var/tmp", "`directory` for files")
