@@ -36,11 +36,23 @@ const (
 	vmTimeout = 4 * time.Second
 )
 
+// ErrReplaced says that the container to delete is gone and its name another's.
+var ErrReplaced = errors.New("the bundle has been removed, and its name is another container's by now")
+
 // Delete cleans up after a shim whose connection to containerd has ended, by
 // whatever cause, and returns the answer for stdout. What is wrong is logged
 // and stops nothing: nobody comes after this.
+//
+// containerd waits for it before it gives the name to another container, but
+// not for longer than its caller has time. What is named after the container is
+// therefore left alone from the moment on at which there is another of that
+// name, and the answer is [ErrReplaced]: after any other, containerd would
+// remove that container's bundle, too.
 func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	begin := time.Now()
+	if i.replaced() {
+		return nil, ErrReplaced
+	}
 	warn := func(step string, err error) {
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("container", i.ID).Warn("delete: " + step)
@@ -65,7 +77,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	// root file system Kata's delete would unmount. Without a daemon Kata's has no
 	// owner any more, which Kata's own delete does not expect.
 	alive := !owns && answers(r.Address)
-	if !alive {
+	if !alive && !i.replaced() {
 		err := i.retire(ctx, r.Downstream, owns)
 		warn("stop Kata's container", err)
 		if owns {
@@ -77,10 +89,16 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 			warn("end the VM", endVM(i.Bundle, i.ID, begin.Add(vmTimeout)))
 		}
 	}
+	if i.replaced() {
+		return nil, ErrReplaced
+	}
 	resp := &task.DeleteResponse{ExitStatus: 128 + uint32(syscall.SIGKILL), ExitedAt: timestamppb.Now()}
 	if !alive {
 		resp, err = i.deleteKata(ctx, r)
 		warn("Kata's part", err)
+		if i.replaced() {
+			return nil, ErrReplaced
+		}
 		warn("unfinished image set", bundle.RemoveStaging(i.Bundle))
 		warn("containerd's copy of a checkpoint", removeTemporary(i.Bundle))
 		warn("exchange directory", os.RemoveAll(nri.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
@@ -90,6 +108,24 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		warn("what Kata leaves", kata.Sweep(i.ID))
 	}
 	return proto.Marshal(resp)
+}
+
+// replaced tells whether the bundle's path leads to another bundle than the one
+// that containerd made the working directory, which it does for every delete. A
+// bundle that containerd has removed bears the name .ID, or is marked as deleted;
+// any other working directory is that of an operator who runs this by hand.
+func (i *Invocation) replaced() bool {
+	own, err := os.Readlink("/proc/self/cwd")
+	if err != nil || worksIn(os.Getpid(), i.Bundle) {
+		return false
+	}
+	own = strings.TrimSuffix(own, " (deleted)")
+	dir, name := filepath.Split(filepath.Clean(i.Bundle))
+	if own != filepath.Join(dir, name) && own != filepath.Join(dir, "."+name) {
+		return false
+	}
+	_, err = os.Stat(i.Bundle)
+	return err == nil
 }
 
 // guessRecord is for a bundle without a record: start has not come so far.
