@@ -32,6 +32,7 @@ var scenarios = []struct {
 	{name: "exec-running-during-checkpoint", run: execRunningDuringCheckpoint},
 	{name: "exec-while-frozen", run: execWhileFrozen},
 	{name: "process-tree", run: processTree},
+	{name: "three-cycles", run: threeCycles},
 	{name: "broken-images", run: brokenImages},
 	{name: "refused", run: refused},
 	{name: "refused-without-agent", run: refusedWithoutAgent},
