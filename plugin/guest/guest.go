@@ -259,19 +259,24 @@ func (a *Agent) Tell(ctx context.Context, call func(context.Context, api.AgentSe
 // connection is closed, which is how the agent learns of it: ttrpc tells a
 // server of a deadline, and nothing of a caller that went away.
 func (a *Agent) DoAlone(ctx context.Context, call func(context.Context, api.AgentService) error) error {
-	if err := a.Connect(ctx); err != nil { // the version is checked, Hold is open
-		return err
+	c, err := a.alone(ctx)
+	if err == nil {
+		err = native(call(ctx, c.agent))
+		c.client.Close()
 	}
-	c, err := a.open(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.client.Close()
-	err = call(ctx, c.agent)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return native(err)
+	return err
+}
+
+// alone opens a connection beside the one that there is: the version is checked
+// then, and Hold open.
+func (a *Agent) alone(ctx context.Context) (*connection, error) {
+	if err := a.Connect(ctx); err != nil {
+		return nil, err
+	}
+	return a.open(ctx)
 }
 
 // native gives an error of the agent's its class back.
