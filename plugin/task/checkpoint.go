@@ -255,8 +255,8 @@ func (c *container) afterLoss(ctx context.Context, err error) error {
 	uctx, cancel := undo(ctx)
 	defer cancel()
 	switch aerr := c.s.needAgent(uctx); {
-	case errors.Is(aerr, guest.ErrNoVM):
-		return fmt.Errorf("%w: %w", err, aerr)
+	case aerr != nil && c.s.vmEnded():
+		return fmt.Errorf("%w: %w", err, guest.ErrNoVM)
 	case aerr != nil:
 		return fmt.Errorf("%w; it could not be started again: unless the VM has ended, its containers go on, and can be checkpointed again only in a new VM", err)
 	}

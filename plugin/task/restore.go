@@ -152,6 +152,9 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		_, err := a.CheckRestore(ctx, req)
 		return err
 	})
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
 	if err != nil {
 		c.endPlaceholder(ctx, r)
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
