@@ -37,7 +37,7 @@ func (c *container) adopt(ctx context.Context) error {
 // explain says what to do about an agent that cannot be used.
 func (c *container) explain(reason error) error {
 	var other *guest.ProtocolError
-	if errors.As(reason, &other) || c.agentErr == nil {
+	if errors.As(reason, &other) || errors.Is(reason, guest.ErrNoVM) || c.agentErr == nil {
 		return reason
 	}
 	dir := filepath.Base(c.s.cfg.GuestBundle)
