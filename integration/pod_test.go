@@ -1,9 +1,12 @@
 package integration
 
 import (
+	"fmt"
 	"maps"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
@@ -32,4 +35,14 @@ func (p *pod) create(c engine.Container) client.Container {
 	maps.Copy(annotations, c.Annotations)
 	c.Annotations = annotations
 	return p.s.create(c)
+}
+
+// sharing has a container be in the pid namespace of the pod.
+func (p *pod) sharing(c engine.Container) engine.Container {
+	p.s.Helper()
+	task, err := p.sandbox.Task(p.s.ctx, nil)
+	p.s.check(err)
+	path := fmt.Sprintf("/proc/%d/ns/pid", task.Pid())
+	c.Spec = append(c.Spec, oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.PIDNamespace, Path: path}))
+	return c
 }

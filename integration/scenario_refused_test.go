@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -32,7 +33,8 @@ func refused(s *scenario) {
 	s.goesOn(run)
 	// An agent that has died is started again, and asks again.
 	s.endAgent(pod)
-	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
+	images := s.dir()
+	s.check(s.engine.CheckpointTo(s.ctx, run, images, false))
 	s.goesOn(run)
 	s.step("the guest")
 
@@ -65,6 +67,10 @@ func refused(s *scenario) {
 	s.printed(uring.Output, workload.Rounds, 2)
 	s.refuses("io_uring", uring, s.dir(), "io_uring", "workload")
 	s.goesOn(uring)
+	if err := s.engine.CheckpointTo(s.ctx, uring, s.dir(), false); err == nil || !strings.Contains(err.Error(), "io_uring") { // which pauses it first
+		s.Errorf("io_uring, by a client of containerd's: %v", err)
+	}
+	s.goesOn(uring)
 	s.removed(c)
 	listener := pod.create(engine.Container{ID: "listener", Args: []string{workload.Path, "peer", "--listen"}})
 	outside := s.run(listener)
@@ -76,6 +82,19 @@ func refused(s *scenario) {
 	s.goesOn(peer)
 	s.removed(c)
 	s.removed(listener)
+	c = pod.create(pod.sharing(engine.Container{ID: "sharing", Args: []string{workload.Path, "counter", "--shm", "/dev/shm/sharing"}}))
+	sharing := s.run(c)
+	s.printed(sharing.Output, workload.Ticks, 2)
+	s.refuses("a shared pid namespace", sharing, s.dir(), "shares its pod's pid namespace", "one of its own")
+	s.goesOn(sharing)
+	s.removed(c)
+	c = pod.create(pod.sharing(counter("into")))
+	if _, err := s.engine.Restore(s.ctx, c, images); err == nil || !strings.Contains(err.Error(), "shares its pod's pid namespace") {
+		s.Errorf("a restore into a shared pid namespace: %v", err)
+	} else {
+		s.Logf("a restore into a shared pid namespace: %v", err)
+	}
+	s.removed(c)
 	s.step("the workload")
 
 	// The time.
@@ -128,6 +147,26 @@ func refusedWithoutAgent(s *scenario) {
 	s.printed(run.Output, workload.Ticks, 3)
 	s.refuses("no agent", run, s.dir(), "agent")
 	s.goesOn(run)
+}
+
+// refusedNoRoom: the file system on which the guest leaves its images is full before the last of them is written.
+func refusedNoRoom(s *scenario) {
+	state, err := os.MkdirTemp("/var/tmp", "kata-checkpoint-state-")
+	s.check(err)
+	s.check(syscall.Mount("tmpfs", state, "tmpfs", 0, "size=1m"))
+	s.later(func() error { return errors.Join(syscall.Unmount(state, 0), os.Remove(state)) })
+	s.configure("state_dir", state)
+	c := s.create(counter("c"))
+	run := s.run(c)
+	s.printed(run.Output, workload.Ticks, 3)
+	for range 2 { // the first one leaves nothing that the second one would find in its way
+		s.refuses("no room in state_dir", run, s.dir(), "no room", "state_dir", "make room")
+		s.goesOn(run)
+	}
+	s.check(syscall.Mount("", state, "", syscall.MS_REMOUNT, "size=100m"))
+	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
+	s.goesOn(run)
+	s.removed(c) // by the shim that has this configuration
 }
 
 // ask asks for a checkpoint as containerd does, without a pause before.

@@ -36,6 +36,7 @@ var scenarios = []struct {
 	{name: "broken-images", run: brokenImages},
 	{name: "refused", run: refused},
 	{name: "refused-without-agent", run: refusedWithoutAgent},
+	{name: "refused-no-room", run: refusedNoRoom},
 	{name: "refused-guest-bundle", run: refusedGuestBundle},
 	{name: "ways-in", run: waysIn},
 	{name: "memory-256m", run: memory256},
