@@ -237,20 +237,3 @@ func unlinker(paths ...string) func() {
 		}
 	}
 }
-
-// openLog sends the log, and Go's last words, to the FIFO that containerd made
-// in the bundle. It has several writers: Kata's shim is one. Without a reader
-// there is no log.
-func openLog(debugging bool) {
-	_ = log.SetFormat(log.TextFormat)
-	if debugging {
-		_ = log.SetLevel(log.DebugLevel)
-	}
-	fd, err := unix.Open("log", unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		log.L.Logger.SetOutput(io.Discard)
-		return
-	}
-	_ = unix.Dup2(fd, int(os.Stderr.Fd()))
-	log.L.Logger.SetOutput(os.NewFile(uintptr(fd), "log"))
-}
