@@ -52,9 +52,13 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	}
 
 	s.events.Expect(r.ID, "")
+	// A containerd that was started again may ask for the container before this
+	// has ended.
+	c.ops <- struct{}{}
+	defer func() { <-c.ops }()
 	s.add(c) // before Kata's events for it come
 	resp := &task.CreateTaskResponse{}
-	if err := s.pass(ctx, "Create", r, resp); err != nil {
+	if err := s.passToEnd(ctx, "Create", r, resp); err != nil {
 		s.remove(r.ID)
 		return nil, err
 	}
@@ -171,7 +175,7 @@ func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.Star
 		return c.startRestored(ctx, r)
 	}
 	resp := &task.StartResponse{}
-	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
+	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
 	c.become(runningState{c})
@@ -192,7 +196,7 @@ func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest,
 	}
 	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starts without a chance of a checkpoint")
 	resp := &task.StartResponse{}
-	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
+	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
 	c.become(unmanagedState{c: c, reason: c.explain(reason)})

@@ -39,6 +39,7 @@ type harness struct {
 	task task.TTRPCTaskService
 	// unlinked is closed when the sockets are to be removed.
 	unlinked chan struct{}
+	path     string // of the shim's socket
 }
 
 type option func(*harness)
@@ -94,18 +95,25 @@ func newHarness(t *testing.T, options ...option) *harness {
 	}
 	path := filepath.Join(dir, "shim.sock")
 	fake.Serve(t, server, path)
-	conn, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.conn = ttrpc.NewClient(conn)
-	h.task = task.NewTTRPCTaskClient(h.conn)
+	h.path = path
+	h.connect()
 	t.Cleanup(func() {
 		h.conn.Close()
 		sd.Shutdown()
 		<-sd.Done()
 	})
 	return h
+}
+
+// connect is what containerd does when it starts, for the first time or again.
+func (h *harness) connect() {
+	h.t.Helper()
+	conn, err := net.Dial("unix", h.path)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.conn = ttrpc.NewClient(conn)
+	h.task = task.NewTTRPCTaskClient(h.conn)
 }
 
 // bundle makes a bundle with a spec.

@@ -70,6 +70,23 @@ func (s *Service) pass(ctx context.Context, method string, req, resp proto.Messa
 	return err
 }
 
+// passToEnd is pass for what Kata does to the end whether or not anybody waits:
+// ttrpc cannot call it off. So that we know what there is when containerd was
+// killed meanwhile, it ends with its caller's deadline, and not with its caller.
+func (s *Service) passToEnd(ctx context.Context, method string, req, resp proto.Message) error {
+	kctx, cancel := context.WithoutCancel(ctx), func() {}
+	if limit, ok := ctx.Deadline(); ok {
+		kctx, cancel = context.WithDeadline(kctx, limit)
+	}
+	defer cancel()
+	err := s.down.call(kctx, method, req, resp)
+	if err != nil && errors.Is(err, ttrpc.ErrClosed) {
+		<-ctx.Done()
+		return errKataGone
+	}
+	return err
+}
+
 // handle turns a method into ttrpc's form. Errors of our own get their code
 // here and nowhere else; those of Kata's have theirs.
 func handle[Req any, PReq interface {

@@ -160,7 +160,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}
 	resp := &task.StartResponse{}
-	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
+	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
 	c.s.stops.Wait(ctx, "restore", "start")
