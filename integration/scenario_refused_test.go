@@ -215,7 +215,7 @@ func (s *scenario) endAgent(p *pod) {
 	if agent == "" {
 		s.Fatal("there is no agent in the guest")
 	}
-	s.inGuest(p, "kill -9 "+agent)
+	s.inGuest(p, "kill -9 "+strings.Join(strings.Fields(agent), " "))
 }
 
 // inGuest runs a script in the guest of a pod.

@@ -74,7 +74,7 @@ func waysIn(s *scenario) {
 				inode=$(readlink $fd | sed -n 's/^socket:\[\(.*\)\]$/\1/p')
 				[ -z "$inode" ] || awk -v inode=$inode '$7 == inode && NF > 7 {print "socket", $8}' /proc/net/unix
 			done
-		done`); have != "agent" {
+		done | sort -u`); have != "agent" { // it is two processes, once it has a spawner
 		s.Errorf("the agent can be sent descriptors: %q", have)
 	}
 	// No poser got anything: the intruder would have ended.
@@ -107,9 +107,9 @@ func (s *scenario) dialsInVain(run *engine.Run) {
 // execsAreTrue checks that an exec runs what it is asked to, in the container, and that nothing else came to run in its place.
 func (s *scenario) execsAreTrue(run *engine.Run, p *pod) {
 	s.Helper()
-	exec := s.begin(run, engine.Command{Args: []string{"sh", "-c", "echo true; cat; exit 3"}, Stdin: strings.NewReader("to whom it concerns\n")})
+	exec := s.begin(run, engine.Command{Args: []string{"sh", "-c", "echo true; exit 3"}})
 	s.exit(exec, 3)
-	s.prints("exec", exec.Stdout, "true", "to whom it concerns")
+	s.prints("exec", exec.Stdout, "true")
 	if have := s.inGuest(p, "find / -xdev -name stolen 2>/dev/null; true"); have != "" {
 		s.Errorf("outside of the container there is %q", have)
 	}
