@@ -140,11 +140,15 @@ func (a *Agent) Forget(_ context.Context, r *api.ContainerRequest) (*empty, erro
 	}
 	defer a.ops.lock(id)()
 	a.hold.thawed(id)
+	var spoke error
+	if c, err := a.load(id); err == nil {
+		spoke = a.speak(c)
+	}
 	err := os.Remove(a.recordPath(id))
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}
-	if err := errors.Join(err, a.release(id)); err != nil {
+	if err := errors.Join(spoke, err, a.release(id)); err != nil {
 		return nil, toRPC(err)
 	}
 	return &empty{}, nil
@@ -187,7 +191,7 @@ func (a *Agent) thaw(id string) error {
 		return err
 	}
 	a.hold.thawed(id)
-	if err := cgroup.Thaw(c.tree()); err != nil {
+	if err := errors.Join(a.speak(c), cgroup.Thaw(c.tree())); err != nil {
 		return fmt.Errorf("container %s: %w", id, err)
 	}
 	return nil

@@ -38,6 +38,9 @@ func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*e
 	if err := undumpable(c, pids, r.GetOptions()); err != nil {
 		return nil, toRPC(err)
 	}
+	if _, err := tcpConnections(c, r.GetOptions()); err != nil {
+		return nil, toRPC(err)
+	}
 	return &empty{}, nil
 }
 
@@ -75,14 +78,29 @@ func stayFrozen(ctx context.Context, c *container) error {
 	return cgroup.Freeze(ctx, c.tree())
 }
 
-func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (*api.CheckpointResponse, error) {
+func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (_ *api.CheckpointResponse, err error) {
 	ph := newPhases(ctx, "checkpoint", c.ID)
 	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
+	tcp, err := tcpConnections(c, r.GetOptions())
+	if err != nil {
+		return nil, err
+	}
 	op, err := a.describe(c, r, out)
 	if err != nil {
 		return nil, err
 	}
 	defer op.Close()
+	if silent := r.GetStop() && r.GetOptions().GetTcpEstablished(); !silent {
+		tcp = nil
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.speak(c))
+		}
+	}()
+	if err := a.silence(c, tcp); err != nil {
+		return nil, err
+	}
 	opts := dumpOptions(op, c, r.GetOptions(), out, images)
 	ph.done("inspect")
 
@@ -96,6 +114,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	err = errors.Join(err, <-shm, ctx.Err())
 	ph.done("save /dev/shm")
 	if err != nil {
+		return nil, err
+	}
+	if err := abandonConnections(tcp); err != nil {
 		return nil, err
 	}
 

@@ -31,6 +31,8 @@ type container struct {
 	Stdio []*api.Stdio `json:"stdio"`
 	// Restored is the root of the tree below the placeholder, when there is one.
 	Restored *process `json:"restored,omitempty"`
+	// Silent: its TCP connections may be cut off, see [Agent.silence].
+	Silent bool `json:"silent,omitempty"`
 }
 
 // root is the process that the container's own program runs in.

@@ -691,7 +691,11 @@ type CheckpointRequest struct {
 	Options   *CheckpointOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
 	// externals are mount points, beyond those that the agent finds, that are
 	// not to go into the image set.
-	Externals     []string `protobuf:"bytes,4,rep,name=externals,proto3" json:"externals,omitempty"`
+	Externals []string `protobuf:"bytes,4,rep,name=externals,proto3" json:"externals,omitempty"`
+	// stop: the container is going to be ended. With tcp_established its
+	// connections say nothing from the dump on, so that no peer sees their end;
+	// Thaw, should it come to that, lets them speak again.
+	Stop          bool `protobuf:"varint,5,opt,name=stop,proto3" json:"stop,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -752,6 +756,13 @@ func (x *CheckpointRequest) GetExternals() []string {
 		return x.Externals
 	}
 	return nil
+}
+
+func (x *CheckpointRequest) GetStop() bool {
+	if x != nil {
+		return x.Stop
+	}
+	return false
 }
 
 type CheckpointResponse struct {
@@ -1174,12 +1185,13 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\"=\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vnanoseconds\x18\x02 \x01(\x04R\vnanoseconds\"\xb8\x01\n" +
+	"\vnanoseconds\x18\x02 \x01(\x04R\vnanoseconds\"\xcc\x01\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
 	"\aoptions\x18\x03 \x01(\v2*.katacheckpoint.agent.v1.CheckpointOptionsR\aoptions\x12\x1c\n" +
-	"\texternals\x18\x04 \x03(\tR\texternals\"\xa4\x03\n" +
+	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
+	"\x04stop\x18\x05 \x01(\bR\x04stop\"\xa4\x03\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +

@@ -183,7 +183,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 
 // request is what the agent is asked to write.
 func (j *checkpointJob) request() *api.CheckpointRequest {
-	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals}
+	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop}
 }
 
 // openTarget opens the directory for the image set, and notes what `delete`
