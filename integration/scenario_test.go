@@ -42,6 +42,13 @@ var scenarios = []struct {
 	{name: "memory-256m", run: memory256},
 	{name: "network", run: networked},
 	{name: "network-hotplugged", run: networkHotplugged},
+	{name: "work-path", run: workPath},
+	{name: "annotation-leave-running", run: annotationLeaveRunning},
+	{name: "nerdctl-default-stops", run: nerdctlDefaultStops},
+	{name: "ctr-image-roundtrip", run: ctrImageRoundtrip},
+	{name: "hooks-in-spec", run: hooksInSpec},
+	{name: "tcp-listen", run: tcpListen},
+	{name: "tcp-established", run: tcpEstablished},
 }
 
 // variant is a kind of guest under the parts under test.

@@ -27,9 +27,15 @@ const checkpointLabel = "containerd.io/checkpoint"
 // CheckpointTo has the image set written to an existing directory, by what `ctr task checkpoint --image-path DIR [--exit]` does: the client
 // pauses the task unless it is paused, asks for the checkpoint with options, and resumes it.
 func (e *Engine) CheckpointTo(ctx context.Context, task client.Task, dir string, exit bool) error {
+	return e.CheckpointWith(ctx, task, dir, &runcoptions.CheckpointOptions{Exit: exit})
+}
+
+// CheckpointWith is the same with other options.
+func (e *Engine) CheckpointWith(ctx context.Context, task client.Task, dir string, options *runcoptions.CheckpointOptions) error {
+	options.ImagePath = dir
 	name := "checkpoint/" + task.ID() + ":" + filepath.Base(dir)
 	_, err := task.Checkpoint(ctx, client.WithCheckpointName(name), func(i *client.CheckpointTaskInfo) error {
-		i.Options = &runcoptions.CheckpointOptions{ImagePath: dir, Exit: exit}
+		i.Options = options
 		return nil
 	})
 	if err != nil {

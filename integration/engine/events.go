@@ -10,20 +10,21 @@ import (
 	"github.com/containerd/typeurl/v2"
 )
 
-// Events collects the ends of tasks that containerd reports, from the moment on at which it was made.
+// Events collects what containerd reports of tasks, from the moment on at which it was made.
 type Events struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 
-	mu    sync.Mutex
-	exits []*apievents.TaskExit
-	err   error
+	mu     sync.Mutex
+	exits  []*apievents.TaskExit
+	states map[string][]string // of containers
+	err    error
 }
 
 // Watch starts collecting. Close ends it.
 func (e *Engine) Watch(ctx context.Context) *Events {
 	ctx, cancel := context.WithCancel(ctx)
-	w := &Events{cancel: cancel, done: make(chan struct{})}
+	w := &Events{cancel: cancel, done: make(chan struct{}), states: make(map[string][]string)}
 	go func() {
 		defer close(w.done)
 		w.err = w.collect(ctx, e.Client)
@@ -32,7 +33,7 @@ func (e *Engine) Watch(ctx context.Context) *Events {
 }
 
 func (w *Events) collect(ctx context.Context, c *client.Client) error {
-	envelopes, errs := c.EventService().Subscribe(ctx, `topic=="/tasks/exit"`)
+	envelopes, errs := c.EventService().Subscribe(ctx, `topic~="^/tasks/(exit|paused|resumed|checkpointed)$"`)
 	for {
 		select {
 		case envelope := <-envelopes:
@@ -40,11 +41,7 @@ func (w *Events) collect(ctx context.Context, c *client.Client) error {
 			if err != nil {
 				return fmt.Errorf("event %s: %w", envelope.Topic, err)
 			}
-			if exit, ok := event.(*apievents.TaskExit); ok {
-				w.mu.Lock()
-				w.exits = append(w.exits, exit)
-				w.mu.Unlock()
-			}
+			w.add(event)
 		case err := <-errs:
 			if ctx.Err() != nil {
 				return nil //nolint:nilerr // it was closed
@@ -52,6 +49,32 @@ func (w *Events) collect(ctx context.Context, c *client.Client) error {
 			return err
 		}
 	}
+}
+
+func (w *Events) add(event any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	state := func(container, what string) { w.states[container] = append(w.states[container], what) }
+	switch event := event.(type) {
+	case *apievents.TaskExit:
+		w.exits = append(w.exits, event)
+		if event.ContainerID == event.ID {
+			state(event.ContainerID, fmt.Sprintf("exit %d", event.ExitStatus))
+		}
+	case *apievents.TaskPaused:
+		state(event.ContainerID, "paused")
+	case *apievents.TaskResumed:
+		state(event.ContainerID, "resumed")
+	case *apievents.TaskCheckpointed:
+		state(event.ContainerID, "checkpointed "+event.Checkpoint)
+	}
+}
+
+// States gives what has become of a container's first process, in order: "paused", "resumed", "checkpointed PATH", "exit STATUS".
+func (w *Events) States(container string) []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]string(nil), w.states[container]...)
 }
 
 // Exits gives the statuses with which the first processes of a container have ended, one an event, in order.

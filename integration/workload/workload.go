@@ -27,6 +27,8 @@ const usage = `usage: workload PROGRAM [OPTION...]
   obedient            count, end on SIGTERM, and do what a file says
   terminal            answer what is typed
   relay               answer over TCP, and ask others
+  caller              count with the help of a TCP server
+  lock                count, with a file locked
   io-uring            count, with an io_uring
   peer                count in step with a peer at the other end of a unix socket
   intruder            count, with processes that pose as the guest agent's exec helper
@@ -91,6 +93,14 @@ func Main(args []string, w io.Writer) error {
 		r := relay{}
 		flags.StringVar(&r.address, "listen", ":8080", "`address` to listen on")
 		setup = func() (program, error) { return &r, r.listen() }
+	case "caller":
+		c := caller{}
+		flags.StringVar(&c.address, "server", "", "`address` of a server that sends every line back")
+		setup = func() (program, error) { return &c, c.connect() }
+	case "lock":
+		l := lock{}
+		flags.StringVar(&l.path, "file", "/var/tmp/locked", "`file` to lock")
+		setup = func() (program, error) { return &l, l.take() }
 	case "io-uring":
 		u := ioUring{}
 		setup = func() (program, error) { return &u, u.open() }

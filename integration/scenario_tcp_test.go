@@ -1,0 +1,134 @@
+package integration
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// tcpListen: a listening socket comes back in another VM, without a word from anybody.
+func tcpListen(s *scenario) {
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "relay", "-listen", "127.0.0.1:8080"}})
+	first := s.run(c)
+	s.says(first.Output, 0, "boot ") // it listens before it prints
+	ask := func(run *engine.Run, question, want string) {
+		s.Helper()
+		if have := s.sh(run, "echo say "+question+" | nc 127.0.0.1 8080"); len(have) != 1 || have[0] != want {
+			s.Fatalf("the answer to %q is %q, not %q", question, have, want)
+		}
+	}
+	ask(first, "here", "1 here")
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	restored := s.restore(c, dir)
+	ask(restored, "there", "2 there")
+	s.movedOn(first, restored)
+}
+
+// tcpEstablished: with open_tcp and the same address, connections to the world outside of the VM go on, in the same VM and in another, and the
+// peers notice nothing.
+func tcpEstablished(s *scenario) {
+	w := s.wire(wirePath())
+	peer := s.answering(w)
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path})
+	first := s.run(c)
+	s.printed(first.Output, workload.Rounds, 3)
+	s.check(s.engine.CheckpointWith(s.ctx, first, s.dir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
+	s.step("checkpointed %s, which goes on", c.ID())
+	s.goesOn(first)
+
+	dir := s.dir()
+	s.check(s.engine.CheckpointWith(s.ctx, first, dir, &runcoptions.CheckpointOptions{OpenTcp: true, Exit: true}))
+	s.step("checkpointed %s", c.ID())
+	s.ended(first, 137)
+	before := s.numbers(first.Output, workload.Rounds)
+	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
+		s.Errorf("while the container is away, the peer has had %d connections, and ends: %v", opened, ended)
+	}
+
+	restored := s.restore(c, dir)
+	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 10)...))
+	s.movedOn(first, restored)
+	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
+		s.Errorf("after the restore, the peer has had %d connections, and ends: %v", opened, ended)
+	}
+	s.removed(c)
+}
+
+// answering is a server on the node that sends every line back.
+type answering struct {
+	net.Listener
+	done sync.WaitGroup
+
+	mu     sync.Mutex
+	opened []net.Conn
+	ended  []error
+}
+
+// answering starts one, which ends with the scenario.
+func (s *scenario) answering(w *wire) *answering {
+	s.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort(w.node.String(), "0"))
+	s.check(err)
+	a := &answering{Listener: l}
+	a.done.Go(a.accept)
+	s.later(func() error {
+		err := a.Close()
+		a.mu.Lock()
+		for _, c := range a.opened {
+			err = errors.Join(err, c.Close())
+		}
+		a.mu.Unlock()
+		a.done.Wait()
+		return err
+	})
+	return a
+}
+
+func (a *answering) accept() {
+	for {
+		c, err := a.Accept()
+		if err != nil {
+			return // it was closed
+		}
+		a.mu.Lock()
+		a.opened = append(a.opened, c)
+		a.mu.Unlock()
+		a.done.Go(func() {
+			err := answerLines(c)
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			a.ended = append(a.ended, err)
+		})
+	}
+}
+
+func answerLines(c net.Conn) error {
+	for lines := bufio.NewReader(c); ; {
+		line, err := lines.ReadString('\n')
+		if errors.Is(err, io.EOF) {
+			return errors.New("the other end has closed it")
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := fmt.Fprint(c, line); err != nil {
+			return err
+		}
+	}
+}
+
+// connections says how many there have been, and how those ended that have.
+func (a *answering) connections() (opened int, ended []error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.opened), append([]error(nil), a.ended...)
+}
