@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
@@ -31,6 +32,37 @@ func tcpListen(s *scenario) {
 	restored := s.restore(c, dir)
 	ask(restored, "there", "2 there")
 	s.movedOn(first, restored)
+}
+
+// tcpEstablishedRefused: an open connection is refused in one sentence, which says what to do; where the container's annotation says that
+// connections are to be closed, they are, and the program hears of it.
+func tcpEstablishedRefused(s *scenario) {
+	w := s.wire(wirePath())
+	peer := s.answering(w)
+	caller := engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path}
+	c := s.create(caller)
+	run := s.run(c)
+	s.printed(run.Output, workload.Rounds, 3)
+	const sentence = "has an open TCP connection from"
+	s.refuses("an open connection", run, s.dir(), sentence, peer.Addr().String(), "kata-checkpoint.dev/tcp")
+	err := s.engine.CheckpointByDefault(s.ctx, run, s.dir())
+	if err == nil || !strings.Contains(err.Error(), sentence) || strings.Contains(err.Error(), "\n") {
+		s.Errorf("the refusal is not one sentence: %v", err)
+	}
+	s.goesOn(run)
+	s.exits(c)
+	s.removed(c)
+
+	caller.ID, caller.Annotations = "closing", map[string]string{"kata-checkpoint.dev/tcp": "close"}
+	c = s.create(caller)
+	run = s.run(c)
+	s.printed(run.Output, workload.Rounds, 3)
+	dir := s.dir()
+	s.check(s.engine.CheckpointByDefault(s.ctx, run, dir))
+	s.ended(run, 137)
+	restored := s.restore(c, dir)
+	s.says(restored.Output, 0, "the connection is lost")
+	s.ended(restored, 1)
 }
 
 // tcpEstablished: with open_tcp and the same address, connections to the world outside of the VM go on, in the same VM and in another, and the

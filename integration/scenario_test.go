@@ -48,6 +48,7 @@ var scenarios = []struct {
 	{name: "ctr-image-roundtrip", run: ctrImageRoundtrip},
 	{name: "hooks-in-spec", run: hooksInSpec},
 	{name: "tcp-listen", run: tcpListen},
+	{name: "tcp-established-refused", run: tcpEstablishedRefused},
 	{name: "tcp-established", run: tcpEstablished},
 }
 
