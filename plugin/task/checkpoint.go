@@ -58,6 +58,10 @@ func (s *Service) Checkpoint(ctx context.Context, r *task.CheckpointTaskRequest)
 	ctx, end := s.operation(ctx, s.cfg.OpTimeout, "checkpoint_timeout")
 	defer end()
 	if err := c.do(ctx, func(st state) error { return st.checkpoint(ctx, req) }); err != nil {
+		if ctx.Err() != nil {
+			// containerd, which has made it, may not be there to do it.
+			err = errors.Join(err, RemoveTemporary(req.path))
+		}
 		return nil, err
 	}
 	c.publish(ctx, runtime.TaskCheckpointedEventTopic, &eventsapi.TaskCheckpointed{ContainerID: c.id, Checkpoint: r.Path})
@@ -173,7 +177,14 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	}
 	j.phases.done("commit")
 	if j.stop {
-		if err := c.kill(ctx); err != nil {
+		// Whoever has given up may not keep the image set: containerd removes its
+		// own copy. Then the container is all that there is.
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("the image set in %s is whole, and the container is not stopped: %w", j.path, context.Cause(ctx))
+		}
+		uctx, cancel := undo(ctx)
+		defer cancel()
+		if err := c.kill(uctx); err != nil {
 			return nil, fmt.Errorf("the image set in %s is whole, and the container could not be stopped: %w", j.path, err)
 		}
 		j.phases.done("stop")

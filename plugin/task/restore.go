@@ -216,8 +216,9 @@ func restoreRequest(c *container) *api.RestoreRequest {
 }
 
 // RemoveTemporary removes the directory into which containerd unpacked a
-// checkpoint for us: it never does so itself (plugins/services/tasks/local.go,
-// Create). Anything else that was named as a checkpoint is left alone.
+// checkpoint for us, which it never does itself, or took one from us, which it
+// does unless it is killed (plugins/services/tasks/local.go, Create and
+// getCheckpointPath). Anything else that was named as a checkpoint is left alone.
 func RemoveTemporary(path string) error {
 	if !isTemporary(path) {
 		return nil
