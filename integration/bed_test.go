@@ -66,7 +66,9 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 		t.Fatal(err)
 	}
 	start := time.Now()
-	tb, err := testbed.Up(ctx, testbed.Options{Dir: filepath.Join(b.dir, v.name()), Kata: v.kata, Way: v.way, GuestMounts: v.guestMounts})
+	tb, err := testbed.Up(ctx, testbed.Options{
+		Dir: filepath.Join(b.dir, v.name()), Kata: v.kata, Way: v.way, GuestMounts: v.guestMounts, Containerd: v.containerd,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

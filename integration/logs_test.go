@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"strings"
@@ -56,4 +57,12 @@ func tail(text string, n int, worth func(line string) bool) string {
 		}
 	}
 	return strings.Join(lines[max(0, len(lines)-n):], "")
+}
+
+// logged says whether a text was logged since the scenario began.
+func (s *scenario) logged(text string) bool {
+	s.Helper()
+	data, err := os.ReadFile(s.bed.ContainerdLog())
+	s.check(err)
+	return bytes.Contains(data[s.logAt:], []byte(text))
 }

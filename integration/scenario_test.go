@@ -5,21 +5,29 @@
 package integration
 
 import (
+	"cmp"
 	"os"
 	"testing"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 )
 
 // kataEnv names the directory of a real Kata, on which the scenarios then run in place of the stand-in.
 const kataEnv = "TESTBED_KATA"
 
-var scenarios = []struct {
+// scenarioCase is a scenario and what it is tried with.
+type scenarioCase struct {
 	name string
 	run  func(*scenario)
 	// guestMounts are the propagations with which the guest is tried; shared, as systemd has it, where none is given.
 	guestMounts []string
-}{
+	// containerd is the release, where it is another than that of the rest; way is the stand-in's, where one is enough.
+	containerd string
+	way        testbed.Way
+}
+
+var scenarios = []scenarioCase{
 	{name: "exit-and-restore", run: exitAndRestore},
 	{name: "leave-running", run: leaveRunning},
 	{name: "paused-before", run: pausedBefore},
@@ -50,6 +58,9 @@ var scenarios = []struct {
 	{name: "tcp-listen", run: tcpListen},
 	{name: "tcp-established-refused", run: tcpEstablishedRefused},
 	{name: "tcp-established", run: tcpEstablished},
+	{name: "containerd-killed-idle", run: containerdKilledIdle},
+	{name: "containerd-killed-paused", run: containerdKilledPaused},
+	{name: "containerd-killed-mid-restore", run: containerdKilledMidRestore},
 }
 
 // variant is a kind of guest under the parts under test.
@@ -57,6 +68,7 @@ type variant struct {
 	kata        string // directory of a real Kata; empty: the stand-in
 	way         testbed.Way
 	guestMounts string
+	containerd  string
 }
 
 func (v variant) name() string {
@@ -68,12 +80,18 @@ func (v variant) name() string {
 	if v.guestMounts != testbed.Shared {
 		name += "-" + v.guestMounts
 	}
+	if v.containerd != parts.ContainerdVersion {
+		name += "-" + v.containerd
+	}
 	return name
 }
 
-func variants(t *testing.T, guestMounts []string) []variant {
+func (c scenarioCase) variants(t *testing.T) []variant {
 	t.Helper()
 	kinds := []variant{{way: testbed.Go}, {way: testbed.Rust}}
+	if c.way != "" {
+		kinds = []variant{{way: c.way}}
+	}
 	if dir := os.Getenv(kataEnv); dir != "" {
 		way, err := testbed.WayOfKata(dir)
 		if err != nil {
@@ -81,13 +99,14 @@ func variants(t *testing.T, guestMounts []string) []variant {
 		}
 		kinds = []variant{{kata: dir, way: way}}
 	}
+	guestMounts := c.guestMounts
 	if len(guestMounts) == 0 {
 		guestMounts = []string{testbed.Shared}
 	}
 	var out []variant
 	for _, kind := range kinds {
 		for _, mounts := range guestMounts {
-			kind.guestMounts = mounts
+			kind.guestMounts, kind.containerd = mounts, cmp.Or(c.containerd, parts.ContainerdVersion)
 			out = append(out, kind)
 		}
 	}
@@ -104,7 +123,7 @@ func TestScenario(t *testing.T) {
 	beds := newBeds(t)
 	for _, s := range scenarios {
 		t.Run(s.name, func(t *testing.T) {
-			for _, v := range variants(t, s.guestMounts) {
+			for _, v := range s.variants(t) {
 				t.Run(v.name(), func(t *testing.T) { s.run(newScenario(t, beds, v)) })
 			}
 		})

@@ -135,6 +135,23 @@ func (e *Engine) streams(stdout io.Writer) cio.Creator {
 	return cio.NewCreator(opts...)
 }
 
+// Reconnect is for after containerd was started again: the engine's client, and all tasks and containers that it has given, work on.
+// A wait of before has ended with containerd, see [Run.Rejoin], and so has a collection of events, see [Events.Rejoin].
+func (e *Engine) Reconnect() error {
+	if err := e.Client.Reconnect(); err != nil {
+		return fmt.Errorf("reconnect: %w", err)
+	}
+	return nil
+}
+
+// Rejoin waits for the task's end once more, after containerd was started again. What the task prints has come all the time.
+func (r *Run) Rejoin(ctx context.Context) (err error) {
+	if r.exited, err = r.Wait(context.WithoutCancel(ctx)); err != nil {
+		return fmt.Errorf("wait for %s: %w", r.ID(), err)
+	}
+	return nil
+}
+
 // Exit waits until the task has ended and gives its exit status.
 func (r *Run) Exit(ctx context.Context) (uint32, error) {
 	select {

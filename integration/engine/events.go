@@ -23,13 +23,25 @@ type Events struct {
 
 // Watch starts collecting. Close ends it.
 func (e *Engine) Watch(ctx context.Context) *Events {
-	ctx, cancel := context.WithCancel(ctx)
-	w := &Events{cancel: cancel, done: make(chan struct{}), states: make(map[string][]string)}
+	w := &Events{states: make(map[string][]string)}
+	w.start(ctx, e.Client)
+	return w
+}
+
+func (w *Events) start(ctx context.Context, c *client.Client) {
+	ctx, w.cancel = context.WithCancel(ctx)
+	w.done = make(chan struct{})
 	go func() {
 		defer close(w.done)
-		w.err = w.collect(ctx, e.Client)
+		w.err = w.collect(ctx, c)
 	}()
-	return w
+}
+
+// Rejoin goes on collecting after containerd was started again. What containerd has told in between is lost.
+func (w *Events) Rejoin(ctx context.Context, e *Engine) {
+	w.cancel()
+	<-w.done
+	w.start(ctx, e.Client)
 }
 
 func (w *Events) collect(ctx context.Context, c *client.Client) error {

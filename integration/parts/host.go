@@ -2,7 +2,6 @@ package parts
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -50,29 +49,6 @@ func (t tree) writeDir(dir string) error {
 		}
 	}
 	return nil
-}
-
-// containerdVersion is the release that testbeds run; its module below integration/deps pins it.
-const containerdVersion = "2.4"
-
-// Containerd builds containerd and ctr and returns their directory.
-func (p *Parts) Containerd(ctx context.Context) (string, error) {
-	source := filepath.Join(p.root, "integration/deps/containerd-"+containerdVersion)
-	sum, err := fileKey(filepath.Join(source, "go.sum"))
-	if err != nil {
-		return "", fmt.Errorf("containerd: %w", err)
-	}
-	mod, err := fileKey(filepath.Join(source, "go.mod"))
-	if err != nil {
-		return "", fmt.Errorf("containerd: %w", err)
-	}
-	return p.once(ctx, "containerd/"+containerdVersion+"/bin", keyOf(sum, mod), func(ctx context.Context, path string) error {
-		const cmd = "github.com/containerd/containerd/v2/cmd/"
-		if err := os.MkdirAll(path, 0o755); err != nil {
-			return err
-		}
-		return run(ctx, source, "go", "build", "-trimpath", "-o", path+"/", cmd+"containerd", cmd+"ctr")
-	})
 }
 
 // InstallHostPackages installs what a testbed needs of the machine, as far as it is missing.

@@ -4,14 +4,20 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 )
 
 // run runs a program in dir and gives the end of what it said when it fails.
 func run(ctx context.Context, dir, name string, args ...string) error {
+	return runWith(ctx, os.Environ(), dir, name, args...)
+}
+
+// runWith is run with another environment.
+func runWith(ctx context.Context, env []string, dir, name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir = dir
+	cmd.Dir, cmd.Env = dir, env
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {

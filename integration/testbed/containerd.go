@@ -107,6 +107,9 @@ func ownSettings(t *Testbed, o Options, downstream string) map[string]any {
 
 func (t *Testbed) bundle() string { return filepath.Join(t.Dir, "bundle") }
 
+// StopDir is where the shims look for the phases at which a test stops them.
+func (t *Testbed) StopDir() string { return filepath.Join(t.Dir, "stop") }
+
 func (t *Testbed) ownConfig() string { return filepath.Join(t.Dir, "kata-checkpoint.toml") }
 
 // installVMM puts the programs that Kata starts into the testbed's directory: their names then tell whose they are, and the VMM finds its
@@ -152,9 +155,9 @@ address = %[4]q
 level = "debug"
 `
 
-// startContainerd starts it as a daemon and returns when it serves.
-func (t *Testbed) startContainerd(ctx context.Context, p *parts.Parts) error {
-	programs, err := p.Containerd(ctx)
+// configureContainerd says where its programs, its files and its sockets are.
+func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, version string) error {
+	programs, err := p.Containerd(ctx, version)
 	if err != nil {
 		return err
 	}
@@ -167,21 +170,38 @@ func (t *Testbed) startContainerd(ctx context.Context, p *parts.Parts) error {
 	}
 	t.Address = filepath.Join(sockets, "containerd.sock")
 	t.Path = strings.Join([]string{p.Bin(), programs, os.Getenv("PATH")}, ":")
-	config := filepath.Join(t.Dir, "containerd.toml")
+	t.containerd = filepath.Join(programs, "containerd")
 	text := fmt.Sprintf(containerdConfig, filepath.Join(t.Dir, "root"), filepath.Join(t.Dir, "run"), t.Address, t.Address+".ttrpc")
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(t.containerdConfig(), []byte(text), 0o644); err != nil {
 		return fmt.Errorf("containerd: %w", err)
 	}
+	return nil
+}
+
+func (t *Testbed) containerdConfig() string { return filepath.Join(t.Dir, "containerd.toml") }
+
+// KillContainerd ends containerd as a crash does: it gets no time for anything.
+func (t *Testbed) KillContainerd(ctx context.Context) error {
+	t.Containerd.signal(syscall.SIGKILL)
+	if !waitGone(ctx, 5*time.Second, t.Containerd) {
+		return fmt.Errorf("containerd (pid %d) does not end", t.Containerd.PID)
+	}
+	return nil
+}
+
+// StartContainerd starts it as a daemon, for the first time or once more after its end, and returns when it serves. It has looked for the
+// tasks of the one before by then.
+func (t *Testbed) StartContainerd(ctx context.Context) error {
 	out, err := os.OpenFile(filepath.Join(t.logDir(), "containerd"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return fmt.Errorf("containerd: %w", err)
 	}
 	defer out.Close()
-	cmd := exec.Command(filepath.Join(programs, "containerd"), "--config", config) // no context: it outlives its starter
+	cmd := exec.Command(t.containerd, "--config", t.containerdConfig()) // no context: it outlives its starter
 	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
 	// containerd unpacks checkpoints into its temporary directory, which would be /tmp.
 	cmd.Env = append(os.Environ(), "PATH="+t.Path, "KATA_CHECKPOINT_CONFIG="+t.ownConfig(), ownerEnv+"="+t.Dir,
-		"TMPDIR="+filepath.Join(t.Dir, "tmp"), "XDG_RUNTIME_DIR=")
+		"KATA_CHECKPOINT_STOP_DIR="+t.StopDir(), "TMPDIR="+filepath.Join(t.Dir, "tmp"), "XDG_RUNTIME_DIR=")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start containerd: %w", err)

@@ -59,3 +59,8 @@ func (t *Testbed) Residue(containers ...string) ([]string, error) {
 	}
 	return out, nil
 }
+
+// Exchanged lists what the containers that run and the host have in exchange, by a pattern of names.
+func (t *Testbed) Exchanged(pattern string) ([]string, error) {
+	return filepath.Glob(filepath.Join(t.Dir, "state/*/*", pattern))
+}

@@ -17,6 +17,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -62,11 +63,12 @@ type Options struct {
 	NoNetwork   bool
 	NoAgent     bool   // leave our guest bundle out of Kata's configuration, and have the shim do without
 	GuestBundle string // default: build/guest-bundle
+	Containerd  string // its release, such as "2.1"; default parts.ContainerdVersion
 	// Settings are keys of the configuration of the shim under test, over those that the testbed gives it.
 	Settings map[string]any
 }
 
-// Testbed is a running one. Its fields do not change.
+// Testbed is a running one. Only what names the process of containerd changes, when that is started again.
 type Testbed struct {
 	Dir     string `json:"dir"`
 	Kata    string `json:"kata,omitempty"`
@@ -78,6 +80,8 @@ type Testbed struct {
 
 	Containerd process `json:"containerd"`
 	SocketDir  string  `json:"socket_dir,omitempty"` // outside of Dir, where Dir is too deep for a socket's path
+
+	containerd string // the program; known to whoever has made the testbed
 }
 
 const recordName = "testbed.json"
@@ -105,7 +109,7 @@ func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 			err = errors.Join(err, t.Down(context.WithoutCancel(ctx)))
 		}
 	}()
-	for _, d := range []string{"bin", "run", "root", "log", "state", "tmp"} {
+	for _, d := range []string{"bin", "run", "root", "log", "state", "stop", "tmp"} {
 		if err := os.MkdirAll(filepath.Join(t.Dir, d), 0o711); err != nil {
 			return nil, fmt.Errorf("testbed: %w", err)
 		}
@@ -116,7 +120,10 @@ func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 	if err := t.configure(ctx, p, o); err != nil {
 		return nil, err
 	}
-	if err := t.startContainerd(ctx, p); err != nil {
+	if err := t.configureContainerd(ctx, p, o.Containerd); err != nil {
+		return nil, err
+	}
+	if err := t.StartContainerd(ctx); err != nil {
 		return nil, err
 	}
 	image, err := p.Image(ctx)
@@ -166,6 +173,12 @@ func (o *Options) complete(p *parts.Parts) error {
 	case "", vmm.AccelKVM, vmm.AccelTCG:
 	default:
 		return fmt.Errorf("testbed: unknown accelerator %q", o.Accel)
+	}
+	if o.Containerd == "" {
+		o.Containerd = parts.ContainerdVersion
+	}
+	if o.Containerd != parts.ContainerdVersion && !slices.Contains(parts.OlderContainerds, o.Containerd) {
+		return fmt.Errorf("testbed: unknown release %q of containerd", o.Containerd)
 	}
 	if o.GuestBundle == "" {
 		o.GuestBundle = p.Build("guest-bundle")

@@ -68,7 +68,8 @@ func build(ctx context.Context) error {
 	if err := p.InstallHostPackages(ctx); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) (string, error){p.VhostDeviceVsock, p.Image, p.StandinBase, p.KataBase, p.Containerd} {
+	containerd := func(ctx context.Context) (string, error) { return p.Containerd(ctx, parts.ContainerdVersion) }
+	for _, part := range []func(context.Context) (string, error){p.VhostDeviceVsock, p.Image, p.StandinBase, p.KataBase, containerd} {
 		path, err := part(ctx)
 		if err != nil {
 			return err
@@ -88,6 +89,7 @@ func up(ctx context.Context, args []string) error {
 	flags.StringVar(&o.Accel, "accel", "", "kvm or tcg; by default what a probe has found")
 	flags.BoolVar(&o.NoNetwork, "no-network", false, "no network for sandboxes: faster where no CNI gives them one")
 	flags.BoolVar(&o.NoAgent, "no-agent", false, "leave our guest bundle out of Kata's configuration")
+	flags.StringVar(&o.Containerd, "containerd", "", "containerd's `release`: 2.1, 2.2, 2.3 or 2.4 (default)")
 	flags.StringVar(&o.GuestBundle, "guest-bundle", "", "guest bundle's `directory` (default build/guest-bundle)")
 	if err := flags.Parse(args); err != nil {
 		return err

@@ -1,0 +1,231 @@
+package integration
+
+import (
+	"io"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// killContainerd ends containerd at once, and makes sure that the scenario ends with one that runs.
+func (s *scenario) killContainerd() {
+	s.Helper()
+	s.check(s.bed.KillContainerd(s.ctx))
+	away := s.bed.Containerd
+	s.Cleanup(func() {
+		if s.bed.Containerd == away {
+			s.startContainerd()
+		}
+	})
+	s.step("killed containerd")
+}
+
+// startContainerd starts containerd again, and has the runs that go on waited for.
+func (s *scenario) startContainerd(runs ...*engine.Run) {
+	s.Helper()
+	s.check(s.bed.StartContainerd(s.ctx))
+	s.check(s.engine.Reconnect())
+	s.events.Rejoin(s.ctx, s.engine)
+	for _, run := range runs {
+		s.check(run.Rejoin(s.ctx))
+	}
+	s.step("started containerd again")
+}
+
+// countsOn checks that a counter goes on, none of its numbers lost.
+func (s *scenario) countsOn(run *engine.Run) {
+	s.Helper()
+	at := len(s.numbers(run.Output, workload.Ticks))
+	s.consecutive(1, s.printed(run.Output, workload.Ticks, at+5))
+}
+
+// containerdKilledIdle: containers of a pod run on while containerd is away, and one ends. The next containerd finds all of it, and goes on from there.
+func containerdKilledIdle(s *scenario) {
+	pod := s.pod()
+	c := pod.create(counter("c"))
+	first := s.run(c)
+	s.printed(first.Output, workload.Ticks, 5)
+	input, press := io.Pipe()
+	defer press.Close()
+	ending, err := s.engine.With(engine.Streams{Stdin: input}).Start(s.ctx, pod.create(engine.Container{ID: "ending", Args: []string{
+		"sh", "-c", `echo round 1; read line; echo round 2; exit 7`,
+	}}))
+	s.check(err)
+	s.printed(ending.Output, workload.Rounds, 1)
+
+	s.killContainerd()
+	_, err = press.Write([]byte("\n"))
+	s.check(err)
+	s.printed(ending.Output, workload.Rounds, 2)
+	s.countsOn(first)
+	s.startContainerd(first, ending)
+	s.status(first, client.Running)
+	s.countsOn(first)
+	s.status(ending, client.Stopped)
+	s.ended(ending, 7)
+	s.sh(first, "true")
+	s.step("both are what they were")
+
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	s.exits(c, 137)
+	before := s.numbers(first.Output, workload.Ticks)
+	restored := s.restore(c, dir)
+	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
+
+	// A restored one is found like any other.
+	s.killContainerd()
+	s.startContainerd(restored)
+	s.status(restored, client.Running)
+	s.check(restored.Kill(s.ctx, syscall.SIGKILL))
+	s.ended(restored, 137)
+	s.exits(c, 137, 137)
+}
+
+// containerdKilledPaused: a pause outlives containerd.
+func containerdKilledPaused(s *scenario) {
+	c := s.create(counter("c"))
+	first := s.run(c)
+	s.printed(first.Output, workload.Ticks, 5)
+
+	s.check(first.Pause(s.ctx))
+	s.killContainerd()
+	s.silent(first.Output)
+	s.startContainerd(first)
+	s.status(first, client.Paused)
+	s.silent(first.Output)
+	s.check(first.Resume(s.ctx))
+	s.status(first, client.Running)
+	s.countsOn(first)
+	s.step("resumed by the next containerd")
+
+	s.check(first.Pause(s.ctx))
+	s.killContainerd()
+	s.startContainerd(first)
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	s.exits(c, 137)
+	before := s.numbers(first.Output, workload.Ticks)
+	restored := s.restore(c, dir)
+	s.status(restored, client.Running)
+	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
+	s.movedOn(first, restored)
+}
+
+// containerdKilledMidCheckpoint: a checkpoint ends with the containerd that has asked for it. Its container goes on, nothing of the image set is
+// left, and the next containerd's log says what has happened.
+func containerdKilledMidCheckpoint(s *scenario) {
+	c := s.create(counter("c"))
+	first := s.run(c)
+	s.printed(first.Output, workload.Ticks, 5)
+	dir, other := s.dir(), s.dir()
+	for _, checkpoint := range []struct {
+		phase string
+		ask   func() error
+		whole bool // the image set is, and stays
+	}{
+		// With a directory of the caller's, and with a temporary one of containerd's, which is removed.
+		{phase: "checkpoint-prepare", ask: func() error { return s.engine.CheckpointTo(s.ctx, first, dir, true) }},
+		{phase: "checkpoint-copy-images", ask: func() error { return s.engine.CheckpointByDefault(s.ctx, first, other) }},
+		{phase: "checkpoint-commit", ask: func() error { return s.engine.CheckpointTo(s.ctx, first, dir, true) }, whole: true},
+	} {
+		s.stopAt(checkpoint.phase)
+		answer := make(chan error, 1)
+		go func() { answer <- checkpoint.ask() }()
+		s.stopped(checkpoint.phase, answer)
+		s.silent(first.Output)
+		s.killContainerd()
+		if err := <-answer; err == nil {
+			s.Error("a checkpoint has succeeded without containerd")
+		}
+		s.countsOn(first)
+		s.startContainerd(first)
+		s.status(first, client.Running)
+		s.countsOn(first)
+		if !checkpoint.whole {
+			s.empty(dir)
+		}
+		s.step("it goes on")
+	}
+	for _, words := range []string{"checkpoint failed", "whoever paused it for a checkpoint has given up"} {
+		if !s.eventually(settleTimeout, func() bool { return s.logged(words) }) {
+			s.Errorf("the log does not say: %s", words)
+		}
+	}
+
+	s.check(s.engine.CheckpointTo(s.ctx, first, dir, true))
+	s.step("checkpointed")
+	s.ended(first, 137)
+	s.exits(c, 137)
+	before := s.numbers(first.Output, workload.Ticks)
+	restored := s.restore(c, dir)
+	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
+	s.movedOn(first, restored)
+}
+
+// containerdKilledMidRestore: a restore ends with the containerd that has asked for it. What there is of its container can be removed by the next
+// one, containerd's copy of the image set is gone, and the same container can be restored again.
+func containerdKilledMidRestore(s *scenario) {
+	c := s.create(counter("c"))
+	first := s.run(c)
+	s.printed(first.Output, workload.Ticks, 5)
+	dir := s.checkpoint(first, true)
+	s.ended(first, 137)
+	before := s.numbers(first.Output, workload.Ticks)
+
+	for _, phase := range []string{"restore-stage-images", "restore-create", "restore-start"} {
+		s.stopAt(phase)
+		answer := make(chan error, 1)
+		go func() {
+			_, err := s.engine.Restore(s.ctx, c, dir)
+			answer <- err
+		}()
+		s.stopped(phase, answer)
+		s.killContainerd()
+		if err := <-answer; err == nil {
+			s.Error("a restore has succeeded without containerd")
+		}
+		s.startContainerd()
+		s.notRunning(c)
+		s.check(s.engine.EndTask(s.ctx, c))
+		s.step("removed what there was of it")
+		s.nothingRuns()
+	}
+
+	restored := s.restore(c, dir)
+	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
+	s.movedOn(first, restored)
+}
+
+// notRunning checks that a container has no task, or one that does not run.
+func (s *scenario) notRunning(c client.Container) {
+	s.Helper()
+	task, err := c.Task(s.ctx, nil)
+	if errdefs.IsNotFound(err) {
+		return
+	}
+	s.check(err)
+	status, err := task.Status(s.ctx)
+	s.check(err)
+	if status.Status != client.Created && status.Status != client.Stopped {
+		s.Errorf("%s is %s", c.ID(), status.Status)
+	}
+}
+
+// nothingRuns checks that without tasks there is nothing of them.
+func (s *scenario) nothingRuns() {
+	s.Helper()
+	var left []string
+	if !s.eventually(settleTimeout, func() bool {
+		var err error
+		left, err = s.bed.Residue(s.ids...)
+		s.check(err)
+		return len(left) == 0
+	}) {
+		s.Errorf("there is %q", left)
+	}
+}

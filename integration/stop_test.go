@@ -1,0 +1,55 @@
+package integration
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// stopTimeout is for an operation to come to a phase.
+const stopTimeout = time.Minute
+
+// stopAt has the shim's next operation stop at a phase, such as checkpoint-prepare, until it is called off or released.
+func (s *scenario) stopAt(phase string) {
+	s.Helper()
+	path := filepath.Join(s.bed.StopDir(), phase)
+	s.check(os.WriteFile(path, nil, 0o600))
+	s.Cleanup(func() {
+		for _, left := range []string{path, path + ".reached"} {
+			if err := os.Remove(left); err != nil && !os.IsNotExist(err) {
+				s.Error(err)
+			}
+		}
+	})
+}
+
+// stopped waits until the operation has stopped there. One that has answered instead fails the scenario.
+func (s *scenario) stopped(phase string, answer <-chan error) {
+	s.Helper()
+	if !s.eventually(stopTimeout, func() bool { return len(answer) > 0 || s.stops(phase) }) {
+		s.Fatalf("%s is not reached", phase)
+	}
+	if len(answer) > 0 {
+		s.Fatalf("%s is not reached; the answer is: %v", phase, <-answer)
+	}
+	s.step("stopped at %s", phase)
+}
+
+// stops says whether an operation is at a phase.
+func (s *scenario) stops(phase string) bool {
+	s.Helper()
+	_, err := os.Lstat(filepath.Join(s.bed.StopDir(), phase+".reached"))
+	return err == nil
+}
+
+// empty checks that nothing is below a directory.
+func (s *scenario) empty(dir string) {
+	s.Helper()
+	s.check(filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if path != dir {
+			s.Errorf("%s is left", path)
+		}
+		return err
+	}))
+}
