@@ -61,6 +61,10 @@ var scenarios = []scenarioCase{
 	{name: "containerd-killed-idle", run: containerdKilledIdle},
 	{name: "containerd-killed-paused", run: containerdKilledPaused},
 	{name: "containerd-killed-mid-restore", run: containerdKilledMidRestore},
+	{name: "containerd-2.1", run: containerdRelease, containerd: "2.1", way: testbed.Go},
+	{name: "containerd-2.2", run: containerdRelease, containerd: "2.2", way: testbed.Rust},
+	{name: "containerd-2.3", run: containerdRelease, containerd: "2.3", way: testbed.Go},
+	{name: "containerd-2.4", run: containerdRelease, containerd: "2.4", way: testbed.Rust},
 }
 
 // variant is a kind of guest under the parts under test.
