@@ -44,10 +44,10 @@ type scenario struct {
 	undo   []func() error // once the containers are removed, the last first
 }
 
-func newScenario(t *testing.T, beds *beds, v variant) *scenario {
+func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scenario {
 	t.Helper()
 	bed := beds.get(t, v)
-	ctx, cancel := context.WithTimeout(t.Context(), scenarioTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	s := &scenario{T: t, ctx: ctx, bed: bed, engine: bed.engine, events: bed.engine.Watch(ctx), start: time.Now()}
 	if info, err := os.Stat(bed.ContainerdLog()); err == nil {
 		s.logAt = info.Size()

@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
@@ -25,6 +26,8 @@ type scenarioCase struct {
 	// containerd is the release, where it is another than that of the rest; way is the stand-in's, where one is enough.
 	containerd string
 	way        testbed.Way
+	// timeout is [scenarioTimeout] where none is given.
+	timeout time.Duration
 }
 
 var scenarios = []scenarioCase{
@@ -65,6 +68,7 @@ var scenarios = []scenarioCase{
 	{name: "containerd-2.2", run: containerdRelease, containerd: "2.2", way: testbed.Rust},
 	{name: "containerd-2.3", run: containerdRelease, containerd: "2.3", way: testbed.Go},
 	{name: "containerd-2.4", run: containerdRelease, containerd: "2.4", way: testbed.Rust},
+	{name: "killed", run: killed, timeout: 30 * time.Minute},
 }
 
 // variant is a kind of guest under the parts under test.
@@ -128,7 +132,7 @@ func TestScenario(t *testing.T) {
 	for _, s := range scenarios {
 		t.Run(s.name, func(t *testing.T) {
 			for _, v := range s.variants(t) {
-				t.Run(v.name(), func(t *testing.T) { s.run(newScenario(t, beds, v)) })
+				t.Run(v.name(), func(t *testing.T) { s.run(newScenario(t, beds, v, cmp.Or(s.timeout, scenarioTimeout))) })
 			}
 		})
 	}

@@ -99,6 +99,22 @@ func (t *Testbed) owned() ([]process, error) {
 	return out, nil
 }
 
+// Pids finds the testbed's processes by their command lines.
+func (t *Testbed) Pids(is func(args []string) bool) ([]int, error) {
+	processes, err := t.owned()
+	if err != nil {
+		return nil, err
+	}
+	var out []int
+	for _, p := range processes {
+		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.PID))
+		if args := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00"); err == nil && is(args) {
+			out = append(out, p.PID)
+		}
+	}
+	return out, nil
+}
+
 func (t *Testbed) owns(pid int) bool {
 	dir := fmt.Sprintf("/proc/%d/", pid)
 	if env, err := os.ReadFile(dir + "environ"); err == nil {

@@ -1,0 +1,308 @@
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// killedEnv chooses what is killed where: `all`, or a part of a trial's name, such as agent, restore or "checkpoint-freeze vm". Without it
+// each way of Kata gets a half of all, and the other way the other.
+const killedEnv = "TESTBED_KILLED"
+
+// answerTimeout is for the answer to a call whose helper was killed, and for the end of a task whose VM was.
+const answerTimeout = time.Minute
+
+// victims, the ones first with which the container lives on.
+var victims = []string{"criu", "agent", "shim", "kata", "vm"}
+
+// point is where something is killed: at the end of a phase, or while CRIU is in the middle of its work.
+type point struct {
+	operation string // checkpoint or restore
+	phase     string // as its stop is called, without the operation
+	guest     bool   // the phase is the agent's
+	midway    bool   // what follows the phase is CRIU's work, which is to be under way
+	victims   string
+}
+
+var points = []point{
+	{operation: "checkpoint", phase: "prepare", victims: "agent shim kata vm"},
+	{operation: "checkpoint", phase: "freeze", victims: "agent shim kata vm"},
+	{operation: "checkpoint", phase: "inspect", guest: true, victims: "agent shim kata vm"},
+	{operation: "checkpoint", phase: "inspect", guest: true, midway: true, victims: "criu agent shim kata vm"},
+	{operation: "checkpoint", phase: "copy-logs", guest: true, victims: "agent shim kata vm"},
+	{operation: "checkpoint", phase: "copy-images", victims: "agent shim kata vm"},
+	{operation: "checkpoint", phase: "commit", victims: "agent shim kata vm"},
+	{operation: "restore", phase: "stage-images", victims: "shim kata"},
+	// An agent that dies before the shim has met it is one that never was: refused-without-agent.
+	{operation: "restore", phase: "create", victims: "shim kata vm"},
+	{operation: "restore", phase: "adopt", victims: "agent shim kata vm"},
+	{operation: "restore", phase: "start", victims: "agent shim kata vm"},
+	{operation: "restore", phase: "restore-devshm", guest: true, victims: "agent shim kata vm"},
+	{operation: "restore", phase: "restore-devshm", guest: true, midway: true, victims: "criu agent shim kata vm"},
+	{operation: "restore", phase: "prepare-for-execs", guest: true, victims: "agent shim kata vm"},
+	{operation: "restore", phase: "restored", victims: "agent shim kata vm"},
+}
+
+// trial is one kill.
+type trial struct {
+	point
+	victim string
+}
+
+func (t trial) String() string {
+	phase := t.operation + "-" + t.phase
+	if t.midway {
+		phase = t.operation + "-midway"
+	}
+	return phase + " " + t.victim
+}
+
+// lives says whether the container is to outlive the victim.
+func (t trial) lives() bool { return t.victim == "agent" || t.victim == "criu" }
+
+func trials(operation string, way testbed.Way) []trial {
+	var out []trial
+	chosen := os.Getenv(killedEnv)
+	n := 0
+	for _, v := range victims {
+		for _, p := range points {
+			t := trial{p, v}
+			if !strings.Contains(p.victims, v) {
+				continue
+			}
+			n++
+			half := v == "criu" || (n%2 == 0) == (way == testbed.Go)
+			if p.operation == operation && (chosen == "all" || chosen == "" && half || chosen != "" && strings.Contains(t.String(), chosen)) {
+				out = append(out, t)
+			}
+		}
+	}
+	return out
+}
+
+// killer is the scenario's state.
+type killer struct {
+	*scenario
+	c       client.Container
+	run     *engine.Run // nil: it does not run
+	whole   string      // a directory with an earlier image set
+	targets string      // a directory for more
+}
+
+// killed: whatever is killed at whatever moment of a checkpoint or a restore, nothing is left frozen, half done or without an owner, and
+// the next one works.
+func killed(s *scenario) {
+	k := &killer{scenario: s, targets: s.dir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
+	k.alive()
+	k.whole = filepath.Join(k.targets, "whole")
+	s.check(os.Mkdir(k.whole, 0o700))
+	s.check(s.ask(k.run, k.whole))
+
+	for i, t := range trials("checkpoint", s.bed.Way) {
+		k.checkpoint(i, t)
+	}
+	if k.run != nil {
+		k.end()
+	}
+	for _, t := range trials("restore", s.bed.Way) {
+		k.restore(t)
+	}
+	restored := s.restore(k.c, k.whole)
+	s.printed(restored.Output, workload.Rounds, 2)
+	s.step("what was checkpointed before all that is restored")
+}
+
+// alive makes sure that the container runs.
+func (k *killer) alive() {
+	k.Helper()
+	if k.run == nil {
+		k.run = k.scenario.run(k.c)
+		k.printed(k.run.Output, workload.Rounds, 1)
+	}
+}
+
+// checkpoint is one with a kill in between.
+func (k *killer) checkpoint(i int, t trial) {
+	k.alive()
+	dir := k.whole
+	if i%2 == 1 {
+		dir = filepath.Join(k.targets, fmt.Sprint(i))
+		k.check(os.Mkdir(dir, 0o700))
+	}
+	ours := k.sockets()
+	k.arm(t)
+	answer := make(chan error, 1)
+	go func() {
+		if t.phase == "copy-images" || t.midway {
+			answer <- k.engine.CheckpointTo(k.ctx, k.run, dir, false) // with a pause of its own
+			return
+		}
+		answer <- k.ask(k.run, dir)
+	}()
+	k.reach(t, answer)
+	k.kill(t)
+	err := k.answered(t, answer)
+	if t.lives() {
+		k.livesOn(t, dir, err)
+	} else {
+		k.ends(t, ours)
+	}
+	k.holdsNoHalf(t, dir, err == nil || dir == k.whole)
+	k.step("%s: %v", t, err)
+}
+
+// livesOn checks a container of which only a helper was killed.
+func (k *killer) livesOn(t trial, dir string, err error) {
+	if err != nil && !strings.Contains(strings.ToLower(err.Error()), t.victim) {
+		k.Errorf("%s: the error does not name it: %v", t, err)
+	}
+	if err == nil && t.victim == "criu" {
+		k.Errorf("%s: the checkpoint was made without it", t)
+	}
+	k.goesOn(k.run)
+	if t.midway { // elsewhere the next trial sees to it
+		if err := k.ask(k.run, k.whole); err != nil {
+			k.Errorf("%s: the next checkpoint: %v", t, err)
+		}
+		k.goesOn(k.run)
+	}
+	// An agent that is started again has a container of its own for a while.
+	var left []string
+	if !k.eventually(settleTimeout, func() bool {
+		var err error
+		left, err = filepath.Glob(filepath.Join(k.bed.Dir, "state/*/*/[^.]*"))
+		k.check(err)
+		return len(left) == 0
+	}) {
+		k.Errorf("%s: there is left %v", t, left)
+	}
+}
+
+// ends checks that the task is over and leaves nothing, and that containerd can delete it.
+func (k *killer) ends(t trial, sockets []string) {
+	if k.run != nil {
+		var status client.Status
+		var err error
+		if !k.eventually(answerTimeout, func() bool {
+			status, err = k.run.Status(k.ctx)
+			return errdefs.IsNotFound(err) || err == nil && status.Status == client.Stopped
+		}) {
+			k.Errorf("%s: the task is %q, error %v", t, status.Status, err)
+		}
+	}
+	// An engine that comes while containerd is still cleaning up is told to come again.
+	var err error
+	if !k.eventually(settleTimeout, func() bool {
+		err = nil
+		if k.run != nil {
+			_, err = k.run.Delete(k.ctx, client.WithProcessKill)
+		}
+		if err == nil || errdefs.IsNotFound(err) {
+			err = k.engine.EndTask(k.ctx, k.c)
+		}
+		return err == nil
+	}) {
+		k.Errorf("%s: delete the task: %v", t, err)
+	}
+	k.run = nil
+	left := k.bedResidue()
+	for _, path := range sockets {
+		if _, err := os.Lstat(path); err == nil {
+			left = append(left, "socket "+path)
+		}
+	}
+	if len(left) > 0 {
+		k.Errorf("%s: there is left %q", t, left)
+	}
+	// What the killed one could not take away itself.
+	for _, path := range k.stops() {
+		k.check(os.Remove(path))
+	}
+}
+
+// end ends the container in peace.
+func (k *killer) end() {
+	k.Helper()
+	k.check(k.engine.EndTask(k.ctx, k.c))
+	k.run = nil
+}
+
+// restore is one with a kill in between.
+func (k *killer) restore(t trial) {
+	k.arm(t)
+	answer := make(chan error, 1)
+	var run *engine.Run
+	go func() {
+		var err error
+		run, err = k.engine.Restore(k.ctx, k.c, k.whole)
+		answer <- err
+	}()
+	k.reach(t, answer)
+	ours := k.sockets()
+	k.kill(t)
+	err := k.answered(t, answer)
+	switch {
+	case err == nil && t.victim == "agent":
+		// It came too late to do harm, or was started again.
+		k.run = run
+		rounds := k.printed(run.Output, workload.Rounds, 2)
+		k.consecutive(rounds[0], rounds)
+		if err := k.ask(run, k.whole); err != nil {
+			k.Errorf("%s: the next checkpoint: %v", t, err)
+		}
+		k.check(k.engine.EndTask(k.ctx, k.c))
+	case err == nil && t.phase != "restored":
+		k.Errorf("%s: restored", t)
+		k.run = run
+	case err == nil:
+		k.run = run
+	case t.lives() && !strings.Contains(strings.ToLower(err.Error()), t.victim):
+		k.Errorf("%s: the error does not name it: %v", t, err)
+	}
+	k.ends(t, ours)
+	k.holdsNoHalf(t, k.whole, true)
+	k.step("%s: %v", t, err)
+}
+
+// answered waits for the answer to the call that was under way.
+func (k *killer) answered(t trial, answer <-chan error) error {
+	k.Helper()
+	select {
+	case err := <-answer:
+		return err
+	case <-time.After(answerTimeout):
+		k.Fatalf("%s: the call is not answered", t)
+	case <-k.ctx.Done():
+		k.Fatal(k.ctx.Err())
+	}
+	return nil
+}
+
+// holdsNoHalf checks that a directory holds a whole image set, or nothing if it may.
+func (k *killer) holdsNoHalf(t trial, dir string, must bool) {
+	k.Helper()
+	entries, err := os.ReadDir(dir)
+	k.check(err)
+	if len(entries) == 0 && !must {
+		return
+	}
+	if err := verify(dir, k.dir()); err != nil {
+		k.Errorf("%s: %v", t, errors.Join(err, fmt.Errorf("there is %v", entries)))
+	}
+	beside, err := filepath.Glob(filepath.Join(k.targets, ".*"))
+	k.check(err)
+	if len(beside) > 0 {
+		k.Errorf("%s: there is left %v", t, beside)
+	}
+}
