@@ -171,6 +171,9 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	}
 	j.keepLogs(ctx)
 	j.phases.done("copy images")
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	m := j.manifest(out, files)
 	if err := j.target.Commit(m); err != nil {
 		return nil, j.fullOr(err)

@@ -424,6 +424,26 @@ func TestCheckpointThatIsAbandonedAtItsEndDoesNotStop(t *testing.T) {
 	}
 }
 
+// An image set gets its name for a caller that waits for it.
+func TestCheckpointWhoseTimeRunsOutIsNotCommitted(t *testing.T) {
+	stops := t.TempDir()
+	t.Setenv(stopEnv, stops)
+	h := newHarness(t)
+	h.run(nil)
+	path := t.TempDir()
+	if err := os.WriteFile(filepath.Join(stops, "checkpoint-copy-images"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.cfg.OpTimeout = 300 * time.Millisecond
+	wantError(t, h.checkpoint(path, nil), "checkpoint_timeout of 300ms has run out")
+	if entries, err := os.ReadDir(path); err != nil || len(entries) > 0 {
+		t.Errorf("left: %v, error %v", entries, err)
+	}
+	if s := h.status(); s != "RUNNING" {
+		t.Errorf("it is %s", s)
+	}
+}
+
 // A caller whose time has run out, or that is gone, resumes nothing any more.
 func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 	for name, call := range map[string]func(h *harness, reached chan struct{}, path string) error{
