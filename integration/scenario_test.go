@@ -63,6 +63,7 @@ var scenarios = []scenarioCase{
 	{name: "tcp-established", run: tcpEstablished},
 	{name: "containerd-killed-idle", run: containerdKilledIdle},
 	{name: "containerd-killed-paused", run: containerdKilledPaused},
+	{name: "containerd-killed-mid-checkpoint", run: containerdKilledMidCheckpoint},
 	{name: "containerd-killed-mid-restore", run: containerdKilledMidRestore},
 	{name: "containerd-2.1", run: containerdRelease, containerd: "2.1", way: testbed.Go},
 	{name: "containerd-2.2", run: containerdRelease, containerd: "2.2", way: testbed.Rust},
