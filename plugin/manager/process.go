@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
 )
 
 // endTimeout bounds the end of a process that was killed.
@@ -59,6 +60,12 @@ func waitEnd(pidfd int, limit time.Duration) (bool, error) {
 		}
 		return n > 0, os.NewSyscallError("poll", err)
 	}
+}
+
+// EndKata kills the daemon of Kata's shim that was started in a sandbox's
+// bundle, and its VM, and removes what is then left of its share.
+func EndKata(dir, sandbox string) error {
+	return errors.Join(killKata(dir, 0), endVM(dir, sandbox, time.Now().Add(endTimeout)), kata.Sweep(sandbox))
 }
 
 // endVM kills the VM of a sandbox whose Kata is gone, and waits until nothing

@@ -79,7 +79,13 @@ func (s *Service) startAgent(ctx context.Context) error {
 		}
 	}
 	err = errors.Join(err, os.RemoveAll(dir))
-	if err != nil {
+	switch {
+	case err == nil:
+	case s.agent.Connect(ctx) == nil:
+		// It has done what it was for: Kata's Go shim may fail to delete it while
+		// it ends.
+		log.G(ctx).WithError(err).Warn("remove the container that started the agent")
+	default:
 		return fmt.Errorf("start the agent by a container of its own: %w", err)
 	}
 	log.G(ctx).WithField("duration", time.Since(begin)).Info("started the agent by a container of its own")

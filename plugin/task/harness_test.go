@@ -82,6 +82,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 	s, err := New(ctx, Options{
 		Config: h.cfg, Namespace: "ns", Sandbox: "c1", Downstream: h.kata.Endpoint, Management: h.guest.Management,
 		Events: h.events, Shutdown: sd, Unlink: func() { once.Do(func() { close(h.unlinked) }) },
+		EndKata: func() error { h.kata.Die(); return nil },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -2,9 +2,11 @@ package task
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -234,6 +236,35 @@ func TestShutdown(t *testing.T) {
 			return nil
 		})
 		shutDown(t, h)
+	})
+}
+
+// Kata's Rust shim stays when it cannot clean up, and so would a container that
+// no engine could delete.
+func TestShutdownEndsAKataThatCannot(t *testing.T) {
+	refuse := func(context.Context) error { return errors.New("failed to remove rw path: Device or resource busy") }
+	t.Run("once its container was given up", func(t *testing.T) {
+		h := newHarness(t)
+		h.create(nil)
+		if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL)}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
+			t.Fatal(err)
+		}
+		h.kata.Before("Shutdown", refuse)
+		shutDown(t, h)
+	})
+	t.Run("and no other", func(t *testing.T) {
+		h := newHarness(t)
+		h.run(nil)
+		h.kata.Before("Shutdown", refuse)
+		if _, err := h.task.Shutdown(t.Context(), &task.ShutdownRequest{ID: "c1"}); err == nil {
+			t.Error("Kata's refusal is not passed on")
+		}
+		if h.down.Err() != nil || h.status() != "RUNNING" {
+			t.Error("the service has ended")
+		}
 	})
 }
 

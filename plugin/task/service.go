@@ -52,6 +52,8 @@ type Options struct {
 	// Unlink removes the sockets, so that a container of the same name can
 	// start at once after Shutdown was answered.
 	Unlink func()
+	// EndKata kills a Kata that does not shut down, VM included.
+	EndKata func() error
 }
 
 // stopEnv names the directory by which tests stop operations at their phases.
@@ -68,7 +70,10 @@ type Service struct {
 	events    Events
 	shutdown  shutdown.Service
 	unlink    func()
-	stops     stopat.Dir
+	endKata   func() error
+	// givenUp: the sandbox's own container was abandoned.
+	givenUp atomic.Bool
+	stops   stopat.Dir
 
 	// vmBundle is where the VM's process is noted, once there is one.
 	vmBundle atomic.Pointer[string]
@@ -94,7 +99,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	}
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
-		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, containers: make(map[string]*container),
+		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, containers: make(map[string]*container),
 		stops: stopat.Dir(os.Getenv(stopEnv)), reviving: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
