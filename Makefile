@@ -16,7 +16,7 @@ GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)
 STANDIN  := integration/cmd/containerd-shim-kata-v2
 COMMANDS := $(filter-out $(STANDIN)/ cmd/kata-checkpoint-agent/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go)))
 
-E2E_TIMEOUT ?= 40m
+E2E_TIMEOUT ?= 75m
 # The race detector needs a C compiler; RACE= does without.
 RACE ?= -race
 
@@ -71,7 +71,7 @@ demo: ## from nothing: install, build, and show a checkpoint and a restore (KATA
 
 .PHONY: e2e
 e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, KATA=DIR on real Kata
-	$(E2E_ENV) go test ./integration -count=1 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
+	$(E2E_ENV) go test ./integration -count=1 -parallel 2 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
 
 .PHONY: bench
 bench: testbed ## measure checkpoints over bare dumps, calls and execs through the shim over those past it

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -23,12 +24,14 @@ type bed struct {
 	ids    []string // of all containers that there have been
 }
 
-// beds makes testbeds when they are first needed, and takes them away in the end.
+// beds makes testbeds when they are first needed, and takes them away in the end. Scenarios of different variants use it at once.
 type beds struct {
 	parts *parts.Parts
 	dir   string
-	up    map[variant]*bed
-	keep  bool
+
+	mu   sync.Mutex
+	up   map[variant]*bed
+	keep bool
 }
 
 func newBeds(t *testing.T) *beds {
@@ -57,6 +60,8 @@ func newBeds(t *testing.T) *beds {
 // get gives the variant's testbed.
 func (b *beds) get(t *testing.T, v variant) *bed {
 	t.Helper()
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if b.up[v] != nil {
 		return b.up[v]
 	}
@@ -84,11 +89,27 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 	return b.up[v]
 }
 
+// leave leaves the variant's testbed up, for people.
+func (b *beds) leave(v variant) {
+	b.take(v)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.keep = true
+}
+
+// take gives the variant's testbed to somebody who takes it away.
+func (b *beds) take(v variant) *bed {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	bed := b.up[v]
+	delete(b.up, v)
+	return bed
+}
+
 // down takes the variant's testbed away and checks that it is gone.
 func (b *beds) down(t *testing.T, v variant) {
 	t.Helper()
-	bed := b.up[v]
-	delete(b.up, v)
+	bed := b.take(v)
 	bed.engine.Client.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()

@@ -57,8 +57,7 @@ func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scen
 		if t.Failed() {
 			s.attachLogs()
 			if os.Getenv(keepEnv) != "" {
-				beds.keep = true
-				delete(beds.up, v)
+				beds.leave(v)
 				t.Logf("the testbed stays up: testbed down --dir %s", bed.Dir)
 				return
 			}

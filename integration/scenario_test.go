@@ -133,7 +133,10 @@ func TestScenario(t *testing.T) {
 	for _, s := range scenarios {
 		t.Run(s.name, func(t *testing.T) {
 			for _, v := range s.variants(t) {
-				t.Run(v.name(), func(t *testing.T) { s.run(newScenario(t, beds, v, cmp.Or(s.timeout, scenarioTimeout))) })
+				t.Run(v.name(), func(t *testing.T) {
+					t.Parallel() // with the scenario's other variants
+					s.run(newScenario(t, beds, v, cmp.Or(s.timeout, scenarioTimeout)))
+				})
 			}
 		})
 	}
