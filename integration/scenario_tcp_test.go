@@ -52,6 +52,7 @@ func tcpEstablishedRefused(s *scenario) {
 	s.goesOn(run)
 	s.exits(c)
 	s.removed(c)
+	s.renew(w)
 
 	caller.ID, caller.Annotations = "closing", map[string]string{"kata-checkpoint.dev/tcp": "close"}
 	c = s.create(caller)
@@ -60,24 +61,28 @@ func tcpEstablishedRefused(s *scenario) {
 	dir := s.dir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, run, dir))
 	s.ended(run, 137)
+	path := w.namespace.Path
+	s.check(w.remove())
+	s.wire(path) // with another address
 	restored := s.restore(c, dir)
 	s.says(restored.Output, 0, "the connection is lost")
 	s.ended(restored, 1)
 }
 
 // tcpEstablished: with open_tcp and the same address, connections to the world outside of the VM go on, in the same VM and in another, and the
-// peers notice nothing.
+// peers notice nothing. Nothing is on its way when the container stops: what a peer sends again later, the new VM answers with a reset.
 func tcpEstablished(s *scenario) {
 	w := s.wire(wirePath())
 	peer := s.answering(w)
-	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path})
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String(), "-every", "2s"}, Network: w.namespace.Path})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 3)
+	s.printed(first.Output, workload.Rounds, 2)
 	s.check(s.engine.CheckpointWith(s.ctx, first, s.dir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
 	s.step("checkpointed %s, which goes on", c.ID())
 	s.goesOn(first)
 
 	dir := s.dir()
+	s.printed(first.Output, workload.Rounds, len(s.numbers(first.Output, workload.Rounds))+1) // the next one is two seconds away
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, &runcoptions.CheckpointOptions{OpenTcp: true, Exit: true}))
 	s.step("checkpointed %s", c.ID())
 	s.ended(first, 137)
@@ -86,8 +91,9 @@ func tcpEstablished(s *scenario) {
 		s.Errorf("while the container is away, the peer has had %d connections, and ends: %v", opened, ended)
 	}
 
+	s.renew(w)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 10)...))
+	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 3)...))
 	s.movedOn(first, restored)
 	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
 		s.Errorf("after the restore, the peer has had %d connections, and ends: %v", opened, ended)

@@ -122,6 +122,19 @@ func (w *wire) connect() error {
 	})
 }
 
+// renew makes the wire anew, with the same addresses: what Kata did to its namespace it does not take back.
+func (s *scenario) renew(w *wire) {
+	s.Helper()
+	path := w.namespace.Path
+	s.check(w.remove())
+	var err error
+	w.namespace, err = netns.Make(path)
+	s.check(err)
+	s.check(w.make())
+	s.check(w.connect())
+	s.step("made %s anew", path)
+}
+
 // hooks connect the wire as those of nerdctl do: once there is a VMM, to the network namespace that it is in.
 func (w *wire) hooks() *specs.Hooks {
 	inside := []string{
