@@ -126,11 +126,12 @@ func (t *Testbed) removeShimSockets() error {
 	if err != nil {
 		return fmt.Errorf("remove sockets: %w", err)
 	}
+	// The files first: another testbed's shim may make its socket meanwhile.
+	found, _ := filepath.Glob("/run/containerd/s/*")
 	inUse := map[string]bool{}
 	for _, s := range unixSockets() {
 		inUse[s.path] = true
 	}
-	found, _ := filepath.Glob("/run/containerd/s/*")
 	var errs []error
 	for _, path := range found {
 		info, err := os.Lstat(path)
