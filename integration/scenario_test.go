@@ -65,6 +65,7 @@ var scenarios = []scenarioCase{
 	{name: "containerd-killed-paused", run: containerdKilledPaused},
 	{name: "containerd-killed-mid-checkpoint", run: containerdKilledMidCheckpoint},
 	{name: "containerd-killed-mid-restore", run: containerdKilledMidRestore},
+	{name: "deadline", run: deadline},
 	{name: "containerd-2.1", run: containerdRelease, containerd: "2.1", way: testbed.Go},
 	{name: "containerd-2.2", run: containerdRelease, containerd: "2.2", way: testbed.Rust},
 	{name: "containerd-2.3", run: containerdRelease, containerd: "2.3", way: testbed.Go},

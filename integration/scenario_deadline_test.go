@@ -1,0 +1,86 @@
+package integration
+
+import (
+	"context"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// deadline: a checkpoint of 256 MiB keeps nobody waiting who asks for the container's state. One for which the caller's time or the configured
+// time is too short leaves nothing, the container goes on, and it is said why.
+func deadline(s *scenario) {
+	const limit = 15 * time.Second // covers the start of the container, too
+	s.configure("checkpoint_timeout", limit.String())
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "256", "--shm-mib", "0", "--every", "500ms"}})
+	run := s.run(c)
+	s.printed(run.Output, workload.Rounds, 2)
+
+	// The caller's deadline, with all images written.
+	dir := s.dir()
+	const written = "checkpoint-copy-images"
+	s.stopAt(written)
+	ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
+	defer cancel()
+	took, err := s.while(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
+	// containerd does not keep the kind of this error when it comes from a shim.
+	if err == nil || !strings.Contains(err.Error(), context.DeadlineExceeded.Error()) {
+		s.Errorf("a checkpoint for which there was no time ended after %s with: %v", took, err)
+	}
+	s.undone(run, dir)
+	if !s.eventually(settleTimeout, func() bool { return s.logged("checkpoint failed") }) {
+		s.Error("the log has no word of the checkpoint that failed")
+	}
+
+	// The one of the configuration, in an operation that hangs.
+	s.stopAt("checkpoint-prepare")
+	took, err = s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, true) })
+	if err == nil || !strings.Contains(err.Error(), "checkpoint_timeout of "+limit.String()+" has run out") {
+		s.Errorf("a checkpoint that hangs ended after %s with: %v", took, err)
+	}
+	s.undone(run, dir)
+
+	took, err = s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, false) })
+	s.check(err)
+	s.step("checkpointed, which took %s", took.Round(time.Millisecond))
+}
+
+// while asks for the state of a task while something is done, and says how long that took.
+func (s *scenario) while(run *engine.Run, do func() error) (time.Duration, error) {
+	s.Helper()
+	begin, done := time.Now(), make(chan error, 1)
+	go func() { done <- do() }()
+	for n := 0; ; n++ {
+		s.calmly("state during a checkpoint", func() {
+			status, err := run.Status(s.ctx)
+			if err != nil || status.Status != client.Running && status.Status != client.Paused && status.Status != client.Stopped {
+				s.Errorf("state during a checkpoint: %v, error %v", status.Status, err)
+			}
+		})
+		select {
+		case err := <-done:
+			if n == 0 {
+				s.Error("the state was asked for only once")
+			}
+			return time.Since(begin), err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// undone checks that a checkpoint that has failed has left nothing, and the container goes on.
+func (s *scenario) undone(run *engine.Run, dir string) {
+	s.Helper()
+	at := len(s.numbers(run.Output, workload.Rounds))
+	s.consecutive(1, s.printed(run.Output, workload.Rounds, at+2))
+	s.status(run, client.Running)
+	s.empty(dir)
+	if left, err := s.bed.Exchanged("checkpoint-*"); err != nil || len(left) > 0 {
+		s.Errorf("there is %q, error %v", left, err)
+	}
+	s.step("it goes on")
+}
