@@ -80,8 +80,13 @@ func (a *Agent) Connect(ctx context.Context) error {
 // with a grace time, later; it starts the agent.
 func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive func(context.Context) error) error {
 	revival := time.After(grace)
+	var last error
 	for {
 		err := a.Connect(ctx)
+		if last != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) && !IsGone(err) {
+			err = last // why there was none, and not only that time ran out
+		}
+		last = err
 		var other *ProtocolError
 		if err == nil || errors.As(err, &other) || errors.Is(err, errClosed) || errors.Is(err, ErrNoVM) {
 			return err
