@@ -74,9 +74,6 @@ func (s *Service) pass(ctx context.Context, method string, req, resp proto.Messa
 // ttrpc cannot call it off. So that we know what there is when containerd was
 // killed meanwhile, it ends with its caller's deadline, and not with its caller.
 func (s *Service) passToEnd(ctx context.Context, method string, req, resp proto.Message) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx) // there is nothing to end yet
-	}
 	kctx, cancel := context.WithoutCancel(ctx), func() {}
 	if limit, ok := ctx.Deadline(); ok {
 		kctx, cancel = context.WithDeadline(kctx, limit)
