@@ -21,14 +21,18 @@ const maxOpenFiles = 4096
 // deletedSuffix ends the name of a file without a name, in /proc.
 const deletedSuffix = " (deleted)"
 
+// ofTheKernel are file systems whose files the kernel makes up: they come and
+// go with processes, and have no size to go by.
+var ofTheKernel = map[string]bool{"proc": true, "sysfs": true, "cgroup": true, "cgroup2": true}
+
 // openFiles lists the regular files outside of the image set that processes
 // hold open or have mapped, with their sizes: CRIU restores none whose size
 // differs. The processes are frozen.
 func openFiles(pids []int, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
-	inImages := make(map[int]bool)
+	leftOut := make(map[int]bool)
 	for _, m := range mounts {
-		if m.FSType == "tmpfs" && m.Mountpoint != "/" {
-			inImages[m.ID] = true
+		if m.FSType == "tmpfs" && m.Mountpoint != "/" || ofTheKernel[m.FSType] {
+			leftOut[m.ID] = true
 		}
 	}
 	seen := make(map[string]bool)
@@ -58,7 +62,7 @@ func openFiles(pids []int, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
 		}
 		for _, fd := range fds {
 			path, err := os.Readlink(fd)
-			if err != nil || inImages[mountOf(pid, filepath.Base(fd))] {
+			if err != nil || leftOut[mountOf(pid, filepath.Base(fd))] {
 				continue
 			}
 			if err := add(path, fd); err != nil {
