@@ -154,7 +154,7 @@ func (k *killer) checkpoint(i int, t trial) {
 	k.kill(t)
 	err := k.answered(t, answer)
 	if t.lives() {
-		k.livesOn(t, dir, err)
+		k.livesOn(t, err)
 	} else {
 		k.ends(t, ours)
 	}
@@ -163,7 +163,7 @@ func (k *killer) checkpoint(i int, t trial) {
 }
 
 // livesOn checks a container of which only a helper was killed.
-func (k *killer) livesOn(t trial, dir string, err error) {
+func (k *killer) livesOn(t trial, err error) {
 	if err != nil && !strings.Contains(strings.ToLower(err.Error()), t.victim) {
 		k.Errorf("%s: the error does not name it: %v", t, err)
 	}

@@ -116,7 +116,7 @@ func end(t *testing.T, s *Spawner, cmd *exec.Cmd) {
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	fds := []unix.PollFd{{Fd: int32(s.conn.Fd()), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+	fds := []unix.PollFd{{Fd: int32(s.conn.Fd()), Events: unix.POLLIN}}
 	if n, err := unix.Poll(fds, 10000); n != 1 || err != nil {
 		t.Fatalf("the spawner lives on: %d, %v", n, err)
 	}

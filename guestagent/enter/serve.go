@@ -51,7 +51,7 @@ func Serve() int {
 		}
 		start(&control.files)
 		for _, fd := range control.files {
-			unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
+			unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) //nolint:gosec // a descriptor
 		}
 	}
 }
@@ -61,11 +61,11 @@ func Serve() int {
 func start(files *[requestFiles]int32) {
 	o := order{
 		base:   uintptr(unsafe.Pointer(&area)),
-		stdio:  [3]uintptr{uintptr(files[requestStdio]), uintptr(files[requestStdio+1]), uintptr(files[requestStdio+2])},
-		report: uintptr(files[requestReport]), pidfd: uintptr(files[requestTarget]), cgroup: uintptr(files[requestCgroup]),
+		stdio:  [3]uintptr{uintptr(files[requestStdio]), uintptr(files[requestStdio+1]), uintptr(files[requestStdio+2])},   //nolint:gosec // descriptors
+		report: uintptr(files[requestReport]), pidfd: uintptr(files[requestTarget]), cgroup: uintptr(files[requestCgroup]), //nolint:gosec // descriptors
 	}
 	record := [2]uint32{stepRead}
-	size, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(files[requestPlan]), o.base, unsafe.Sizeof(area), 0, 0, 0)
+	size, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(files[requestPlan]), o.base, unsafe.Sizeof(area), 0, 0, 0) //nolint:gosec // a descriptor
 	if errno == 0 && size >= unsafe.Sizeof(plan{}) {
 		p := (*plan)(unsafe.Pointer(&area))
 		relocate(p.argv, o.base)

@@ -104,7 +104,7 @@ func (s *Spawner) send(r Request, stdio [3]*os.File) (_ *os.File, err error) {
 	defer write.Close()
 	var fds []int
 	for _, f := range []*os.File{files[0], stdio[0], stdio[1], stdio[2], write, files[1], files[2]} {
-		fds = append(fds, int(f.Fd())) //nolint:gosec // a descriptor
+		fds = append(fds, int(f.Fd()))
 	}
 	rights := unix.UnixRights(fds...)
 	for attempt := 0; ; attempt++ {
@@ -128,7 +128,7 @@ func (s *Spawner) pass(rights []byte) error {
 	if s.conn == nil {
 		return unix.EPIPE
 	}
-	return unix.Sendmsg(int(s.conn.Fd()), []byte{0}, rights, nil, unix.MSG_NOSIGNAL) //nolint:gosec // a descriptor
+	return unix.Sendmsg(int(s.conn.Fd()), []byte{0}, rights, nil, unix.MSG_NOSIGNAL)
 }
 
 // open makes the request's files: the plan, the target and its cgroup.

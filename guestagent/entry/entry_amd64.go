@@ -22,6 +22,7 @@ func help() { exit(exechelper.RunBare()) }
 //nolint:unused // entry_amd64.s calls it
 func spawn() { exit(enter.Serve()) }
 
+//nolint:unused // help and spawn call it
 func exit(status int) {
 	for {
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, uintptr(status), 0, 0)

@@ -33,10 +33,10 @@ func RunBare() int {
 	if _, _, e := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&ends)), unix.O_CLOEXEC, 0); e != 0 {
 		return statusFailure
 	}
-	if _, _, e := unix.RawSyscall(unix.SYS_DUP3, uintptr(ends[1]), StatusFD, unix.O_CLOEXEC); e != 0 {
+	if _, _, e := unix.RawSyscall(unix.SYS_DUP3, uintptr(ends[1]), StatusFD, unix.O_CLOEXEC); e != 0 { //nolint:gosec // a descriptor
 		return statusFailure
 	}
-	unix.RawSyscall(unix.SYS_CLOSE, uintptr(ends[1]), 0, 0)
+	unix.RawSyscall(unix.SYS_CLOSE, uintptr(ends[1]), 0, 0) //nolint:gosec // a descriptor
 
 	fds[0] = unix.PollFd{Fd: ends[0], Events: unix.POLLIN}
 	fds[1] = unix.PollFd{Fd: -1, Events: unix.POLLIN}
@@ -45,7 +45,7 @@ func RunBare() int {
 			return statusFailure
 		}
 		if fds[0].Revents != 0 {
-			n, _, e = unix.RawSyscall(unix.SYS_READ, uintptr(ends[0]), uintptr(unsafe.Pointer(&message)), Size)
+			n, _, e = unix.RawSyscall(unix.SYS_READ, uintptr(ends[0]), uintptr(unsafe.Pointer(&message)), Size) //nolint:gosec // a descriptor
 			errno = uintptr(e)
 			switch {
 			case errno == uintptr(unix.EINTR):

@@ -26,7 +26,7 @@ func TestHelper(t *testing.T) {
 			signals := make(chan os.Signal, 1)
 			signal.Notify(signals, unix.SIGUSR1)
 			defer signal.Stop(signals)
-			tell(t, status, Message{PID: int32(os.Getpid())}) //nolint:gosec // a pid
+			tell(t, status, Message{PID: int32(os.Getpid())})
 			for deadline := time.Now().Add(10 * time.Second); has(cmd.Process.Pid, StatusFD); {
 				if time.Now().After(deadline) {
 					t.Fatal("it keeps its own end of the pipe")
@@ -54,7 +54,7 @@ func TestHelper(t *testing.T) {
 			}
 
 			cmd, status = start(t, binary)
-			tell(t, status, Message{PID: int32(os.Getpid())}) //nolint:gosec // a pid
+			tell(t, status, Message{PID: int32(os.Getpid())})
 			status.Close()
 			_ = cmd.Wait()
 			if code := cmd.ProcessState.ExitCode(); code != statusLost {

@@ -74,7 +74,7 @@ func (b *batch) send() error {
 		return errors.New("the kernel's answer is no answer")
 	}
 	if number := int32(binary.NativeEndian.Uint32(answer[unix.NLMSG_HDRLEN:])); number != 0 { //nolint:gosec // an error number
-		return unix.Errno(-number)
+		return unix.Errno(-number) //nolint:gosec // an error number
 	}
 	return nil
 }

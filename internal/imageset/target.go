@@ -153,7 +153,7 @@ func RemoveStaging(path string) error {
 // that are not here any more.
 func takeBack(staging string) error {
 	if _, err := os.Lstat(filepath.Join(staging, committingName)); err != nil {
-		return nil //nolint:nilerr // nothing has moved
+		return nil // nothing has moved
 	}
 	f, err := os.Open(filepath.Join(staging, ManifestName))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -1,6 +1,7 @@
 package kata
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -29,8 +30,16 @@ func sweep(dir string) error {
 	if len(mounts) > 0 {
 		return fmt.Errorf("sweep %s: %s is mounted", dir, mounts[0].Mountpoint)
 	}
+	root, err := os.OpenRoot(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("sweep %s: %w", dir, err)
+	}
+	defer root.Close()
 	var dirs []string
-	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	err = fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return nil //nolint:nilerr // gone already, or not ours to read
 		}
@@ -39,12 +48,13 @@ func sweep(dir string) error {
 			return nil
 		}
 		if st, err := d.Info(); err == nil && st.Mode().IsRegular() && st.Size() == 0 {
-			os.Remove(path)
+			_ = root.Remove(path)
 		}
 		return nil
 	})
 	for _, d := range slices.Backward(dirs) {
-		os.Remove(d) // fails where something is left
+		_ = root.Remove(d) // fails where something is left
 	}
+	os.Remove(dir)
 	return err
 }

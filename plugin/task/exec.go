@@ -102,8 +102,8 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 	entered := make(chan error, 1)
 	go func() { entered <- c.enterRestored(actx, e) }()
 	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
-		cancel() // there is no helper to wait for
-		<-entered
+		cancel()  // there is no helper to wait for
+		<-entered //nolint:errcheck // called off
 		return err
 	}
 	err := <-entered
