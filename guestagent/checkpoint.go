@@ -17,8 +17,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // ghostLimit is the largest file without a name that goes into an image set,

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // maxToken bounds what is read of a marker file, in bytes.

@@ -18,7 +18,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // helperTimeout bounds the wait for an exec helper that Kata has started.

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // Of the kernel's interface for unix sockets (linux/unix_diag.h).

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // launchErrorName is where the launcher leaves its error: nobody reads its stderr.

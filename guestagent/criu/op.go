@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // Names in an operation's directory.

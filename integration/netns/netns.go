@@ -8,9 +8,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // Dir is where namespaces have their names, for `ip netns`, too.
@@ -40,7 +41,7 @@ func Make(path string) (*Namespace, error) {
 		return nil, fmt.Errorf("make a network namespace: %w", err)
 	}
 	f.Close()
-	err = onThread(func() error {
+	err = thread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}
@@ -77,7 +78,7 @@ func (n *Namespace) Do(f func() error) error {
 		return fmt.Errorf("enter the network namespace: %w", err)
 	}
 	defer ns.Close()
-	return onThread(func() error {
+	return thread.Do(func() error {
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter the network namespace %s: %w", n.Path, err)
 		}
@@ -101,15 +102,4 @@ func (n *Namespace) Remove() error {
 		return fmt.Errorf("remove the network namespace: %w", err)
 	}
 	return nil
-}
-
-// onThread runs f on a thread that ends with it, so that no other goroutine
-// ever runs in what f has joined.
-func onThread(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		done <- f()
-	}()
-	return <-done
 }

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"syscall"
 
 	"github.com/containerd/containerd/api/types"
@@ -15,6 +14,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // rootfsDiffName is the archive of the writable layer that the CRI lays beside
@@ -81,19 +82,14 @@ func inMountNamespace(f func(target string) error) error {
 	if err != nil {
 		return err
 	}
-	done := make(chan error)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, the namespace with it.
-		runtime.LockOSThread()
-		done <- func() error {
-			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-				return os.NewSyscallError("unshare", err)
-			}
-			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-				return os.NewSyscallError("mount", err)
-			}
-			return f(target)
-		}()
-	}()
-	return errors.Join(<-done, os.Remove(target))
+	err = thread.Do(func() error { // the namespace ends with the thread
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+			return os.NewSyscallError("mount", err)
+		}
+		return f(target)
+	})
+	return errors.Join(err, os.Remove(target))
 }

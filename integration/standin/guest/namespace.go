@@ -4,9 +4,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // pinned holds the sandbox-wide namespaces.
@@ -23,7 +24,7 @@ func pin(name string, flag int, f func() error) (string, error) {
 		return "", fmt.Errorf("pin namespace %s: %w", name, err)
 	}
 	file.Close()
-	err = onThread(func() error {
+	err = thread.Do(func() error {
 		if err := unix.Unshare(flag); err != nil {
 			return err
 		}
@@ -46,7 +47,7 @@ func inMounts(pid int, f func() error) error {
 		return err
 	}
 	defer ns.Close()
-	return onThread(func() error {
+	return thread.Do(func() error {
 		// A thread that shares its root folder with others cannot change mounts.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return err
@@ -56,15 +57,4 @@ func inMounts(pid int, f func() error) error {
 		}
 		return f()
 	})
-}
-
-// onThread runs f on a thread that ends with it, which the process's first
-// thread cannot: package main keeps that one to itself.
-func onThread(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		done <- f()
-	}()
-	return <-done
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // TestTheGuestTakesItsInterfacesOver: two cards, each with the name that the other one is to have.
@@ -32,7 +33,7 @@ func TestTheGuestTakesItsInterfacesOver(t *testing.T) {
 		Neighbours: []*api.Neighbour{{Interface: "eth0", Address: "10.0.1.1", Mac: first.String(), State: netlink.NUD_PERMANENT}},
 	}
 	var got []string
-	err := onThread(func() error {
+	err := thread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}

@@ -3,7 +3,6 @@ package share
 import (
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -12,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 func TestVolumesAreNamedAsKataNamesThem(t *testing.T) {
@@ -78,10 +78,8 @@ func inOwnNamespace(t *testing.T, f func()) {
 	if os.Geteuid() != 0 {
 		t.Skip("mounts need root")
 	}
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the namespace
-		err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS)
+	err := thread.Do(func() error { // the namespace ends with the thread
+		err := unix.Unshare(unix.CLONE_NEWNS)
 		if err == nil {
 			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 		}
@@ -94,9 +92,9 @@ func inOwnNamespace(t *testing.T, f func()) {
 		if err == nil {
 			f()
 		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
+		return err
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 }
