@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -134,6 +135,9 @@ func (e *Engine) Restore(ctx context.Context, container client.Container, dir st
 	// A lease that stays ends by itself after a day.
 	defer func() { _ = done(context.WithoutCancel(ctx)) }()
 	checkpoint, err := e.store(leased, dir)
+	if errdefs.IsNotFound(err) { // the second time, nothing is left to be found
+		checkpoint, err = e.store(leased, dir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("restore %s: %w", container.ID(), err)
 	}
@@ -143,7 +147,8 @@ func (e *Engine) Restore(ctx context.Context, container client.Container, dir st
 	})
 }
 
-// store writes a directory into the content store as a checkpoint.
+// store writes a directory into the content store as a checkpoint. The same directory may have been there before, for a restore that has ended:
+// containerd says so without a look at the lease, and may be about to remove it. Then the error is [errdefs.ErrNotFound].
 func (e *Engine) store(ctx context.Context, dir string) (*types.Descriptor, error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, err
@@ -161,8 +166,23 @@ func (e *Engine) store(ctx context.Context, dir string) (*types.Descriptor, erro
 	if err != nil {
 		return nil, err
 	}
-	if err := writer.Commit(ctx, size, digester.Digest()); err != nil && !errdefs.IsAlreadyExists(err) {
+	err = writer.Commit(ctx, size, digester.Digest())
+	if errdefs.IsAlreadyExists(err) {
+		err = e.keep(ctx, digester.Digest())
+	}
+	if err != nil {
 		return nil, err
 	}
 	return &types.Descriptor{MediaType: images.MediaTypeContainerd1Checkpoint, Digest: digester.Digest().String(), Size: size}, nil
+}
+
+// keep adds content that is there to the context's lease.
+func (e *Engine) keep(ctx context.Context, blob digest.Digest) error {
+	id, _ := leases.FromContext(ctx)
+	err := e.Client.LeasesService().AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: blob.String(), Type: "content"})
+	if err != nil {
+		return err
+	}
+	_, err = e.Client.ContentStore().Info(ctx, blob)
+	return err
 }
