@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -154,9 +155,12 @@ func (s *scenario) step(format string, args ...any) {
 	s.start = now
 }
 
+// runTag is in the ids of all containers: another run of the scenarios may be under way on the machine, where Kata has one place for each id.
+var runTag = hex.EncodeToString(random(2))
+
 // id makes a container's id that no other scenario has.
 func (s *scenario) id(name string) string {
-	id := strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name()) + "-" + name
+	id := strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name()) + "-" + runTag + "-" + name
 	s.ids = append(s.ids, id)
 	s.bed.ids = append(s.bed.ids, id)
 	return id
