@@ -29,6 +29,11 @@ const (
 	// what the host knows to be external.
 	AnnotationExternals = AnnotationPrefix + "external-mounts"
 
+	// AnnotationRestorePrefix, with the name of one of its containers behind it,
+	// is on a pod; the value is the name of a checkpoint archive in restore_dir,
+	// from which that container starts for the first time.
+	AnnotationRestorePrefix = AnnotationPrefix + "restore."
+
 	// AnnotationMarker is on a container that the NRI plugin has adjusted; its
 	// value is the plugin's version. It is for the log: whoever writes it by
 	// hand gains nothing, as the shim adds what is missing in any case.

@@ -32,7 +32,27 @@ func (p *Parts) Image(ctx context.Context) (string, error) {
 		if err != nil {
 			return err
 		}
-		return writeFile(path, func(w io.Writer) error { return writeImage(w, ImageName, t) })
+		return writeFile(path, func(w io.Writer) error { return writeImage(w, ImageName, t, "sh") })
+	})
+}
+
+// PauseImageName is what the image made by [Parts.PauseImage] is called.
+const PauseImageName = "docker.io/library/pause:latest"
+
+// PauseImage makes the image of the container that holds a pod: it waits until it is killed.
+func (p *Parts) PauseImage(ctx context.Context) (string, error) {
+	busybox, err := fileKey(busyboxPath)
+	if err != nil {
+		return "", fmt.Errorf("pause image: %w", err)
+	}
+	const format = "1" // to be raised with every change below
+	return p.once(ctx, "image/pause.tar", keyOf(format, busybox), func(ctx context.Context, path string) error {
+		t := tree{}
+		t.dir(0o755, "bin", "dev", "etc", "proc", "sys")
+		if err := t.addBusybox(ctx, "bin"); err != nil {
+			return err
+		}
+		return writeFile(path, func(w io.Writer) error { return writeImage(w, PauseImageName, t, "tail", "-f", "/dev/null") })
 	})
 }
 
@@ -55,7 +75,7 @@ func (p *Parts) WorkloadImage(ctx context.Context, program, at string) (string, 
 		if err := t.copyFile(at, program); err != nil {
 			return err
 		}
-		return writeFile(path, func(w io.Writer) error { return writeImage(w, WorkloadImageName, t) })
+		return writeFile(path, func(w io.Writer) error { return writeImage(w, WorkloadImageName, t, "sh") })
 	})
 }
 
@@ -71,8 +91,8 @@ func imageRoot(ctx context.Context) (tree, error) {
 	return t, t.addBusybox(ctx, "bin")
 }
 
-// writeImage writes an OCI layout with one layer.
-func writeImage(w io.Writer, name string, root tree) error {
+// writeImage writes an OCI layout with one layer. command is what a container runs that is told nothing else.
+func writeImage(w io.Writer, name string, root tree, command ...string) error {
 	out := tar.NewWriter(w)
 	write := func(name string, data []byte) error {
 		if err := out.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg, Format: tar.FormatUSTAR}); err != nil {
@@ -102,7 +122,7 @@ func writeImage(w io.Writer, name string, root tree) error {
 	}
 	config, err := blobJSON(ocispec.MediaTypeImageConfig, ocispec.Image{
 		Platform: ocispec.Platform{Architecture: "amd64", OS: "linux"},
-		Config:   ocispec.ImageConfig{Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: []string{"sh"}},
+		Config:   ocispec.ImageConfig{Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: command},
 		RootFS:   ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layerBlob.Digest}},
 	})
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
@@ -101,6 +102,9 @@ func ownSettings(t *Testbed, o Options, downstream string) map[string]any {
 	if o.NoAgent {
 		settings["guest_agent"] = "optional"
 	}
+	if o.CRI {
+		settings["restore_dir"] = t.RestoreDir()
+	}
 	maps.Copy(settings, o.Settings)
 	return settings
 }
@@ -143,7 +147,7 @@ const maxSocketDir = 107 - len("/containerd.sock.ttrpc")
 const containerdConfig = `version = 3
 root = %[1]q
 state = %[2]q
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.nri.v1.nri"]
+disabled_plugins = [%[5]s]
 
 [grpc]
 address = %[3]q
@@ -155,9 +159,12 @@ address = %[4]q
 level = "debug"
 `
 
+// criPlugins are what a containerd without the CRI does without.
+const criPlugins = `"io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.nri.v1.nri"`
+
 // configureContainerd says where its programs, its files and its sockets are.
-func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, version string) error {
-	programs, err := p.Containerd(ctx, version)
+func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Options) error {
+	programs, err := p.Containerd(ctx, o.Containerd)
 	if err != nil {
 		return err
 	}
@@ -171,7 +178,19 @@ func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, versi
 	t.Address = filepath.Join(sockets, "containerd.sock")
 	t.Path = strings.Join([]string{p.Bin(), programs, os.Getenv("PATH")}, ":")
 	t.containerd = filepath.Join(programs, "containerd")
-	text := fmt.Sprintf(containerdConfig, filepath.Join(t.Dir, "root"), filepath.Join(t.Dir, "run"), t.Address, t.Address+".ttrpc")
+	disabled, cri := criPlugins, ""
+	if o.CRI {
+		crictl, err := p.Crictl(ctx)
+		if err != nil {
+			return err
+		}
+		t.Path = strings.Join([]string{t.hostPrograms(), filepath.Dir(crictl), t.Path}, ":")
+		disabled = ""
+		if cri, err = t.configureCRI(); err != nil {
+			return err
+		}
+	}
+	text := fmt.Sprintf(containerdConfig, filepath.Join(t.Dir, "root"), filepath.Join(t.Dir, "run"), t.Address, t.Address+".ttrpc", disabled) + cri
 	if err := os.WriteFile(t.containerdConfig(), []byte(text), 0o644); err != nil {
 		return fmt.Errorf("containerd: %w", err)
 	}
@@ -248,8 +267,17 @@ func (t *Testbed) serves(ctx context.Context) error {
 	return err
 }
 
-// Import puts the images of an archive into containerd and unpacks them.
+// Import puts the images of an archive into containerd and unpacks them, for the CRI, too, where it is served.
 func (t *Testbed) Import(ctx context.Context, archive string) error {
+	if t.CRI != nil {
+		if err := t.importTo(namespaces.WithNamespace(ctx, CRINamespace), archive); err != nil {
+			return err
+		}
+	}
+	return t.importTo(ctx, archive)
+}
+
+func (t *Testbed) importTo(ctx context.Context, archive string) error {
 	f, err := os.Open(archive)
 	if err != nil {
 		return fmt.Errorf("import image: %w", err)

@@ -42,7 +42,7 @@ func (t *Testbed) Down(ctx context.Context) error {
 		}
 		errs = append(errs, removeCgroups(ctx, id), removeFIFOs(id))
 	}
-	errs = append(errs, t.removeShimSockets(), t.removeNetworkNamespaces())
+	errs = append(errs, t.removeShimSockets(), t.removeNetworkNamespaces(), t.removeCRI())
 	if t.SocketDir != "" {
 		errs = append(errs, removeTree(t.SocketDir))
 	}

@@ -26,7 +26,7 @@ func (t *Testbed) Inventory(containers ...string) ([]string, error) {
 	add := func(what, item string) { out = append(out, what+" "+anonymous(item, containers)) }
 	namespaces := map[string]string{"self": "/proc/self/mountinfo"}
 	for _, p := range processes {
-		if p == t.Containerd {
+		if p == t.Containerd || t.CRI != nil && p == t.CRI.NRI {
 			continue
 		}
 		dir := fmt.Sprintf("/proc/%d/", p.PID)

@@ -21,7 +21,7 @@ func (t *Testbed) Residue(containers ...string) ([]string, error) {
 	}
 	var out []string
 	for _, p := range processes {
-		if p == t.Containerd {
+		if p == t.Containerd || t.CRI != nil && p == t.CRI.NRI {
 			continue
 		}
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.PID))

@@ -64,6 +64,7 @@ type Options struct {
 	NoAgent     bool   // leave our guest bundle out of Kata's configuration, and have the shim do without
 	GuestBundle string // default: build/guest-bundle
 	Containerd  string // its release, such as "2.1"; default parts.ContainerdVersion
+	CRI         bool   // serve the CRI, too, with CNI and the NRI plugin: pods in Kata
 	// Settings are keys of the configuration of the shim under test, over those that the testbed gives it.
 	Settings map[string]any
 }
@@ -79,6 +80,7 @@ type Testbed struct {
 	Downstream string `json:"downstream"`
 
 	Containerd process `json:"containerd"`
+	CRI        *CRI    `json:"cri,omitempty"`        // where it serves the CRI, too
 	SocketDir  string  `json:"socket_dir,omitempty"` // outside of Dir, where Dir is too deep for a socket's path
 
 	containerd string // the program; known to whoever has made the testbed
@@ -120,18 +122,27 @@ func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 	if err := t.configure(ctx, p, o); err != nil {
 		return nil, err
 	}
-	if err := t.configureContainerd(ctx, p, o.Containerd); err != nil {
+	if err := t.configureContainerd(ctx, p, o); err != nil {
 		return nil, err
 	}
 	if err := t.StartContainerd(ctx); err != nil {
 		return nil, err
 	}
-	image, err := p.Image(ctx)
-	if err != nil {
-		return nil, err
+	images := []func(context.Context) (string, error){p.Image}
+	if t.CRI != nil {
+		if err := t.StartNRI(ctx); err != nil {
+			return nil, err
+		}
+		images = append(images, p.PauseImage)
 	}
-	if err := t.Import(ctx, image); err != nil {
-		return nil, err
+	for _, part := range images {
+		image, err := part(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := t.Import(ctx, image); err != nil {
+			return nil, err
+		}
 	}
 	if err := os.WriteFile(filepath.Join(t.Dir, "env"), []byte(t.Env()), 0o644); err != nil {
 		return nil, fmt.Errorf("testbed: %w", err)
@@ -264,8 +275,13 @@ func (t *Testbed) Client() (*client.Client, error) {
 
 // Env is what a shell evaluates to work with the testbed.
 func (t *Testbed) Env() string {
-	return fmt.Sprintf("export CONTAINERD_ADDRESS=%s\nexport CONTAINERD_NAMESPACE=%s\nexport RUNTIME=%s\nexport TESTBED_DIR=%s\nexport PATH=%s\n",
+	env := fmt.Sprintf("export CONTAINERD_ADDRESS=%s\nexport CONTAINERD_NAMESPACE=%s\nexport RUNTIME=%s\nexport TESTBED_DIR=%s\nexport PATH=%s\n",
 		quote(t.Address), Namespace, Runtime, quote(t.Dir), quote(t.Path))
+	if t.CRI != nil {
+		// crictl's.
+		env += fmt.Sprintf("export CONTAINER_RUNTIME_ENDPOINT=%[1]s\nexport IMAGE_SERVICE_ENDPOINT=%[1]s\nexport RUNTIME_HANDLER=%[2]s\n", quote("unix://"+t.Address), Handler)
+	}
+	return env
 }
 
 // KataConfig is Kata's configuration, as derived for this testbed.

@@ -55,6 +55,8 @@ type Config struct {
 	AfterCheckpointCRI string
 	MaxImageFiles      int
 	MaxImageBytes      int64
+	// RestoreDir has the archives that pods name to be restored from.
+	RestoreDir string
 	// NRIRuntimeHandlers are the CRI's names of our runtime; "" is its default.
 	NRIRuntimeHandlers []string
 }
@@ -75,6 +77,7 @@ type file struct {
 	AfterCheckpointCRI string   `toml:"after_checkpoint_cri"`
 	MaxImageFiles      int64    `toml:"max_image_files"`
 	MaxImageBytes      int64    `toml:"max_image_bytes"`
+	RestoreDir         string   `toml:"restore_dir"`
 	NRIRuntimeHandlers []string `toml:"nri_runtime_handlers"`
 }
 
@@ -93,6 +96,7 @@ func defaults() file {
 		AfterCheckpointCRI: AfterLeaveRunning,
 		MaxImageFiles:      65536,
 		MaxImageBytes:      256 << 30,
+		RestoreDir:         "/var/lib/kubelet/checkpoints",
 		NRIRuntimeHandlers: []string{"kata-checkpoint"},
 	}
 }
@@ -138,6 +142,7 @@ func parse(data []byte) (*Config, error) {
 		AfterCheckpoint:    f.AfterCheckpoint,
 		AfterCheckpointCRI: f.AfterCheckpointCRI,
 		MaxImageBytes:      f.MaxImageBytes,
+		RestoreDir:         f.RestoreDir,
 		NRIRuntimeHandlers: f.NRIRuntimeHandlers,
 	}
 	var errs []error
@@ -159,6 +164,7 @@ func parse(data []byte) (*Config, error) {
 	// One file is the manifest's inventory; more than a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")
+	check("restore_dir", filepath.IsAbs(f.RestoreDir), "an absolute path")
 	check("nri_runtime_handlers", len(f.NRIRuntimeHandlers) > 0, "a list of one or more runtime handlers")
 	for _, t := range []struct {
 		key, value string

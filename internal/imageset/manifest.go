@@ -57,6 +57,8 @@ type Manifest struct {
 type Container struct {
 	ID        string `json:"id"`
 	Namespace string `json:"namespace"`
+	// PodNamespace is that of the container's pod in Kubernetes.
+	PodNamespace string `json:"podNamespace,omitempty"`
 	// Image is the name that the engine knows the container's image by, where it says so.
 	Image string   `json:"image,omitempty"`
 	Args  []string `json:"args,omitempty"`

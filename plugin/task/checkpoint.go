@@ -305,7 +305,8 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	m := &imageset.Manifest{
 		Created: time.Now().UTC(),
 		Container: imageset.Container{
-			ID: c.id, Namespace: c.s.namespace, Image: imageName(c.annotations), Args: c.args, Hostname: out.GetHostname(),
+			ID: c.id, Namespace: c.s.namespace, PodNamespace: podNamespace(c.annotations), Image: imageName(c.annotations), Args: c.args,
+			Hostname: out.GetHostname(),
 		},
 		Guest:    imageset.Guest{Kernel: out.GetKernelRelease(), CRIUVersion: out.GetCriuVersion(), CPUFeatures: out.GetCpuFeatures()},
 		Terminal: c.terminal,

@@ -109,10 +109,17 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id); err != nil {
 		return err
 	}
-	if r.Checkpoint != "" {
-		if err := c.prepareRestore(ctx, r, spec); err != nil {
-			return err
-		}
+	name, err := c.archiveName()
+	switch {
+	case err != nil:
+		return err
+	case r.Checkpoint != "":
+		err = c.prepareRestore(ctx, r, spec) // the engine's word is the more particular one
+	case name != "":
+		err = c.prepareArchive(ctx, name, r, spec)
+	}
+	if err != nil {
+		return err
 	}
 	return spec.Write()
 }

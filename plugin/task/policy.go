@@ -95,9 +95,26 @@ func criuOptions(opts *options.CheckpointOptions, annotations map[string]string)
 	}, nil
 }
 
-// imageName is what the engine calls the container's image, if it says so.
+// What the CRI says of a container, in containerd's words and in CRI-O's: the
+// container's image, its name in the pod, and its pod's namespace and UID.
 func imageName(annotations map[string]string) string {
-	for _, key := range []string{"io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName"} {
+	return firstOf(annotations, "io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName")
+}
+
+func containerName(annotations map[string]string) string {
+	return firstOf(annotations, "io.kubernetes.cri.container-name", "io.kubernetes.container.name")
+}
+
+func podNamespace(annotations map[string]string) string {
+	return firstOf(annotations, "io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace")
+}
+
+func podUID(annotations map[string]string) string {
+	return firstOf(annotations, "io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid")
+}
+
+func firstOf(annotations map[string]string, keys ...string) string {
+	for _, key := range keys {
 		if v := annotations[key]; v != "" {
 			return v
 		}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -37,7 +38,10 @@ const (
 // source is the image set that a container is restored from.
 type source struct {
 	manifest *imageset.Manifest
-	path     string
+	// path is that of the image set, or of the archive that it was in.
+	path string
+	// done notes that the restore has succeeded; nil where nobody asks for that.
+	done func() error
 }
 
 // prepareRestore takes the image set over and puts the placeholder in the
@@ -56,30 +60,53 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 			log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of the checkpoint")
 		}
 	}()
-	set, err := imageset.Open(path)
-	if err != nil {
-		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore: %w", err))
-	}
-	defer set.Close()
-	if err := fits(set.Manifest, spec.Spec, imageName(c.annotations), c.terminal); err != nil {
-		return errclass.Precondition("restore from %s: %w", path, err)
-	}
 	ctx, end := c.s.operation(ctx, c.s.cfg.OpTimeout, "checkpoint_timeout")
 	defer end()
-	if err := set.CopyTo(ctx, c.exchange.path(restoreDir)); err != nil {
+	manifest, err := c.takeImages(ctx, path, r.Rootfs, spec, nil)
+	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
-	}
-	if err := applyRootfsDiff(ctx, path, r.Rootfs); err != nil {
-		return fmt.Errorf("restore from %s: %w", path, err)
 	}
 	if err := c.putPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: set.Manifest, path: path}
+	c.source = &source{manifest: manifest, path: path}
 	r.Checkpoint = "" // Kata is to start what looks like any other container
-	log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": "stage images", "duration": time.Since(begin), "bytes": set.Manifest.Bytes()}).Info("restore")
-	c.s.stops.Wait(ctx, "restore", "stage images")
+	c.staged(ctx, begin)
 	return nil
+}
+
+// takeImages checks the image set in the directory path, copies it to where the
+// guest will see it, and applies the changes of the root file system that lie
+// beside it. may says what else has to be so.
+func (c *container) takeImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec, may func(*imageset.Manifest) error) (*imageset.Manifest, error) {
+	set, err := imageset.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer set.Close()
+	if may != nil {
+		err = may(set.Manifest)
+	}
+	if err == nil {
+		err = fits(set.Manifest, spec.Spec, imageName(c.annotations), c.terminal)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := set.CopyTo(ctx, c.exchange.path(restoreDir)); err != nil {
+		return nil, err
+	}
+	if err := applyRootfsDiff(ctx, path, rootfs); err != nil {
+		return nil, err
+	}
+	return set.Manifest, nil
+}
+
+func (c *container) staged(ctx context.Context, begin time.Time) {
+	log.G(ctx).WithFields(log.Fields{
+		"container": c.id, "phase": "stage images", "duration": time.Since(begin), "bytes": c.source.manifest.Bytes(), "from": c.source.path,
+	}).Info("restore")
+	c.s.stops.Wait(ctx, "restore", "stage images")
 }
 
 // fits says all that differs between what was checkpointed and what it is to
@@ -180,6 +207,11 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	}
 	c.restored.Store(true)
 	c.become(runningState{c})
+	if c.source.done != nil {
+		if err := c.source.done(); err != nil {
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("note that the container was restored")
+		}
+	}
 	for _, p := range out.GetPhases() {
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}

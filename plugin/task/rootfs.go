@@ -1,18 +1,21 @@
 package task
 
 import (
+	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
@@ -47,7 +50,7 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 			return fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		defer r.Close()
-		if _, err := archive.Apply(ctx, target, r); err != nil {
+		if _, err := archive.Apply(ctx, target, r, archive.WithFilter(withoutAuthority(ctx))); err != nil {
 			return fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		return nil
@@ -56,6 +59,37 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 	}
 	return nil
 }
+
+// withoutAuthority lets through what changes files, and nothing that gives a
+// process more rights than the container has: device nodes are left out, and
+// files come without set-user-ID, set-group-ID and capabilities. An archive can
+// have been made by anybody.
+func withoutAuthority(ctx context.Context) archive.Filter {
+	return func(h *tar.Header) (bool, error) {
+		switch h.Typeflag {
+		case tar.TypeChar, tar.TypeBlock:
+			log.G(ctx).WithField("file", h.Name).Warn("a device node among the changes of the root file system is left out")
+			return false, nil
+		case tar.TypeReg:
+			const setID = 0o6000
+			if h.Mode&setID != 0 {
+				log.G(ctx).WithField("file", h.Name).Warn("a file among the changes of the root file system comes without set-ID bits")
+				h.Mode &^= setID
+			}
+		}
+		for key := range h.PAXRecords {
+			if !strings.HasPrefix(key, paxXattr) || strings.HasPrefix(key, paxXattr+"user.") {
+				continue
+			}
+			log.G(ctx).WithFields(log.Fields{"file": h.Name, "attribute": strings.TrimPrefix(key, paxXattr)}).Warn("an attribute among the changes of the root file system is left out")
+			delete(h.PAXRecords, key)
+		}
+		return true, nil
+	}
+}
+
+// paxXattr precedes the names of extended attributes in archives.
+const paxXattr = "SCHILY.xattr."
 
 // openOwn opens a regular file that nobody but this user, who is root, could
 // have put there.

@@ -88,6 +88,7 @@ func up(ctx context.Context, args []string) error {
 	flags.StringVar(&o.GuestMounts, "guest-mounts", "", "propagation of the guest's mounts: shared (default) or private")
 	flags.StringVar(&o.Accel, "accel", "", "kvm or tcg; by default what a probe has found")
 	flags.BoolVar(&o.NoNetwork, "no-network", false, "no network for sandboxes: faster where no CNI gives them one")
+	flags.BoolVar(&o.CRI, "cri", false, "serve the CRI, too: pods with CNI and the NRI plugin, for crictl")
 	flags.BoolVar(&o.NoAgent, "no-agent", false, "leave our guest bundle out of Kata's configuration")
 	flags.StringVar(&o.Containerd, "containerd", "", "containerd's `release`: 2.1, 2.2, 2.3 or 2.4 (default)")
 	flags.StringVar(&o.GuestBundle, "guest-bundle", "", "guest bundle's `directory` (default build/guest-bundle)")

@@ -1,0 +1,35 @@
+package parts
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// Crictl builds the CRI's command line client and returns its path.
+func (p *Parts) Crictl(ctx context.Context) (string, error) {
+	return p.program(ctx, "crictl", "sigs.k8s.io/cri-tools/cmd/crictl")
+}
+
+// Checkpointctl builds the program that shows checkpoint archives and returns its path.
+func (p *Parts) Checkpointctl(ctx context.Context) (string, error) {
+	return p.program(ctx, "checkpointctl", "github.com/checkpoint-restore/checkpointctl")
+}
+
+// program builds a program whose version a module below integration/deps pins.
+func (p *Parts) program(ctx context.Context, name, pkg string) (string, error) {
+	source := filepath.Join(p.root, "integration/deps", name)
+	var keys []string
+	for _, file := range []string{"go.mod", "go.sum"} {
+		key, err := fileKey(filepath.Join(source, file))
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
+		}
+		keys = append(keys, key)
+	}
+	return p.once(ctx, "programs/"+name, keyOf(append(keys, pkg)...), func(ctx context.Context, path string) error {
+		// The standard library without cgo is there from `make build`.
+		return runWith(ctx, append(os.Environ(), "CGO_ENABLED=0"), source, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, pkg)
+	})
+}

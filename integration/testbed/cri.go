@@ -1,0 +1,248 @@
+package testbed
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+)
+
+// Handlers of the CRI testbed: what a RuntimeClass names.
+const (
+	// Handler is the runtime under test.
+	Handler = "kata-checkpoint"
+	// DownstreamHandler is Kata by itself, which nothing of ours may touch.
+	DownstreamHandler = "kata"
+)
+
+// CRINamespace is containerd's namespace that the CRI works in.
+const CRINamespace = "k8s.io"
+
+// PauseImage is the image of the containers that hold pods.
+const PauseImage = parts.PauseImageName
+
+// CRI is what a testbed has beside the rest for pods.
+type CRI struct {
+	// Number is the testbed's among those on the machine, from which its pods' network follows.
+	Number int `json:"number"`
+	// NRI is the plugin, which runs as a service.
+	NRI process `json:"nri"`
+}
+
+// criConfig is appended to containerd's configuration. Releases differ in the name of bin_dirs, and each leaves the other's alone.
+const criConfig = `
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "overlayfs"
+  [plugins.'io.containerd.cri.v1.images'.pinned_images]
+    sandbox = %[1]q
+
+[plugins.'io.containerd.cri.v1.runtime']
+  netns_mounts_under_state_dir = true
+  disable_apparmor = true
+  tolerate_missing_hugetlb_controller = true
+  [plugins.'io.containerd.cri.v1.runtime'.cni]
+    bin_dir = %[2]q
+    bin_dirs = [%[2]q]
+    conf_dir = %[3]q
+  [plugins.'io.containerd.cri.v1.runtime'.containerd]
+    default_runtime_name = %[4]q
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%[4]s]
+    runtime_type = %[5]q
+    privileged_without_host_devices = true
+    pod_annotations = ['kata-checkpoint.dev/*', 'io.katacontainers.*']
+    container_annotations = ['kata-checkpoint.dev/*', 'io.katacontainers.*']
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%[4]s.options]
+      ConfigPath = %[6]q
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%[7]s]
+    runtime_type = "io.containerd.kata.v2"
+    runtime_path = %[8]q
+    privileged_without_host_devices = true
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%[7]s.options]
+      ConfigPath = %[6]q
+
+[plugins.'io.containerd.nri.v1.nri']
+  disable = false
+  socket_path = %[9]q
+  plugin_path = %[10]q
+  plugin_config_path = %[11]q
+`
+
+// cniPlugins is where Debian has them.
+const cniPlugins = "/usr/lib/cni"
+
+// configureCRI writes what containerd's CRI needs and returns its part of containerd's configuration.
+func (t *Testbed) configureCRI() (string, error) {
+	number, err := claimNumber(t.Dir)
+	if err != nil {
+		return "", err
+	}
+	t.CRI = &CRI{Number: number}
+	if err := t.record(); err != nil {
+		return "", err
+	}
+	for _, dir := range []string{t.cniConfig(), t.nri("plugins"), t.nri("conf.d"), t.hostPrograms()} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return "", fmt.Errorf("cri: %w", err)
+		}
+	}
+	network, err := json.MarshalIndent(map[string]any{
+		"cniVersion": "1.0.0", "name": t.bridge(),
+		"plugins": []any{map[string]any{
+			"type": "bridge", "bridge": t.bridge(), "isGateway": true,
+			"ipam": map[string]any{
+				"type": "host-local", "dataDir": filepath.Join(t.Dir, "cni/addresses"),
+				"ranges": []any{[]any{map[string]any{"subnet": t.subnet()}}},
+				"routes": []any{map[string]any{"dst": "0.0.0.0/0"}},
+			},
+		}},
+	}, "", "  ")
+	if err != nil {
+		return "", fmt.Errorf("cri: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(t.cniConfig(), "10-testbed.conflist"), network, 0o644); err != nil {
+		return "", fmt.Errorf("cri: %w", err)
+	}
+	// containerd's CRI wants a CRIU on the host before it checkpoints anything. The guest bundle's serves.
+	if err := os.Symlink(filepath.Join(t.bundle(), "bin/criu"), filepath.Join(t.hostPrograms(), "criu")); err != nil {
+		return "", fmt.Errorf("cri: %w", err)
+	}
+	return fmt.Sprintf(criConfig, PauseImage, cniPlugins, t.cniConfig(), Handler, Runtime, t.KataConfig(), DownstreamHandler, t.Downstream,
+		t.NRISocket(), t.nri("plugins"), t.nri("conf.d")), nil
+}
+
+func (t *Testbed) cniConfig() string { return filepath.Join(t.Dir, "cni/net.d") }
+
+func (t *Testbed) nri(name string) string { return filepath.Join(t.Dir, "nri", name) }
+
+// hostPrograms is a directory of containerd's PATH with what an operator links there.
+func (t *Testbed) hostPrograms() string { return filepath.Join(t.Dir, "host-bin") }
+
+// NRISocket is where containerd listens for NRI's plugins.
+func (t *Testbed) NRISocket() string { return filepath.Join(filepath.Dir(t.Address), "nri.sock") }
+
+// RestoreDir is the directory of archives that pods can be restored from.
+func (t *Testbed) RestoreDir() string { return filepath.Join(t.Dir, "checkpoints") }
+
+// The pods of a machine's testbeds share 203.0.113.0/24, which is for documentation and nobody's, sixteen addresses a testbed.
+const maxNumber = 16
+
+func (t *Testbed) subnet() string { return fmt.Sprintf("203.0.113.%d/28", t.CRI.Number*16) }
+
+func (t *Testbed) bridge() string { return "testbed" + strconv.Itoa(t.CRI.Number) }
+
+// claimNumber takes the lowest number that no other testbed has. The file goes with the testbed, or with the last one.
+func claimNumber(dir string) (int, error) {
+	for n := range maxNumber {
+		f, err := os.OpenFile(numberFile(n), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+		if errors.Is(err, fs.ErrExist) {
+			// Of a testbed that somebody removed by hand?
+			owner, readErr := os.ReadFile(numberFile(n))
+			if _, statErr := os.Stat(string(owner)); readErr == nil && len(owner) > 0 && errors.Is(statErr, fs.ErrNotExist) {
+				f, err = os.OpenFile(numberFile(n), os.O_TRUNC|os.O_WRONLY, 0o644)
+			}
+		}
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("cri: %w", err)
+		}
+		_, err = f.WriteString(dir)
+		return n, errors.Join(err, f.Close())
+	}
+	return 0, fmt.Errorf("cri: there are %d testbeds with pods on this machine already", maxNumber)
+}
+
+func numberFile(n int) string { return filepath.Join(machineDir, fmt.Sprintf("%d.number", n)) }
+
+// removeCRI removes the pods' network. No process of the testbed runs any more.
+func (t *Testbed) removeCRI() error {
+	if t.CRI == nil {
+		return nil
+	}
+	var errs []error
+	link, err := netlink.LinkByName(t.bridge())
+	var none netlink.LinkNotFoundError
+	switch {
+	case err == nil:
+		errs = append(errs, netlink.LinkDel(link))
+	case !errors.As(err, &none):
+		errs = append(errs, err)
+	}
+	// libcni keeps what it has answered, by the network's name.
+	results, _ := filepath.Glob("/var/lib/cni/results/" + t.bridge() + "-*")
+	for _, path := range results {
+		errs = append(errs, os.Remove(path))
+	}
+	for _, dir := range []string{"/var/lib/cni/results", "/var/lib/cni"} {
+		_ = os.Remove(dir) // not empty, or not there
+	}
+	errs = append(errs, os.RemoveAll(numberFile(t.CRI.Number)))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove the pods' network: %w", err)
+	}
+	return nil
+}
+
+// StartNRI starts the NRI plugin as a service, and returns once containerd has taken it.
+func (t *Testbed) StartNRI(ctx context.Context) error {
+	path := filepath.Join(t.logDir(), "nri")
+	out, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("nri: %w", err)
+	}
+	defer out.Close()
+	before, err := out.Stat()
+	if err != nil {
+		return fmt.Errorf("nri: %w", err)
+	}
+	p, err := parts.Find()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(p.Bin("kata-checkpoint-nri"), "--config", t.ownConfig(), "--idx", "90", "--name", "kata-checkpoint", "--socket", t.NRISocket())
+	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
+	cmd.Env = append(os.Environ(), ownerEnv+"="+t.Dir)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start the NRI plugin (make build): %w", err)
+	}
+	go cmd.Wait() //nolint:errcheck // no zombie, should this process live on
+	if t.CRI.NRI, err = processOf(cmd.Process.Pid); err != nil {
+		return fmt.Errorf("start the NRI plugin: %w", err)
+	}
+	if err := t.record(); err != nil {
+		return err
+	}
+	if !eventually(ctx, 20*time.Second, func() bool {
+		data, err := os.ReadFile(path)
+		return err == nil && strings.Contains(string(data[before.Size():]), nriReady) || !t.CRI.NRI.alive()
+	}) || !t.CRI.NRI.alive() {
+		return fmt.Errorf("containerd does not take the NRI plugin: %s", lastLines(path))
+	}
+	return nil
+}
+
+// nriReady is what the plugin logs once containerd has taken it.
+const nriReady = "registered with NRI"
+
+// KillNRI ends the NRI plugin as a crash does.
+func (t *Testbed) KillNRI(ctx context.Context) error {
+	t.CRI.NRI.signal(syscall.SIGKILL)
+	if !waitGone(ctx, 5*time.Second, t.CRI.NRI) {
+		return fmt.Errorf("the NRI plugin (pid %d) does not end", t.CRI.NRI.PID)
+	}
+	return nil
+}
