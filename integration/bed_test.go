@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/cri"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
@@ -21,7 +22,8 @@ const keepEnv = "TESTBED_KEEP"
 type bed struct {
 	*testbed.Testbed
 	engine *engine.Engine
-	ids    []string // of all containers that there have been
+	cri    *cri.Client // where there are pods
+	ids    []string    // of all containers that there have been
 }
 
 // beds makes testbeds when they are first needed, and takes them away in the end. Scenarios of different variants use it at once.
@@ -72,7 +74,7 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 	}
 	start := time.Now()
 	tb, err := testbed.Up(ctx, testbed.Options{
-		Dir: filepath.Join(b.dir, v.name()), Kata: v.kata, Way: v.way, GuestMounts: v.guestMounts, Containerd: v.containerd,
+		Dir: filepath.Join(b.dir, v.name()), Kata: v.kata, Way: v.way, GuestMounts: v.guestMounts, Containerd: v.containerd, CRI: v.cri,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -82,6 +84,11 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 		t.Fatal(err)
 	}
 	b.up[v] = &bed{Testbed: tb, engine: &engine.Engine{Client: client, Runtime: testbed.Runtime, FIFOs: filepath.Join(tb.Dir, "tmp/fifos")}}
+	if v.cri {
+		if b.up[v].cri, err = cri.Dial(tb.Address, testbed.Handler, filepath.Join(tb.Dir, "log/pods")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := tb.Import(ctx, image); err != nil {
 		t.Fatal(err)
 	}
@@ -111,6 +118,9 @@ func (b *beds) down(t *testing.T, v variant) {
 	t.Helper()
 	bed := b.take(v)
 	bed.engine.Client.Close()
+	if bed.cri != nil {
+		bed.cri.Close()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := bed.Down(ctx); err != nil {

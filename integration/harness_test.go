@@ -16,8 +16,10 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/cri"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
@@ -39,7 +41,8 @@ type scenario struct {
 	engine *engine.Engine
 	events *engine.Events
 	ids    []string // of its containers
-	execs  int      // that there have been
+	pods   []*cri.Pod
+	execs  int // that there have been
 	start  time.Time
 	logAt  int64          // containerd's log before this is of others
 	undo   []func() error // once the containers are removed, the last first
@@ -75,6 +78,11 @@ func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scen
 func (s *scenario) leaveNothing() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
+	for _, pod := range s.pods {
+		if err := pod.Remove(ctx); err != nil {
+			s.Error(err)
+		}
+	}
 	for _, id := range slices.Backward(s.ids) { // a pod's sandbox after its containers
 		if err := s.engine.Remove(ctx, id); err != nil {
 			s.Error(err)
@@ -111,6 +119,22 @@ func (s *scenario) residue(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	spaces := []string{testbed.Namespace}
+	if s.bed.cri != nil {
+		spaces = append(spaces, testbed.CRINamespace)
+	}
+	for _, space := range spaces {
+		stored, err := s.stored(namespaces.WithNamespace(ctx, space))
+		if err != nil {
+			return nil, err
+		}
+		left = append(left, stored...)
+	}
+	return left, nil
+}
+
+// stored lists what a scenario may leave in a namespace of containerd's.
+func (s *scenario) stored(ctx context.Context) (left []string, err error) {
 	containers, err := s.engine.Client.Containers(ctx)
 	if err != nil {
 		return nil, err
@@ -123,8 +147,10 @@ func (s *scenario) residue(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	for _, image := range images {
-		if !slices.Contains([]string{testbed.Image, parts.WorkloadImageName}, image.Name()) {
-			left = append(left, "image "+image.Name())
+		name := image.Name()
+		// The CRI knows each image by its digest, too.
+		if !slices.Contains([]string{testbed.Image, testbed.PauseImage, parts.WorkloadImageName}, name) && !strings.HasPrefix(name, "sha256:") {
+			left = append(left, "image "+name)
 		}
 	}
 	err = s.engine.Client.SnapshotService("").Walk(ctx, func(_ context.Context, info snapshots.Info) error {

@@ -26,6 +26,8 @@ type scenarioCase struct {
 	// containerd is the release, where it is another than that of the rest; way is the stand-in's, where one is enough.
 	containerd string
 	way        testbed.Way
+	// cri: it is about pods.
+	cri bool
 	// timeout is [scenarioTimeout] where none is given.
 	timeout time.Duration
 }
@@ -70,6 +72,7 @@ var scenarios = []scenarioCase{
 	{name: "containerd-2.2", run: containerdRelease, containerd: "2.2", way: testbed.Rust},
 	{name: "containerd-2.3", run: containerdRelease, containerd: "2.3", way: testbed.Go},
 	{name: "containerd-2.4", run: containerdRelease, containerd: "2.4", way: testbed.Rust},
+	{name: "crictl-checkpoint", run: crictlCheckpoint, cri: true},
 	{name: "killed", run: killed, timeout: 30 * time.Minute},
 }
 
@@ -79,6 +82,7 @@ type variant struct {
 	way         testbed.Way
 	guestMounts string
 	containerd  string
+	cri         bool
 }
 
 func (v variant) name() string {
@@ -89,6 +93,9 @@ func (v variant) name() string {
 	name := kind + "-" + string(v.way)
 	if v.guestMounts != testbed.Shared {
 		name += "-" + v.guestMounts
+	}
+	if v.cri {
+		name += "-cri"
 	}
 	if v.containerd != parts.ContainerdVersion {
 		name += "-" + v.containerd
@@ -116,7 +123,7 @@ func (c scenarioCase) variants(t *testing.T) []variant {
 	var out []variant
 	for _, kind := range kinds {
 		for _, mounts := range guestMounts {
-			kind.guestMounts, kind.containerd = mounts, cmp.Or(c.containerd, parts.ContainerdVersion)
+			kind.guestMounts, kind.containerd, kind.cri = mounts, cmp.Or(c.containerd, parts.ContainerdVersion), c.cri
 			out = append(out, kind)
 		}
 	}

@@ -60,6 +60,11 @@ func (c *container) create(fit surroundings) (err error) {
 }
 
 func (c *container) createWith(terminal bool, hidden concealed) error {
+	// The containers' network is the guest's own, and so are its settings: runc
+	// takes them only for a namespace of the container's.
+	if err := setSysctls("/proc/sys", c.spec.Linux.Sysctl, "net."); err != nil {
+		return err
+	}
 	raw, err := json.MarshalIndent(c.spec, "", " ")
 	if err != nil {
 		return err

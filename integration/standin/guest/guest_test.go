@@ -141,3 +141,27 @@ func TestAProcessMayEndBeforeItsPidIsKnown(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+func TestNetworkSettingsAreTheGuests(t *testing.T) {
+	root := t.TempDir()
+	path := filepath.Join(root, "net/ipv4/ip_unprivileged_port_start")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte("1024"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	sysctls := map[string]string{"net.ipv4.ip_unprivileged_port_start": "0", "kernel.shmmax": "1"}
+	if err := setSysctls(root, sysctls, "net."); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(map[string]string{"kernel.shmmax": "1"}, sysctls); diff != "" {
+		t.Errorf("left to runc: -want +got:\n%s", diff)
+	}
+	if have, err := os.ReadFile(path); err != nil || string(have) != "0" {
+		t.Errorf("it is %q (%v)", have, err)
+	}
+	if err := setSysctls(root, map[string]string{"net.none": "1"}, "net."); err == nil {
+		t.Error("one that does not exist is no error")
+	}
+}
