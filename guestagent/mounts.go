@@ -13,7 +13,7 @@ import (
 
 // Kinds of file systems that CRIU makes anew at restore, whatever superblock
 // the container had: they show the kernel's state, not files.
-var kernelFS = []string{"proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts", "securityfs", "binfmt_misc", "pstore", "tracefs", "debugfs"}
+var kernelFS = []string{"proc", "sysfs", "mqueue", "devpts", "securityfs", "binfmt_misc", "pstore", "tracefs", "debugfs"}
 
 // mountsOf reads the mounts in the mount namespace of a process.
 func mountsOf(pid int) ([]*mountinfo.Info, error) {
@@ -59,9 +59,12 @@ func partial(container []*mountinfo.Info, external []*api.External) []string {
 }
 
 // externals picks the mounts of a container that cannot be in an image set:
-// those of file systems that CRIU does not know (virtiofs above all), and
-// those whose superblock belongs to the guest, not to the container (the
-// sandbox's /dev/shm, tmpfs volumes, masks bound from the guest's /dev).
+// those of file systems that CRIU does not know (virtiofs above all), those
+// whose superblock belongs to the guest, not to the container (the sandbox's
+// /dev/shm, tmpfs volumes, masks bound from the guest's /dev), and the
+// container's cgroup. CRIU would mount that of the restored processes, a child
+// of the container's which no limits are set in: Go's runtime for one holds
+// cpu.max open.
 // Marked destinations are external, too. The root mount never is.
 func externals(container, guest []*mountinfo.Info, marked []string) []*api.External {
 	shared := make(map[[2]int]bool, len(guest))

@@ -56,11 +56,11 @@ func TestExternalsAreWhatIsNotTheContainersOwn(t *testing.T) {
 		}
 	}
 	slices.Sort(destinations)
-	want := []string{"/cache", "/data", "/dev/shm", "/disk", "/etc/hosts", "/marked", "/proc/kcore"}
+	want := []string{"/cache", "/data", "/dev/shm", "/disk", "/etc/hosts", "/marked", "/proc/kcore", "/sys/fs/cgroup"}
 	if !slices.Equal(destinations, want) {
 		t.Errorf("externals = %v, want %v", destinations, want)
 	}
-	if p := partial(container, got); !slices.Equal(p, []string{"/etc/hosts"}) {
+	if p := partial(container, got); !slices.Equal(p, []string{"/sys/fs/cgroup", "/etc/hosts"}) {
 		t.Errorf("partial = %v", p)
 	}
 	if len(names) != len(got) {

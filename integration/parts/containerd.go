@@ -5,14 +5,21 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // ContainerdVersion is the release that testbeds run unless they are told another; like each of [OlderContainerds] it has a module below
 // integration/deps that pins its newest patch.
 const ContainerdVersion = "2.4"
 
-// OlderContainerds are the other releases that are supported.
-var OlderContainerds = []string{"2.1", "2.2", "2.3"}
+// OlderContainerds are the other releases that are supported, and OldestContainerd, the first of all of their patches.
+var OlderContainerds = []string{"2.1", "2.2", "2.3", OldestContainerd}
+
+// OldestContainerd is the oldest patch that is supported. Its CRI wants more of a checkpoint than that of later ones.
+const OldestContainerd = "2.1.0"
+
+// withCRI are the releases of which scenarios use the CRI; building it takes long.
+var withCRI = []string{ContainerdVersion, "2.3", OldestContainerd}
 
 // Containerd builds a release of containerd and ctr and returns their directory.
 func (p *Parts) Containerd(ctx context.Context, version string) (string, error) {
@@ -28,7 +35,11 @@ func (p *Parts) Containerd(ctx context.Context, version string) (string, error) 
 	args, env := []string{"build", "-trimpath"}, os.Environ()
 	if version != ContainerdVersion {
 		// Only what the scenarios of older releases need: building takes long. The standard library without cgo is there from `make build`.
-		args = append(args, "-ldflags=-s -w", "-tags=no_cri,no_btrfs,no_devmapper,no_zfs,no_aufs")
+		tags := "-tags=no_btrfs,no_devmapper,no_zfs,no_aufs"
+		if !slices.Contains(withCRI, version) {
+			tags += ",no_cri"
+		}
+		args = append(args, "-ldflags=-s -w", tags)
 		env = append(env, "CGO_ENABLED=0")
 	}
 	return p.once(ctx, "containerd/"+version+"/bin", keyOf(append([]string{sum, mod}, args[2:]...)...), func(ctx context.Context, path string) error {

@@ -52,6 +52,7 @@ const criConfig = `
   netns_mounts_under_state_dir = true
   disable_apparmor = true
   tolerate_missing_hugetlb_controller = true
+  enable_experimental_restore_via_create = true
   [plugins.'io.containerd.cri.v1.runtime'.cni]
     bin_dir = %[2]q
     bin_dirs = [%[2]q]
