@@ -73,6 +73,10 @@ demo: ## from nothing: install, build, and show a checkpoint and a restore (KATA
 e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, KATA=DIR on real Kata
 	$(E2E_ENV) go test ./integration -count=1 -parallel 2 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
 
+.PHONY: kubelet
+kubelet: build ## build the kubelet that the scenario kubelet-checkpoint-api runs (ten minutes)
+	bin/testbed build-kubelet
+
 .PHONY: bench
 bench: testbed ## measure checkpoints over bare dumps, calls and execs through the shim over those past it
 	bin/bench $(if $(KATA),-kata $(abspath $(KATA)))

@@ -88,6 +88,9 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 		if b.up[v].cri, err = cri.Dial(tb.Address, testbed.Handler, filepath.Join(tb.Dir, "log/pods")); err != nil {
 			t.Fatal(err)
 		}
+		if err := b.up[v].cri.Ready(ctx); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := tb.Import(ctx, image); err != nil {
 		t.Fatal(err)

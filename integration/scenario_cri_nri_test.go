@@ -88,6 +88,7 @@ func nriRestarted(s *scenario) {
 	s.check(s.bed.KillContainerd(s.ctx))
 	s.check(s.bed.StartContainerd(s.ctx))
 	s.check(s.engine.Reconnect())
+	s.check(s.bed.cri.Ready(s.ctx))
 	s.step("containerd was started again")
 	n := 0
 	if !s.eventually(settleTimeout, func() bool {

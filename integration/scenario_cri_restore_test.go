@@ -218,7 +218,7 @@ func restoreArchive(s *scenario) {
 	s.check(pod.Remove(s.ctx))
 	pod = s.runPod("after", cri.PodSpec{})
 	from := changing("c")
-	from.Image, from.Args = archive, nil
+	from.Image = archive
 	c, err := pod.Run(s.ctx, from)
 	s.check(err)
 	s.ids = append(s.ids, c.ID)

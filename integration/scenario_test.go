@@ -86,6 +86,7 @@ var scenarios = []scenarioCase{
 	{name: "nri-absent", run: nriAbsent, cri: true},
 	{name: "nri-restarted", run: nriRestarted, cri: true},
 	{name: "nri-other-runtime-untouched", run: nriOtherRuntimeUntouched, cri: true},
+	{name: "kubelet-checkpoint-api", run: kubeletCheckpointAPI, cri: true},
 	{name: "killed", run: killed, timeout: 30 * time.Minute},
 }
 

@@ -43,6 +43,27 @@ func Dial(socket, handler, logs string) (*Client, error) {
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
+// Ready waits until the CRI serves, for the first time or after containerd was started again.
+func (c *Client) Ready(ctx context.Context) error {
+	for {
+		answer, err := c.runtime.Status(ctx, &cri.StatusRequest{})
+		if err == nil {
+			for _, condition := range answer.GetStatus().GetConditions() {
+				// There are others, which are about deprecations.
+				if name := condition.GetType(); !condition.GetStatus() && (name == cri.RuntimeReady || name == cri.NetworkReady) {
+					err = fmt.Errorf("%s: %s", condition.GetType(), condition.GetMessage())
+				}
+			}
+		}
+		if err == nil {
+			return nil
+		}
+		if pause(ctx) != nil {
+			return fmt.Errorf("wait for the CRI: %w", err)
+		}
+	}
+}
+
 // With gives a client whose pods are of another runtime.
 func (c *Client) With(handler string) *Client {
 	other := *c
@@ -266,12 +287,12 @@ func (c *Container) Lines() ([]string, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("log of container %s: %w", c.Name, err)
 	}
-	return parseLog(string(data))
+	return ParseLog(string(data))
 }
 
-// parseLog takes the CRI's log format apart: TIME STREAM TAG TEXT, the tag F for the end of a line, P for a part of one. A line that is just
+// ParseLog takes the CRI's log format apart: TIME STREAM TAG TEXT, the tag F for the end of a line, P for a part of one. A line that is just
 // being written is left out.
-func parseLog(text string) ([]string, error) {
+func ParseLog(text string) ([]string, error) {
 	var lines []string
 	part := ""
 	for line := range strings.Lines(text) {

@@ -13,14 +13,14 @@ func TestParseLog(t *testing.T) {
 		"2026-01-02T03:04:05.6Z stdout F in parts\n" +
 		"2026-01-02T03:04:05.6Z stdout F \n" +
 		"2026-01-02T03:04:05.6Z stdout F cut of"
-	got, err := parseLog(log)
+	got, err := ParseLog(log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]string{"one", "two, in parts", ""}, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
-	if _, err := parseLog("garbage\n"); err == nil {
+	if _, err := ParseLog("garbage\n"); err == nil {
 		t.Error("garbage is taken for a log")
 	}
 }

@@ -17,6 +17,17 @@ func (p *Parts) Checkpointctl(ctx context.Context) (string, error) {
 	return p.program(ctx, "checkpointctl", "github.com/checkpoint-restore/checkpointctl")
 }
 
+// Kubelet builds the kubelet and returns its path. That takes ten minutes on two cores: [Parts.HaveKubelet] says whether it was done.
+func (p *Parts) Kubelet(ctx context.Context) (string, error) {
+	return p.program(ctx, "kubelet", "k8s.io/kubernetes/cmd/kubelet")
+}
+
+// HaveKubelet says whether Kubelet has nothing to build but what changed since.
+func (p *Parts) HaveKubelet() bool {
+	_, err := os.Stat(p.Build("programs/kubelet"))
+	return err == nil
+}
+
 // program builds a program whose version a module below integration/deps pins.
 func (p *Parts) program(ctx context.Context, name, pkg string) (string, error) {
 	source := filepath.Join(p.root, "integration/deps", name)

@@ -186,7 +186,7 @@ func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Opt
 		}
 		t.Path = strings.Join([]string{t.hostPrograms(), filepath.Dir(crictl), t.Path}, ":")
 		disabled = ""
-		if cri, err = t.configureCRI(); err != nil {
+		if cri, err = t.configureCRI(o.Containerd); err != nil {
 			return err
 		}
 	}

@@ -41,7 +41,7 @@ type CRI struct {
 	NRI process `json:"nri"`
 }
 
-// criConfig is appended to containerd's configuration. Releases differ in the name of bin_dirs, and each leaves the other's alone.
+// criConfig is appended to containerd's configuration.
 const criConfig = `
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = "overlayfs"
@@ -54,8 +54,7 @@ const criConfig = `
   tolerate_missing_hugetlb_controller = true
   enable_experimental_restore_via_create = true
   [plugins.'io.containerd.cri.v1.runtime'.cni]
-    bin_dir = %[2]q
-    bin_dirs = [%[2]q]
+    %[2]s
     conf_dir = %[3]q
   [plugins.'io.containerd.cri.v1.runtime'.containerd]
     default_runtime_name = %[4]q
@@ -84,7 +83,11 @@ const criConfig = `
 const cniPlugins = "/usr/lib/cni"
 
 // configureCRI writes what containerd's CRI needs and returns its part of containerd's configuration.
-func (t *Testbed) configureCRI() (string, error) {
+func (t *Testbed) configureCRI(containerd string) (string, error) {
+	plugins := fmt.Sprintf("bin_dirs = [%q]", cniPlugins)
+	if strings.HasPrefix(containerd, "2.1") {
+		plugins = fmt.Sprintf("bin_dir = %q", cniPlugins)
+	}
 	number, err := claimNumber(t.Dir)
 	if err != nil {
 		return "", err
@@ -119,7 +122,7 @@ func (t *Testbed) configureCRI() (string, error) {
 	if err := os.Symlink(filepath.Join(t.bundle(), "bin/criu"), filepath.Join(t.hostPrograms(), "criu")); err != nil {
 		return "", fmt.Errorf("cri: %w", err)
 	}
-	return fmt.Sprintf(criConfig, PauseImage, cniPlugins, t.cniConfig(), Handler, Runtime, t.KataConfig(), DownstreamHandler, t.Downstream,
+	return fmt.Sprintf(criConfig, PauseImage, plugins, t.cniConfig(), Handler, Runtime, t.KataConfig(), DownstreamHandler, t.Downstream,
 		t.NRISocket(), t.nri("plugins"), t.nri("conf.d")), nil
 }
 

@@ -185,3 +185,17 @@ func TestNotesOfPodsThatAreLongGone(t *testing.T) {
 	h.run(podContainer(restoreWeb, "x.tar"))
 	wantFiles(t, dir, "shop--u-1--web", "shop--u-9--web")
 }
+
+func TestOtherImage(t *testing.T) {
+	for _, tc := range []struct {
+		a, b  string
+		other bool
+	}{
+		{"busybox:1", "busybox:1", false}, {"busybox:1", "busybox:2", true}, {"sha256:1", "sha256:2", true}, {"sha256:1", "sha256:1", false},
+		{"busybox:1", "sha256:1", false}, {"", "busybox:1", false}, {"sha256:1", "", false},
+	} {
+		if otherImage(tc.a, tc.b) != tc.other || otherImage(tc.b, tc.a) != tc.other {
+			t.Errorf("%q and %q: %t", tc.a, tc.b, !tc.other)
+		}
+	}
+}

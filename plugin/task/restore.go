@@ -117,7 +117,7 @@ func fits(m *imageset.Manifest, spec *specs.Spec, image string, terminal bool) e
 	if spec.Process != nil && !slices.Equal(m.Container.Args, spec.Process.Args) {
 		errs = append(errs, fmt.Sprintf("it was made of a container that runs %s and this one runs %s", quoteArgs(m.Container.Args), quoteArgs(spec.Process.Args)))
 	}
-	if image != "" && m.Container.Image != "" && image != m.Container.Image {
+	if otherImage(m.Container.Image, image) {
 		errs = append(errs, fmt.Sprintf("its image was %s and this container's is %s", m.Container.Image, image))
 	}
 	if m.Terminal != terminal {
@@ -139,6 +139,14 @@ func fits(m *imageset.Manifest, spec *specs.Spec, image string, terminal bool) e
 		return errors.New("the checkpoint does not fit this container: " + strings.Join(errs, "; "))
 	}
 	return nil
+}
+
+// otherImage says whether two images are known to be different ones. The CRI
+// gives an image by the name that the pod has for it, or by its id, as when it
+// restores a container itself: a name and an id say nothing of each other.
+func otherImage(a, b string) bool {
+	const id = "sha256:"
+	return a != "" && b != "" && strings.HasPrefix(a, id) == strings.HasPrefix(b, id) && a != b
 }
 
 // putPlaceholder makes the container's first process the one below which the

@@ -18,6 +18,7 @@ import (
 
 const usage = `usage:
   testbed build                 make everything that a testbed needs and that is not there yet
+  testbed build-kubelet         make the kubelet for the scenario kubelet-checkpoint-api
   testbed up --dir DIR [...]    make a testbed; prints what a shell evaluates to work with it (testbed up -h: options)
   testbed down --dir DIR        end all that runs in it and remove it
   testbed shell --dir DIR SANDBOX_ID -- COMMAND [ARGUMENT...]
@@ -45,6 +46,8 @@ func run(ctx context.Context, args []string) (status int, err error) {
 	switch verb, args := args[0], args[1:]; verb {
 	case "build":
 		return 0, build(ctx)
+	case "build-kubelet":
+		return 0, buildKubelet(ctx)
 	case "up":
 		return 0, up(ctx, args)
 	case "down":
@@ -76,6 +79,19 @@ func build(ctx context.Context) error {
 		}
 		fmt.Println(path)
 	}
+	return nil
+}
+
+func buildKubelet(ctx context.Context) error {
+	p, err := parts.Find()
+	if err != nil {
+		return err
+	}
+	path, err := p.Kubelet(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Println(path)
 	return nil
 }
 
