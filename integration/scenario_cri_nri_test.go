@@ -85,9 +85,8 @@ func nriRestarted(s *scenario) {
 	}
 	s.step("the plugin was started again")
 
-	s.check(s.bed.KillContainerd(s.ctx))
-	s.check(s.bed.StartContainerd(s.ctx))
-	s.check(s.engine.Reconnect())
+	s.killContainerd()
+	s.startContainerd()
 	s.check(s.bed.cri.Ready(s.ctx))
 	s.step("containerd was started again")
 	n := 0

@@ -49,9 +49,13 @@ func (s *scenario) checkpointctl(args ...string) string {
 // checkpointed has a container checkpointed in passing, and gives the numbers between which that was.
 func (s *scenario) checkpointed(c *cri.Container, archive string) (earliest, latest int) {
 	s.Helper()
-	earliest = len(s.ticked(c, 5))
+	last := func() int {
+		ticks := s.ticked(c, 5)
+		return ticks[len(ticks)-1]
+	}
+	earliest = last()
 	s.check(c.Checkpoint(s.ctx, archive))
-	latest = len(s.ticked(c, 5))
+	latest = last()
 	s.step("checkpointed %s", c.Name)
 	return earliest, latest
 }
