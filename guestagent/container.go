@@ -13,6 +13,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // restoredCgroup is the child of a container's cgroup that a restored tree
@@ -108,7 +109,7 @@ func (a *Agent) load(id string) (*container, error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	data, err := os.ReadFile(a.recordPath(id))
+	data, err := rawfile.Read(a.recordPath(id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("container %s was not prepared for checkpoints when it started: %w", id, errdefs.ErrNotFound)
 	}

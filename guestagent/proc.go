@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // process tells one process from a later one of the same pid.
@@ -36,7 +38,7 @@ func (p process) alive() bool {
 
 // statFields returns the fields of /proc/PID/stat from the third one on.
 func statFields(pid int) ([]string, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	data, err := rawfile.Read(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +82,7 @@ func oldest(pids []int) (process, error) {
 
 // nsPIDs returns the pids of a process from the guest's root namespace inwards.
 func nsPIDs(pid int) ([]int, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	data, err := rawfile.Read(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return nil, err
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // Root is where the guest has cgroup v2.
@@ -66,7 +68,7 @@ func expandSlice(slice string) string {
 func Procs(dir string, deep bool) ([]int, error) {
 	var pids []int
 	read := func(d string) error {
-		data, err := os.ReadFile(filepath.Join(d, "cgroup.procs"))
+		data, err := rawfile.Read(filepath.Join(d, "cgroup.procs"))
 		if err != nil {
 			return err
 		}
