@@ -18,14 +18,19 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // helperTimeout bounds the wait for an exec helper that Kata has started.
 const helperTimeout = 10 * time.Second
 
-// helperPause is between two looks for a helper of which nothing was heard.
-const helperPause = 10 * time.Millisecond
+// Pauses between two looks for a helper: while something will tell of it, and
+// where nothing will.
+const (
+	rareLooks     = 100 * time.Millisecond
+	frequentLooks = 5 * time.Millisecond
+)
 
 // Exec implements the service.
 func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
@@ -43,13 +48,18 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 	return &api.ExecResponse{Pid: int32(pid)}, nil //nolint:gosec // a pid
 }
 
+// exec has the process enter the container while Kata starts the helper.
 func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int, error) {
+	entered, err := a.spawner.Enter(enter.Request{Target: c.Restored.PID, Cgroup: c.tree(), Process: r.GetProcess()})
+	if err != nil {
+		return 0, err
+	}
+	defer entered.Close()
 	h, err := findHelper(ctx, c, r.GetHelperToken())
 	if err != nil {
 		return 0, err
 	}
-	defer h.closeStdio()
-	pid, err := a.spawner.Start(enter.Request{Target: c.Restored.PID, Cgroup: c.tree(), Process: r.GetProcess()}, h.stdio)
+	pid, err := entered.Run(h.stdio)
 	if err != nil {
 		return 0, errors.Join(err, h.kill(), h.close())
 	}
@@ -68,19 +78,37 @@ func (a *Agent) spawnCommand() (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// helper is an exec helper that Kata has started in a placeholder's namespaces.
+// helper is an exec helper that Kata has started in a placeholder's namespaces,
+// and what the agent has taken from it, all of it descriptors.
 type helper struct {
 	pidfd  int
-	stdio  [3]*os.File
-	status *os.File
+	stdio  [3]int
+	status int
+	// watch is what it was found by. The kernel takes its time to close one.
+	watch int
 }
 
 // findHelper waits for the exec helper with the token and takes its descriptors.
 func findHelper(ctx context.Context, c *container, token string) (*helper, error) {
 	ctx, cancel := context.WithTimeout(ctx, helperTimeout)
 	defer cancel()
-	starts := watchStarts(ctx)
-	for soon := 0; ; soon-- {
+	pause := rareLooks
+	watch, err := watchReady()
+	if err != nil {
+		log.G(ctx).WithError(err).Debug("watch for exec helpers")
+		watch, pause = -1, frequentLooks
+	}
+	h, err := awaitHelper(ctx, c, token, watch, pause)
+	if err != nil {
+		closeIfOpen(watch)
+		return nil, err
+	}
+	h.watch = watch
+	return h, nil
+}
+
+func awaitHelper(ctx context.Context, c *container, token string, watch int, pause time.Duration) (*helper, error) {
+	for {
 		pids, err := cgroup.Procs(c.Cgroup, false)
 		if err != nil {
 			return nil, fmt.Errorf("look for the exec helper: %w", err)
@@ -93,54 +121,51 @@ func findHelper(ctx context.Context, c *container, token string) (*helper, error
 				return h, nil
 			}
 		}
-		pause := helperPause
-		if soon > 0 {
-			pause /= 10
+		told, err := awaitReady(watch, pause)
+		if err != nil {
+			return nil, fmt.Errorf("watch for the exec helper: %w", err)
 		}
-		select {
-		case <-ctx.Done():
+		if ctx.Err() != nil {
 			return nil, fmt.Errorf("the exec helper did not start: %w", ctx.Err())
-		case <-starts:
-			soon = 10 // the file is open, its execution follows
-		case <-time.After(pause):
+		}
+		if !told && !c.root().alive() {
+			return nil, fmt.Errorf("the process of the container has ended: %w", errdefs.ErrNotFound)
 		}
 	}
 }
 
-// watchStarts says when somebody executes the agent's copy in memory, which
-// [quickenHelper] has made the helper's. Nothing is said where inotify does
-// not work or the helper is another file; nobody may rely on it.
-func watchStarts(ctx context.Context) <-chan struct{} {
-	starts := make(chan struct{}, 1)
+// watchReady gives a descriptor that tells when somebody has opened and closed
+// the agent's copy in memory, which [quickenHelper] has made the helper's: a
+// helper does when it has all that is to be taken from it. This is no more
+// than a reason to look: where the helper is another file, nothing is told.
+func watchReady() (int, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
-		return nil
+		return -1, err
 	}
-	events := os.NewFile(uintptr(fd), "inotify")
-	if _, err := unix.InotifyAddWatch(fd, criu.Agent, unix.IN_OPEN); err != nil {
-		events.Close()
-		return nil
+	if _, err := unix.InotifyAddWatch(fd, criu.Agent, unix.IN_CLOSE_NOWRITE); err != nil {
+		unix.Close(fd)
+		return -1, &os.PathError{Op: "watch", Path: criu.Agent, Err: err}
 	}
-	stop := context.AfterFunc(ctx, func() { events.Close() })
-	go func() {
-		defer stop()
-		defer events.Close()
-		for b := make([]byte, unix.SizeofInotifyEvent+unix.PathMax); ; {
-			if _, err := events.Read(b); err != nil {
-				return
-			}
-			select {
-			case starts <- struct{}{}:
-			default:
-			}
-		}
-	}()
-	return starts
+	return fd, nil
 }
 
-// takeHelper returns nil when a process is not the helper. Its stdio is there
-// before its own code runs: the real process starts while the helper still
-// does. What it looks at a container cannot fake: the helper runs in the
+// awaitReady waits for a watch to tell something, for some time.
+func awaitReady(fd int, pause time.Duration) (told bool, err error) {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+	n, err := unix.Poll(fds, int(pause.Milliseconds()))
+	if n > 0 {
+		var events [unix.SizeofInotifyEvent + unix.PathMax]byte
+		_, err = unix.Read(fd, events[:])
+	}
+	if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
+		err = nil
+	}
+	return n > 0, err
+}
+
+// takeHelper returns nil when a process is not the helper, or not ready yet.
+// What it looks at a container cannot fake: the helper runs in the
 // placeholder's cgroup and namespaces, where no process of the container is,
 // from the placeholder's own read-only executable.
 func takeHelper(c *container, pid int, token string) *helper {
@@ -148,9 +173,8 @@ func takeHelper(c *container, pid int, token string) *helper {
 	if err != nil {
 		return nil
 	}
-	h := &helper{pidfd: pidfd}
+	h := &helper{pidfd: pidfd, stdio: [3]int{-1, -1, -1}, status: -1, watch: -1}
 	if !isHelper(c, pid, token) || !h.take() {
-		h.closeStdio()
 		_ = h.close()
 		return nil
 	}
@@ -158,7 +182,7 @@ func takeHelper(c *container, pid int, token string) *helper {
 }
 
 func isHelper(c *container, pid int, token string) bool {
-	cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	cmd, err := rawfile.Read(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil {
 		return false
 	}
@@ -212,57 +236,38 @@ func quickenHelper(placeholder int) error {
 	})
 }
 
+// take copies the helper's descriptors. The last one is there once it is ready.
 func (h *helper) take() bool {
+	var err error
+	if h.status, err = unix.PidfdGetfd(h.pidfd, exechelper.StatusFD, 0); err != nil {
+		return false
+	}
 	for i := range h.stdio {
-		if h.stdio[i] = h.get(i); h.stdio[i] == nil {
+		if h.stdio[i], err = unix.PidfdGetfd(h.pidfd, i, 0); err != nil {
 			return false
 		}
 	}
 	return true
 }
 
-// get takes a copy of one of the helper's descriptors; nil: it has none such.
-func (h *helper) get(n int) *os.File {
-	fd, err := unix.PidfdGetfd(h.pidfd, n, 0)
-	if err != nil {
-		return nil
-	}
-	return os.NewFile(uintptr(fd), fmt.Sprint("helper's ", n))
-}
-
-// takeStatus waits for the pipe that the helper makes once it runs.
-func (h *helper) takeStatus() error {
-	for deadline := time.Now().Add(helperTimeout); ; {
-		if h.status = h.get(exechelper.StatusFD); h.status != nil {
-			return nil
-		}
-		fds := []unix.PollFd{{Fd: int32(h.pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
-		if n, err := unix.Poll(fds, 2); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("watch the exec helper: %w", err)
-		} else if n > 0 {
-			return errors.New("the exec helper has ended")
-		}
-		if time.Now().After(deadline) {
-			return errors.New("the exec helper does not get ready")
-		}
-	}
-}
-
-func (h *helper) closeStdio() {
-	for i, f := range h.stdio {
-		if f != nil {
-			f.Close()
-			h.stdio[i] = nil
-		}
+// release closes what is of no use once the process runs.
+func (h *helper) release() {
+	for _, fd := range []*int{&h.stdio[0], &h.stdio[1], &h.stdio[2], &h.watch} {
+		closeIfOpen(*fd)
+		*fd = -1
 	}
 }
 
 func (h *helper) close() error {
-	var err error
-	if h.status != nil {
-		err = h.status.Close()
+	h.release()
+	closeIfOpen(h.status)
+	return unix.Close(h.pidfd)
+}
+
+func closeIfOpen(fd int) {
+	if fd >= 0 {
+		unix.Close(fd)
 	}
-	return errors.Join(err, unix.Close(h.pidfd))
 }
 
 func (h *helper) kill() error {
@@ -278,8 +283,8 @@ func (h *helper) kill() error {
 func (h *helper) attend(pid int) {
 	defer h.close()
 	ws, err := h.await(pid)
-	if err == nil && h.status != nil {
-		_, err = h.status.Write(exechelper.Message{PID: int32(pid), Ended: 1, Status: uint32(ws)}.Encode()) //nolint:gosec // a pid
+	if err == nil {
+		err = h.tell(exechelper.Message{PID: int32(pid), Ended: 1, Status: uint32(ws)}) //nolint:gosec // a pid
 	}
 	if err != nil {
 		log.L.WithError(err).WithField("pid", pid).Debug("attend to an exec'd process")
@@ -299,6 +304,7 @@ func (h *helper) await(pid int) (unix.WaitStatus, error) {
 		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // gone already, or killed
 		fds = fds[:1]
 	}
+	h.release()
 	for {
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
 			return 0, fmt.Errorf("watch process %d: %w", pid, err)
@@ -330,10 +336,13 @@ func (h *helper) introduce(pid int) error {
 	if len(pids) < 2 {
 		return fmt.Errorf("process %d is in no nested pid namespace", pid)
 	}
-	if err := h.takeStatus(); err != nil {
-		return err
-	}
 	// From the guest's root namespace inwards: the second is the placeholder's.
-	_, err = h.status.Write(exechelper.Message{PID: int32(pids[1])}.Encode()) //nolint:gosec // a pid
+	return h.tell(exechelper.Message{PID: int32(pids[1])}) //nolint:gosec // a pid
+}
+
+// tell writes a message, which is less than what a pipe takes in one piece. A
+// helper that has gone is no news to who writes: that shows by its pidfd.
+func (h *helper) tell(m exechelper.Message) error {
+	_, err := unix.Write(h.status, m.Encode())
 	return err
 }

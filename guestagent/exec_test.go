@@ -8,16 +8,16 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
 )
 
 const testToken = "THETOKENOFTHISTESTANDNOOTHER"
 
-// TestMain makes this program one that stays for as long as its stdin is open,
-// where a test starts it as an exec helper.
+// TestMain makes this program an exec helper where a test starts it as one.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == ExecMode {
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		os.Exit(0)
+		os.Exit(exechelper.Run())
 	}
 	os.Exit(m.Run())
 }
@@ -47,7 +47,6 @@ func pose(t *testing.T, program string, args []string, attr *unix.SysProcAttr) i
 func took(c *container, pid int, token string, limit time.Duration) bool {
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); <-time.After(time.Millisecond) {
 		if h := takeHelper(c, pid, token); h != nil {
-			h.closeStdio()
 			_ = h.close()
 			return true
 		}

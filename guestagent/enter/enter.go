@@ -15,8 +15,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +24,7 @@ import (
 type Request struct {
 	// Target is the process whose namespaces are joined.
 	Target int `json:"target"`
-	// Cgroup is the directory of the cgroup that the process starts in.
+	// Cgroup is the directory of the cgroup, of version 2, that the process starts in.
 	Cgroup string `json:"cgroup"`
 	// Process is what the caller asked for, an OCI process: arguments,
 	// environment, user, capabilities, limits, terminal. Without an OOM score of
@@ -36,12 +34,23 @@ type Request struct {
 
 // readReport reads what became of a request until all who could write have
 // ended or become the process: its pid, or what went wrong.
-func readReport(report *os.File) (int, error) {
-	data, err := io.ReadAll(report)
-	if err != nil {
-		return 0, fmt.Errorf("report of the new process: %w", err)
+func readReport(report int) (int, error) {
+	var data []byte
+	for b := make([]byte, 8*recordSize); ; {
+		n, err := unix.Read(report, b)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("report of the new process: %w", err)
+		}
+		if n == 0 {
+			break
+		}
+		data = append(data, b[:n]...)
 	}
 	pid := 0
+	var err error
 	for len(data) >= recordSize && err == nil {
 		kind, value := binary.NativeEndian.Uint32(data), binary.NativeEndian.Uint32(data[4:])
 		data = data[recordSize:]

@@ -32,10 +32,7 @@ func TestStart(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root to make namespaces")
 	}
-	cgroup := t.TempDir() // stands for one: where it is a plain file, entering changes nothing
-	if err := os.WriteFile(cgroup+"/cgroup.procs", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	cgroup := makeCgroup(t)
 	target := startTarget(t)
 	binary := "/proc/self/exe"
 	if runtime.GOARCH == "amd64" {
@@ -71,6 +68,8 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 	}{
 		"pid namespace": {specs.Process{Args: []string{"sh", "-c", "readlink /proc/self/ns/pid /proc/self/ns/uts /proc/self/ns/time"}},
 			readLinks(t, target, "pid", "uts", "time"), 0},
+		"cgroup": {specs.Process{Args: []string{"sh", "-c", "readlink /proc/self/ns/cgroup; grep ^0: /proc/self/cgroup"}},
+			readLinks(t, target, "cgroup") + "0::/" + filepath.Base(cgroup) + "\n", 0},
 		"exit status":   {specs.Process{Args: []string{"sh", "-c", "exit 7"}}, "", 7},
 		"user":          {specs.Process{Args: []string{"sh", "-c", "id -u; id -g; umask"}, User: specs.User{UID: 65534, GID: 65534, AdditionalGids: []uint32{5}, Umask: &mask}}, "65534\n65534\n0027\n", 0},
 		"no capability": {specs.Process{Args: []string{"grep", "CapEff", "/proc/self/status"}}, "CapEff:\t0000000000000000\n", 0},
@@ -94,6 +93,17 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 			t.Errorf("wrote %q", out)
 		}
 	})
+	t.Run("waits unseen", func(t *testing.T) {
+		e, err := spawner.Enter(request(t, target, cgroup, specs.Process{Args: []string{"echo", "never"}}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.Close()
+		// The next one has waited for its own turn, and for the answers of that.
+		if out, _ := run(t, spawner, target, cgroup, specs.Process{Args: []string{"sh", "-c", "ls -d /proc/[0-9]* | wc -l; cat " + cgroup + "/cgroup.procs | wc -l"}}); out != "4\n3\n" {
+			t.Errorf("beside the one that waits there are %q processes", out)
+		}
+	})
 	t.Run("missing command", func(t *testing.T) {
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 		if err != nil {
@@ -101,7 +111,7 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 		}
 		defer null.Close()
 		p := specs.Process{Args: []string{"no-such-command"}}
-		_, err = spawner.Start(request(t, target, cgroup, p), [3]*os.File{null, null, null})
+		_, err = startOn(t, spawner, request(t, target, cgroup, p), [3]*os.File{null, null, null})
 		if err == nil || !strings.Contains(err.Error(), "executable file not found") {
 			t.Errorf("Start = %v", err)
 		}
@@ -170,6 +180,48 @@ func startTarget(t *testing.T) int {
 	return pid
 }
 
+// makeCgroup makes a cgroup below that of this process.
+func makeCgroup(t *testing.T) string {
+	t.Helper()
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, path, _ := strings.Cut("\n"+string(own), "\n0::")
+	path, _, _ = strings.Cut(path, "\n")
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[2] == "cgroup2" {
+			dir, err := os.MkdirTemp(filepath.Join(fields[1], path), "enter-test-")
+			if err != nil {
+				t.Skip("needs to make cgroups: ", err)
+			}
+			t.Cleanup(func() {
+				if err := os.Remove(dir); err != nil {
+					t.Error(err)
+				}
+			})
+			return dir
+		}
+	}
+	t.Skip("needs cgroup v2")
+	return ""
+}
+
+// startOn is what the agent does, all at once.
+func startOn(t *testing.T, spawner *Spawner, r Request, stdio [3]*os.File) (int, error) {
+	t.Helper()
+	e, err := spawner.Enter(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	return e.Run([3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())})
+}
+
 func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
 	t.Helper()
 	data, err := json.Marshal(p)
@@ -194,7 +246,7 @@ func run(t *testing.T, spawner *Spawner, target int, cgroup string, p specs.Proc
 		t.Fatal(err)
 	}
 	defer read.Close()
-	pid, err := spawner.Start(request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr})
+	pid, err := startOn(t, spawner, request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr})
 	write.Close()
 	if err != nil {
 		t.Fatal(err)

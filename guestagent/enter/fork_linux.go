@@ -16,11 +16,12 @@ const (
 
 // Steps of the children that can fail, by the record kinds that report them.
 const (
-	stepCgroup = iota + 3
-	stepOOM
+	stepOOM = iota + 3
 	stepHide
 	stepNamespaces
+	stepReceive
 	stepFork
+	stepCgroup
 	stepSession
 	stepStdio
 	stepTerminal
@@ -36,36 +37,47 @@ const (
 )
 
 var stepNames = map[uint32]string{
-	stepCgroup: "enter the container's cgroup", stepOOM: "set the OOM score", stepHide: "hide from the container", stepNamespaces: "enter the container's namespaces",
-	stepFork: "fork in the container", stepSession: "make a session", stepStdio: "place stdio", stepTerminal: "take the terminal",
+	stepOOM: "set the OOM score", stepHide: "hide from the container", stepNamespaces: "enter the container's namespaces", stepReceive: "receive stdio",
+	stepFork: "fork in the container", stepCgroup: "enter the container's cgroup namespace", stepSession: "make a session", stepStdio: "place stdio", stepTerminal: "take the terminal",
 	stepLimits: "set resource limits", stepCwd: "change to the working directory", stepGroups: "set groups", stepGID: "set the group",
 	stepUID: "set the user", stepCapabilities: "set capabilities", stepNoNew: "set no-new-privileges", stepExec: "exec", stepRead: "read the request",
 }
 
-// namespaces that the child joins by one setns on a pidfd. The user namespace
-// is not among them: Kata gives containers none of their own. The network is
-// the guest's.
-const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID | unix.CLONE_NEWCGROUP | unix.CLONE_NEWTIME
+// namespaces that the first child joins by one setns on a pidfd. The user
+// namespace is not among them: Kata gives containers none of their own. The
+// network is the guest's. The cgroup namespace has to wait until the process is
+// in its cgroup: from inside of it, that is the only way in which is open.
+const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID | unix.CLONE_NEWTIME
 
 // order is what the spawner was handed: descriptors, and where the plan is.
 type order struct {
 	base   uintptr
-	stdio  [3]uintptr
+	stdio  uintptr
 	report uintptr
 	pidfd  uintptr
 	cgroup uintptr
 }
 
-// fork starts the first child, which only forks the second one, into the
-// namespaces. Both are children of this process's parent. The children's code
-// is this function, too: it may call nothing but the kernel.
+// cloneArgs is struct clone_args (clone3(2)).
+type cloneArgs struct {
+	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
+}
+
+// fork starts the first child, which joins the namespaces, waits for the stdio
+// and forks the second one, which they hold for. Both are children of this
+// process's parent. The children's code is this function, too: it may call
+// nothing but the kernel.
+//
+// Until there is a stdio the container has nothing of the process: the first
+// child is in none of its cgroups, and outside of its pid namespace.
 //
 //go:norace
 //go:noinline
 func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
 	var (
 		record [2]uint32
-		zero   = [1]byte{'0'}
+		stdio  stdioRights
+		fork   cloneArgs
 		step   uint32
 		r1     uintptr
 		errno  syscall.Errno
@@ -76,10 +88,6 @@ func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
 		return r1, errno
 	}
 
-	step = stepCgroup
-	if _, _, errno = unix.RawSyscall(unix.SYS_WRITE, o.cgroup, uintptr(unsafe.Pointer(&zero[0])), 1); errno != 0 {
-		goto fail
-	}
 	step = stepOOM
 	if r1, _, errno = unix.RawSyscall6(unix.SYS_OPENAT, ^uintptr(99), o.base+p.oomPath, unix.O_WRONLY|unix.O_CLOEXEC, 0, 0, 0); errno != 0 {
 		goto fail
@@ -99,8 +107,22 @@ func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
 	if _, _, errno = unix.RawSyscall(unix.SYS_SETNS, o.pidfd, namespaces, 0); errno != 0 {
 		goto fail
 	}
+	step = stepReceive
+	if r1, errno = receive(o.stdio, unsafe.Pointer(&stdio), unsafe.Sizeof(stdio)); errno != 0 {
+		goto fail
+	}
+	if r1 == 0 { // nobody will send any
+		unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+	}
+	if !stdio.header.holds(unsafe.Sizeof(stdio.files)) {
+		errno = unix.EBADMSG
+		goto fail
+	}
+	// Moving a process that is there into a cgroup waits for all processors to
+	// have passed through the scheduler, which takes longer than all the rest.
 	step = stepFork
-	r1, _, errno = unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD)|unix.CLONE_PARENT, 0, 0, 0, 0, 0)
+	fork = cloneArgs{flags: unix.CLONE_PARENT | unix.CLONE_INTO_CGROUP, cgroup: uint64(o.cgroup)}
+	r1, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&fork)), unsafe.Sizeof(fork), 0)
 	if errno != 0 {
 		goto fail
 	}
@@ -110,13 +132,17 @@ func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
 	}
 
+	step = stepCgroup
+	if _, _, errno = unix.RawSyscall(unix.SYS_SETNS, o.pidfd, unix.CLONE_NEWCGROUP, 0); errno != 0 {
+		goto fail
+	}
 	step = stepSession
 	if _, _, errno = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0); errno != 0 {
 		goto fail
 	}
 	step = stepStdio
 	for i = 0; i < 3; i++ {
-		if _, _, errno = unix.RawSyscall(unix.SYS_DUP3, o.stdio[i], uintptr(i), 0); errno != 0 {
+		if _, _, errno = unix.RawSyscall(unix.SYS_DUP3, uintptr(stdio.files[i]), uintptr(i), 0); errno != 0 { //nolint:gosec // a descriptor
 			goto fail
 		}
 	}
@@ -195,7 +221,7 @@ func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
 	errno = syscall.Errno(record[1])
 
 fail:
-	record[0], record[1] = step, uint32(errno) //nolint:gosec // an errno
+	record[0], record[1] = step, uint32(errno)
 	unix.RawSyscall(unix.SYS_WRITE, o.report, uintptr(unsafe.Pointer(&record[0])), recordSize)
 	for {
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)

@@ -1,6 +1,7 @@
 package enter
 
 import (
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -13,11 +14,48 @@ const serveFD = 3
 // memory. Its elements keep the plan aligned.
 var area [maxPlan / unsafe.Sizeof(uintptr(0))]uintptr
 
-// rights is a control message with the descriptors of a request.
-type rights struct {
-	header unix.Cmsghdr
+// rightsHeader begins a control message with descriptors.
+type rightsHeader unix.Cmsghdr
+
+// requestRights are the descriptors of a request.
+type requestRights struct {
+	header rightsHeader
 	files  [requestFiles]int32
 	_      [requestFiles % 2]int32 // padding, as CMSG_SPACE has it
+}
+
+// stdioRights are those of a process's stdio, which follows.
+type stdioRights struct {
+	header rightsHeader
+	files  [3]int32
+	_      int32
+}
+
+// holds says whether descriptors of that size together came with the message.
+//
+//go:norace
+//go:nosplit
+func (h *rightsHeader) holds(size uintptr) bool {
+	return h.Type == unix.SCM_RIGHTS && uintptr(h.Len) == unsafe.Sizeof(*h)+size
+}
+
+// receive waits for a message with descriptors. It returns 0 when there will
+// be none any more.
+//
+//go:norace
+//go:nosplit
+func receive(conn uintptr, control unsafe.Pointer, size uintptr) (uintptr, syscall.Errno) {
+	for {
+		var (
+			one     [1]byte
+			vector  = unix.Iovec{Base: &one[0], Len: 1}
+			message = unix.Msghdr{Iov: &vector, Iovlen: 1, Control: (*byte)(control), Controllen: uint64(size)}
+		)
+		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, conn, uintptr(unsafe.Pointer(&message)), unix.MSG_CMSG_CLOEXEC)
+		if errno != unix.EINTR {
+			return n, errno
+		}
+	}
 }
 
 // Serve starts what is asked for on descriptor 3 until the other end closes
@@ -30,23 +68,15 @@ type rights struct {
 func Serve() int {
 	unix.RawSyscall(unix.SYS_FCNTL, serveFD, unix.F_SETFD, unix.FD_CLOEXEC)
 	for {
-		var (
-			one     [1]byte
-			control rights
-			vector  = unix.Iovec{Base: &one[0], Len: 1}
-			message = unix.Msghdr{Iov: &vector, Iovlen: 1, Control: (*byte)(unsafe.Pointer(&control)), Controllen: uint64(unsafe.Sizeof(control))}
-		)
-		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, serveFD, uintptr(unsafe.Pointer(&message)), unix.MSG_CMSG_CLOEXEC)
-		if errno == unix.EINTR {
-			continue
-		}
+		var control requestRights
+		n, errno := receive(serveFD, unsafe.Pointer(&control), unsafe.Sizeof(control))
 		if errno != 0 {
 			return 1
 		}
 		if n == 0 {
 			return 0
 		}
-		if control.header.Type != unix.SCM_RIGHTS || uintptr(control.header.Len) != unsafe.Sizeof(control.header)+unsafe.Sizeof(control.files) {
+		if !control.header.holds(unsafe.Sizeof(control.files)) {
 			return 1
 		}
 		start(&control.files)
@@ -60,9 +90,9 @@ func Serve() int {
 // it the children report.
 func start(files *[requestFiles]int32) {
 	o := order{
-		base:   uintptr(unsafe.Pointer(&area)),
-		stdio:  [3]uintptr{uintptr(files[requestStdio]), uintptr(files[requestStdio+1]), uintptr(files[requestStdio+2])},   //nolint:gosec // descriptors
-		report: uintptr(files[requestReport]), pidfd: uintptr(files[requestTarget]), cgroup: uintptr(files[requestCgroup]), //nolint:gosec // descriptors
+		base:  uintptr(unsafe.Pointer(&area)),
+		stdio: uintptr(files[requestStdio]), report: uintptr(files[requestReport]), //nolint:gosec // descriptors
+		pidfd: uintptr(files[requestTarget]), cgroup: uintptr(files[requestCgroup]), //nolint:gosec // descriptors
 	}
 	record := [2]uint32{stepRead}
 	size, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(files[requestPlan]), o.base, unsafe.Sizeof(area), 0, 0, 0) //nolint:gosec // a descriptor

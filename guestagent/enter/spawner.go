@@ -4,9 +4,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -15,11 +15,11 @@ import (
 
 // Descriptors that go along with a request, in this order.
 const (
-	requestPlan = iota // a file in memory
-	requestStdio
-	requestReport = requestStdio + iota + 1
-	requestTarget
-	requestCgroup
+	requestPlan   = iota // a file in memory
+	requestStdio         // a socket that the stdio comes by
+	requestReport        // the write end of a pipe
+	requestTarget        // a pidfd
+	requestCgroup        // a directory
 	requestFiles
 )
 
@@ -71,53 +71,88 @@ func (s *Spawner) Close() {
 	}
 }
 
-// Start starts a process on stdio and returns its pid in the guest's root pid
-// namespace; it is a child of the caller, who waits for it.
-func (s *Spawner) Start(r Request, stdio [3]*os.File) (int, error) {
-	report, err := s.send(r, stdio)
-	if err != nil {
-		return 0, err
+// Entered is a process that waits in a container's namespaces for its stdio,
+// so that what takes time has been done when that is there. The container sees
+// nothing of it yet.
+type Entered struct {
+	process []byte
+	// stdio is the end of a socket pair, report that of a pipe.
+	stdio, report int
+}
+
+// Enter makes a process that enters the container. What fails in the process
+// itself is said by [Entered.Run]. The caller has to close it.
+func (s *Spawner) Enter(r Request) (*Entered, error) {
+	var files [requestFiles]int
+	for i := range files {
+		files[i] = -1
 	}
-	defer report.Close()
-	pid, err := readReport(report)
+	defer func() { closeAll(files[:]) }()
+	e := &Entered{process: r.Process, stdio: -1, report: -1}
+	err := e.open(r, &files)
+	if err == nil {
+		err = s.ask(unix.UnixRights(files[:]...))
+	}
 	if err != nil {
-		return 0, named(err, r.Process)
+		closeAll([]int{e.stdio, e.report})
+		return nil, fmt.Errorf("exec: %w", err)
+	}
+	return e, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+}
+
+// Run makes the process run on stdio and returns its pid in the guest's root
+// pid namespace; it is a child of the caller, who waits for it.
+func (e *Entered) Run(stdio [3]int) (int, error) {
+	// Where nobody receives them, the report says why.
+	err := unix.Sendmsg(e.stdio, []byte{0}, unix.UnixRights(stdio[:]...), nil, unix.MSG_NOSIGNAL)
+	if err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+		return 0, fmt.Errorf("exec: pass stdio on: %w", err)
+	}
+	pid, err := e.conclude()
+	if err != nil {
+		return 0, named(err, e.process)
 	}
 	return pid, nil
 }
 
-// send hands the request over and returns where it is reported on.
-func (s *Spawner) send(r Request, stdio [3]*os.File) (_ *os.File, err error) {
-	files, err := open(r)
+// Close ends a process that has not run.
+func (e *Entered) Close() {
+	if e.report >= 0 {
+		_, _ = e.conclude() // nothing has run
+	}
+}
+
+// conclude waits for the end of the report.
+func (e *Entered) conclude() (int, error) {
+	unix.Close(e.stdio)
 	defer func() {
-		for _, f := range files {
-			f.Close()
-		}
+		unix.Close(e.report)
+		e.stdio, e.report = -1, -1
 	}()
-	if err != nil {
-		return nil, fmt.Errorf("exec: %w", err)
-	}
-	read, write, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	defer write.Close()
-	var fds []int
-	for _, f := range []*os.File{files[0], stdio[0], stdio[1], stdio[2], write, files[1], files[2]} {
-		fds = append(fds, int(f.Fd()))
-	}
-	rights := unix.UnixRights(fds...)
+	return readReport(e.report)
+}
+
+// ask hands the request over.
+func (s *Spawner) ask(rights []byte) error {
 	for attempt := 0; ; attempt++ {
-		if err = s.Prepare(); err == nil {
+		err := s.Prepare()
+		if err == nil {
 			err = s.pass(rights)
 		}
 		if err == nil {
-			return read, nil
+			return nil
 		}
 		s.Close()
 		if attempt > 0 || !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
-			read.Close()
-			return nil, fmt.Errorf("ask the spawner: %w", err)
+			return fmt.Errorf("ask the spawner: %w", err)
 		}
 	}
 }
@@ -131,32 +166,44 @@ func (s *Spawner) pass(rights []byte) error {
 	return unix.Sendmsg(int(s.conn.Fd()), []byte{0}, rights, nil, unix.MSG_NOSIGNAL)
 }
 
-// open makes the request's files: the plan, the target and its cgroup.
-func open(r Request) ([]*os.File, error) {
+// open makes the files of a request, and the ends of them that are ours. They
+// are plain descriptors: what a file of Go's needs besides, an emulated guest
+// feels.
+func (e *Entered) open(r Request, files *[requestFiles]int) error {
 	process := &specs.Process{}
 	if err := json.Unmarshal(r.Process, process); err != nil {
-		return nil, fmt.Errorf("read the process: %w", err)
+		return fmt.Errorf("read the process: %w", err)
 	}
 	data, err := newImage(r.Target, process)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var files []*os.File
-	fd, err := unix.MemfdCreate("plan", unix.MFD_CLOEXEC)
+	if files[requestPlan], err = unix.MemfdCreate("plan", unix.MFD_CLOEXEC); err != nil {
+		return fmt.Errorf("write the plan: %w", err)
+	}
+	// A file in memory takes all at once, or has no room.
+	n, err := unix.Write(files[requestPlan], data)
+	if err == nil && n != len(data) {
+		err = io.ErrShortWrite
+	}
 	if err != nil {
-		return nil, fmt.Errorf("write the plan: %w", err)
+		return fmt.Errorf("write the plan: %w", err)
 	}
-	files = append(files, os.NewFile(uintptr(fd), "plan"))
-	if _, err := files[0].Write(data); err != nil {
-		return files, fmt.Errorf("write the plan: %w", err)
+	if files[requestTarget], err = unix.PidfdOpen(r.Target, 0); err != nil {
+		return fmt.Errorf("the container's process: %w", err)
 	}
-	if fd, err = unix.PidfdOpen(r.Target, 0); err != nil {
-		return files, fmt.Errorf("the container's process: %w", err)
+	if files[requestCgroup], err = unix.Open(r.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return &os.PathError{Op: "open", Path: r.Cgroup, Err: err}
 	}
-	files = append(files, os.NewFile(uintptr(fd), "target"))
-	procs, err := os.OpenFile(filepath.Join(r.Cgroup, "cgroup.procs"), os.O_WRONLY, 0)
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return files, err
+		return fmt.Errorf("connect the process: %w", err)
 	}
-	return append(files, procs), nil
+	e.stdio, files[requestStdio] = pair[0], pair[1]
+	var report [2]int
+	if err := unix.Pipe2(report[:], unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("make the report: %w", err)
+	}
+	e.report, files[requestReport] = report[0], report[1]
+	return nil
 }

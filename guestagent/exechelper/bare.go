@@ -21,7 +21,11 @@ func RunBare() int {
 		pid     uintptr
 		n       uintptr
 		errno   uintptr
+		path    [len(executable) + 1]byte // which ends with a zero
 	)
+	for i := range len(executable) {
+		path[i] = executable[i]
+	}
 	// Blocked signals wait until there is a process to pass them on to.
 	if _, _, e := unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&all)), 0, unsafe.Sizeof(all), 0, 0); e != 0 {
 		return statusFailure
@@ -37,6 +41,9 @@ func RunBare() int {
 		return statusFailure
 	}
 	unix.RawSyscall(unix.SYS_CLOSE, uintptr(ends[1]), 0, 0) //nolint:gosec // a descriptor
+	if n, _, e = unix.RawSyscall6(unix.SYS_OPENAT, ^uintptr(99), uintptr(unsafe.Pointer(&path)), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0); e == 0 {
+		unix.RawSyscall(unix.SYS_CLOSE, n, 0, 0) // the agent has heard it
+	}
 
 	fds[0] = unix.PollFd{Fd: ends[0], Events: unix.POLLIN}
 	fds[1] = unix.PollFd{Fd: -1, Events: unix.POLLIN}

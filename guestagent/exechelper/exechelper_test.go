@@ -1,6 +1,7 @@
 package exechelper
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -82,9 +83,17 @@ func build(t *testing.T, flags ...string) string {
 	return path
 }
 
-// start runs a helper and takes its pipe, as the agent does.
+// start runs a helper and takes its pipe when it is told to, as the agent does.
 func start(t *testing.T, binary string) (*exec.Cmd, *os.File) {
 	t.Helper()
+	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(watch)
+	if _, err := unix.InotifyAddWatch(watch, binary, unix.IN_CLOSE_NOWRITE); err != nil {
+		t.Fatal(err)
+	}
 	cmd := exec.Command(binary, "exec", "token")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -95,13 +104,21 @@ func start(t *testing.T, binary string) (*exec.Cmd, *os.File) {
 		t.Fatal(err)
 	}
 	defer unix.Close(pidfd)
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		fd, err := unix.PidfdGetfd(pidfd, StatusFD, 0)
-		if err == nil {
-			return cmd, os.NewFile(uintptr(fd), "status")
+	fds := []unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds, 10000)
+		if errors.Is(err, unix.EINTR) {
+			continue
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("it makes no pipe: %v", err)
+		if n != 1 || err != nil {
+			t.Fatalf("it does not tell that it has a pipe: %v", err)
+		}
+		if _, err := unix.Read(watch, make([]byte, unix.SizeofInotifyEvent)); err != nil {
+			t.Fatal(err)
+		}
+		// A package that reads its own executable when it starts tells something, too.
+		if fd, err := unix.PidfdGetfd(pidfd, StatusFD, 0); err == nil {
+			return cmd, os.NewFile(uintptr(fd), "status")
 		}
 	}
 }
