@@ -34,6 +34,8 @@ type beds struct {
 	mu   sync.Mutex
 	up   map[variant]*bed
 	keep bool
+	// busy has a lock for each testbed: one scenario at a time, since each looks for what it has left.
+	busy map[variant]*sync.Mutex
 }
 
 func newBeds(t *testing.T) *beds {
@@ -47,7 +49,7 @@ func newBeds(t *testing.T) *beds {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &beds{parts: p, dir: dir, up: map[variant]*bed{}}
+	b := &beds{parts: p, dir: dir, up: map[variant]*bed{}, busy: map[variant]*sync.Mutex{}}
 	t.Cleanup(func() {
 		for v := range b.up {
 			b.down(t, v)
@@ -57,6 +59,19 @@ func newBeds(t *testing.T) *beds {
 		}
 	})
 	return b
+}
+
+// reserve waits for the variant's testbed, and keeps it until the end of the test.
+func (b *beds) reserve(t *testing.T, v variant) {
+	t.Helper()
+	b.mu.Lock()
+	if b.busy[v] == nil {
+		b.busy[v] = &sync.Mutex{}
+	}
+	lock := b.busy[v]
+	b.mu.Unlock()
+	lock.Lock()
+	t.Cleanup(lock.Unlock)
 }
 
 // get gives the variant's testbed.

@@ -50,6 +50,7 @@ type scenario struct {
 
 func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scenario {
 	t.Helper()
+	beds.reserve(t, v)
 	bed := beds.get(t, v)
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	s := &scenario{T: t, ctx: ctx, bed: bed, engine: bed.engine, events: bed.engine.Watch(ctx), start: time.Now()}

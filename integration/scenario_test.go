@@ -17,15 +17,19 @@ import (
 // kataEnv names the directory of a real Kata, on which the scenarios then run in place of the stand-in.
 const kataEnv = "TESTBED_KATA"
 
+// bothWaysEnv has all scenarios run on both ways of the stand-in.
+const bothWaysEnv = "TESTBED_BOTH_WAYS"
+
 // scenarioCase is a scenario and what it is tried with.
 type scenarioCase struct {
 	name string
 	run  func(*scenario)
 	// guestMounts are the propagations with which the guest is tried; shared, as systemd has it, where none is given.
 	guestMounts []string
-	// containerd is the release, where it is another than that of the rest; way is the stand-in's, where one is enough.
+	// containerd is the release, where it is another than that of the rest.
 	containerd string
-	way        testbed.Way
+	// way is the stand-in's, where one is enough for most runs. Two of these scenarios run at a time, after the others.
+	way testbed.Way
 	// cri: it is about pods.
 	cri bool
 	// timeout is [scenarioTimeout] where none is given.
@@ -75,18 +79,18 @@ var scenarios = []scenarioCase{
 	{name: "crictl-checkpoint", run: crictlCheckpoint, cri: true},
 	{name: "crictl-checkpoint-2.1", run: crictlCheckpoint, cri: true, containerd: parts.OldestContainerd, way: testbed.Go},
 	{name: "restore-archive-2.3", run: restoreArchive, cri: true, containerd: "2.3", way: testbed.Rust},
-	{name: "checkpointctl-reads-it", run: checkpointctlReadsIt, cri: true},
-	{name: "pod-two-containers", run: podTwoContainers, cri: true},
-	{name: "pod-two-at-once", run: podTwoAtOnce, cri: true},
-	{name: "exec-probe-outlives-checkpoint", run: execProbeOutlivesCheckpoint, cri: true},
+	{name: "checkpointctl-reads-it", run: checkpointctlReadsIt, cri: true, way: testbed.Rust},
+	{name: "pod-two-containers", run: podTwoContainers, cri: true, way: testbed.Go},
+	{name: "pod-two-at-once", run: podTwoAtOnce, cri: true, way: testbed.Rust},
+	{name: "exec-probe-outlives-checkpoint", run: execProbeOutlivesCheckpoint, cri: true, way: testbed.Go},
 	{name: "restore-by-annotation", run: restoreByAnnotation, cri: true},
-	{name: "restore-by-annotation-missing", run: restoreByAnnotationMissing, cri: true},
-	{name: "rootfs-diff-applied", run: rootfsDiffApplied, cri: true},
-	{name: "archive-has-no-authority", run: archiveHasNoAuthority, cri: true},
-	{name: "nri-absent", run: nriAbsent, cri: true},
-	{name: "nri-restarted", run: nriRestarted, cri: true},
-	{name: "nri-other-runtime-untouched", run: nriOtherRuntimeUntouched, cri: true},
-	{name: "kubelet-checkpoint-api", run: kubeletCheckpointAPI, cri: true},
+	{name: "restore-by-annotation-missing", run: restoreByAnnotationMissing, cri: true, way: testbed.Rust},
+	{name: "rootfs-diff-applied", run: rootfsDiffApplied, cri: true, way: testbed.Go},
+	{name: "archive-has-no-authority", run: archiveHasNoAuthority, cri: true, way: testbed.Rust},
+	{name: "nri-absent", run: nriAbsent, cri: true, way: testbed.Go},
+	{name: "nri-restarted", run: nriRestarted, cri: true, way: testbed.Rust},
+	{name: "nri-other-runtime-untouched", run: nriOtherRuntimeUntouched, cri: true, way: testbed.Go},
+	{name: "kubelet-checkpoint-api", run: kubeletCheckpointAPI, cri: true, way: testbed.Rust},
 	{name: "killed", run: killed, timeout: 30 * time.Minute},
 }
 
@@ -120,7 +124,7 @@ func (v variant) name() string {
 func (c scenarioCase) variants(t *testing.T) []variant {
 	t.Helper()
 	kinds := []variant{{way: testbed.Go}, {way: testbed.Rust}}
-	if c.way != "" {
+	if c.way != "" && os.Getenv(bothWaysEnv) == "" {
 		kinds = []variant{{way: c.way}}
 	}
 	if dir := os.Getenv(kataEnv); dir != "" {
@@ -154,6 +158,9 @@ func TestScenario(t *testing.T) {
 	beds := newBeds(t)
 	for _, s := range scenarios {
 		t.Run(s.name, func(t *testing.T) {
+			if s.way != "" {
+				t.Parallel()
+			}
 			for _, v := range s.variants(t) {
 				t.Run(v.name(), func(t *testing.T) {
 					t.Parallel() // with the scenario's other variants
