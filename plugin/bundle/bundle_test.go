@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/nri"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
@@ -231,5 +232,41 @@ func TestCRIWorkPath(t *testing.T) {
 	}
 	if got := CRIWorkPath(dir); got != fresh {
 		t.Errorf("newer versions: %q", got)
+	}
+}
+
+func TestEmptyRootfs(t *testing.T) {
+	dir := t.TempDir()
+	if err := EmptyRootfs(dir); err != nil {
+		t.Errorf("without a rootfs: %v", err)
+	}
+	rootfs := filepath.Join(dir, "rootfs")
+	if err := os.MkdirAll(filepath.Join(rootfs, "etc/deep"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(rootfs, "etc/added"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 {
+		// Somebody else's files: they are left alone, and all else with them.
+		below := filepath.Join(rootfs, "etc/deep")
+		if err := unix.Mount(t.TempDir(), below, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+		kept := filepath.Join(below, "kept")
+		err := os.WriteFile(kept, nil, 0o600)
+		if err == nil {
+			err = EmptyRootfs(dir)
+		}
+		_, statErr := os.Stat(kept)
+		if err := errors.Join(err, statErr, unix.Unmount(below, unix.MNT_DETACH)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := EmptyRootfs(dir); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(rootfs); err != nil || len(left) > 0 {
+		t.Errorf("left: %v (%v)", left, err)
 	}
 }

@@ -2,9 +2,12 @@ package bundle
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/moby/sys/mountinfo"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
@@ -27,6 +30,37 @@ func CRIWorkPath(dir string) string {
 		}
 	}
 	return ""
+}
+
+// EmptyRootfs removes the files in a bundle's rootfs, where nothing is mounted
+// on it or below. containerd up to 2.3 applies the changes that came with a
+// checkpoint there (core/runtime/v2/shim.go); with Kata the root file system is
+// mounted in the shim's mount namespace only, so that they stay behind, and
+// containerd cannot remove the bundle for them.
+func EmptyRootfs(dir string) error {
+	rootfs := filepath.Join(dir, "rootfs")
+	entries, err := os.ReadDir(rootfs)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("empty the bundle's rootfs: %w", err)
+	}
+	// What is mounted is not the bundle's.
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(rootfs))
+	if err != nil {
+		return fmt.Errorf("empty the bundle's rootfs: %w", err)
+	}
+	if len(mounts) > 0 {
+		return nil
+	}
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(rootfs, e.Name())))
+	}
+	if err != nil {
+		return fmt.Errorf("empty the bundle's rootfs: %w", err)
+	}
+	return nil
 }
 
 // stagingName is our file in the bundle that names an unfinished image set.

@@ -101,6 +101,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		}
 		warn("unfinished image set", bundle.RemoveStaging(i.Bundle))
 		warn("containerd's copy of a checkpoint", removeTemporary(i.Bundle))
+		warn("rootfs", bundle.EmptyRootfs(i.Bundle))
 		warn("exchange directory", os.RemoveAll(nri.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
 	}
 	if owns {

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
 )
 
 const (
@@ -66,7 +67,11 @@ func (c *container) forget(ctx context.Context) {
 	}); err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Debug("the agent did not forget")
 	}
-	if err := c.exchange.remove(); err != nil {
+	err := c.exchange.remove()
+	if c.source != nil {
+		err = errors.Join(err, bundle.EmptyRootfs(c.bundle))
+	}
+	if err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Error("delete")
 	}
 }
