@@ -116,7 +116,7 @@ func (k *kubelet) run(name string, annotations map[string]string) {
 	k.s.Helper()
 	manifest, err := json.Marshal(map[string]any{
 		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": name, "annotations": annotations},
-		"spec": map[string]any{"containers": []any{map[string]any{
+		"spec": map[string]any{"terminationGracePeriodSeconds": 1, "containers": []any{map[string]any{
 			"name": "c", "image": parts.WorkloadImageName, "imagePullPolicy": "Never", "command": []string{workload.Path, "counter"},
 		}}},
 	})

@@ -3,6 +3,7 @@ package integration
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -213,22 +214,44 @@ func (s *scenario) hasChanged(c *cri.Container) {
 	}
 }
 
-// restoreArchive: up to 2.3, containerd's CRI creates a container from an archive that is named in the place of its image.
+// restoreArchive: up to 2.3, containerd's CRI creates a container from an archive, or an image of one, that is named in the place of its image.
 func restoreArchive(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, changing("c"))
 	archive := s.archive("c")
 	earliest, latest := s.checkpointed(c, archive)
 	s.check(pod.Remove(s.ctx))
-	pod = s.runPod("after", cri.PodSpec{})
-	from := changing("c")
-	from.Image = archive
-	c, err := pod.Run(s.ctx, from)
+
+	const image = "checkpoint.test/c:latest"
+	layout := filepath.Join(s.dir(), "image.tar")
+	f, err := os.Create(layout)
 	s.check(err)
-	s.ids = append(s.ids, c.ID)
-	s.step("started a container from the archive")
-	// This way the new log begins with the old one, which containerd has copied after the container went on: what the container printed
-	// between the two comes twice.
+	s.check(errors.Join(parts.WriteCheckpointImage(f, image, "c", archive), f.Close()))
+	s.check(s.bed.Import(s.ctx, layout))
+	s.later(func() error {
+		ctx := context.WithoutCancel(s.ctx)
+		return errors.Join(s.engine.Client.ImageService().Delete(ctx, image),
+			s.engine.Client.ImageService().Delete(namespaces.WithNamespace(ctx, testbed.CRINamespace), image))
+	})
+	for from, name := range map[string]string{archive: "archived", image: "imaged"} {
+		pod = s.runPod(name, cri.PodSpec{})
+		spec := changing("c")
+		spec.Image = from
+		c, err := pod.Run(s.ctx, spec)
+		s.check(err)
+		s.ids = append(s.ids, c.ID)
+		s.step("started a container from %s", from)
+		s.continues(c, earliest, latest)
+		s.hasChanged(c)
+		s.isInPod(c, name)
+		s.check(pod.Remove(s.ctx))
+	}
+}
+
+// continues checks a restored counter whose log begins with the old one, which containerd has copied after the container went on: what was
+// printed between checkpoint and copy comes twice.
+func (s *scenario) continues(c *cri.Container, earliest, latest int) {
+	s.Helper()
 	ticks := s.ticked(c, latest+5)
 	again := 1
 	for again < len(ticks) && ticks[again] == ticks[again-1]+1 {
@@ -241,8 +264,6 @@ func restoreArchive(s *scenario) {
 		s.consecutive(ticks[again], ticks[again:])
 	}
 	s.consecutive(1, ticks[:again])
-	s.hasChanged(c)
-	s.isInPod(c, "after")
 }
 
 // archiveHasNoAuthority: whatever is in an archive, the restored container has the mounts, annotations, devices and rights of its pod, and

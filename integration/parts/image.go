@@ -93,6 +93,27 @@ func imageRoot(ctx context.Context) (tree, error) {
 
 // writeImage writes an OCI layout with one layer. command is what a container runs that is told nothing else.
 func writeImage(w io.Writer, name string, root tree, command ...string) error {
+	var layer bytes.Buffer
+	if err := root.writeTar(&layer); err != nil {
+		return err
+	}
+	return writeLayout(w, name, layer.Bytes(), nil, command...)
+}
+
+// checkpointAnnotation marks images of checkpoint archives; its value is the container's name (checkpointctl, lib/annotations.go).
+const checkpointAnnotation = "org.criu.checkpoint.container.name"
+
+// WriteCheckpointImage writes an OCI image of a checkpoint archive, as containerd's CRI restores containers from up to 2.3.
+func WriteCheckpointImage(w io.Writer, name, container, archive string) error {
+	layer, err := os.ReadFile(archive)
+	if err != nil {
+		return err
+	}
+	return writeLayout(w, name, layer, map[string]string{checkpointAnnotation: container})
+}
+
+// writeLayout writes an OCI layout with a layer.
+func writeLayout(w io.Writer, name string, layer []byte, annotations map[string]string, command ...string) error {
 	out := tar.NewWriter(w)
 	write := func(name string, data []byte) error {
 		if err := out.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg, Format: tar.FormatUSTAR}); err != nil {
@@ -112,11 +133,7 @@ func writeImage(w io.Writer, name string, root tree, command ...string) error {
 		}
 		return blob(mediaType, data)
 	}
-	var layer bytes.Buffer
-	if err := root.writeTar(&layer); err != nil {
-		return err
-	}
-	layerBlob, err := blob(ocispec.MediaTypeImageLayer, layer.Bytes())
+	layerBlob, err := blob(ocispec.MediaTypeImageLayer, layer)
 	if err != nil {
 		return err
 	}
@@ -130,7 +147,7 @@ func writeImage(w io.Writer, name string, root tree, command ...string) error {
 	}
 	manifest, err := blobJSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
-		Config: config, Layers: []ocispec.Descriptor{layerBlob},
+		Config: config, Layers: []ocispec.Descriptor{layerBlob}, Annotations: annotations,
 	})
 	if err != nil {
 		return err
