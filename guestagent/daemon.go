@@ -28,6 +28,7 @@ const (
 	PlaceholderMode = "placeholder"
 	ExecMode        = "exec"
 	SpawnMode       = "spawn"
+	FirstMode       = "first"
 )
 
 // lockPath is locked by the one daemon of a guest. It is outside of Home,

@@ -1,8 +1,9 @@
 // kata-checkpoint-agent is the guest's side of kata-checkpoint in one binary.
 // What it is depends on how it is started: the prestart hook of Kata's guest
 // (by its name), the daemon, the placeholder of a restored container, the exec
-// helper in one, the spawner that forks execs, the launcher that becomes CRIU, or, on a host, the bundle's
-// CRIU (by its name).
+// helper in one, the spawner that forks execs, the first process of a pid
+// namespace, the launcher that becomes CRIU, or, on a host, the bundle's CRIU
+// (by its name).
 package main
 
 import (
@@ -18,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
 	_ "github.com/kata-checkpoint/kata-checkpoint/guestagent/entry" // where it starts, see the Makefile
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/first"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/placeholder"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
@@ -50,6 +52,8 @@ func main() {
 		os.Exit(exechelper.Run())
 	case mode == guestagent.SpawnMode:
 		os.Exit(enter.Serve())
+	case mode == guestagent.FirstMode && len(os.Args) == 2:
+		os.Exit(first.Run())
 	case mode == "--version":
 		fmt.Println("kata-checkpoint-agent", version.Version)
 	default:

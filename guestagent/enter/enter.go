@@ -30,6 +30,9 @@ type Request struct {
 	// environment, user, capabilities, limits, terminal. Without an OOM score of
 	// its own it gets the target's.
 	Process json.RawMessage `json:"process"`
+	// First has the process be the first of a new pid namespace, which is a child
+	// of the target's. It belongs to nobody then: the guest's reaper takes it.
+	First bool `json:"first"`
 }
 
 // readReport reads what became of a request until all who could write have

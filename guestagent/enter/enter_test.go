@@ -104,6 +104,9 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 			t.Errorf("beside the one that waits there are %q processes", out)
 		}
 	})
+	t.Run("first of a pid namespace", func(t *testing.T) {
+		testFirst(t, spawner, target, cgroup)
+	})
 	t.Run("missing command", func(t *testing.T) {
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 		if err != nil {
@@ -116,6 +119,46 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 			t.Errorf("Start = %v", err)
 		}
 	})
+}
+
+// testFirst checks that a process becomes the first of a pid namespace below the
+// target's, and that a failure is told as for any other.
+func testFirst(t *testing.T, spawner *Spawner, target int, cgroup string) {
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	r := request(t, target, cgroup, specs.Process{Args: []string{"sh", "-c", "echo $$; grep NSpid /proc/self/status; read line"}, Env: []string{"PATH=/bin:/usr/bin"}})
+	r.First = true
+	stdin, end, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer end.Close()
+	inside, err := startOn(t, spawner, r, [3]*os.File{stdin, write, os.Stderr})
+	write.Close()
+	stdin.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(read)
+	if pid, err := lines.ReadString('\n'); err != nil || pid != "1\n" {
+		t.Errorf("its pid is %q, %v", pid, err)
+	}
+	// As the target's /proc has them: grep's own.
+	pids, err := lines.ReadString('\n')
+	if fields := strings.Fields(pids); err != nil || len(fields) != 3 || fields[2] != "2" {
+		t.Errorf("the pids of its child are %q, %v", pids, err)
+	}
+	if inside < 2 {
+		t.Errorf("its pid in the target's namespace is %d", inside)
+	}
+	r = request(t, target, cgroup, specs.Process{Args: []string{"no-such-command"}})
+	r.First = true
+	if _, err := startOn(t, spawner, r, [3]*os.File{end, end, end}); err == nil || !strings.Contains(err.Error(), "executable file not found") {
+		t.Errorf("a missing command: %v", err)
+	}
 }
 
 // end kills a spawner's process and waits until it has lost its connection.

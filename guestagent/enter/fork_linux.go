@@ -71,6 +71,11 @@ type cloneArgs struct {
 // Until there is a stdio the container has nothing of the process: the first
 // child is in none of its cgroups, and outside of its pid namespace.
 //
+// Only a process that is in a pid namespace itself can make one below it. So
+// where the process is to be the first of one, the second child forks a third.
+// Those two are the guest's reaper's, and not that of the target's pid
+// namespace, which would take the third for one of the container's.
+//
 //go:norace
 //go:noinline
 func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
@@ -122,7 +127,22 @@ func (p *plan) fork(o *order) (uintptr, syscall.Errno) {
 	// have passed through the scheduler, which takes longer than all the rest.
 	step = stepFork
 	fork = cloneArgs{flags: unix.CLONE_PARENT | unix.CLONE_INTO_CGROUP, cgroup: uint64(o.cgroup)}
+	if p.first {
+		fork.flags, fork.exitSignal = unix.CLONE_INTO_CGROUP, uint64(unix.SIGCHLD)
+	}
 	r1, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&fork)), unsafe.Sizeof(fork), 0)
+	if errno != 0 {
+		goto fail
+	}
+	if p.first {
+		if r1 != 0 {
+			unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+		}
+		// The second child waits until the third is the command or has failed: so
+		// a failure is reported before a pid that nobody can wait for.
+		fork = cloneArgs{flags: unix.CLONE_PARENT | unix.CLONE_NEWPID | unix.CLONE_VFORK}
+		r1, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&fork)), unsafe.Sizeof(fork), 0)
+	}
 	if errno != 0 {
 		goto fail
 	}

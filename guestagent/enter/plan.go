@@ -39,7 +39,7 @@ type plan struct {
 	caps          [2]unix.CapUserData
 	drop, ambient uint64 // a bit a capability
 
-	terminal, noNew bool
+	terminal, noNew, first bool
 }
 
 const (
@@ -88,11 +88,11 @@ func (m *image) list(texts []string) (uintptr, error) {
 }
 
 // newImage lays out what the process in the request wants.
-func newImage(target int, proc *specs.Process) ([]byte, error) {
+func newImage(target int, proc *specs.Process, first bool) ([]byte, error) {
 	if len(proc.Args) == 0 {
 		return nil, errors.New("exec: no command")
 	}
-	p := &plan{terminal: proc.Terminal, noNew: proc.NoNewPrivileges, uid: uintptr(proc.User.UID), gid: uintptr(proc.User.GID), umask: 0o022}
+	p := &plan{terminal: proc.Terminal, noNew: proc.NoNewPrivileges, first: first, uid: uintptr(proc.User.UID), gid: uintptr(proc.User.GID), umask: 0o022}
 	if proc.User.Umask != nil {
 		p.umask = uintptr(*proc.User.Umask)
 	}

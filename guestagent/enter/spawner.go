@@ -109,7 +109,8 @@ func closeAll(fds []int) {
 }
 
 // Run makes the process run on stdio and returns its pid in the guest's root
-// pid namespace; it is a child of the caller, who waits for it.
+// pid namespace; it is a child of the caller, who waits for it. Of one that is
+// to be the first of a pid namespace it returns the pid in the target's.
 func (e *Entered) Run(stdio [3]int) (int, error) {
 	// Where nobody receives them, the report says why.
 	err := unix.Sendmsg(e.stdio, []byte{0}, unix.UnixRights(stdio[:]...), nil, unix.MSG_NOSIGNAL)
@@ -174,7 +175,7 @@ func (e *Entered) open(r Request, files *[requestFiles]int) error {
 	if err := json.Unmarshal(r.Process, process); err != nil {
 		return fmt.Errorf("read the process: %w", err)
 	}
-	data, err := newImage(r.Target, process)
+	data, err := newImage(r.Target, process, r.First)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/first"
 )
 
 // What stands for the thread and its goroutine.
@@ -22,7 +23,10 @@ func help() { exit(exechelper.RunBare()) }
 //nolint:unused // entry_amd64.s calls it
 func spawn() { exit(enter.Serve()) }
 
-//nolint:unused // help and spawn call it
+//nolint:unused // entry_amd64.s calls it
+func reap() { exit(first.Run()) }
+
+//nolint:unused // help, spawn and reap call it
 func exit(status int) {
 	for {
 		unix.RawSyscall(unix.SYS_EXIT_GROUP, uintptr(status), 0, 0)

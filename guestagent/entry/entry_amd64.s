@@ -8,7 +8,7 @@ TEXT ·start(SB), NOSPLIT|NOFRAME, $0
 	MOVQ 16(SP), AX
 
 	CMPL 0(AX), $0x63657865 // "exec", and the token
-	JNE  other
+	JNE  notexec
 	CMPB 4(AX), $0
 	JNE  runtime
 	CMPQ 0(SP), $3
@@ -16,7 +16,17 @@ TEXT ·start(SB), NOSPLIT|NOFRAME, $0
 	CALL prepare<>(SB)
 	CALL ·help(SB)
 
-other:
+notexec:
+	CMPL 0(AX), $0x73726966 // "first"
+	JNE  notfirst
+	CMPW 4(AX), $0x0074
+	JNE  runtime
+	CMPQ 0(SP), $2
+	JNE  runtime
+	CALL prepare<>(SB)
+	CALL ·reap(SB)
+
+notfirst:
 	CMPL 0(AX), $0x77617073 // "spawn"
 	JNE  runtime
 	CMPW 4(AX), $0x006e
