@@ -126,6 +126,37 @@ func TestEditsKeepTheRest(t *testing.T) {
 	}
 }
 
+func TestOwnPIDNamespace(t *testing.T) {
+	for name, tc := range map[string]struct{ linux, want string }{
+		"shared":  {`{"new": 1, "namespaces": [{"type": "mount"}, {"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "network", "path": "/n"}]}`, `{"new":1,"namespaces":[{"type":"mount"},{"type":"network","path":"/n"},{"type":"pid"}]}`},
+		"its own": {`{"namespaces": [{"type": "pid"}, {"type": "mount"}]}`, `{"namespaces":[{"type":"pid"},{"type":"mount"}]}`},
+		"none":    {`{"namespaces": []}`, `{"namespaces":[]}`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			write(t, dir, `{"linux": `+tc.linux+`}`)
+			s, err := ReadSpec(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(s.OwnPIDNamespace(), s.Write()); err != nil {
+				t.Fatal(err)
+			}
+			data, err := os.ReadFile(filepath.Join(dir, "config.json"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got, want any
+			if err := errors.Join(json.Unmarshal(data, &got), json.Unmarshal([]byte(`{"linux": `+tc.want+`}`), &want)); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestAdjustOfABareSpec(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, `{}`)

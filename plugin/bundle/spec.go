@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -113,6 +114,29 @@ func (s *Spec) SetProcess(fields map[string]any) error {
 	}
 	return nil
 }
+
+// OwnPIDNamespace gives the container a pid namespace of its own where it was to
+// share its pod's.
+func (s *Spec) OwnPIDNamespace() error {
+	if s.Linux == nil || !slices.ContainsFunc(s.Linux.Namespaces, sharesPIDs) {
+		return nil
+	}
+	linux := map[string]json.RawMessage{}
+	if err := json.Unmarshal(s.raw["linux"], &linux); err != nil {
+		return fmt.Errorf("edit %s: %w", s.path, err)
+	}
+	namespaces := slices.DeleteFunc(slices.Clone(s.Linux.Namespaces), sharesPIDs)
+	namespaces = append(namespaces, specs.LinuxNamespace{Type: specs.PIDNamespace})
+	data, err := marshal(namespaces)
+	if err != nil {
+		return fmt.Errorf("edit %s: %w", s.path, err)
+	}
+	linux["namespaces"] = data
+	s.Linux.Namespaces = namespaces
+	return s.set("linux", linux)
+}
+
+func sharesPIDs(n specs.LinuxNamespace) bool { return n.Type == specs.PIDNamespace && n.Path != "" }
 
 func (s *Spec) set(name string, value any) error {
 	data, err := marshal(value)

@@ -174,7 +174,12 @@ func (c *container) putPlaceholder(spec *bundle.Spec) error {
 		}
 		fields["capabilities"] = caps
 	}
-	return spec.SetProcess(fields)
+	if err := spec.SetProcess(fields); err != nil {
+		return err
+	}
+	// The restored processes are the placeholder's to reap, which in a shared
+	// pid namespace they would not be.
+	return spec.OwnPIDNamespace()
 }
 
 // startRestored starts the placeholder and restores the image set below it.
