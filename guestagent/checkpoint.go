@@ -102,6 +102,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, err
 	}
 	opts := dumpOptions(op, c, r.GetOptions(), out, images)
+	if err := shareNamespace(opts, c.root().PID); err != nil {
+		return nil, err
+	}
 	ph.done("inspect")
 
 	// The two write different files of what is frozen.
@@ -170,14 +173,20 @@ func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.Checkp
 	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: []string{"ipc", "uts"}}, 0)
 }
 
-// ownPIDNamespace says whether a process is the first of its pid namespace. If
-// not, the namespace is another container's.
-func ownPIDNamespace(pid int) (bool, error) {
-	pids, err := nsPIDs(pid)
-	if err != nil {
-		return false, err
+// shareNamespace tells CRIU of a pid namespace that is not the container's own,
+// of which it takes no notice then: at the restore it is to be given one.
+func shareNamespace(opts *rpc.CriuOpts, root int) error {
+	own, err := ownPIDNamespace(root)
+	if err != nil || own {
+		return err
 	}
-	return pids[len(pids)-1] == 1, nil
+	var st unix.Stat_t
+	path := fmt.Sprintf("/proc/%d/ns/pid", root)
+	if err := unix.Stat(path, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	opts.External = append(opts.External, fmt.Sprintf("pid[%d]:%s", st.Ino, criu.PIDNamespaceKey))
+	return nil
 }
 
 func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) *rpc.CriuOpts {

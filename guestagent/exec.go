@@ -207,15 +207,25 @@ func isHelper(c *container, pid int, token string) bool {
 	return false
 }
 
+// placeholderPath is where the placeholder has its binary, which is the exec
+// helper's, too.
+func placeholderPath(placeholder int) (string, error) {
+	cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", placeholder))
+	if err != nil {
+		return "", err
+	}
+	path, _, _ := strings.Cut(string(cmd), "\x00")
+	return path, nil
+}
+
 // quickenHelper mounts the copy of the agent's binary that is in memory over
 // the one from the share that the placeholder was started from: each exec
 // opens the file, and virtiofs would read it anew each time.
 func quickenHelper(placeholder int) error {
-	cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", placeholder))
+	path, err := placeholderPath(placeholder)
 	if err != nil {
 		return err
 	}
-	path, _, _ := strings.Cut(string(cmd), "\x00")
 	return thread.Do(func() error {
 		fd, err := unix.OpenTree(unix.AT_FDCWD, criu.Agent, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 		if err != nil {

@@ -61,6 +61,18 @@ func startTime(pid int) (uint64, error) {
 	return strconv.ParseUint(fields[19], 10, 64)
 }
 
+// parentOf returns the pid of a process's parent; 0: it has none that is seen here.
+func parentOf(pid int) (int, error) {
+	fields, err := statFields(pid)
+	if err != nil {
+		return 0, err
+	}
+	if len(fields) < 2 {
+		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
+	}
+	return strconv.Atoi(fields[1])
+}
+
 // oldest returns the process that was started first, which of a container's
 // processes is its init.
 func oldest(pids []int) (process, error) {

@@ -43,7 +43,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if !own { // its placeholder would not be the one to reap the restored root
-		return errors.New("the new container shares its pod's pid namespace: create it with one of its own (shareProcessNamespace: false)")
+		return errors.New("its placeholder has no pid namespace of its own, which the shim asks Kata for: install the guest bundle and the shim of the same release")
 	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
@@ -159,12 +159,25 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	defer op.Close()
-	if err := op.Restore(restoreOptions(op, r, images)); err != nil {
+	opts := restoreOptions(op, r, images)
+	shared, err := sharedNamespace(images)
+	if err != nil {
+		return nil, err
+	}
+	if shared {
+		first, err := a.makeNamespace(c)
+		if err != nil {
+			return nil, err
+		}
+		opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: proto.String(criu.PIDNamespaceKey), Fd: proto.Int32(op.InheritPIDNamespace(first))})
+		ph.done("make a pid namespace")
+	}
+	if err := op.Restore(opts); err != nil {
 		return nil, err
 	}
 	ph.done("criu restore")
 
-	if c.Restored, err = restoredRoot(tree); err != nil {
+	if c.Restored, err = restoredRoot(tree, c.Init.PID); err != nil {
 		return nil, err
 	}
 	if err := a.save(c); err != nil {
@@ -223,25 +236,20 @@ func isPlaceholder(cmdline string) bool {
 	return len(args) == 2 && args[1] == PlaceholderMode
 }
 
-// restoredRoot finds the root of a restored tree: the oldest of those that are
-// the first in their pid namespace.
-func restoredRoot(tree string) (*process, error) {
+// restoredRoot finds the root of a restored tree: its parent, CRIU, has ended,
+// and its placeholder has it.
+func restoredRoot(tree string, placeholder int) (*process, error) {
 	pids, err := cgroup.Procs(tree, false)
 	if err != nil {
 		return nil, fmt.Errorf("processes of the restored tree: %w", err)
 	}
-	var first []int
 	for _, pid := range pids {
-		if own, err := ownPIDNamespace(pid); err == nil && own {
-			first = append(first, pid)
+		if parent, err := parentOf(pid); err != nil || parent != placeholder {
+			continue
+		}
+		if root, err := newProcess(pid); err == nil {
+			return &root, nil
 		}
 	}
-	if len(first) == 0 {
-		first = pids
-	}
-	root, err := oldest(first)
-	if err != nil {
-		return nil, errors.New("the restored process has ended already")
-	}
-	return &root, nil
+	return nil, errors.New("the restored process has ended already")
 }

@@ -20,12 +20,36 @@ func undumpable(c *container, pids []int, o *api.CheckpointOptions) error {
 	if err != nil {
 		return err
 	}
-	// CRIU can dump it from within the namespace. At a restore each process would
-	// need the pid that it had, among those of a new pod's containers.
 	if !own {
-		return errclass.Precondition("the container shares its pod's pid namespace, where no restore could give its processes their pids again: run it with one of its own (shareProcessNamespace: false)")
+		if err := strayed(c.root().PID, pids); err != nil {
+			return err
+		}
 	}
 	return undumpableFiles(c, pids, o)
+}
+
+// strayed refuses processes that have lost their parent in a pid namespace that
+// is not their container's own. They are children of that namespace's first
+// process then, and CRIU, which goes from a root downwards, leaves them out.
+func strayed(root int, pids []int) error {
+	for _, pid := range pids {
+		if pid == root {
+			continue
+		}
+		parent, err := parentOf(pid)
+		if err != nil || parent == 0 {
+			continue // ended meanwhile
+		}
+		if same, err := sameNamespace(parent, root, "pid"); err != nil || !same {
+			continue // an exec: its parent is Kata's agent
+		}
+		if first, err := ownPIDNamespace(parent); err != nil || !first {
+			continue
+		}
+		return errclass.Precondition("the process %s has lost its parent and is no child of the container's first process, which is where CRIU looks for processes: "+
+			"have that adopt such ones, as an init program does that is told to be a subreaper, or run the container with a pid namespace of its own (shareProcessNamespace: false)", named(pid))
+	}
+	return nil
 }
 
 // undumpableFiles looks at what processes have open.

@@ -1,10 +1,16 @@
 package guestagent
 
 import (
+	"bufio"
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -84,15 +90,82 @@ func TestUndumpableFile(t *testing.T) {
 	}
 }
 
-func TestUndumpableSharedPIDNamespace(t *testing.T) {
-	if os.Getpid() == 1 {
-		t.Skip("this is the first process of its pid namespace")
+// In a pid namespace that is not the container's own, a process that has lost its
+// parent is none that CRIU finds. Those that others started in it are none of
+// the container's at all.
+func TestUndumpableStrayedProcess(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to make a pid namespace")
 	}
-	c := asContainer(t) // in the pid namespace of whoever runs the test
-	err := undumpable(c, []int{c.Init.PID}, &api.CheckpointOptions{})
-	if err == nil || !strings.Contains(err.Error(), "pid namespace") {
-		t.Errorf("a shared pid namespace: %v", err)
+	// The first process of a pid namespace, and below it the container's.
+	cmd := exec.Command("sh", "-c", `sh -c '(sleep 1000 & echo sleep $!); echo root $$; read line'; exit`)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
 	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		stdin.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	pids := map[string]int{"first": cmd.Process.Pid}
+	lines := bufio.NewScanner(stdout)
+	for len(pids) < 3 && lines.Scan() {
+		var name string
+		var inside int
+		if _, err := fmt.Sscan(lines.Text(), &name, &inside); err != nil {
+			t.Fatal(err)
+		}
+		pids[name] = outer(t, cmd.Process.Pid, inside)
+	}
+	for deadline := time.Now().Add(10 * time.Second); firstLine(fmt.Sprintf("/proc/%d/comm", pids["sleep"])) != "sleep"; {
+		if time.Now().After(deadline) {
+			t.Fatal("it does not become sleep")
+		}
+	}
+	if err := strayed(pids["root"], []int{pids["root"], pids["first"]}); err != nil {
+		t.Errorf("nothing has strayed: %v", err)
+	}
+	err = strayed(pids["root"], []int{pids["root"], pids["sleep"]})
+	if err == nil {
+		t.Fatal("a process that has lost its parent is not found")
+	}
+	for _, part := range []string{"sleep (pid", "lost its parent", "pid namespace of its own"} {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%q lacks %q", err, part)
+		}
+	}
+}
+
+// outer finds a process by its pid in another's pid namespace.
+func outer(t *testing.T, other, inside int) int {
+	t.Helper()
+	entries, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(filepath.Base(e))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if same, err := sameNamespace(pid, other, "pid"); err != nil || !same {
+			continue
+		}
+		if pids, err := nsPIDs(pid); err == nil && pids[len(pids)-1] == inside {
+			return pid
+		}
+	}
+	t.Fatalf("no process has the pid %d there", inside)
+	return 0
 }
 
 func TestSocketInode(t *testing.T) {

@@ -21,8 +21,14 @@ type pod struct {
 // pod starts one.
 func (s *scenario) pod() *pod {
 	s.Helper()
+	return s.podNamed("pod")
+}
+
+// podNamed starts one beside others.
+func (s *scenario) podNamed(name string) *pod {
+	s.Helper()
 	c := s.create(engine.Container{
-		ID: "pod", Args: []string{workload.Path, "idle"}, Annotations: map[string]string{"io.kubernetes.cri.container-type": "sandbox"},
+		ID: name, Args: []string{workload.Path, "idle"}, Annotations: map[string]string{"io.kubernetes.cri.container-type": "sandbox"},
 	})
 	s.run(c)
 	return &pod{s: s, sandbox: c}

@@ -57,6 +57,7 @@ var scenarios = []scenarioCase{
 	{name: "refused-guest-bundle", run: refusedGuestBundle},
 	{name: "ways-in", run: waysIn},
 	{name: "memory-256m", run: memory256},
+	{name: "pod-shared-pid", run: podSharedPID},
 	{name: "network", run: networked},
 	{name: "network-hotplugged", run: networkHotplugged},
 	{name: "work-path", run: workPath},

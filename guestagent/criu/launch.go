@@ -51,6 +51,9 @@ func launch(dir string, args []string) error {
 	if err := inherit(job); err != nil {
 		return err
 	}
+	if err := inheritPIDNamespace(job); err != nil {
+		return err
+	}
 	if err := layMounts(dir, job); err != nil {
 		return err
 	}
@@ -116,6 +119,21 @@ func inherit(job Job) error {
 		unix.Close(got)
 	}
 	return nil
+}
+
+// inheritPIDNamespace opens a pid namespace for CRIU, by the guest's root /proc.
+func inheritPIDNamespace(job Job) error {
+	if job.PIDNamespaceOf == 0 {
+		return nil
+	}
+	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/pid", job.PIDNamespaceOf), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open the pid namespace of process %d: %w", job.PIDNamespaceOf, err)
+	}
+	if err := unix.Dup3(fd, pidNamespaceFD, 0); err != nil {
+		return fmt.Errorf("place the pid namespace: %w", err)
+	}
+	return unix.Close(fd)
 }
 
 // layMounts gives this process a mount namespace of its own, with the clones

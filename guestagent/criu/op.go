@@ -46,6 +46,9 @@ type Job struct {
 	// Inherit are descriptors of Target that CRIU gets under the same number
 	// plus InheritBase.
 	Inherit []int `json:"inherit,omitempty"`
+	// PIDNamespaceOf is a process whose pid namespace CRIU gets as the descriptor
+	// [pidNamespaceFD]; or 0.
+	PIDNamespaceOf int `json:"pidNamespaceOf,omitempty"`
 }
 
 // MountClone puts a copy of the mount at Path in the target's mount namespace
@@ -59,6 +62,12 @@ type MountClone struct {
 
 // InheritBase keeps inherited descriptors clear of CRIU's own.
 const InheritBase = 100
+
+// pidNamespaceFD is one that no descriptor of a target's stdio becomes.
+const pidNamespaceFD = InheritBase + 10
+
+// PIDNamespaceKey is CRIU's name for a pid namespace that is not the tree's own.
+const PIDNamespaceKey = "pod-pid"
 
 // Op is one run of CRIU, with a directory of its own in the guest's memory.
 type Op struct {
@@ -103,6 +112,13 @@ func (o *Op) AddMount(path string, null bool) string {
 func (o *Op) Inherit(fd int) int32 {
 	o.job.Inherit = append(o.job.Inherit, fd)
 	return int32(InheritBase + fd) //nolint:gosec // 0 to 2 and the base
+}
+
+// InheritPIDNamespace asks for a process's pid namespace as a descriptor and
+// says what number CRIU gets it under.
+func (o *Op) InheritPIDNamespace(pid int) int32 {
+	o.job.PIDNamespaceOf = pid
+	return pidNamespaceFD
 }
 
 // Options are CRIU's options that every operation has. Images is the

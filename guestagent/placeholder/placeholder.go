@@ -75,15 +75,16 @@ func peek() (int, error) {
 	}
 }
 
-// isRoot says whether a child is the first process of a nested pid namespace,
-// as only a restored root is.
+// isRoot says whether a child is in a nested pid namespace, as only a restored
+// root is: the others there are the root's children, or those of the
+// namespace's first process.
 func isRoot(pid int) bool {
 	own, err := nsPIDs("self")
 	if err != nil {
 		return false
 	}
 	pids, err := nsPIDs(strconv.Itoa(pid))
-	return err == nil && len(pids) > len(own) && pids[len(pids)-1] == 1
+	return err == nil && len(pids) > len(own)
 }
 
 func nsPIDs(pid string) ([]int, error) {

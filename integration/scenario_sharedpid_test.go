@@ -1,0 +1,122 @@
+package integration
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// podSharedPID: of the containers that share their pod's pid namespace one is checkpointed while all go on. Restored in another pod it has a
+// pid namespace of its own, in which its processes have their pids, and is a container as any other: it can be checkpointed, and restored, again.
+func podSharedPID(s *scenario) {
+	obedient := func(id string) engine.Container {
+		return engine.Container{ID: id, Args: []string{workload.Path, "obedient"}}
+	}
+	pod := s.podNamed("from")
+	o := pod.create(pod.sharing(engine.Container{ID: "other", Args: []string{workload.Path, "counter", "--shm", "/dev/shm/other"}}))
+	other := s.run(o)
+	c := pod.create(pod.sharing(obedient("c")))
+	first := s.run(c)
+	s.printed(other.Output, workload.Ticks, 3)
+	before := s.printed(first.Output, workload.Rounds, 3)
+	pid := s.pidsOf(first, "obedient")[0]
+	if pid == 1 || len(s.pidsOf(first, "counter")) != 1 {
+		s.Fatalf("the pid namespace is not shared: the workload's pid is %d, and the other's are %v", pid, s.pidsOf(first, "counter"))
+	}
+	p := s.begin(first, engine.Command{Args: []string{"sh", "-c", `i=0; while :; do i=$((i+1)); echo round $i; sleep 0.1; done`}})
+	s.printed(p.Stdout, workload.Rounds, 2)
+	at := len(s.numbers(other.Output, workload.Ticks))
+	dir := s.checkpoint(first, false)
+	last := s.numbers(first.Output, workload.Rounds)
+	s.consecutive(1, s.printed(other.Output, workload.Ticks, at+5))
+	s.consecutive(1, s.printed(first.Output, workload.Rounds, len(last)+5))
+	s.consecutive(1, s.printed(p.Stdout, workload.Rounds, len(s.numbers(p.Stdout, workload.Rounds))+3))
+	s.removed(c)
+	at = len(s.numbers(other.Output, workload.Ticks))
+	s.consecutive(1, s.printed(other.Output, workload.Ticks, at+3))
+	s.step("all went on, and the rest still does")
+	s.removed(o)
+	s.removed(pod.sandbox)
+
+	// Into a pod that shares its pid namespace, too.
+	pod = s.podNamed("to")
+	restored := s.restore(pod.create(pod.sharing(obedient("restored"))), dir)
+	after := s.printed(restored.Output, workload.Rounds, 3)
+	if n := after[0] - 1; n < len(before) || n > len(last) {
+		s.Errorf("it goes on after %d; at the checkpoint it was between %d and %d", n, len(before), len(last))
+	}
+	s.consecutive(after[0], after)
+	s.movedOn(first, restored)
+	s.alone(restored, pid)
+	s.exit(s.begin(restored, engine.Command{Args: []string{"sh", "-c", "exit 7"}}), 7)
+	// What has lost its parent there has no place in the next checkpoint, and leaves nothing once it has ended.
+	stray := s.sh(restored, "(sleep 1000 </dev/null >/dev/null 2>&1 & echo $!)")[0]
+	s.refuses("a process that has strayed", restored, s.dir(), "sleep (pid", "lost its parent")
+	s.sh(restored, fmt.Sprintf("kill -9 %s; while [ -e /proc/%s ]; do sleep 0.05; done", stray, stray))
+	s.step("execs")
+
+	dir = s.checkpoint(restored, true)
+	s.ended(restored, 137)
+	after = s.numbers(restored.Output, workload.Rounds)
+	again := s.restore(pod.create(obedient("again")), dir)
+	s.consecutive(after[0], append(after, s.printed(again.Output, workload.Rounds, 3)...))
+	s.alone(again, pid)
+	s.check(again.Kill(s.ctx, syscall.SIGTERM))
+	s.says(again.Output, 0, workload.TerminatedLine)
+	s.ended(again, workload.TerminatedStatus)
+
+	ends := s.restore(pod.create(pod.sharing(obedient("ends"))), dir)
+	s.tell(ends, "exit 44")
+	s.ended(ends, 44)
+	killed := s.restore(pod.create(obedient("killed")), dir)
+	s.printed(killed.Output, workload.Rounds, 1)
+	s.check(killed.Kill(s.ctx, syscall.SIGKILL))
+	s.ended(killed, 137)
+
+	// A tree, with sessions, groups and threads.
+	c = pod.create(pod.sharing(engine.Container{ID: "tree", Args: []string{workload.Path, "tree"}}))
+	tree := s.run(c)
+	s.printed(tree.Output, workload.Rounds, 3)
+	dir = s.dir()
+	s.check(s.engine.CheckpointWith(s.ctx, tree, dir, &runcoptions.CheckpointOptions{Exit: true, FileLocks: true}))
+	s.ended(tree, 137)
+	after = s.numbers(tree.Output, workload.Rounds)
+	s.consecutive(1, append(after, s.printed(s.restore(c, dir).Output, workload.Rounds, 5)...))
+}
+
+// pidsOf gives the pids of a program of the workload's, as an exec in the container sees them.
+func (s *scenario) pidsOf(run *engine.Run, program string) []int {
+	s.Helper()
+	var out []int
+	for _, line := range s.sh(run, `cd /proc; for p in [0-9]*; do echo $p $(tr '\0' ' ' <$p/cmdline); done 2>/dev/null; true`) {
+		fields := strings.Fields(line)
+		if len(fields) > 2 && slices.Contains(fields[1:], workload.Path) && slices.Contains(fields, program) {
+			pid, err := strconv.Atoi(fields[0])
+			s.check(err)
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// alone checks that a restored container has a pid namespace of its own, in which its first process has a pid and no other container's is.
+func (s *scenario) alone(run *engine.Run, pid int) {
+	s.Helper()
+	if have := s.pidsOf(run, "obedient"); !slices.Equal(have, []int{pid}) {
+		s.Errorf("the workload's pids are %v, and before the checkpoint it had %d", have, pid)
+	}
+	for _, line := range s.sh(run, "ps -o pid,args | tail -n +2") {
+		fields := strings.Fields(line)
+		own := slices.Contains(fields, "obedient") || slices.Contains(fields, "ps") || slices.Contains(fields, "tail") || slices.Contains(fields, "sh")
+		if first := fields[0] == "1" && slices.Equal(fields[1:], []string{"/dev/.kata-checkpoint", "first"}); !own && !first {
+			s.Errorf("ps shows %q", line)
+		}
+	}
+}
