@@ -77,6 +77,46 @@ func TestRestoreShmReadsWhatTarWrote(t *testing.T) {
 	}
 }
 
+// The containers of a pod have one /dev/shm. The first that is restored brings
+// all files, those of others among them, and the next only what is missing.
+func TestRestoreShmTwice(t *testing.T) {
+	dst := t.TempDir()
+	for _, archive := range []string{
+		writeShm(t, shmFile{"shared", "of the first"}, shmFile{"dir/first", "1"}),
+		writeShm(t, shmFile{"shared", "of the second, which is longer"}, shmFile{"dir/first", "changed"}, shmFile{"dir/second", "2"}, shmFile{"own", "3"}),
+	} {
+		if err := restoreShm(dst, archive); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, want := range map[string]string{"shared": "of the first", "dir/first": "1", "dir/second": "2", "own": "3"} {
+		if got, err := os.ReadFile(filepath.Join(dst, name)); err != nil || string(got) != want {
+			t.Errorf("%s = %q, %v, want %q", name, got, err, want)
+		}
+	}
+}
+
+type shmFile struct{ name, content string }
+
+// writeShm makes an archive of files and the directory "dir".
+func writeShm(t *testing.T, files ...shmFile) string {
+	t.Helper()
+	src, archive := t.TempDir(), filepath.Join(t.TempDir(), "dev-shm.tar")
+	if err := os.Mkdir(filepath.Join(src, "dir"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if err := os.WriteFile(filepath.Join(src, f.name), []byte(f.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, err := exec.Command("tar", "--create", "--file", archive, "--format=pax", "--sparse", "--numeric-owner", "--directory", src, ".").CombinedOutput()
+	if err != nil {
+		t.Fatalf("tar: %v: %s", err, out)
+	}
+	return archive
+}
+
 // Whoever made the archive cannot reach out of /dev/shm with it, nor bring a
 // device or a set-id file.
 func TestRestoreShmIsConfined(t *testing.T) {

@@ -25,16 +25,38 @@ const deletedSuffix = " (deleted)"
 // go with processes, and have no size to go by.
 var ofTheKernel = map[string]bool{"proc": true, "sysfs": true, "cgroup": true, "cgroup2": true}
 
-// openFiles lists the regular files outside of the image set that processes
+// shmDir is where the pod's one tmpfs for shared memory is in every container.
+const shmDir = "/dev/shm"
+
+// leftOut are mounts whose files are no matter of ours: CRIU's images have
+// them, or the kernel makes them up. A descriptor's is known by its id, and a
+// mapping's by its device.
+type leftOut struct {
+	ids     map[int]bool
+	devices map[string]bool // as /proc/PID/maps prints them
+}
+
+func newLeftOut(mounts []*mountinfo.Info) leftOut {
+	l := leftOut{ids: make(map[int]bool), devices: make(map[string]bool)}
+	shm := ""
+	for _, m := range mounts {
+		device := fmt.Sprintf("%02x:%02x", m.Major, m.Minor)
+		switch {
+		case m.Mountpoint == shmDir:
+			shm = device
+		case m.FSType == "tmpfs" && m.Mountpoint != "/", ofTheKernel[m.FSType]:
+			l.ids[m.ID], l.devices[device] = true, true
+		}
+	}
+	delete(l.devices, shm)
+	return l
+}
+
+// openFiles lists the regular files outside of CRIU's images that processes
 // hold open or have mapped, with their sizes: CRIU restores none whose size
 // differs. The processes are frozen.
 func openFiles(pids []int, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
-	leftOut := make(map[int]bool)
-	for _, m := range mounts {
-		if m.FSType == "tmpfs" && m.Mountpoint != "/" || ofTheKernel[m.FSType] {
-			leftOut[m.ID] = true
-		}
-	}
+	leftOut := newLeftOut(mounts)
 	seen := make(map[string]bool)
 	var out []*api.OpenFile
 	add := func(path, through string) error {
@@ -62,14 +84,14 @@ func openFiles(pids []int, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
 		}
 		for _, fd := range fds {
 			path, err := os.Readlink(fd)
-			if err != nil || leftOut[mountOf(pid, filepath.Base(fd))] {
+			if err != nil || leftOut.ids[mountOf(pid, filepath.Base(fd))] {
 				continue
 			}
 			if err := add(path, fd); err != nil {
 				return nil, err
 			}
 		}
-		maps, err := mappedFiles(pid)
+		maps, err := mappedFiles(pid, leftOut.devices)
 		if err != nil {
 			return nil, err
 		}
@@ -98,7 +120,8 @@ func mountOf(pid int, fd string) int {
 }
 
 // mappedFiles lists the files that a process has mapped, below its own root.
-func mappedFiles(pid int) ([]string, error) {
+// Those on the devices are left out.
+func mappedFiles(pid int, devices map[string]bool) ([]string, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
@@ -117,7 +140,8 @@ func mappedFiles(pid int) ([]string, error) {
 			continue
 		}
 		last = s.Text()[i:]
-		if !strings.HasPrefix(last, "/dev/shm/") {
+		// Addresses, permissions, offset, device, inode, and the path.
+		if fields := strings.Fields(s.Text()[:i]); len(fields) == 5 && !devices[fields[3]] {
 			out = append(out, last)
 		}
 	}
@@ -125,8 +149,8 @@ func mappedFiles(pid int) ([]string, error) {
 }
 
 // changedFiles names the files that a restore would find with another size,
-// looked up below root without leaving it. Files of /dev/shm come from the
-// image set and are left out.
+// looked up below root without leaving it. Files of /dev/shm are left out: those
+// that are not there come from the image set (see [changedShm]).
 func changedFiles(root string, files []*api.OpenFile) ([]string, error) {
 	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -135,7 +159,7 @@ func changedFiles(root string, files []*api.OpenFile) ([]string, error) {
 	defer unix.Close(dir)
 	var out []string
 	for _, f := range files {
-		if strings.HasPrefix(f.GetPath(), "/dev/shm/") {
+		if strings.HasPrefix(f.GetPath(), shmDir+"/") {
 			continue
 		}
 		fd, err := unix.Openat2(dir, strings.TrimPrefix(f.GetPath(), "/"), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
@@ -150,6 +174,47 @@ func changedFiles(root string, files []*api.OpenFile) ([]string, error) {
 			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
 		}
 		if uint64(st.Size) != f.GetSize() { //nolint:gosec // not negative
+			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
+		}
+	}
+	return out, nil
+}
+
+// changedShm names the files that a restore needs of /dev/shm and would find to
+// be others than those of the image set: another container of the pod has them,
+// or has left them, and the pod's are never replaced.
+func changedShm(dir string, files []*api.OpenFile) ([]string, error) {
+	shm, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(shm)
+	var out []string
+	for _, f := range files {
+		name, ok := strings.CutPrefix(f.GetPath(), shmDir+"/")
+		if !ok {
+			continue
+		}
+		fd, err := unix.Openat2(shm, name, &unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			out = append(out, fmt.Sprintf("%s (%v)", f.GetPath(), err))
+			continue
+		}
+		var st unix.Stat_t
+		err = unix.Fstat(fd, &st)
+		unix.Close(fd)
+		switch {
+		case err != nil:
+			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
+		case st.Mode&unix.S_IFMT != unix.S_IFREG:
+			out = append(out, f.GetPath()+" (is not a file)")
+		case uint64(st.Size) != f.GetSize(): //nolint:gosec // not negative
 			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
 		}
 	}

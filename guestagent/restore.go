@@ -94,6 +94,13 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if len(changed) > 0 {
 		return fmt.Errorf("files that its processes hold open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
 	}
+	changed, err = changedShm(root+shmDir, r.GetOpenFiles())
+	if err != nil {
+		return err
+	}
+	if len(changed) > 0 {
+		return fmt.Errorf("files that its processes hold open are other ones in the pod's /dev/shm than at the checkpoint: %s: remove them, or restore it in another pod", strings.Join(changed, ", "))
+	}
 	return nil
 }
 
@@ -138,7 +145,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("wait for the placeholder")
-	if err := restoreShm(fmt.Sprintf("/proc/%d/root/dev/shm", c.Init.PID), filepath.Join(images, imageset.DevShmName)); err != nil {
+	if err := restoreShm(fmt.Sprintf("/proc/%d/root"+shmDir, c.Init.PID), filepath.Join(images, imageset.DevShmName)); err != nil {
 		return nil, err
 	}
 	ph.done("restore /dev/shm")

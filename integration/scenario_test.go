@@ -58,6 +58,7 @@ var scenarios = []scenarioCase{
 	{name: "ways-in", run: waysIn},
 	{name: "memory-256m", run: memory256},
 	{name: "pod-shared-pid", run: podSharedPID},
+	{name: "pod-shm-two-restores", run: podShmTwoRestores},
 	{name: "network", run: networked},
 	{name: "network-hotplugged", run: networkHotplugged},
 	{name: "work-path", run: workPath},

@@ -24,6 +24,7 @@ const usage = `usage: workload PROGRAM [OPTION...]
   counter             count in memory, in a file and in /dev/shm
   files               keep files open: on a volume, on the root file system, in /dev/shm, and a deleted one
   memory              verify checksums of random memory
+  slots               count in a file of /dev/shm that others have mapped, too
   obedient            count, end on SIGTERM, and do what a file says
   terminal            answer what is typed
   relay               answer over TCP, and ask others
@@ -76,6 +77,12 @@ func Main(args []string, w io.Writer) error {
 		flags.IntVar(&m.shmMiB, "shm-mib", 16, "`MiB` of random data in /dev/shm")
 		flags.StringVar(&m.shm, "shm", "/dev/shm/random", "`file` of /dev/shm")
 		setup = func() (program, error) { return &m, m.fill() }
+	case "slots":
+		l := slots{}
+		flags.StringVar(&l.shared, "shared", "/dev/shm/slots", "`file` of /dev/shm for all")
+		flags.StringVar(&l.own, "own", "/dev/shm/own", "`file` of /dev/shm of its own")
+		flags.IntVar(&l.slot, "slot", 0, "`number` of its slot")
+		setup = func() (program, error) { return &l, l.open() }
 	case "obedient":
 		o := obedient{stderr: os.Stderr, exit: os.Exit}
 		flags.StringVar(&o.command, "command", "/var/tmp/command", "`file` for commands; write it under another name and rename it")
