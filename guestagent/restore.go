@@ -54,6 +54,9 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 			return fmt.Errorf("the image set does not arrive in the guest: %w", err)
 		}
 	}
+	if err := checkRights(images, r.GetRights()); err != nil {
+		return err
+	}
 	version, err := a.criu.version()
 	if err != nil {
 		return err

@@ -309,6 +309,22 @@ func archiveHasNoAuthority(s *scenario) {
 	}
 	s.check(pod.Remove(s.ctx))
 
+	// Processes that could do more than the pod's container.
+	pod = s.runPod("mighty", cri.PodSpec{})
+	mighty := counterNamed("c")
+	mighty.Capabilities = []string{"SYS_ADMIN"}
+	more := s.archive("mighty")
+	s.checkpointed(s.runIn(pod, mighty), more)
+	s.check(pod.Remove(s.ctx))
+	pod = s.runPod("modest", cri.PodSpec{Annotations: fromArchive(more)})
+	modest := counterNamed("c")
+	modest.Image = parts.WorkloadImageName
+	if _, err := pod.Run(s.ctx, modest); err == nil || !strings.Contains(err.Error(), "has CAP_SYS_ADMIN, which this container has not") {
+		s.Errorf("processes with a capability that the pod does not give: error %v", err)
+	}
+	s.proceeds(s.runIn(pod, withAttempt(mighty, 1)), 1, 1<<30)
+	s.check(pod.Remove(s.ctx))
+
 	// Among the images themselves nothing but regular files is taken.
 	linked := s.archive("linked")
 	s.check(rewrite(archive, linked, func(h *tar.Header, data []byte) (*tar.Header, []byte) {
@@ -323,6 +339,12 @@ func archiveHasNoAuthority(s *scenario) {
 	if _, err := pod.Run(s.ctx, again); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		s.Errorf("a symlink for an image: error %v", err)
 	}
+}
+
+// withAttempt is a container as it is started again in its pod.
+func withAttempt(c cri.ContainerSpec, attempt uint32) cri.ContainerSpec {
+	c.Attempt = attempt
+	return c
 }
 
 // forge makes an archive that asks for everything, with the same processes in it.

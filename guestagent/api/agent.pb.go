@@ -880,13 +880,16 @@ type RestoreRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
 	// directory is the image set's name in the exchange mount.
-	Directory     string             `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
-	Options       *CheckpointOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
-	Externals     []*External        `protobuf:"bytes,4,rep,name=externals,proto3" json:"externals,omitempty"`
-	Stdio         []*Stdio           `protobuf:"bytes,5,rep,name=stdio,proto3" json:"stdio,omitempty"`
-	OpenFiles     []*OpenFile        `protobuf:"bytes,6,rep,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
-	CriuVersion   uint32             `protobuf:"varint,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
-	CpuFeatures   []string           `protobuf:"bytes,8,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
+	Directory   string             `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	Options     *CheckpointOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
+	Externals   []*External        `protobuf:"bytes,4,rep,name=externals,proto3" json:"externals,omitempty"`
+	Stdio       []*Stdio           `protobuf:"bytes,5,rep,name=stdio,proto3" json:"stdio,omitempty"`
+	OpenFiles   []*OpenFile        `protobuf:"bytes,6,rep,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
+	CriuVersion uint32             `protobuf:"varint,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
+	CpuFeatures []string           `protobuf:"bytes,8,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
+	// rights are those of the container. Without, the processes have what their
+	// images say.
+	Rights        *Rights `protobuf:"bytes,9,opt,name=rights,proto3" json:"rights,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -977,6 +980,77 @@ func (x *RestoreRequest) GetCpuFeatures() []string {
 	return nil
 }
 
+func (x *RestoreRequest) GetRights() *Rights {
+	if x != nil {
+		return x.Rights
+	}
+	return nil
+}
+
+// Rights bound what restored processes may do.
+type Rights struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// capabilities by name, such as CAP_CHOWN: the container's bounding set.
+	Capabilities []string `protobuf:"bytes,1,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
+	// no_new_privs and uid are those of the container's process, as its
+	// specification has them.
+	NoNewPrivs    bool   `protobuf:"varint,2,opt,name=no_new_privs,json=noNewPrivs,proto3" json:"no_new_privs,omitempty"`
+	Uid           uint32 `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rights) Reset() {
+	*x = Rights{}
+	mi := &file_guestagent_api_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rights) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rights) ProtoMessage() {}
+
+func (x *Rights) ProtoReflect() protoreflect.Message {
+	mi := &file_guestagent_api_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rights.ProtoReflect.Descriptor instead.
+func (*Rights) Descriptor() ([]byte, []int) {
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Rights) GetCapabilities() []string {
+	if x != nil {
+		return x.Capabilities
+	}
+	return nil
+}
+
+func (x *Rights) GetNoNewPrivs() bool {
+	if x != nil {
+		return x.NoNewPrivs
+	}
+	return false
+}
+
+func (x *Rights) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
 type RestoreResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// pid of the restored root process, in the guest's root pid namespace.
@@ -988,7 +1062,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[14]
+	mi := &file_guestagent_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1000,7 +1074,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[14]
+	mi := &file_guestagent_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1013,7 +1087,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1044,7 +1118,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[15]
+	mi := &file_guestagent_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1130,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[15]
+	mi := &file_guestagent_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1143,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1103,7 +1177,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[16]
+	mi := &file_guestagent_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1189,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[16]
+	mi := &file_guestagent_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1202,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1202,7 +1276,7 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\x0ekernel_release\x18\x06 \x01(\tR\rkernelRelease\x12!\n" +
 	"\fcpu_features\x18\a \x03(\tR\vcpuFeatures\x12\x1a\n" +
 	"\bhostname\x18\b \x01(\tR\bhostname\x12\x14\n" +
-	"\x05bytes\x18\t \x01(\x04R\x05bytes\"\x96\x03\n" +
+	"\x05bytes\x18\t \x01(\x04R\x05bytes\"\xcf\x03\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1212,7 +1286,13 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"open_files\x18\x06 \x03(\v2!.katacheckpoint.agent.v1.OpenFileR\topenFiles\x12!\n" +
 	"\fcriu_version\x18\a \x01(\rR\vcriuVersion\x12!\n" +
-	"\fcpu_features\x18\b \x03(\tR\vcpuFeatures\"[\n" +
+	"\fcpu_features\x18\b \x03(\tR\vcpuFeatures\x127\n" +
+	"\x06rights\x18\t \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\"`\n" +
+	"\x06Rights\x12\"\n" +
+	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
+	"\fno_new_privs\x18\x02 \x01(\bR\n" +
+	"noNewPrivs\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\rR\x03uid\"[\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x126\n" +
 	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"m\n" +
@@ -1248,7 +1328,7 @@ func file_guestagent_api_agent_proto_rawDescGZIP() []byte {
 	return file_guestagent_api_agent_proto_rawDescData
 }
 
-var file_guestagent_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_guestagent_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_guestagent_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1264,10 +1344,11 @@ var file_guestagent_api_agent_proto_goTypes = []any{
 	(*CheckpointRequest)(nil),  // 11: katacheckpoint.agent.v1.CheckpointRequest
 	(*CheckpointResponse)(nil), // 12: katacheckpoint.agent.v1.CheckpointResponse
 	(*RestoreRequest)(nil),     // 13: katacheckpoint.agent.v1.RestoreRequest
-	(*RestoreResponse)(nil),    // 14: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 15: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 16: katacheckpoint.agent.v1.ExecResponse
-	(*emptypb.Empty)(nil),      // 17: google.protobuf.Empty
+	(*Rights)(nil),             // 14: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 15: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 16: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 17: katacheckpoint.agent.v1.ExecResponse
+	(*emptypb.Empty)(nil),      // 18: google.protobuf.Empty
 }
 var file_guestagent_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
@@ -1279,34 +1360,35 @@ var file_guestagent_api_agent_proto_depIdxs = []int32{
 	7,  // 6: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
 	8,  // 7: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
 	9,  // 8: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	10, // 9: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 10: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 11: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 12: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 13: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 14: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 15: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	11, // 16: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	11, // 17: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	13, // 18: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	13, // 19: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	15, // 20: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	1,  // 21: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 22: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	17, // 23: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	17, // 24: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	17, // 25: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	17, // 26: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	17, // 27: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	12, // 28: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	17, // 29: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	14, // 30: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	16, // 31: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	21, // [21:32] is the sub-list for method output_type
-	10, // [10:21] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	14, // 9: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	10, // 10: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 11: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 12: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 13: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 14: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 15: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 16: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	11, // 17: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	11, // 18: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	13, // 19: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	13, // 20: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	16, // 21: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	1,  // 22: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 23: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	18, // 24: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	18, // 25: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	18, // 26: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	18, // 27: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	18, // 28: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	12, // 29: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	18, // 30: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	15, // 31: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	17, // 32: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	22, // [22:33] is the sub-list for method output_type
+	11, // [11:22] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_guestagent_api_agent_proto_init() }
@@ -1320,7 +1402,7 @@ func file_guestagent_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guestagent_api_agent_proto_rawDesc), len(file_guestagent_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -151,6 +151,8 @@ type ContainerSpec struct {
 	Args        []string
 	Annotations map[string]string
 	Mounts      []*cri.Mount
+	// Capabilities are added to those that every container has.
+	Capabilities []string
 	// Attempt counts the containers of the name that there have been in the pod before.
 	Attempt uint32
 }
@@ -176,6 +178,7 @@ func (p *Pod) Create(ctx context.Context, c ContainerSpec) (*Container, error) {
 		LogPath:     log,
 		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
 			NamespaceOptions: p.config.GetLinux().GetSecurityContext().GetNamespaceOptions(),
+			Capabilities:     &cri.Capability{AddCapabilities: c.Capabilities},
 		}},
 	}
 	answer, err := p.client.runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: p.ID, Config: config, SandboxConfig: p.config})

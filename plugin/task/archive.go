@@ -112,10 +112,11 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err != nil {
 		return fail(fmt.Errorf("archive %s: %w", name, err))
 	}
+	rights := rightsOf(spec.Process)
 	if err := c.putPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), done: c.noteRestored}
+	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), rights: rights, done: c.noteRestored}
 	c.staged(ctx, begin)
 	return nil
 }

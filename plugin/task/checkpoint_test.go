@@ -702,6 +702,7 @@ func TestRestore(t *testing.T) {
 		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
 		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		Rights:    &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
 	}
 	if !proto.Equal(got, want) {
 		t.Errorf("restore %v, want %v", got, want)

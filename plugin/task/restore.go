@@ -40,6 +40,8 @@ type source struct {
 	manifest *imageset.Manifest
 	// path is that of the image set, or of the archive that it was in.
 	path string
+	// rights are what the container may do that the image set is restored into.
+	rights *api.Rights
 	// done notes that the restore has succeeded; nil where nobody asks for that.
 	done func() error
 }
@@ -62,6 +64,7 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	}()
 	ctx, end := c.s.operation(ctx, c.s.cfg.OpTimeout, "checkpoint_timeout")
 	defer end()
+	rights := rightsOf(spec.Process)
 	manifest, err := c.takeImages(ctx, path, r.Rootfs, spec, nil)
 	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
@@ -69,7 +72,7 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	if err := c.putPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: manifest, path: path}
+	c.source = &source{manifest: manifest, path: path, rights: rights}
 	r.Checkpoint = "" // Kata is to start what looks like any other container
 	c.staged(ctx, begin)
 	return nil
@@ -147,6 +150,15 @@ func fits(m *imageset.Manifest, spec *specs.Spec, image string, terminal bool) e
 func otherImage(a, b string) bool {
 	const id = "sha256:"
 	return a != "" && b != "" && strings.HasPrefix(a, id) == strings.HasPrefix(b, id) && a != b
+}
+
+// rightsOf are what a container may do, by its specification. One that names no
+// capabilities bounds none.
+func rightsOf(p *specs.Process) *api.Rights {
+	if p == nil || p.Capabilities == nil {
+		return nil
+	}
+	return &api.Rights{Capabilities: p.Capabilities.Bounding, NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID}
 }
 
 // putPlaceholder makes the container's first process the one below which the
@@ -247,6 +259,7 @@ func restoreRequest(c *container) *api.RestoreRequest {
 		},
 		CriuVersion: m.Guest.CRIUVersion,
 		CpuFeatures: m.Guest.CPUFeatures,
+		Rights:      c.source.rights,
 	}
 	for _, e := range m.Externals {
 		r.Externals = append(r.Externals, &api.External{Name: e.Name, Destination: e.Destination, Fstype: e.FSType, Device: e.Device})
