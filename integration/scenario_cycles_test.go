@@ -1,10 +1,17 @@
 package integration
 
 import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/oci"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
@@ -27,29 +34,156 @@ func threeCycles(s *scenario) {
 		dir := s.checkpoint(run, true)
 		s.ended(run, 137)
 		numbers = append(numbers, s.numbers(run.Output, workload.Ticks)...)
-		ended.of(s, i)
+		ended.of(s, i, 0, cycles-1)
 
 		run = s.restore(c, dir)
 		s.consecutive(1, append(slices.Clone(numbers), s.printed(run.Output, workload.Ticks, 5)...))
-		restored.of(s, i)
+		restored.of(s, i, 0, cycles-1)
 	}
 	s.exits(c, slices.Repeat([]uint32{137}, cycles)...)
 	s.movedOn(first, run)
 	s.removed(c)
 }
 
-// account compares what there is after a step of the first cycle and after that of the last.
+// thirtyCycles: a container of a pod that is checkpointed and restored thirty times in the same VM goes on counting. What lives as long as the
+// pod, the shim and the agent, needs no more memory, threads or anything else for the last ten times than for the ten before, and neither the
+// image set nor the time grows. The first ten are for what is there for good once it is needed: caches, a heap of the size that it works with.
+func thirtyCycles(s *scenario) {
+	const tenth, all = 10, 30
+	pod := s.pod()
+	// A huge page that the kernel gives to a restored heap is in the next image set as a whole, be it ever so empty.
+	s.inGuestOf(pod.sandbox.ID(), "echo never >/sys/kernel/mm/transparent_hugepage/enabled")
+	counting := counter("c")
+	// Its heap would grow with every number until there are 4 MiB of garbage.
+	counting.Spec = append(counting.Spec, oci.WithEnv([]string{"GOGC=1"}))
+	c := pod.create(counting)
+	run := s.run(c)
+	var numbers []int
+	restored := account{after: "after a restore", list: func() []string {
+		// What the guest has in its caches of files that are gone, virtiofsd keeps open for it: of a container's root file system as of its exchange.
+		s.inGuestOf(pod.sandbox.ID(), "echo 2 >/proc/sys/vm/drop_caches")
+		return append(s.hostInventory(), s.guestInventory(pod.sandbox)...)
+	}}
+	drifts := series{}
+	for i := range all {
+		s.printed(run.Output, workload.Ticks, 2)
+		dir, begin := s.dir(), time.Now()
+		s.check(s.engine.CheckpointTo(s.ctx, run, dir, true))
+		drifts.add(checkpointTime, int(time.Since(begin).Milliseconds()))
+		drifts.add("image set, in KiB", s.size(dir)>>10)
+		s.ended(run, 137)
+		numbers = append(numbers, s.numbers(run.Output, workload.Ticks)...)
+
+		begin = time.Now()
+		var err error
+		run, err = s.engine.Restore(s.ctx, c, dir)
+		s.check(err)
+		drifts.add(restoreTime, int(time.Since(begin).Milliseconds()))
+		s.consecutive(1, append(slices.Clone(numbers), s.printed(run.Output, workload.Ticks, 1)...))
+		for what, n := range s.shimNeeds() {
+			drifts.add("shim: "+what, n)
+		}
+		for what, n := range s.agentNeeds(pod.sandbox.ID()) {
+			drifts.add("agent: "+what, n)
+		}
+		if i%tenth == tenth-1 {
+			s.step("%d times checkpointed and restored", i+1)
+		}
+		restored.of(s, i, tenth-1, all-1)
+	}
+	drifts.check(s, tenth)
+	s.exits(c, slices.Repeat([]uint32{137}, all)...)
+}
+
+// series has a number of each cycle, by what it counts.
+type series map[string][]int
+
+const (
+	checkpointTime = "checkpoint, in ms"
+	restoreTime    = "restore, in ms"
+)
+
+func (d series) add(what string, n int) { d[what] = append(d[what], n) }
+
+// check compares the last numbers, so many, with those before them: the smallest of each, for which chance and the machine's other work count least.
+func (d series) check(s *scenario, last int) {
+	s.Helper()
+	for _, what := range slices.Sorted(maps.Keys(d)) {
+		n := d[what]
+		before, after := slices.Min(n[len(n)-2*last:len(n)-last]), slices.Min(n[len(n)-last:])
+		s.Logf("%s: at least %d in the %d cycles before the last %d, and %d in these; all: %v", what, before, last, last, after, n)
+		// A thread more is more than that, and so is a page of memory for each cycle. How fast the machine is depends on who else works on it.
+		most := before + before/10
+		if what == checkpointTime || what == restoreTime {
+			most = 2 * before
+		}
+		if after > most {
+			s.Errorf("%s: at least %d in the last %d cycles, and %d in those before", what, after, last, before)
+		}
+	}
+}
+
+// size is that of all files of an image set together.
+func (s *scenario) size(dir string) (bytes int) {
+	s.Helper()
+	files, err := os.ReadDir(dir)
+	s.check(err)
+	for _, f := range files {
+		info, err := f.Info()
+		s.check(err)
+		bytes += int(info.Size())
+	}
+	return bytes
+}
+
+// shimNeeds gives what the one shim under test needs of the machine.
+func (s *scenario) shimNeeds() map[string]int {
+	s.Helper()
+	pids, err := s.bed.Pids(func(args []string) bool { return filepath.Base(args[0]) == "containerd-shim-kata-checkpoint-v2" })
+	s.check(err)
+	if len(pids) != 1 {
+		s.Fatalf("there are %d shims", len(pids))
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pids[0]))
+	s.check(err)
+	return s.needs(string(status))
+}
+
+// agentNeeds gives what the agent needs of its guest.
+func (s *scenario) agentNeeds(sandbox string) map[string]int {
+	s.Helper()
+	return s.needs(s.inGuestOf(sandbox, findAgent+"while read -r line; do echo \"$line\"; done </proc/$agent/status"))
+}
+
+// needs reads a process's status.
+func (s *scenario) needs(status string) map[string]int {
+	s.Helper()
+	out := map[string]int{}
+	for key, what := range map[string]string{"RssAnon": "memory, in KiB", "Threads": "threads"} {
+		_, value, _ := strings.Cut(status, "\n"+key+":")
+		fields := strings.Fields(value)
+		if len(fields) == 0 {
+			s.Fatalf("there is no %s in %q", key, status)
+		}
+		n, err := strconv.Atoi(fields[0])
+		s.check(err)
+		out[what] = n
+	}
+	return out
+}
+
+// account compares what there is after a step of a cycle and after that of a later one.
 type account struct {
 	after string
 	list  func() []string
 	first []string
 }
 
-// of looks at the step of a cycle, counted from 0.
-func (a *account) of(s *scenario, cycle int) {
+// of looks at the step of a cycle, counted from 0, if it is one of the two.
+func (a *account) of(s *scenario, cycle, first, last int) {
 	s.Helper()
 	switch cycle {
-	case 0:
+	case first:
 		a.first = a.list()
 		defer s.step("listed what there is: %s", a.after)
 		// What is about to go must not stand for what the last cycle leaves.
@@ -61,14 +195,14 @@ func (a *account) of(s *scenario, cycle int) {
 			now := a.list()
 			s.Logf("%s, things keep changing: %q, %q", a.after, testbed.More(a.first, now), testbed.More(now, a.first))
 		}
-	case cycles - 1:
+	case last:
 		var more []string
 		s.eventually(settleTimeout, func() bool {
 			more = testbed.More(a.first, a.list())
 			return len(more) == 0
 		})
 		for _, item := range more {
-			s.Errorf("%s, there is more in cycle %d than in the first: %s", a.after, cycles, item)
+			s.Errorf("%s, there is more in cycle %d than in cycle %d: %s", a.after, last+1, first+1, item)
 		}
 		s.Logf("%s, there were %d things", a.after, len(a.first))
 	}
@@ -78,13 +212,19 @@ func (s *scenario) hostInventory() []string {
 	s.Helper()
 	out, err := s.bed.Inventory(s.ids...)
 	s.check(err)
-	return out
+	return withoutCounter(out)
+}
+
+// withoutCounter leaves out the files that the counter makes, opens and renames all the time.
+func withoutCounter(items []string) []string {
+	return slices.DeleteFunc(items, func(item string) bool {
+		return strings.HasSuffix(item, "/count.new") || strings.HasSuffix(item, "/count")
+	})
 }
 
 func (s *scenario) guestInventory(sandbox client.Container) []string {
 	s.Helper()
 	out, err := s.bed.GuestInventory(s.ctx, sandbox.ID(), s.ids...)
 	s.check(err)
-	// The counter's, which it makes and renames all the time.
-	return slices.DeleteFunc(out, func(item string) bool { return strings.HasSuffix(item, "count.new") })
+	return withoutCounter(out)
 }

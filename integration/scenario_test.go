@@ -50,6 +50,7 @@ var scenarios = []scenarioCase{
 	{name: "exec-while-frozen", run: execWhileFrozen},
 	{name: "process-tree", run: processTree},
 	{name: "three-cycles", run: threeCycles},
+	{name: "thirty-cycles", run: thirtyCycles, way: testbed.Go, timeout: 8 * time.Minute},
 	{name: "broken-images", run: brokenImages},
 	{name: "refused", run: refused},
 	{name: "refused-without-agent", run: refusedWithoutAgent},

@@ -85,8 +85,11 @@ func (r *reaper) start(cmd *exec.Cmd) (<-chan uint32, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	c := make(chan uint32, 1)
-	r.waiting[cmd.Process.Pid] = c
+	c, pid := make(chan uint32, 1), cmd.Process.Pid
+	r.waiting[pid] = c
+	// Its descriptor of the process would stay until the garbage is collected.
+	_ = cmd.Process.Release()
+	cmd.Process.Pid = pid // which Release forgets
 	return c, nil
 }
 
