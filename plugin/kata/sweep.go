@@ -16,11 +16,24 @@ import (
 // src/runtime-rs/crates/resource/src/share_fs/utils.rs).
 const shareDir = "/run/kata-containers/shared/sandboxes"
 
-// Sweep removes what Kata leaves of a sandbox's share for containers that were
-// created and never started: empty directories and empty files, on which its
-// mounts were. Anything else stays, and so does all of it while something is
-// mounted there. Kata's shim must have ended.
-func Sweep(sandbox string) error { return sweep(filepath.Join(shareDir, filepath.Base(sandbox))) }
+// vmDirs are where Kata's shims, the Go and the Rust one, have the sockets of a
+// VM. One that is killed while it boots the VM leaves them, and its Go shim boots
+// no other of the same name then: its socket for virtiofsd is in use.
+var vmDirs = []string{"/run/vc/vm", "/run/kata"}
+
+// Sweep removes what Kata leaves of a sandbox: of its share for containers that
+// were created and never started, empty directories and empty files, on which its
+// mounts were; of a VM that never ran, sockets. Anything else stays, and so does
+// all of it while something is mounted there. Kata's shim and the VM must have
+// ended.
+func Sweep(sandbox string) error {
+	name := filepath.Base(sandbox)
+	err := sweep(filepath.Join(shareDir, name))
+	for _, dir := range vmDirs {
+		err = errors.Join(err, sweep(filepath.Join(dir, name)))
+	}
+	return err
+}
 
 func sweep(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
@@ -47,7 +60,7 @@ func sweep(dir string) error {
 			dirs = append(dirs, path)
 			return nil
 		}
-		if st, err := d.Info(); err == nil && st.Mode().IsRegular() && st.Size() == 0 {
+		if st, err := d.Info(); err == nil && (st.Mode().IsRegular() && st.Size() == 0 || st.Mode()&fs.ModeSocket != 0) {
 			_ = root.Remove(path)
 		}
 		return nil

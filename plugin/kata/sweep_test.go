@@ -1,6 +1,7 @@
 package kata
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -19,6 +20,12 @@ func TestSweepRemovesOnlyWhatIsEmpty(t *testing.T) {
 		}
 	}
 	write("rw/passthrough/hosts", "")
+	socket, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "outside", "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket.SetUnlinkOnClose(false)
+	socket.Close()
 	write("rw/kept/data", "x")
 	if err := os.Symlink("/etc", filepath.Join(dir, "outside", "link")); err != nil {
 		t.Fatal(err)

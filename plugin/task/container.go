@@ -57,6 +57,8 @@ type container struct {
 	waiter waiter
 	// answers are the last that Kata gave to State, by exec id.
 	answers sync.Map
+	// creating is what State says as long as Kata creates the container.
+	creating atomic.Pointer[task.StateResponse]
 	// runningAt is when Kata last said that the first process runs, in
 	// nanoseconds since 1970.
 	runningAt atomic.Int64

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
@@ -56,6 +57,8 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	// has ended.
 	c.ops <- struct{}{}
 	defer func() { <-c.ops }()
+	c.creating.Store(createdAnswer(r, uint32(os.Getpid()))) //nolint:gosec // pids are positive
+	defer c.creating.Store(nil)
 	s.add(c) // before Kata's events for it come
 	resp := &task.CreateTaskResponse{}
 	if err := s.passToEnd(ctx, "Create", r, resp); err != nil {
@@ -63,6 +66,7 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		return nil, err
 	}
 	c.answers.Store("", createdAnswer(r, resp.GetPid()))
+	c.creating.Store(nil)
 	if r.ID == s.sandbox {
 		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
 			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("note the VM's process")

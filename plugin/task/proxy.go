@@ -32,8 +32,10 @@ func (s *Service) RegisterTTRPC(server *ttrpc.Server) error {
 		"Wait":       handle(s.Wait),
 		"Kill":       handle(s.Kill),
 		"CloseIO":    handle(s.CloseIO),
+		"Connect":    handle(s.Connect),
+		"Pids":       handle(s.Pids),
 	}
-	for _, name := range []string{"Pids", "ResizePty", "Update", "Stats", "Connect"} {
+	for _, name := range []string{"ResizePty", "Update", "Stats"} {
 		methods[name] = s.forward(name)
 	}
 	for _, name := range services {

@@ -36,6 +36,9 @@ func (s *Service) State(ctx context.Context, r *task.StateRequest) (*task.StateR
 		resp := &task.StateResponse{}
 		return resp, s.pass(ctx, "State", r, resp)
 	}
+	if created := c.creating.Load(); created != nil && r.ExecID == "" {
+		return created, nil
+	}
 	if a := c.abandoned.Load(); a != nil && r.ExecID == "" {
 		return a.state(c), nil
 	}
@@ -65,6 +68,32 @@ func (s *Service) State(ctx context.Context, r *task.StateRequest) (*task.StateR
 		return nil, err
 	}
 	return c.shown(resp), nil
+}
+
+// Connect and Pids are what a containerd that starts asks of each shim that it
+// finds; one that does not answer within 5 s it has deleted, with the VM that
+// Kata boots meanwhile (core/runtime/v2/shim_load.go). Kata's Go shim answers
+// nobody before its Create has ended. Its place is taken by this process until
+// then: a container without one is not kept either.
+func (s *Service) Connect(ctx context.Context, r *task.ConnectRequest) (*task.ConnectResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		if created := c.creating.Load(); created != nil {
+			return &task.ConnectResponse{ShimPid: created.GetPid(), TaskPid: created.GetPid()}, nil
+		}
+	}
+	resp := &task.ConnectResponse{}
+	return resp, s.pass(ctx, "Connect", r, resp)
+}
+
+// Pids lists a container's processes on the host, of which Kata has one.
+func (s *Service) Pids(ctx context.Context, r *task.PidsRequest) (*task.PidsResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		if created := c.creating.Load(); created != nil {
+			return &task.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: created.GetPid()}}}, nil
+		}
+	}
+	resp := &task.PidsResponse{}
+	return resp, s.pass(ctx, "Pids", r, resp)
 }
 
 // noteStatus remembers what Kata said of the container's first process.

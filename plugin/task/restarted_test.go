@@ -42,9 +42,12 @@ func TestContainerdDiesWhileKataWorks(t *testing.T) {
 				t.Error("an answer without a connection")
 			}
 			<-time.After(20 * time.Millisecond) // the shim notices
+			h.connect()
+			if method == "Create" {
+				h.found()
+			}
 			close(release)
 
-			h.connect()
 			eventually(t, method, func() bool { return h.status() == want })
 			if method == "Create" {
 				if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
@@ -60,5 +63,29 @@ func TestContainerdDiesWhileKataWorks(t *testing.T) {
 				t.Errorf("it is %s", s)
 			}
 		})
+	}
+}
+
+// found has the next containerd look for the container while Kata's Go shim,
+// which holds its lock for as long as it creates one, answers nobody.
+func (h *harness) found() {
+	h.t.Helper()
+	for _, call := range []string{"State", "Connect", "Pids"} {
+		h.kata.Before(call, func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		defer h.kata.Before(call, func(context.Context) error { return nil })
+	}
+	ctx, cancel := context.WithTimeout(h.t.Context(), 5*time.Second)
+	defer cancel()
+	if resp, err := h.task.Connect(ctx, &task.ConnectRequest{ID: "c1"}); err != nil || resp.GetTaskPid() == 0 {
+		h.t.Errorf("Connect: %v, %v", resp, err)
+	}
+	if resp, err := h.task.Pids(ctx, &task.PidsRequest{ID: "c1"}); err != nil || len(resp.GetProcesses()) == 0 {
+		h.t.Errorf("Pids: %v, %v", resp, err)
+	}
+	if resp, err := h.task.State(ctx, &task.StateRequest{ID: "c1"}); err != nil || resp.GetStatus() != statusCreated {
+		h.t.Errorf("State: %v, %v", resp, err)
 	}
 }
