@@ -14,19 +14,24 @@ import (
 // deadline: a checkpoint of 256 MiB keeps nobody waiting who asks for the container's state. One for which the caller's time or the configured
 // time is too short leaves nothing, the container goes on, and it is said why.
 func deadline(s *scenario) {
-	const limit = 15 * time.Second // covers the start of the container, too
-	s.configure("checkpoint_timeout", limit.String())
-	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "256", "--shm-mib", "0", "--every", "500ms"}})
-	run := s.run(c)
-	s.printed(run.Output, workload.Rounds, 2)
+	remembering := func(id, mib string) (client.Container, *engine.Run) {
+		c := s.create(engine.Container{ID: id, Args: []string{workload.Path, "memory", "--mib", mib, "--shm-mib", "0", "--every", "500ms"}})
+		run := s.run(c)
+		s.printed(run.Output, workload.Rounds, 2)
+		return c, run
+	}
+	c, run := remembering("large", "256")
+	took, err := s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, s.dir(), false) })
+	s.check(err)
+	s.step("checkpointed, which took %s", took.Round(time.Millisecond))
 
 	// The caller's deadline, with all images written.
 	dir := s.dir()
 	const written = "checkpoint-copy-images"
 	s.stopAt(written)
-	ctx, cancel := context.WithTimeout(s.ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(s.ctx, 2*took+5*time.Second)
 	defer cancel()
-	took, err := s.while(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
+	took, err = s.while(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
 	// containerd does not keep the kind of this error when it comes from a shim.
 	if err == nil || !strings.Contains(err.Error(), context.DeadlineExceeded.Error()) {
 		s.Errorf("a checkpoint for which there was no time ended after %s with: %v", took, err)
@@ -35,18 +40,21 @@ func deadline(s *scenario) {
 	if !s.eventually(settleTimeout, func() bool { return s.logged("checkpoint failed") }) {
 		s.Error("the log has no word of the checkpoint that failed")
 	}
+	s.removed(c)
 
 	// The one of the configuration, in an operation that hangs.
+	const limit = 15 * time.Second // covers the start of the container, too
+	s.configure("checkpoint_timeout", limit.String())
+	_, run = remembering("small", "16")
 	s.stopAt("checkpoint-prepare")
 	took, err = s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, true) })
 	if err == nil || !strings.Contains(err.Error(), "checkpoint_timeout of "+limit.String()+" has run out") {
 		s.Errorf("a checkpoint that hangs ended after %s with: %v", took, err)
 	}
 	s.undone(run, dir)
-
-	took, err = s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, false) })
-	s.check(err)
-	s.step("checkpointed, which took %s", took.Round(time.Millisecond))
+	s.check(s.engine.CheckpointTo(s.ctx, run, dir, true))
+	s.step("checkpointed after all")
+	s.ended(run, 137)
 }
 
 // while asks for the state of a task while something is done, and says how long that took.
