@@ -42,6 +42,10 @@ func TestEngines(t *testing.T) {
 			spec: leaveRunning, calls: []string{state, state, pause, checkpoint, resume},
 			status: "RUNNING", events: []string{paused, made, resumed}, guest: locks,
 		},
+		"nerdctl checkpoint create of a paused container": {
+			paused: true, calls: []string{state, checkpoint},
+			status: "STOPPED", events: []string{paused, made}, guest: locks,
+		},
 		"nerdctl checkpoint create of a paused container, with the annotation": {
 			spec: leaveRunning, paused: true, calls: []string{state, checkpoint},
 			status: "PAUSED", events: []string{paused, made}, guest: locks,
