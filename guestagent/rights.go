@@ -80,7 +80,7 @@ func readCore(path string) (*criu_core.CoreEntry, error) {
 		return nil, wrong
 	}
 	size := binary.LittleEndian.Uint32(data[8:])
-	if uint64(size) > uint64(len(data)-head) {
+	if int64(size) > int64(len(data)-head) {
 		return nil, wrong
 	}
 	core := &criu_core.CoreEntry{}

@@ -29,9 +29,9 @@ const (
 	// what the host knows to be external.
 	AnnotationExternals = AnnotationPrefix + "external-mounts"
 
-	// AnnotationRestorePrefix, with the name of one of its containers behind it,
-	// is on a pod; the value is the name of a checkpoint archive in restore_dir,
-	// from which that container starts for the first time.
+	// AnnotationRestorePrefix starts an annotation of a pod; behind it comes the
+	// name of one of its containers. The value is the name of a checkpoint
+	// archive in restore_dir, from which that container starts for the first time.
 	AnnotationRestorePrefix = AnnotationPrefix + "restore."
 
 	// AnnotationMarker is on a container that the NRI plugin has adjusted; its

@@ -80,7 +80,7 @@ const unpackDir = "archive"
 func (c *container) prepareArchive(ctx context.Context, name string, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	begin := time.Now()
 	cfg := c.s.cfg
-	ctx, end := c.s.operation(ctx, cfg.OpTimeout, "checkpoint_timeout")
+	ctx, end := c.s.operation(ctx)
 	defer end()
 	fail := func(err error) error {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore the container %s as annotation %s%s of its pod says: %w",

@@ -55,7 +55,7 @@ func (s *Service) Checkpoint(ctx context.Context, r *task.CheckpointTaskRequest)
 	if st, busy := c.current().(checkpointingState); busy {
 		return nil, st.busy()
 	}
-	ctx, end := s.operation(ctx, s.cfg.OpTimeout, "checkpoint_timeout")
+	ctx, end := s.operation(ctx)
 	defer end()
 	if err := c.do(ctx, func(st state) error { return st.checkpoint(ctx, req) }); err != nil {
 		if ctx.Err() != nil {

@@ -177,7 +177,7 @@ func (s *Service) Start(ctx context.Context, r *task.StartRequest) (*task.StartR
 // start starts what Create has prepared: only once the exchange mount is
 // withdrawn from the container, so that no workload ever sees it.
 func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	ctx, end := c.s.operation(ctx, c.s.cfg.OpTimeout, "checkpoint_timeout")
+	ctx, end := c.s.operation(ctx)
 	defer end()
 	if err := c.adopt(ctx); err != nil {
 		return c.startWithoutAgent(ctx, r, err)

@@ -62,7 +62,7 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 			log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of the checkpoint")
 		}
 	}()
-	ctx, end := c.s.operation(ctx, c.s.cfg.OpTimeout, "checkpoint_timeout")
+	ctx, end := c.s.operation(ctx)
 	defer end()
 	rights := rightsOf(spec.Process)
 	manifest, err := c.takeImages(ctx, path, r.Rootfs, spec, nil)

@@ -135,12 +135,13 @@ func (s *Service) stop(ctx context.Context) error {
 }
 
 // operation returns a context for something longer than a forwarded call: it
-// ends with the caller's, with the service, and after the timeout.
-func (s *Service) operation(ctx context.Context, timeout time.Duration, setting string) (context.Context, func()) {
+// ends with the caller's, with the service, and after checkpoint_timeout.
+func (s *Service) operation(ctx context.Context) (context.Context, func()) {
+	timeout := s.cfg.OpTimeout
 	s.wg.Add(1)
 	ctx, cancel := context.WithCancelCause(ctx)
 	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
-	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%s of %s has run out: %w", setting, timeout, context.DeadlineExceeded))
+	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has run out: %w", timeout, context.DeadlineExceeded))
 	return ctx, func() {
 		cancelTimeout()
 		unhook()
