@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
@@ -15,20 +16,22 @@ import (
 // all of that again; its log goes on without a gap. Of another container's checkpoint nerdctl says what does not fit.
 func nerdctlLife(s *scenario) {
 	n := s.nerdctl()
-	id := n.container("run", "counter", "-d", parts.WorkloadImageName, workload.Path, "counter")
+	volume := s.dir()
+	id := n.container("run", "counter", "-d", "-v", volume+":/volume", parts.WorkloadImageName, workload.Path, "counter")
 	n.counts(5)
 	if out := n.ok("exec", "counter", "sh", "-c", "echo hello from $(hostname)"); out != "hello from "+id[:12] {
 		s.Errorf("exec prints %q", out)
 	}
 	for _, checkpoint := range []string{"one", "two"} { // the second of a restored one
+		n.ok("exec", "counter", "sh", "-c", "echo before >/volume/"+checkpoint)
 		n.ok("checkpoint", "create", "counter", checkpoint)
 		n.is("exited 137")
 		n.ok("start", "--checkpoint", checkpoint, "counter")
 		n.is("running 0")
 		at := n.counts(5)
 		n.counts(at + 5)
-		if out := n.ok("exec", "counter", "cat", "/proc/1/comm"); out != "workload" {
-			s.Errorf("the first process of the restored container is %s", out)
+		if out := n.ok("exec", "counter", "cat", "/proc/1/comm", "/volume/"+checkpoint); out != "workload\nbefore" {
+			s.Errorf("the restored container prints %q", out)
 		}
 		s.step("checkpointed, restored, and counts on")
 	}
@@ -120,7 +123,7 @@ func (n *nerdctl) counts(atLeast int) int {
 	var numbers []int
 	if !n.eventually(settleTimeout, func() bool {
 		var err error
-		numbers, err = workload.Ticks(strings.Split(n.ok("logs", "counter"), "\n"))
+		numbers, err = workload.Ticks(slices.Collect(strings.Lines(n.ok("logs", "counter"))))
 		n.check(err)
 		return len(numbers) >= atLeast
 	}) {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -109,6 +110,9 @@ func (s *Share) Rootfs(cid, source string) (string, error) {
 func (s *Share) Volumes(cid string, mounts []specs.Mount) ([]specs.Mount, error) {
 	rewritten := make([]specs.Mount, 0, len(mounts))
 	for _, m := range mounts {
+		if slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind") {
+			m.Type = "bind" // nerdctl calls it none; Kata goes by the options, as runc does
+		}
 		switch {
 		case m.Destination == "/dev/shm":
 			m = specs.Mount{Destination: m.Destination, Type: "bind", Source: api.GuestShm, Options: []string{"rbind"}}

@@ -118,7 +118,7 @@ func checkShare(t *testing.T, w way.Way, source string) {
 		return
 	}
 	mounts, err := s.Volumes("c1", []specs.Mount{
-		{Type: "bind", Source: source, Destination: "/rw", Options: []string{"rbind", "rw"}},
+		{Type: "none", Source: source, Destination: "/rw", Options: []string{"rbind", "rw"}}, // as nerdctl writes it
 		{Type: "tmpfs", Source: "shm", Destination: "/dev/shm"},
 	})
 	if err != nil {
