@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -33,6 +35,20 @@ func ownPIDNamespace(pid int) (bool, error) {
 func sharedNamespace(images string) (bool, error) {
 	found, err := filepath.Glob(filepath.Join(images, "pidns-*.img"))
 	return len(found) > 0, err
+}
+
+// imagePIDs are the pids of the processes and threads in an image set: each has
+// an image that is named after it.
+func imagePIDs(images string) ([]int, error) {
+	found, err := filepath.Glob(filepath.Join(images, "core-*.img"))
+	var pids []int
+	for _, path := range found {
+		name := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(path), "core-"), ".img")
+		if pid, err := strconv.Atoi(name); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, err
 }
 
 // makeNamespace makes a pid namespace in the placeholder's, with all else as the

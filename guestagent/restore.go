@@ -180,6 +180,11 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 			return nil, err
 		}
 		opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: proto.String(criu.PIDNamespaceKey), Fd: proto.Int32(op.InheritPIDNamespace(first))})
+		taken, err := imagePIDs(images)
+		if err != nil {
+			return nil, err
+		}
+		op.Avoid(taken)
 		ph.done("make a pid namespace")
 	}
 	if err := op.Restore(opts); err != nil {

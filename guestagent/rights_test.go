@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,5 +83,19 @@ func TestImagesThatAreNone(t *testing.T) {
 		if err := checkRights(dir, &api.Rights{}); err == nil || !strings.Contains(err.Error(), "core-1.img") {
 			t.Errorf("%s: error %v", name, err)
 		}
+	}
+}
+
+func TestImagePIDs(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"core-8.img", "core-1234.img", "core-x.img", "mm-9.img", "inventory.img"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pids, err := imagePIDs(dir)
+	slices.Sort(pids)
+	if err != nil || !slices.Equal(pids, []int{8, 1234}) {
+		t.Errorf("%v (%v)", pids, err)
 	}
 }

@@ -80,6 +80,19 @@ func podSharedPID(s *scenario) {
 	s.check(killed.Kill(s.ctx, syscall.SIGKILL))
 	s.ended(killed, 137)
 
+	// Many processes, of which some have the pids that CRIU would have had.
+	crowd := pod.create(pod.sharing(engine.Container{
+		ID: "crowd", Args: []string{"sh", "-c", "for i in $(seq 40); do sleep 100000 & done; exec " + workload.Path + " counter"},
+	}))
+	many := s.run(crowd)
+	s.printed(many.Output, workload.Ticks, 3)
+	dir = s.dir()
+	s.check(s.engine.CheckpointWith(s.ctx, many, dir, &runcoptions.CheckpointOptions{Exit: true}))
+	s.ended(many, 137)
+	counted := s.numbers(many.Output, workload.Ticks)
+	s.consecutive(1, append(counted, s.printed(s.restore(crowd, dir).Output, workload.Ticks, 5)...))
+	s.removed(crowd)
+
 	// A tree, with sessions, groups and threads.
 	c = pod.create(pod.sharing(engine.Container{ID: "tree", Args: []string{workload.Path, "tree"}}))
 	tree := s.run(c)

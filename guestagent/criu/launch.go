@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -38,6 +39,9 @@ func launch(dir string, args []string) error {
 	var job Job
 	if err := json.Unmarshal(data, &job); err != nil {
 		return fmt.Errorf("read job: %w", err)
+	}
+	if slices.Contains(job.Avoid, os.Getpid()) {
+		return errPIDTaken
 	}
 	if job.Cgroup != "" {
 		// "0" is the writer itself, whatever pid namespace it is in.

@@ -38,6 +38,10 @@ type Job struct {
 	// FreshProc: CRIU runs in a pid namespace other than the guest's root one
 	// and needs a /proc that shows it.
 	FreshProc bool `json:"freshProc"`
+	// Avoid are pids that CRIU must not have in its pid namespace: it takes a
+	// process of another one that has its own pid for itself (get_proc_fd in
+	// criu/util.c), and then sets the clocks of its own time namespace.
+	Avoid []int `json:"avoid,omitempty"`
 	// Cgroup is a directory of the cgroup that CRIU is moved into, and that is
 	// the root of its cgroup namespace then; or empty.
 	Cgroup string `json:"cgroup,omitempty"`
@@ -87,6 +91,9 @@ func NewOp(parent string, job Job, pidNamespaceOf int) (*Op, error) {
 	o.job.FreshProc = pidNamespaceOf != 0
 	return o, nil
 }
+
+// Avoid keeps CRIU from having one of these pids in its pid namespace.
+func (o *Op) Avoid(pids []int) { o.job.Avoid = pids }
 
 // Close removes the operation's directory.
 func (o *Op) Close() error { return os.RemoveAll(o.dir) }
@@ -149,10 +156,30 @@ func (o *Op) Restore(opts *rpc.CriuOpts) error {
 	return o.run("restore", func(c *gocriu.Criu) error { return c.Restore(opts, nil) })
 }
 
+// maxLaunches bounds how often CRIU is started until it has a pid that may be.
+// Each start has a higher one.
+const maxLaunches = 100
+
 func (o *Op) run(what string, call func(*gocriu.Criu) error) error {
 	if err := o.write(); err != nil {
 		return fmt.Errorf("prepare criu %s: %w", what, err)
 	}
+	for range maxLaunches {
+		err := o.runOnce(what, call)
+		if !errors.Is(err, errPIDTaken) {
+			return err
+		}
+		if err := os.Remove(filepath.Join(o.dir, launchErrorName)); err != nil {
+			return fmt.Errorf("criu %s: %w", what, err)
+		}
+	}
+	return fmt.Errorf("criu %s: %w: the processes in the images have all of them", what, errPIDTaken)
+}
+
+// errPIDTaken is the launcher's answer where it has a pid that CRIU must not have.
+var errPIDTaken = errors.New("no pid is left for CRIU")
+
+func (o *Op) runOnce(what string, call func(*gocriu.Criu) error) error {
 	c := gocriu.MakeCriu()
 	c.SetCriuPath(filepath.Join(o.dir, launcherName))
 	err := thread.Do(func() error {
@@ -174,6 +201,9 @@ func (o *Op) run(what string, call func(*gocriu.Criu) error) error {
 		return nil
 	}
 	if launch, e := os.ReadFile(filepath.Join(o.dir, launchErrorName)); e == nil {
+		if string(launch) == errPIDTaken.Error() {
+			return errPIDTaken
+		}
 		return fmt.Errorf("criu %s: %s", what, launch)
 	}
 	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, io.EOF) {
