@@ -82,7 +82,7 @@ func podSharedPID(s *scenario) {
 
 	// Many processes, of which some have the pids that CRIU would have had.
 	crowd := pod.create(pod.sharing(engine.Container{
-		ID: "crowd", Args: []string{"sh", "-c", "for i in $(seq 40); do sleep 100000 & done; exec " + workload.Path + " counter"},
+		ID: "crowd", Args: []string{"sh", "-c", "for i in $(seq 12); do sleep 100000 & done; exec " + workload.Path + " counter"},
 	}))
 	many := s.run(crowd)
 	s.printed(many.Output, workload.Ticks, 3)
