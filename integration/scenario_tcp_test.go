@@ -74,7 +74,7 @@ func tcpEstablishedRefused(s *scenario) {
 func tcpEstablished(s *scenario) {
 	w := s.wire(wirePath())
 	peer := s.answering(w)
-	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String(), "-every", "2s"}, Network: w.namespace.Path})
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String(), "-every", "5s"}, Network: w.namespace.Path})
 	first := s.run(c)
 	s.printed(first.Output, workload.Rounds, 2)
 	s.check(s.engine.CheckpointWith(s.ctx, first, s.dir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
@@ -82,7 +82,7 @@ func tcpEstablished(s *scenario) {
 	s.goesOn(first)
 
 	dir := s.dir()
-	s.printed(first.Output, workload.Rounds, len(s.numbers(first.Output, workload.Rounds))+1) // the next one is two seconds away
+	s.printed(first.Output, workload.Rounds, len(s.numbers(first.Output, workload.Rounds))+1) // the next one is five seconds away
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, &runcoptions.CheckpointOptions{OpenTcp: true, Exit: true}))
 	s.step("checkpointed %s", c.ID())
 	s.ended(first, 137)
