@@ -49,10 +49,11 @@ func podTwoContainers(s *scenario) {
 	s.consecutive(1, s.ticked(two, len(s.ticked(two, 5))+5))
 }
 
-// podTwoAtOnce: two containers of a pod are checkpointed at the same time, and go on together in another one.
+// podTwoAtOnce: two containers of a pod are checkpointed at the same time, and go on together in another one. They share a pid namespace, as
+// crictl has it where a pod's configuration says nothing.
 func podTwoAtOnce(s *scenario) {
 	names := []string{"one", "two"}
-	pod := s.runPod("before", cri.PodSpec{})
+	pod := s.runPod("before", cri.PodSpec{SharePIDs: true})
 	containers := map[string]*cri.Container{}
 	annotations, earlier := map[string]string{}, map[string]int{}
 	for _, name := range names {
@@ -80,7 +81,7 @@ func podTwoAtOnce(s *scenario) {
 	}
 	s.check(pod.Remove(s.ctx))
 
-	after := s.runPod("after", cri.PodSpec{Annotations: annotations})
+	after := s.runPod("after", cri.PodSpec{SharePIDs: true, Annotations: annotations})
 	for _, name := range names {
 		containers[name] = s.runIn(after, counterNamed(name))
 	}
