@@ -17,6 +17,11 @@ func (p *Parts) Checkpointctl(ctx context.Context) (string, error) {
 	return p.program(ctx, "checkpointctl", "github.com/checkpoint-restore/checkpointctl")
 }
 
+// Nerdctl builds nerdctl and returns its path.
+func (p *Parts) Nerdctl(ctx context.Context) (string, error) {
+	return p.program(ctx, "nerdctl", "github.com/containerd/nerdctl/v2/cmd/nerdctl")
+}
+
 // Kubelet builds the kubelet and returns its path. That takes ten minutes on two cores: [Parts.HaveKubelet] says whether it was done.
 func (p *Parts) Kubelet(ctx context.Context) (string, error) {
 	return p.program(ctx, "kubelet", "k8s.io/kubernetes/cmd/kubelet")
