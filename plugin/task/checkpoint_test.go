@@ -689,11 +689,13 @@ func TestRestore(t *testing.T) {
 		if !h.kata.Called("Start c1") {
 			t.Error("restored before the placeholder runs")
 		}
+		h.wantStatus("CREATED")
 		return nil
 	})
 	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
 		t.Fatal(err)
 	}
+	h.wantStatus("RUNNING")
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckRestore c1", "Restore c1")
 	got := h.guest.Request("Restore").(*api.RestoreRequest)
 	want := &api.RestoreRequest{
@@ -781,11 +783,13 @@ func TestRestoreThatFailsLeavesNothingAlive(t *testing.T) {
 			h.guest.Before(method, func(context.Context) error {
 				return errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "/data/f has grown\nError (criu/files-reg.c:1): bad size")
 			})
+			h.kata.Before("Kill", func(context.Context) error {
+				h.wantStatus("CREATED") // the placeholder is nothing to show
+				return nil
+			})
 			_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
 			wantError(t, err, "restore container c1 from "+path, "/data/f has grown\nError (criu/files-reg.c:1): bad size")
-			if got := h.status(); got != "STOPPED" {
-				t.Errorf("State says %s", got)
-			}
+			h.wantStatus("STOPPED")
 			if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
 				t.Fatal(err)
 			}

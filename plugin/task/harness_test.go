@@ -193,6 +193,15 @@ func (h *harness) status() string {
 	return st.GetStatus().String()
 }
 
+// wantStatus may be called beside the test.
+func (h *harness) wantStatus(want string) {
+	h.t.Helper()
+	st, err := h.task.State(h.t.Context(), &task.StateRequest{ID: "c1"})
+	if err != nil || st.GetStatus().String() != want {
+		h.t.Errorf("State says %s (%v), want %s", st.GetStatus(), err, want)
+	}
+}
+
 func (h *harness) exchange() string { return h.guest.Exchange("c1") }
 
 // eventually waits for a condition.

@@ -124,12 +124,27 @@ func (c *container) lastRunning() *task.StateResponse {
 }
 
 // shown is Kata's answer with what Kata does not know: that we have frozen the
-// container, its execs too.
+// container, its execs too, and that what runs is a placeholder as long as a
+// restore is under way or is undone.
 func (c *container) shown(resp *task.StateResponse) *task.StateResponse {
-	if resp.GetStatus() != statusRunning || !c.isFrozen() {
+	if resp.GetStatus() != statusRunning {
 		return resp
 	}
-	paused := proto.Clone(resp).(*task.StateResponse)
-	paused.Status = statusPaused
-	return paused
+	status := statusRunning
+	switch st := c.current().(type) {
+	case createdState:
+		if c.source != nil {
+			status = statusCreated
+		}
+	default:
+		if st.frozen() {
+			status = statusPaused
+		}
+	}
+	if status == statusRunning {
+		return resp
+	}
+	shown := proto.Clone(resp).(*task.StateResponse)
+	shown.Status = status
+	return shown
 }
