@@ -46,7 +46,11 @@ func nerdctlLife(s *scenario) {
 
 	n.ok("start", "counter")
 	n.is("running 0")
-	n.ok("stop", "-t", "1", "counter")
+	// A program that has only begun hears no signal yet.
+	if !n.eventually(settleTimeout, func() bool { return strings.Count(n.ok("logs", "counter"), "tick 2 ") == 2 }) {
+		n.Error("the counter does not start from 1 again")
+	}
+	n.ok("stop", "-t", "5", "counter")
 	n.is("exited 2") // Go's way to end a first process by SIGTERM, which no signal kills from within
 	n.ok("rm", "counter")
 	if out := n.ok("ps", "-aq"); out != "" {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -84,6 +85,8 @@ type Service struct {
 	base   context.Context
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
+	// rest is started anew with the end of each operation.
+	rest *time.Timer
 
 	mu         sync.RWMutex
 	containers map[string]*container
@@ -103,6 +106,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 		stops: stopat.Dir(os.Getenv(stopEnv)), reviving: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	s.rest = time.AfterFunc(restAfter, debug.FreeOSMemory)
 	s.agent = guest.New(s.dialAgent, o.Namespace+"/"+o.Sandbox, s.agentLost)
 	s.events.OnExit(s.exited)
 	s.shutdown.RegisterCallback(s.stop)
@@ -123,6 +127,7 @@ func (s *Service) stop(ctx context.Context) error {
 	go func() {
 		defer close(done)
 		s.wg.Wait()
+		s.rest.Stop()
 		s.agent.Close()
 		s.down.client.Close()
 	}()
@@ -146,9 +151,14 @@ func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 		cancelTimeout()
 		unhook()
 		cancel(nil)
+		s.rest.Reset(restAfter)
 		s.wg.Done()
 	}
 }
+
+// restAfter is how long after an operation the memory goes back to the system
+// that it needed: there is one shim for every pod, and most do nothing.
+const restAfter = 500 * time.Millisecond
 
 // undo returns a context for taking back what an operation did: it does not
 // end with the caller's.
