@@ -119,7 +119,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 		return nil, toRPC(err)
 	}
 	// What a container of the same id left behind, should it have had no Forget.
-	if err := a.release(id); err != nil {
+	if err := errors.Join(a.release(id), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup))); err != nil {
 		return nil, toRPC(err)
 	}
 	if err := withdraw(c.Init, r.GetExchangeDestination(), r.GetToken(), a.exchangePath(id)); err != nil {
@@ -133,7 +133,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 }
 
 // Forget implements the service.
-func (a *Agent) Forget(_ context.Context, r *api.ContainerRequest) (*empty, error) {
+func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*empty, error) {
 	id := r.GetContainerId()
 	if err := checkID(id); err != nil {
 		return nil, toRPC(err)
@@ -142,7 +142,7 @@ func (a *Agent) Forget(_ context.Context, r *api.ContainerRequest) (*empty, erro
 	a.hold.thawed(id)
 	var spoke error
 	if c, err := a.load(id); err == nil {
-		spoke = a.speak(c)
+		spoke = errors.Join(a.speak(c), c.forgetCgroup(ctx))
 	}
 	err := os.Remove(a.recordPath(id))
 	if errors.Is(err, os.ErrNotExist) {

@@ -1,6 +1,7 @@
 package guestagent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +51,23 @@ func (c *container) tree() string {
 		return filepath.Join(c.Cgroup, restoredCgroup)
 	}
 	return c.Cgroup
+}
+
+// forgetCgroup removes what Kata's agent has left of a container's cgroup: it
+// tries once, and does not while a process of it is about to go. The next
+// container of this id would get it as it is, frozen perhaps. One that is another
+// container's by now has processes and is left alone.
+func (c *container) forgetCgroup(ctx context.Context) error {
+	if c.Init.alive() {
+		return nil // it has not ended
+	}
+	if err := cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)); err != nil {
+		return err
+	}
+	if pids, err := cgroup.Procs(c.Cgroup, true); err != nil || len(pids) > 0 {
+		return nil //nolint:nilerr // gone, as it should be
+	}
+	return cgroup.Remove(ctx, c.Cgroup)
 }
 
 // A container id becomes part of paths: what it may be is what Kata takes

@@ -121,21 +121,10 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
-		err = errors.Join(fmt.Errorf("restore container %s: %w", c.ID, err), discard(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		err = errors.Join(fmt.Errorf("restore container %s: %w", c.ID, err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
 		return nil, toRPC(err)
 	}
 	return out, nil
-}
-
-// discard ends what is alive in a cgroup and removes it.
-func discard(ctx context.Context, dir string) error {
-	if err := cgroup.Kill(ctx, dir); err != nil {
-		return err
-	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove cgroup: %w", err)
-	}
-	return nil
 }
 
 func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest) (*api.RestoreResponse, error) {

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -177,6 +178,33 @@ func Kill(ctx context.Context, dir string) error {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+// Remove ends every process of a cgroup, as Kill does, and removes it with those
+// below it. That it is not there is no error.
+func Remove(ctx context.Context, dir string) error {
+	if err := Kill(ctx, dir); err != nil {
+		return err
+	}
+	var dirs []string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			dirs = append(dirs, path)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	})
+	for _, d := range slices.Backward(dirs) {
+		if rerr := os.Remove(d); !errors.Is(rerr, fs.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove cgroup: %w", err)
+	}
+	return nil
 }
 
 func readEvents(f *os.File) (frozen, populated bool, err error) {

@@ -5,10 +5,14 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestFindFollowsTheRulesOfKatasAgent(t *testing.T) {
@@ -80,5 +84,49 @@ func TestFreezeGivesUpThawed(t *testing.T) {
 	}
 	if err := Thaw(filepath.Join(dir, "gone")); err != nil {
 		t.Fatalf("Thaw of a cgroup that is gone: %v", err)
+	}
+}
+
+func TestRemove(t *testing.T) {
+	root := t.TempDir()
+	if err := unix.Mount("cgroup2", root, "cgroup2", 0, ""); err != nil {
+		t.Skip("needs to mount cgroup v2: ", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	dir, err := os.MkdirTemp(root, "cgroup-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := filepath.Join(dir, "child", "grandchild")
+	if err := os.MkdirAll(child, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	if err := write(child, "cgroup.procs", strconv.Itoa(cmd.Process.Pid)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Freeze(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := Remove(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: %v", dir, err)
+	}
+	if err := <-ended; err == nil {
+		t.Error("the process has ended by itself")
+	}
+	if err := Remove(t.Context(), dir); err != nil {
+		t.Errorf("once more: %v", err)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -53,6 +54,7 @@ func Main(args []string, w io.Writer) error {
 	name, args := args[0], args[1:]
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	every := flags.Duration("every", 100*time.Millisecond, "time between rounds")
+	lean := flags.Bool("lean", false, "give memory that is not in use back in each round")
 	var setup func() (program, error)
 	switch name {
 	case "counter":
@@ -162,6 +164,9 @@ func Main(args []string, w io.Writer) error {
 		}
 		if err := p.round(w); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
+		}
+		if *lean {
+			debug.FreeOSMemory()
 		}
 	}
 }
