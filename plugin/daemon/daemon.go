@@ -119,7 +119,8 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 		Config: cfg, Namespace: i.Namespace, Sandbox: r.Sandbox,
 		Downstream: r.Downstream, Management: kata.DefaultManagement,
 		Events: d.relay, Shutdown: d.shutdown, Unlink: d.unlink,
-		EndKata: func() error { return manager.EndKata(i.Bundle, r.Sandbox) },
+		EndKata:      func() error { return manager.EndKata(i.Bundle, r.Sandbox) },
+		ProtectShare: func() error { return manager.ProtectShare(i.Bundle, r.Sandbox) },
 	})
 	services, err := initPlugins(d.ctx)
 	if err != nil {

@@ -78,6 +78,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	// owner any more, which Kata's own delete does not expect.
 	alive := !owns && answers(r.Address)
 	if !alive && !i.replaced() {
+		warn("protect what Kata shares", ProtectShare(filepath.Join(filepath.Dir(filepath.Clean(i.Bundle)), r.Sandbox), r.Sandbox))
 		err := i.retire(ctx, r.Downstream, owns)
 		warn("stop Kata's container", err)
 		if owns {

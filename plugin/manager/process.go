@@ -112,25 +112,57 @@ func isZombie(pid int) bool {
 	return err == nil && i >= 0 && strings.HasPrefix(string(data[i+1:]), " Z")
 }
 
-// killKata kills the daemon of Kata's shim that was started in a bundle. Both
-// of Kata's shims write its pid to shim.pid there, and it keeps the bundle as
-// its working directory. It may end by itself within a grace time.
+// killKata kills the daemon of Kata's shim that was started in a bundle. It may
+// end by itself within a grace time.
 func killKata(dir string, grace time.Duration) error {
-	data, err := os.ReadFile(filepath.Join(dir, "shim.pid"))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+	pid, err := kataPID(dir)
+	if err == nil && pid > 0 {
+		err = end(pid, grace, func() bool { return worksIn(pid, dir) })
 	}
 	if err != nil {
-		return fmt.Errorf("end Kata's shim: %w", err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
-	if err != nil {
-		return fmt.Errorf("end Kata's shim: shim.pid: %w", err)
-	}
-	if err := end(pid, grace, func() bool { return worksIn(pid, dir) }); err != nil {
 		return fmt.Errorf("end Kata's shim: %w", err)
 	}
 	return nil
+}
+
+// kataPID reads which process the daemon of Kata's shim is that was started in a
+// bundle; 0 where it is not known. Both of Kata's shims write it to shim.pid
+// there, and keep the bundle as their working directory.
+func kataPID(dir string) (int, error) {
+	data, err := os.ReadFile(filepath.Join(dir, "shim.pid"))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		return 0, fmt.Errorf("shim.pid: %w", err)
+	}
+	return pid, nil
+}
+
+// ProtectShare keeps the daemon of Kata's shim that was started in a sandbox's
+// bundle from removing the files of what it shares with the guest, see
+// [kata.Protect].
+func ProtectShare(dir, sandbox string) error {
+	pid, err := kataPID(dir)
+	if err != nil || pid <= 1 {
+		return err
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return os.NewSyscallError("pidfd_open", err)
+	}
+	defer unix.Close(fd)
+	if !worksIn(pid, dir) {
+		return nil
+	}
+	return kata.Protect(fd, pid, sandbox)
 }
 
 func worksIn(pid int, dir string) bool {

@@ -71,6 +71,7 @@ func (s *Service) startAgent(ctx context.Context) error {
 	}
 	s.events.Hide(id)
 	err := s.down.own(ctx, "Create", &task.CreateTaskRequest{ID: id, Bundle: dir}, &task.CreateTaskResponse{})
+	s.protectShare(ctx, id)
 	if err == nil || ctx.Err() != nil {
 		uctx, cancel := undo(ctx)
 		defer cancel()

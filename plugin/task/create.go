@@ -61,7 +61,9 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	defer c.creating.Store(nil)
 	s.add(c) // before Kata's events for it come
 	resp := &task.CreateTaskResponse{}
-	if err := s.passToEnd(ctx, "Create", r, resp); err != nil {
+	err = s.passToEnd(ctx, "Create", r, resp)
+	s.protectShare(ctx, r.ID)
+	if err != nil {
 		s.remove(r.ID)
 		return nil, err
 	}

@@ -277,6 +277,25 @@ func TestThrowAwayContainerStartsTheAgent(t *testing.T) {
 	}
 }
 
+// Kata may remove what it leaves mounted: not after this, which comes before
+// anything of the container can end.
+func TestWhatKataSharesIsProtected(t *testing.T) {
+	h := newHarness(t)
+	h.create(nil)
+	if len(h.protected) != 1 || !slices.Equal(h.protected[0], []string{"Create c1"}) {
+		t.Errorf("after %q", h.protected)
+	}
+
+	h = newHarness(t)
+	h.kata.Before("Create", func(context.Context) error { return errors.New("no root file system") })
+	if _, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(nil)}); err == nil {
+		t.Fatal("created")
+	}
+	if len(h.protected) != 1 {
+		t.Errorf("after a Create that failed: %q", h.protected)
+	}
+}
+
 // A directory that is removed takes no new entries, whoever still has it open
 // or mounted: this is what makes the exchange mount of a container without an
 // agent harmless.

@@ -47,9 +47,7 @@ func (c *container) abandon(ctx context.Context) {
 	}
 	a := &abandoned{pid: resp.GetPid(), at: time.Now(), done: c.abandonedDone}
 	c.abandoned.Store(a)
-	if c.id == c.s.sandbox {
-		c.s.givenUp.Store(true)
-	}
+	c.s.givenUp.Store(true)
 	c.stopped()
 	close(a.done)
 	c.publish(ctx, runtime.TaskExitEventTopic, &eventsapi.TaskExit{

@@ -40,6 +40,8 @@ type harness struct {
 	// unlinked is closed when the sockets are to be removed.
 	unlinked chan struct{}
 	path     string // of the shim's socket
+	// protected are the calls that Kata has had each time when its share was protected.
+	protected [][]string
 }
 
 type option func(*harness)
@@ -82,7 +84,8 @@ func newHarness(t *testing.T, options ...option) *harness {
 	s, err := New(ctx, Options{
 		Config: h.cfg, Namespace: "ns", Sandbox: "c1", Downstream: h.kata.Endpoint, Management: h.guest.Management,
 		Events: h.events, Shutdown: sd, Unlink: func() { once.Do(func() { close(h.unlinked) }) },
-		EndKata: func() error { h.kata.Die(); return nil },
+		EndKata:      func() error { h.kata.Die(); return nil },
+		ProtectShare: func() error { h.protected = append(h.protected, h.kata.Calls()); return nil },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -87,8 +87,8 @@ func (s *Service) Shutdown(ctx context.Context, r *task.ShutdownRequest) (*empty
 		// Kata's Go shim ends before it answers. It is no error to containerd,
 		// to which an answer with this one would be.
 	case err != nil && s.givenUp.Load() && r.ID == s.sandbox:
-		// Kata's Rust shim cannot remove the share of a sandbox that it was never
-		// asked to start, and would stay for ever
+		// Kata's Rust shim cannot remove the share of a sandbox with a container that
+		// it was never asked to start, and would stay for ever
 		// (src/runtime-rs/crates/resource/src/share_fs/virtio_fs_share_mount.rs).
 		log.G(ctx).WithError(err).Warn("Kata's shim does not shut down and is ended")
 		if err := s.endKata(); err != nil {

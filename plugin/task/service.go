@@ -55,6 +55,9 @@ type Options struct {
 	Unlink func()
 	// EndKata kills a Kata that does not shut down, VM included.
 	EndKata func() error
+	// ProtectShare keeps Kata from removing the files of containers whose root
+	// file systems and volumes it has left mounted.
+	ProtectShare func() error
 }
 
 // stopEnv names the directory by which tests stop operations at their phases.
@@ -72,7 +75,8 @@ type Service struct {
 	shutdown  shutdown.Service
 	unlink    func()
 	endKata   func() error
-	// givenUp: the sandbox's own container was abandoned.
+	protect   func() error
+	// givenUp: a container was abandoned.
 	givenUp atomic.Bool
 	stops   stopat.Dir
 
@@ -102,7 +106,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	}
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
-		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, containers: make(map[string]*container),
+		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, containers: make(map[string]*container),
 		stops: stopat.Dir(os.Getenv(stopEnv)), reviving: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
@@ -168,6 +172,15 @@ func undo(ctx context.Context) (context.Context, context.CancelFunc) {
 
 // undoTimeout bounds each step of taking back.
 const undoTimeout = 10 * time.Second
+
+// protectShare is called when Kata has created a container, or has failed to: at
+// the end of one that has not started, of its VM or of itself it may leave the
+// container's files mounted, and remove them.
+func (s *Service) protectShare(ctx context.Context, id string) {
+	if err := s.protect(); err != nil {
+		log.G(ctx).WithError(err).WithField("container", id).Error("Kata may remove the container's files, should it never start")
+	}
+}
 
 // container looks up a container that Create has made, nil otherwise.
 func (s *Service) container(id string) *container {

@@ -1,0 +1,67 @@
+package kata
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+)
+
+// writableDirs are where in a sandbox's share Kata's shims mount root file
+// systems and volumes, the Rust one and the Go one. virtiofsd serves copies of
+// these mounts, which are beside them.
+var writableDirs = []string{"rw", "mounts"}
+
+// Protect makes read-only, to Kata's shim alone, what it shares with the guest
+// of a sandbox. At the end of a sandbox both of Kata's shims remove the share
+// with all that is in it, and take for granted that nothing is mounted there any
+// more (src/runtime-rs/crates/resource/src/share_fs/virtio_fs_share_mount.rs,
+// src/runtime/virtcontainers/fs_share_linux.go). Of a container that was created
+// and never started, its root file system and its volumes are: their files would
+// be gone. The guest can write on, through virtiofsd's copies of the mounts.
+//
+// The shim is the process of pid, to which pidfd refers.
+func Protect(pidfd, pid int, sandbox string) error {
+	return protect(pidfd, pid, filepath.Join(shareDir, filepath.Base(sandbox)))
+}
+
+func protect(pidfd, pid int, share string) error {
+	mounts, err := mountinfo.PidMountInfo(pid)
+	if err != nil {
+		return fmt.Errorf("protect what is shared: mounts of Kata's shim: %w", err)
+	}
+	var targets []string
+	for _, m := range mounts {
+		for _, d := range writableDirs {
+			if strings.HasPrefix(m.Mountpoint, filepath.Join(share, d)+"/") {
+				targets = append(targets, m.Mountpoint)
+			}
+		}
+	}
+	if len(targets) == 0 {
+		return nil
+	}
+	err = thread.Do(func() (err error) {
+		if err := unix.Setns(pidfd, unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("enter the mount namespace of Kata's shim: %w", err)
+		}
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		for _, t := range targets {
+			serr := unix.MountSetattr(unix.AT_FDCWD, t, unix.AT_SYMLINK_NOFOLLOW, &attr)
+			// EINVAL: it is no mount point any more.
+			if serr != nil && !errors.Is(serr, unix.EINVAL) && !errors.Is(serr, unix.ENOENT) {
+				err = errors.Join(err, fmt.Errorf("make %s read-only: %w", t, serr))
+			}
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("protect what is shared: %w", err)
+	}
+	return nil
+}
