@@ -2,10 +2,13 @@ package integration
 
 import (
 	"io"
+	"os"
+	"path/filepath"
 	"syscall"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
@@ -170,7 +173,13 @@ func containerdKilledMidCheckpoint(s *scenario) {
 // containerdKilledMidRestore: a restore ends with the containerd that has asked for it. What there is of its container can be removed by the next
 // one, containerd's copy of the image set is gone, and the same container can be restored again.
 func containerdKilledMidRestore(s *scenario) {
-	c := s.create(counter("c"))
+	counting := counter("c")
+	// Kata removes what of a sandbox it thinks is its own.
+	volume := s.dir()
+	kept := filepath.Join(volume, "kept")
+	s.check(os.WriteFile(kept, []byte("data"), 0o600))
+	counting.Mounts = []specs.Mount{{Type: "bind", Source: volume, Destination: "/data", Options: []string{"rbind", "rw"}}}
+	c := s.create(counting)
 	first := s.run(c)
 	s.printed(first.Output, workload.Ticks, 5)
 	dir := s.checkpoint(first, true)
@@ -194,6 +203,9 @@ func containerdKilledMidRestore(s *scenario) {
 		s.check(s.engine.EndTask(s.ctx, c))
 		s.step("removed what there was of it")
 		s.nothingRuns()
+		if data, err := os.ReadFile(kept); err != nil || string(data) != "data" {
+			s.Fatalf("the volume's file: %q, %v", data, err)
+		}
 	}
 
 	restored := s.restore(c, dir)

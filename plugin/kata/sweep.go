@@ -1,12 +1,14 @@
 package kata
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/moby/sys/mountinfo"
 )
@@ -31,6 +33,34 @@ func Sweep(sandbox string) error {
 	err := sweep(filepath.Join(shareDir, name))
 	for _, dir := range vmDirs {
 		err = errors.Join(err, sweep(filepath.Join(dir, name)))
+	}
+	return err
+}
+
+// SweepMount removes the empty file that Kata's Go shim leaves of every file that
+// it shares read-only for a container, until the whole sandbox ends: its mount
+// point of a moment (src/runtime/virtcontainers/fs_share_linux.go, ShareFile).
+// destination is that of the mount in the container.
+func SweepMount(sandbox, container, destination string) error {
+	return sweepMount(filepath.Join(shareDir, filepath.Base(sandbox), "private"), container, destination)
+}
+
+func sweepMount(dir, container, destination string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		// CONTAINER-RANDOM-NAME, of which the middle is 8 bytes in hexadecimal digits.
+		random, ours := strings.CutPrefix(e.Name(), container+"-")
+		random, named := strings.CutSuffix(random, "-"+filepath.Base(destination))
+		if _, err := hex.DecodeString(random); !ours || !named || len(random) != 16 || err != nil {
+			continue
+		}
+		if st, ierr := e.Info(); ierr != nil || !st.Mode().IsRegular() || st.Size() > 0 {
+			continue // gone, or mounted
+		}
+		err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
 	}
 	return err
 }

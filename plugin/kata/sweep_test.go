@@ -4,6 +4,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -60,6 +61,35 @@ func TestSweepRemovesOnlyWhatIsEmpty(t *testing.T) {
 		t.Errorf("%s is still there: %v", empty, err)
 	}
 	if err := sweep(empty); err != nil {
+		t.Errorf("nothing to sweep: %v", err)
+	}
+}
+
+func TestSweepMount(t *testing.T) {
+	dir := t.TempDir()
+	for name, content := range map[string]string{
+		"c-0123456789abcdef-.helper": "", "c-fedcba9876543210-.helper": "",
+		"c-0123456789abcdef-hosts": "", "d-0123456789abcdef-.helper": "", "c-2-0123456789abcdef-.helper": "", "c-1111111111111111-.helper": "mounted",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := sweepMount(dir, "c", "/dev/.helper"); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	for _, e := range entries {
+		left = append(left, e.Name())
+	}
+	if want := []string{"c-0123456789abcdef-hosts", "c-1111111111111111-.helper", "c-2-0123456789abcdef-.helper", "d-0123456789abcdef-.helper"}; !slices.Equal(left, want) {
+		t.Errorf("left: %q, want %q", left, want)
+	}
+	if err := sweepMount(filepath.Join(dir, "missing"), "c", "/dev/.helper"); err != nil {
 		t.Errorf("nothing to sweep: %v", err)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/nri"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/guest"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
 )
 
 // adopt has the agent withdraw the exchange mount from a created container.
@@ -119,7 +120,7 @@ func (s *Service) endStarter(ctx context.Context, id string) error {
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("run the container that starts the agent")
 	}
-	return s.down.own(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{})
+	return errors.Join(s.down.own(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, helperPath))
 }
 
 // writeStarter makes the bundle of a throw-away container: a spec with as

@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/kata"
 )
 
 const (
@@ -69,7 +70,7 @@ func (c *container) forget(ctx context.Context) {
 	}
 	err := c.exchange.remove()
 	if c.source != nil {
-		err = errors.Join(err, bundle.EmptyRootfs(c.bundle))
+		err = errors.Join(err, bundle.EmptyRootfs(c.bundle), kata.SweepMount(c.s.sandbox, c.id, helperPath))
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Error("delete")

@@ -179,7 +179,8 @@ func (s *Share) add(source, name string, readOnly bool) error {
 	if err == nil {
 		err = bind(private, target, unix.MS_PRIVATE)
 	}
-	return errors.Join(err, unmount(private), os.Remove(private))
+	// The empty mount point stays until the sandbox ends.
+	return errors.Join(err, unmount(private))
 }
 
 // Release takes a container's mounts away, once the guest has let go of them.
