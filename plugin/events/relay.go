@@ -111,7 +111,7 @@ func (r *Relay) Forward(_ context.Context, req *forward.ForwardRequest) (*emptyp
 	}
 	// An event of a kind that this build does not know is containerd's to judge.
 	event, _ := typeurl.UnmarshalAny(e.GetEvent())
-	if c, ok := event.(interface{ GetContainerID() string }); ok && r.isHidden(c.GetContainerID()) {
+	if r.isHidden(containerOf(event)) {
 		return &emptypb.Empty{}, nil
 	}
 	if exit, ok := event.(*eventsapi.TaskExit); ok {
@@ -126,6 +126,18 @@ func (r *Relay) Forward(_ context.Context, req *forward.ForwardRequest) (*emptyp
 	}
 	r.push(e)
 	return &emptypb.Empty{}, nil
+}
+
+// containerOf is the container that an event is about. In a TaskDelete of a
+// container's first process, Kata's Rust shim names it as the process alone.
+func containerOf(event any) string {
+	if c, ok := event.(interface{ GetContainerID() string }); ok && c.GetContainerID() != "" {
+		return c.GetContainerID()
+	}
+	if c, ok := event.(interface{ GetID() string }); ok {
+		return c.GetID()
+	}
+	return ""
 }
 
 func (r *Relay) isHidden(container string) bool {
