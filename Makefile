@@ -77,6 +77,11 @@ e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, KATA=DIR on real
 kubelet: build ## build the kubelet that the scenario kubelet-checkpoint-api runs (ten minutes)
 	bin/testbed build-kubelet
 
+.PHONY: docker
+docker: build ## build the docker that the scenario docker-life runs (five minutes), and install what it needs
+	packaging/bootstrap docker
+	bin/testbed build-docker
+
 .PHONY: bench
 bench: testbed ## measure checkpoints over bare dumps, calls and execs through the shim over those past it
 	bin/bench $(if $(KATA),-kata $(abspath $(KATA)))

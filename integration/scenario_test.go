@@ -66,6 +66,7 @@ var scenarios = []scenarioCase{
 	{name: "annotation-leave-running", run: annotationLeaveRunning},
 	{name: "nerdctl-default-stops", run: nerdctlDefaultStops},
 	{name: "nerdctl-life", run: nerdctlLife, way: testbed.Rust, timeout: 8 * time.Minute},
+	{name: "docker-life", run: dockerLife, way: testbed.Go, timeout: 8 * time.Minute},
 	{name: "ctr-image-roundtrip", run: ctrImageRoundtrip},
 	{name: "hooks-in-spec", run: hooksInSpec},
 	{name: "tcp-listen", run: tcpListen},

@@ -33,8 +33,25 @@ func (p *Parts) HaveKubelet() bool {
 	return err == nil
 }
 
+// Docker builds docker and dockerd and returns their paths. That takes five minutes on two cores: [Parts.HaveDocker] says whether it was done.
+func (p *Parts) Docker(ctx context.Context) (client, daemon string, err error) {
+	// Without a go.mod of its own it would be compiled as Go 1.16.
+	client, err = p.program(ctx, "docker", "github.com/docker/cli/cmd/docker", "-gcflags=github.com/docker/cli/...=-lang=go1.25")
+	if err != nil {
+		return "", "", err
+	}
+	daemon, err = p.program(ctx, "dockerd", "github.com/moby/moby/v2/cmd/dockerd")
+	return client, daemon, err
+}
+
+// HaveDocker says whether Docker has nothing to build but what changed since.
+func (p *Parts) HaveDocker() bool {
+	_, err := os.Stat(p.Build("programs/dockerd"))
+	return err == nil
+}
+
 // program builds a program whose version a module below integration/deps pins.
-func (p *Parts) program(ctx context.Context, name, pkg string) (string, error) {
+func (p *Parts) program(ctx context.Context, name, pkg string, flags ...string) (string, error) {
 	source := filepath.Join(p.root, "integration/deps", name)
 	var keys []string
 	for _, file := range []string{"go.mod", "go.sum"} {
@@ -44,8 +61,9 @@ func (p *Parts) program(ctx context.Context, name, pkg string) (string, error) {
 		}
 		keys = append(keys, key)
 	}
-	return p.once(ctx, "programs/"+name, keyOf(append(keys, pkg)...), func(ctx context.Context, path string) error {
+	return p.once(ctx, "programs/"+name, keyOf(append(append(keys, pkg), flags...)...), func(ctx context.Context, path string) error {
 		// The standard library without cgo is there from `make build`.
-		return runWith(ctx, append(os.Environ(), "CGO_ENABLED=0"), source, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, pkg)
+		args := append([]string{"build", "-trimpath", "-ldflags=-s -w"}, flags...)
+		return runWith(ctx, append(os.Environ(), "CGO_ENABLED=0"), source, "go", append(args, "-o", path, pkg)...)
 	})
 }

@@ -19,6 +19,7 @@ import (
 const usage = `usage:
   testbed build                 make everything that a testbed needs and that is not there yet
   testbed build-kubelet         make the kubelet for the scenario kubelet-checkpoint-api
+  testbed build-docker          make docker and dockerd for the scenario docker-life
   testbed up --dir DIR [...]    make a testbed; prints what a shell evaluates to work with it (testbed up -h: options)
   testbed down --dir DIR        end all that runs in it and remove it
   testbed shell --dir DIR SANDBOX_ID -- COMMAND [ARGUMENT...]
@@ -48,6 +49,8 @@ func run(ctx context.Context, args []string) (status int, err error) {
 		return 0, build(ctx)
 	case "build-kubelet":
 		return 0, buildKubelet(ctx)
+	case "build-docker":
+		return 0, buildDocker(ctx)
 	case "up":
 		return 0, up(ctx, args)
 	case "down":
@@ -92,6 +95,20 @@ func buildKubelet(ctx context.Context) error {
 		return err
 	}
 	fmt.Println(path)
+	return nil
+}
+
+func buildDocker(ctx context.Context) error {
+	p, err := parts.Find()
+	if err != nil {
+		return err
+	}
+	client, daemon, err := p.Docker(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Println(client)
+	fmt.Println(daemon)
 	return nil
 }
 

@@ -1,0 +1,221 @@
+package integration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+)
+
+// dockerStart is for dockerd to serve.
+const dockerStart = 30 * time.Second
+
+// dockerLife: a container's life by docker's own binaries, from run to rm. It is checkpointed and shown as exited, started from the checkpoint, and
+// all of that again; its log goes on without a gap, and it is as healthy as before. One whose annotation says so goes on when docker leaves it running.
+func dockerLife(s *scenario) {
+	d := s.docker()
+	volume := s.dir()
+	s.check(os.WriteFile(filepath.Join(volume, "healthy"), nil, 0o644))
+	id := d.container("counter", "--volume", volume+":/volume", "--health-cmd", "ls /volume/healthy", "--health-interval", "1s", "--health-timeout", "20s")
+	d.counts("counter", 5)
+	if out := d.ok("exec", "counter", "sh", "-c", "echo hello from $(hostname)"); out != "hello from "+id[:12] {
+		s.Errorf("exec prints %q", out)
+	}
+	d.healthy()
+	for _, checkpoint := range []string{"one", "two"} { // the second of a restored one
+		d.ok("exec", "counter", "sh", "-c", "echo before >/volume/"+checkpoint)
+		d.ok("checkpoint", "create", "counter", checkpoint)
+		d.is("exited 137")
+		d.startFrom(checkpoint)
+		d.is("running 0")
+		at := d.counts("counter", 5)
+		d.counts("counter", at+5)
+		if out := d.ok("exec", "counter", "cat", "/proc/1/comm", "/volume/"+checkpoint); out != "workload\nbefore" {
+			s.Errorf("the restored container prints %q", out)
+		}
+		d.healthy()
+		s.step("checkpointed, restored, and counts on")
+	}
+	// docker looks whether a name is taken before it asks for a checkpoint.
+	if out, err := d.try("checkpoint", "create", "counter", "two"); err == nil || !strings.Contains(out, "already exists") {
+		s.Errorf("a second checkpoint of one name: %v\n%s", err, out)
+	}
+	d.is("running 0")
+	if out := d.ok("checkpoint", "ls", "counter"); !strings.Contains(out, "one") || !strings.Contains(out, "two") {
+		s.Errorf("docker checkpoint ls prints %q", out)
+	}
+	d.ok("stop", "--time", "5", "counter")
+	d.is("exited 2") // Go's way to end a first process by SIGTERM, which no signal kills from within
+	d.ok("rm", "counter")
+	s.step("stopped and removed")
+
+	d.container("stays", "--annotation", "kata-checkpoint.dev/after=leave-running")
+	at := d.counts("stays", 5)
+	d.ok("checkpoint", "create", "--leave-running", "stays", "one")
+	d.counts("stays", at+5)
+	if out := d.ok("inspect", "--format", "{{.State.Status}}", "stays"); out != "running" {
+		s.Errorf("after a checkpoint that leaves it running it is %s", out)
+	}
+	s.step("checkpointed, and left running")
+	d.ok("rm", "--force", "stays")
+	if out := d.ok("ps", "--all", "--quiet"); out != "" {
+		s.Errorf("there is %q left", out)
+	}
+}
+
+// docker is the client, with a daemon of the scenario's own on the testbed's containerd.
+type docker struct {
+	*scenario
+	ctx           context.Context // the scenario's, or what outlives it
+	program, host string
+}
+
+func (s *scenario) docker() *docker {
+	s.Helper()
+	p, err := parts.Find()
+	s.check(err)
+	if !p.HaveDocker() {
+		s.Skip("there is no docker: `make docker` builds one, which takes five minutes")
+	}
+	program, daemon, err := p.Docker(s.ctx)
+	s.check(err)
+	dir := filepath.Join(s.bed.Dir, "docker")
+	s.check(os.MkdirAll(dir, 0o700))
+	d := &docker{scenario: s, ctx: s.ctx, program: program, host: "unix://" + filepath.Join(dir, "docker.sock")}
+	out, err := os.Create(filepath.Join(s.bed.Dir, "log/dockerd"))
+	s.check(err)
+	defer out.Close()
+	// Of the machine's network it touches nothing.
+	cmd := exec.Command(daemon, "--experimental", "--containerd", s.bed.Address, "--host", d.host, "--data-root", filepath.Join(dir, "data"),
+		"--exec-root", filepath.Join(dir, "run"), "--pidfile", filepath.Join(dir, "pid"),
+		"--bridge", "none", "--iptables=false", "--ip6tables=false", "--userland-proxy=false")
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	s.check(cmd.Start())
+	ended := make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		close(ended)
+	}()
+	s.later(func() error {
+		cleanup := *d
+		cleanup.ctx = context.WithoutCancel(d.ctx)
+		left, err := cleanup.try("ps", "--all", "--quiet")
+		if ids := strings.Fields(left); err == nil && len(ids) > 0 { // the scenario has failed
+			_, err = cleanup.try(append([]string{"rm", "--force"}, ids...)...)
+		}
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+		case <-time.After(settleTimeout):
+			_ = cmd.Process.Kill()
+			<-ended
+		}
+		return errors.Join(err, os.RemoveAll(dir))
+	})
+	if !s.eventually(dockerStart, func() bool {
+		_, err := d.try("version")
+		return err == nil
+	}) {
+		log, _ := os.ReadFile(out.Name())
+		s.Fatalf("dockerd does not serve:\n%s", log)
+	}
+	image, err := p.WorkloadImage(s.ctx, p.Bin("workload"), workload.Path)
+	s.check(err)
+	d.ok("load", "--input", image)
+	s.step("dockerd serves")
+	return d
+}
+
+// try runs a command of docker's and gives what it prints.
+func (d *docker) try(args ...string) (string, error) {
+	d.Helper()
+	cmd := exec.CommandContext(d.ctx, d.program, append([]string{"--host", d.host}, args...)...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := cmd.Run()
+	return strings.TrimSpace(out.String()), err
+}
+
+func (d *docker) ok(args ...string) string {
+	d.Helper()
+	out, err := d.try(args...)
+	if err != nil {
+		d.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// container runs a counter and gives its id.
+func (d *docker) container(name string, options ...string) string {
+	d.Helper()
+	args := append([]string{"run", "--detach", "--name", name, "--runtime", testbed.Runtime, "--network", "none", "--pull", "never"}, options...)
+	id := d.ok(append(args, parts.WorkloadImageName, workload.Path, "counter")...)
+	d.ids, d.bed.ids = append(d.ids, id), append(d.bed.ids, id)
+	d.step("docker run %s", name)
+	return id
+}
+
+// startFrom starts the counter from a checkpoint. docker puts it into containerd's store for that, and fails where the blob from which it has made the
+// checkpoint is still there: until containerd's next garbage collection.
+func (d *docker) startFrom(checkpoint string) {
+	d.Helper()
+	out, err := d.try("start", "--checkpoint", checkpoint, "counter")
+	if err != nil && strings.Contains(out, "already exists") {
+		d.ctr("content", "prune", "references")
+		out, err = d.try("start", "--checkpoint", checkpoint, "counter")
+	}
+	if err != nil {
+		d.Fatalf("docker start --checkpoint %s: %v\n%s", checkpoint, err, out)
+	}
+}
+
+// is checks what docker shows of the counter. That a container has ended docker hears a moment later than who has ended it.
+func (d *docker) is(want string) {
+	d.Helper()
+	var have string
+	if !d.eventually(settleTimeout, func() bool {
+		have = d.ok("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "counter")
+		return have == want
+	}) {
+		d.Errorf("docker shows the counter as %q, not %q", have, want)
+	}
+}
+
+// healthy waits until docker's check has found the counter so.
+func (d *docker) healthy() {
+	d.Helper()
+	var have string
+	if !d.eventually(answerTimeout, func() bool {
+		have = d.ok("inspect", "--format", "{{.State.Health.Status}}", "counter")
+		return have == "healthy"
+	}) {
+		d.Errorf("docker shows the counter as %s", have)
+	}
+}
+
+// counts waits until a container's log has so many numbers, and checks that none is lost or doubled.
+func (d *docker) counts(name string, atLeast int) int {
+	d.Helper()
+	var numbers []int
+	if !d.eventually(settleTimeout, func() bool {
+		var err error
+		numbers, err = workload.Ticks(slices.Collect(strings.Lines(d.ok("logs", name))))
+		d.check(err)
+		return len(numbers) >= atLeast
+	}) {
+		d.Fatalf("the log has %d numbers, not %d", len(numbers), atLeast)
+	}
+	d.consecutive(1, numbers)
+	return len(numbers)
+}
