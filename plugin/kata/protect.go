@@ -3,6 +3,7 @@ package kata
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -31,7 +32,12 @@ func Protect(pidfd, pid int, sandbox string) error {
 }
 
 func protect(pidfd, pid int, share string) error {
-	mounts, err := mountinfo.PidMountInfo(pid)
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return fmt.Errorf("protect what is shared: %w", err)
+	}
+	defer f.Close()
+	mounts, err := mountinfo.GetMountsFromReader(f, nil)
 	if err != nil {
 		return fmt.Errorf("protect what is shared: mounts of Kata's shim: %w", err)
 	}
