@@ -56,18 +56,32 @@ func protect(pidfd, pid int, share string) error {
 		if err := unix.Setns(pidfd, unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("enter the mount namespace of Kata's shim: %w", err)
 		}
-		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
 		for _, t := range targets {
-			serr := unix.MountSetattr(unix.AT_FDCWD, t, unix.AT_SYMLINK_NOFOLLOW, &attr)
-			// EINVAL: it is no mount point any more.
-			if serr != nil && !errors.Is(serr, unix.EINVAL) && !errors.Is(serr, unix.ENOENT) {
-				err = errors.Join(err, fmt.Errorf("make %s read-only: %w", t, serr))
-			}
+			err = errors.Join(err, makeReadOnly(t))
 		}
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("protect what is shared: %w", err)
+	}
+	return nil
+}
+
+// makeReadOnly makes a mount read-only, and no other of its file system. The
+// path may lead through what a guest can write.
+func makeReadOnly(path string) error {
+	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
+	if err == nil {
+		defer unix.Close(fd)
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr)
+		if errors.Is(err, unix.ENOSYS) { // before Linux 5.12
+			err = unix.Mount("", fmt.Sprintf("/proc/thread-self/fd/%d", fd), "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
+		}
+	}
+	// ENOENT and EINVAL: it is no mount any more.
+	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("make %s read-only: %w", path, err)
 	}
 	return nil
 }
