@@ -89,7 +89,7 @@ type Service struct {
 	base   context.Context
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
-	// rest is started anew with the end of each operation.
+	// rest is stopped by the beginning of an operation, and started anew by the end.
 	rest *time.Timer
 
 	mu         sync.RWMutex
@@ -148,6 +148,7 @@ func (s *Service) stop(ctx context.Context) error {
 func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 	timeout := s.cfg.OpTimeout
 	s.wg.Add(1)
+	s.rest.Stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has run out: %w", timeout, context.DeadlineExceeded))
