@@ -18,9 +18,9 @@ import (
 // endTimeout bounds the end of a process that was killed.
 const endTimeout = 2 * time.Second
 
-// end kills a process, if it is the one that is meant and has not ended by
-// itself within a grace time, and waits for its end.
-func end(pid int, grace time.Duration, isMeant func() bool) error {
+// withProcess calls f with a descriptor of a process, if that is there and the
+// one that is meant.
+func withProcess(pid int, isMeant func() bool, f func(pidfd int) error) error {
 	if pid <= 1 {
 		return nil
 	}
@@ -37,17 +37,25 @@ func end(pid int, grace time.Duration, isMeant func() bool) error {
 	if !isMeant() {
 		return nil
 	}
-	if ended, err := waitEnd(fd, grace); ended || err != nil {
+	return f(fd)
+}
+
+// end kills a process, if it is the one that is meant and has not ended by
+// itself within a grace time, and waits for its end.
+func end(pid int, grace time.Duration, isMeant func() bool) error {
+	return withProcess(pid, isMeant, func(fd int) error {
+		if ended, err := waitEnd(fd, grace); ended || err != nil {
+			return err
+		}
+		if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+			return os.NewSyscallError("pidfd_send_signal", err)
+		}
+		ended, err := waitEnd(fd, endTimeout)
+		if err == nil && !ended {
+			err = fmt.Errorf("process %d does not end", pid)
+		}
 		return err
-	}
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return os.NewSyscallError("pidfd_send_signal", err)
-	}
-	ended, err := waitEnd(fd, endTimeout)
-	if err == nil && !ended {
-		err = fmt.Errorf("process %d does not end", pid)
-	}
-	return err
+	})
 }
 
 // waitEnd says whether a process ends within a time.
@@ -116,7 +124,7 @@ func isZombie(pid int) bool {
 // end by itself within a grace time.
 func killKata(dir string, grace time.Duration) error {
 	pid, err := kataPID(dir)
-	if err == nil && pid > 0 {
+	if err == nil {
 		err = end(pid, grace, func() bool { return worksIn(pid, dir) })
 	}
 	if err != nil {
@@ -148,21 +156,10 @@ func kataPID(dir string) (int, error) {
 // [kata.Protect].
 func ProtectShare(dir, sandbox string) error {
 	pid, err := kataPID(dir)
-	if err != nil || pid <= 1 {
+	if err != nil {
 		return err
 	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
-	}
-	if err != nil {
-		return os.NewSyscallError("pidfd_open", err)
-	}
-	defer unix.Close(fd)
-	if !worksIn(pid, dir) {
-		return nil
-	}
-	return kata.Protect(fd, pid, sandbox)
+	return withProcess(pid, func() bool { return worksIn(pid, dir) }, func(pidfd int) error { return kata.Protect(pidfd, pid, sandbox) })
 }
 
 func worksIn(pid int, dir string) bool {

@@ -130,18 +130,15 @@ func (c *container) shown(resp *task.StateResponse) *task.StateResponse {
 	if resp.GetStatus() != statusRunning {
 		return resp
 	}
-	status := statusRunning
-	switch st := c.current().(type) {
-	case createdState:
-		if c.source != nil {
-			status = statusCreated
-		}
+	st := c.current()
+	_, created := st.(createdState)
+	var status tasktypes.Status
+	switch {
+	case st.frozen():
+		status = statusPaused
+	case created && c.source != nil:
+		status = statusCreated
 	default:
-		if st.frozen() {
-			status = statusPaused
-		}
-	}
-	if status == statusRunning {
 		return resp
 	}
 	shown := proto.Clone(resp).(*task.StateResponse)
