@@ -1,7 +1,6 @@
 package guestagent
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
 func TestChangedFilesNamesWhatARestoreWouldRefuse(t *testing.T) {
@@ -74,21 +74,7 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 	}
 	defer kernels.Close()
 	cmd.ExtraFiles = []*os.File{f, deleted, kernels}
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { stdin.Close(); _ = cmd.Wait() }()
-	if _, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
-		t.Fatal(err)
-	}
+	testproc.Ready(t, cmd)
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("proc"))
 	if err != nil {
 		t.Fatal(err)

@@ -2,7 +2,6 @@ package kata
 
 import (
 	"errors"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -18,8 +18,8 @@ import (
 // the copy that virtiofsd has; what it removes there is as safe as in the copy
 // it can be written.
 func TestProtect(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs to mount")
+	if err := thread.Do(func() error { return unix.Unshare(unix.CLONE_NEWNS) }); err != nil {
+		t.Skip("needs a mount namespace: ", err)
 	}
 	share, volume := filepath.Join(t.TempDir(), "sb"), t.TempDir()
 	rw, ro := filepath.Join(share, "rw/passthrough/c-0123-data"), filepath.Join(share, "ro/passthrough/c-0123-data")
@@ -34,25 +34,7 @@ func TestProtect(t *testing.T) {
 	}
 	cmd := exec.Command("sh", "-c", `mount --bind "$1" "$2" && mount --bind "$1" "$3" && echo mounted && exec cat`, "sh", volume, rw, ro)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Skip("needs a mount namespace: ", err)
-	}
-	t.Cleanup(func() {
-		stdin.Close()
-		_ = cmd.Wait()
-	})
-	line := make([]byte, len("mounted\n"))
-	if _, err := io.ReadFull(stdout, line); err != nil {
-		t.Fatal(err)
-	}
+	testproc.Ready(t, cmd)
 	pid := cmd.Process.Pid
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
