@@ -8,10 +8,8 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/cri"
@@ -46,7 +44,6 @@ type kubelet struct {
 	dir     string
 	address string
 	http    *http.Client
-	ended   chan struct{}
 }
 
 // startKubelet starts one on the testbed's containerd, until the scenario's end.
@@ -57,34 +54,14 @@ func (s *scenario) startKubelet(program string) *kubelet {
 	port := l.Addr().(*net.TCPAddr).Port
 	s.check(l.Close())
 	k := &kubelet{
-		s: s, dir: filepath.Join(s.bed.Dir, "kubelet"), address: fmt.Sprintf("https://127.0.0.1:%d", port), ended: make(chan struct{}),
+		s: s, dir: filepath.Join(s.bed.Dir, "kubelet"), address: fmt.Sprintf("https://127.0.0.1:%d", port),
 		// Its certificate is its own.
 		http: &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}},
 	}
 	s.check(os.MkdirAll(filepath.Join(k.dir, "manifests"), 0o755))
 	config := filepath.Join(k.dir, "config.yaml")
 	s.check(os.WriteFile(config, fmt.Appendf(nil, kubeletConfig, port, k.dir, s.bed.Address), 0o644))
-	out, err := os.Create(filepath.Join(s.bed.Dir, "log/kubelet"))
-	s.check(err)
-	defer out.Close()
-	cmd := exec.Command(program, "--config", config, "--root-dir", k.dir, "--cert-dir", filepath.Join(k.dir, "pki"), "--hostname-override", "node")
-	cmd.Dir, cmd.Stdout, cmd.Stderr = k.dir, out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	s.check(cmd.Start())
-	go func() {
-		_ = cmd.Wait()
-		close(k.ended)
-	}()
-	s.later(func() error {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-k.ended:
-		case <-time.After(settleTimeout):
-			_ = cmd.Process.Kill()
-			<-k.ended
-		}
-		return os.RemoveAll(k.dir)
-	})
+	s.daemon(k.dir, program, "--config", config, "--root-dir", k.dir, "--cert-dir", filepath.Join(k.dir, "pki"), "--hostname-override", "node")
 	if !s.eventually(time.Minute, func() bool {
 		_, err := k.get("/pods")
 		return err == nil

@@ -1,15 +1,10 @@
 package integration
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
@@ -74,11 +69,7 @@ func dockerLife(s *scenario) {
 }
 
 // docker is the client, with a daemon of the scenario's own on the testbed's containerd.
-type docker struct {
-	*scenario
-	ctx           context.Context // the scenario's, or what outlives it
-	program, host string
-}
+type docker struct{ command }
 
 func (s *scenario) docker() *docker {
 	s.Helper()
@@ -90,46 +81,27 @@ func (s *scenario) docker() *docker {
 	program, daemon, err := p.Docker(s.ctx)
 	s.check(err)
 	dir := filepath.Join(s.bed.Dir, "docker")
-	s.check(os.MkdirAll(dir, 0o700))
-	d := &docker{scenario: s, ctx: s.ctx, program: program, host: "unix://" + filepath.Join(dir, "docker.sock")}
-	out, err := os.Create(filepath.Join(s.bed.Dir, "log/dockerd"))
-	s.check(err)
-	defer out.Close()
+	host := "unix://" + filepath.Join(dir, "docker.sock")
 	// Of the machine's network it touches nothing.
-	cmd := exec.Command(daemon, "--experimental", "--containerd", s.bed.Address, "--host", d.host, "--data-root", filepath.Join(dir, "data"),
+	log := s.daemon(dir, daemon, "--experimental", "--containerd", s.bed.Address, "--host", host, "--data-root", filepath.Join(dir, "data"),
 		"--exec-root", filepath.Join(dir, "run"), "--pidfile", filepath.Join(dir, "pid"),
 		"--bridge", "none", "--iptables=false", "--ip6tables=false", "--userland-proxy=false")
-	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	s.check(cmd.Start())
-	ended := make(chan struct{})
-	go func() {
-		_ = cmd.Wait()
-		close(ended)
-	}()
-	s.later(func() error {
-		cleanup := *d
-		cleanup.ctx = context.WithoutCancel(d.ctx)
-		left, err := cleanup.try("ps", "--all", "--quiet")
-		if ids := strings.Fields(left); err == nil && len(ids) > 0 { // the scenario has failed
-			_, err = cleanup.try(append([]string{"rm", "--force"}, ids...)...)
-		}
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-ended:
-		case <-time.After(settleTimeout):
-			_ = cmd.Process.Kill()
-			<-ended
-		}
-		return errors.Join(err, os.RemoveAll(dir))
-	})
+	d := &docker{command{scenario: s, program: program, options: []string{"--host", host}}}
 	if !s.eventually(dockerStart, func() bool {
 		_, err := d.try("version")
 		return err == nil
 	}) {
-		log, _ := os.ReadFile(out.Name())
-		s.Fatalf("dockerd does not serve:\n%s", log)
+		said, _ := os.ReadFile(log)
+		s.Fatalf("dockerd does not serve:\n%s", said)
 	}
+	s.later(func() error {
+		ctx := context.WithoutCancel(s.ctx)
+		left, err := d.run(ctx, "ps", "--all", "--quiet")
+		if ids := strings.Fields(left); err == nil && len(ids) > 0 { // the scenario has failed
+			_, err = d.run(ctx, append([]string{"rm", "--force"}, ids...)...)
+		}
+		return err
+	})
 	image, err := p.WorkloadImage(s.ctx, p.Bin("workload"), workload.Path)
 	s.check(err)
 	d.ok("load", "--input", image)
@@ -137,31 +109,12 @@ func (s *scenario) docker() *docker {
 	return d
 }
 
-// try runs a command of docker's and gives what it prints.
-func (d *docker) try(args ...string) (string, error) {
-	d.Helper()
-	cmd := exec.CommandContext(d.ctx, d.program, append([]string{"--host", d.host}, args...)...)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	err := cmd.Run()
-	return strings.TrimSpace(out.String()), err
-}
-
-func (d *docker) ok(args ...string) string {
-	d.Helper()
-	out, err := d.try(args...)
-	if err != nil {
-		d.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-	return out
-}
-
 // container runs a counter and gives its id.
 func (d *docker) container(name string, options ...string) string {
 	d.Helper()
 	args := append([]string{"run", "--detach", "--name", name, "--runtime", testbed.Runtime, "--network", "none", "--pull", "never"}, options...)
 	id := d.ok(append(args, parts.WorkloadImageName, workload.Path, "counter")...)
-	d.ids, d.bed.ids = append(d.ids, id), append(d.bed.ids, id)
+	d.owns(id)
 	d.step("docker run %s", name)
 	return id
 }
@@ -202,20 +155,4 @@ func (d *docker) healthy() {
 	}) {
 		d.Errorf("docker shows the counter as %s", have)
 	}
-}
-
-// counts waits until a container's log has so many numbers, and checks that none is lost or doubled.
-func (d *docker) counts(name string, atLeast int) int {
-	d.Helper()
-	var numbers []int
-	if !d.eventually(settleTimeout, func() bool {
-		var err error
-		numbers, err = workload.Ticks(slices.Collect(strings.Lines(d.ok("logs", name))))
-		d.check(err)
-		return len(numbers) >= atLeast
-	}) {
-		d.Fatalf("the log has %d numbers, not %d", len(numbers), atLeast)
-	}
-	d.consecutive(1, numbers)
-	return len(numbers)
 }

@@ -1,10 +1,7 @@
 package integration
 
 import (
-	"bytes"
 	"os"
-	"os/exec"
-	"slices"
 	"strings"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
@@ -18,7 +15,7 @@ func nerdctlLife(s *scenario) {
 	n := s.nerdctl()
 	volume := s.dir()
 	id := n.container("run", "counter", "-d", "-v", volume+":/volume", parts.WorkloadImageName, workload.Path, "counter")
-	n.counts(5)
+	n.counts("counter", 5)
 	if out := n.ok("exec", "counter", "sh", "-c", "echo hello from $(hostname)"); out != "hello from "+id[:12] {
 		s.Errorf("exec prints %q", out)
 	}
@@ -28,8 +25,8 @@ func nerdctlLife(s *scenario) {
 		n.is("exited 137")
 		n.ok("start", "--checkpoint", checkpoint, "counter")
 		n.is("running 0")
-		at := n.counts(5)
-		n.counts(at + 5)
+		at := n.counts("counter", 5)
+		n.counts("counter", at+5)
 		if out := n.ok("exec", "counter", "cat", "/proc/1/comm", "/volume/"+checkpoint); out != "workload\nbefore" {
 			s.Errorf("the restored container prints %q", out)
 		}
@@ -60,10 +57,7 @@ func nerdctlLife(s *scenario) {
 }
 
 // nerdctl is the program, with a data root of the scenario's own.
-type nerdctl struct {
-	*scenario
-	program, data string
-}
+type nerdctl struct{ command }
 
 func (s *scenario) nerdctl() *nerdctl {
 	s.Helper()
@@ -72,27 +66,10 @@ func (s *scenario) nerdctl() *nerdctl {
 	program, err := p.Nerdctl(s.ctx) // takes minutes where it was never built
 	s.check(err)
 	s.step("nerdctl is there")
-	return &nerdctl{scenario: s, program: program, data: s.dir()}
-}
-
-// try runs a command of nerdctl's and gives what it prints.
-func (n *nerdctl) try(args ...string) (string, error) {
-	n.Helper()
-	cmd := exec.CommandContext(n.ctx, n.program, append([]string{"--address", n.bed.Address, "--namespace", testbed.Namespace, "--data-root", n.data}, args...)...)
-	cmd.Env = append(os.Environ(), "PATH="+n.bed.Path)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	err := cmd.Run()
-	return strings.TrimSpace(out.String()), err
-}
-
-func (n *nerdctl) ok(args ...string) string {
-	n.Helper()
-	out, err := n.try(args...)
-	if err != nil {
-		n.Fatalf("nerdctl %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-	return out
+	return &nerdctl{command{
+		scenario: s, program: program, options: []string{"--address", s.bed.Address, "--namespace", testbed.Namespace, "--data-root", s.dir()},
+		env: append(os.Environ(), "PATH="+s.bed.Path),
+	}}
 }
 
 // refused runs a command that fails with a word of why.
@@ -108,7 +85,7 @@ func (n *nerdctl) container(command, name string, more ...string) string {
 	n.Helper()
 	args := []string{command, "--name", name, "--runtime", testbed.Runtime, "--net", "none", "--pull", "never"}
 	id := n.ok(append(args, more...)...)
-	n.ids, n.bed.ids = append(n.ids, id), append(n.bed.ids, id)
+	n.owns(id)
 	n.step("nerdctl %s %s", command, name)
 	return id
 }
@@ -119,20 +96,4 @@ func (n *nerdctl) is(want string) {
 	if have := n.ok("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "counter"); have != want {
 		n.Errorf("nerdctl shows the counter as %q, not %q", have, want)
 	}
-}
-
-// counts waits until the counter's log has so many numbers, and checks that none is lost or doubled.
-func (n *nerdctl) counts(atLeast int) int {
-	n.Helper()
-	var numbers []int
-	if !n.eventually(settleTimeout, func() bool {
-		var err error
-		numbers, err = workload.Ticks(slices.Collect(strings.Lines(n.ok("logs", "counter"))))
-		n.check(err)
-		return len(numbers) >= atLeast
-	}) {
-		n.Fatalf("the log has %d numbers, not %d", len(numbers), atLeast)
-	}
-	n.consecutive(1, numbers)
-	return len(numbers)
 }
