@@ -39,13 +39,21 @@ until { read a; read b; } <"/sys/fs/cgroup${l#0::}/cgroup.procs"; do :; done
 `,
 }
 
+// afterAnswer is a script that runs commands once its own shell has ended. What they kill in the guest may end the VM: a restore that fails
+// takes it away, and a shell that is still about to answer.
+func afterAnswer(commands string) string {
+	return "{ sleep 0.5; " + commands + "; } </dev/null >/dev/null 2>&1 &"
+}
+
 // inGuestOf runs a script in a sandbox's guest.
 func (s *scenario) inGuestOf(id, script string) string {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.ctx, answerTimeout)
 	defer cancel()
 	out, status, err := s.bed.GuestExec(ctx, id, script)
-	s.check(err)
+	if err != nil {
+		s.Fatalf("in the guest: %s: %v", script, err)
+	}
 	if status != 0 {
 		s.Fatalf("in the guest: %s: status %d: %s", script, status, out)
 	}
@@ -125,17 +133,16 @@ func (k *killer) kill(t trial) {
 	k.Helper()
 	switch t.victim {
 	case "criu":
-		k.inGuestOf(k.c.ID(), findAgent+findCRIU+"kill -9 $criu")
+		k.inGuestOf(k.c.ID(), findAgent+findCRIU+afterAnswer("kill -9 $criu"))
 	case "agent":
 		script := findAgent
-		if t.midway {
-			script += findCRIU
-		}
-		script += "kill -9 $agent\n"
-		if t.midway {
-			script += "kill -CONT $criu\n"
-		} else if t.guest {
-			script += "rm " + guestStops + "/*.reached\n"
+		switch kill := "kill -9 $agent"; {
+		case t.midway:
+			script += findCRIU + afterAnswer(kill+"; kill -CONT $criu")
+		case t.guest:
+			script += afterAnswer(kill + "; rm " + guestStops + "/*.reached")
+		default:
+			script += kill
 		}
 		k.inGuestOf(k.c.ID(), script)
 	default:
