@@ -172,7 +172,7 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*empty, er
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
 		return nil, toRPC(fmt.Errorf("container %s: %w", c.ID, err))
 	}
-	if err := syncRoot(c.root().PID); err != nil {
+	if err := c.writeOut(ctx); err != nil {
 		return nil, toRPC(errors.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
 	}
 	a.hold.frozen(c.ID)

@@ -129,9 +129,6 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		}
 	}
 	ph.done("copy logs")
-	if out.Bytes, err = directoryBytes(images); err != nil {
-		return nil, err
-	}
 	out.Phases = ph.list
 	return out, nil
 }
@@ -236,21 +233,6 @@ func hostname(pid int) (string, error) {
 	return unix.ByteSliceToString(name.Nodename[:]), nil
 }
 
-// syncRoot writes out a container's root file system: engines diff it on the
-// host while the container is frozen, some of them before they checkpoint it
-// (`ctr containers checkpoint --rw --task`).
-func syncRoot(pid int) error {
-	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", pid), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("sync the root file system: %w", err)
-	}
-	defer unix.Close(root)
-	if err := unix.Syncfs(root); err != nil {
-		return fmt.Errorf("sync the root file system: %w", err)
-	}
-	return nil
-}
-
 func copyOut(from, to string) error {
 	src, err := os.Open(from)
 	if err != nil {
@@ -263,20 +245,4 @@ func copyOut(from, to string) error {
 	}
 	_, err = io.Copy(dst, src)
 	return errors.Join(err, dst.Close())
-}
-
-func directoryBytes(dir string) (uint64, error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return 0, err
-	}
-	var n uint64
-	for _, e := range entries {
-		st, err := e.Info()
-		if err != nil {
-			return 0, err
-		}
-		n += uint64(st.Size()) //nolint:gosec // not negative
-	}
-	return n, nil
 }

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"encoding/binary"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,7 +23,7 @@ func bind(source, destination string, options ...string) specs.Mount {
 }
 
 // volumesAndFiles: files that processes hold open come back, wherever they are. A restore that would have to fail because one has changed
-// says which.
+// says which. While the container is paused the host sees what it has written last, by a mapping, too.
 func volumesAndFiles(s *scenario) {
 	volume, etc := s.dir(), s.dir()
 	for name, content := range map[string]string{"hosts": "127.0.0.1 localhost\n", "resolv.conf": "nameserver 127.0.0.1\n"} {
@@ -39,6 +40,14 @@ func volumesAndFiles(s *scenario) {
 	})
 	first := s.run(c)
 	s.printed(first.Output, workload.Rounds, 5)
+	s.check(first.Pause(s.ctx))
+	rounds := s.numbers(first.Output, workload.Rounds)
+	mapped, err := os.ReadFile(filepath.Join(volume, "mapped"))
+	s.check(err)
+	if n := binary.LittleEndian.Uint64(mapped); n < uint64(rounds[len(rounds)-1]) {
+		s.Errorf("of a paused container's mapping the host sees round %d, and %d have been printed", n, len(rounds))
+	}
+	s.check(first.Resume(s.ctx))
 	dir := s.checkpoint(first, true)
 	s.ended(first, 137)
 	before := s.numbers(first.Output, workload.Rounds)

@@ -776,9 +776,7 @@ type CheckpointResponse struct {
 	// cpu_features that the processes may use, by their names in /proc/cpuinfo.
 	CpuFeatures []string `protobuf:"bytes,7,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
 	// hostname that the processes see.
-	Hostname string `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	// bytes that the guest wrote into the directory.
-	Bytes         uint64 `protobuf:"varint,9,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Hostname      string `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -867,13 +865,6 @@ func (x *CheckpointResponse) GetHostname() string {
 		return x.Hostname
 	}
 	return ""
-}
-
-func (x *CheckpointResponse) GetBytes() uint64 {
-	if x != nil {
-		return x.Bytes
-	}
-	return 0
 }
 
 type RestoreRequest struct {
@@ -1265,7 +1256,7 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
 	"\aoptions\x18\x03 \x01(\v2*.katacheckpoint.agent.v1.CheckpointOptionsR\aoptions\x12\x1c\n" +
 	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
-	"\x04stop\x18\x05 \x01(\bR\x04stop\"\xa4\x03\n" +
+	"\x04stop\x18\x05 \x01(\bR\x04stop\"\x8e\x03\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -1275,8 +1266,7 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\fcriu_version\x18\x05 \x01(\rR\vcriuVersion\x12%\n" +
 	"\x0ekernel_release\x18\x06 \x01(\tR\rkernelRelease\x12!\n" +
 	"\fcpu_features\x18\a \x03(\tR\vcpuFeatures\x12\x1a\n" +
-	"\bhostname\x18\b \x01(\tR\bhostname\x12\x14\n" +
-	"\x05bytes\x18\t \x01(\x04R\x05bytes\"\xcf\x03\n" +
+	"\bhostname\x18\b \x01(\tR\bhostname\"\xcf\x03\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +

@@ -2,21 +2,26 @@ package workload
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // openFiles has files open in all the places that a container has. It adds a record to each in every round and reads all of them back,
-// by the descriptors that it has had from the start.
+// by the descriptors that it has had from the start. A file of the volume it has mapped, and closed: there it writes the round's number.
 type openFiles struct {
 	volume, root, shm, deleted string
+	mapped                     string
 	constant                   []string
 
 	growing []*recordFile
 	fixed   []*fixedFile
+	memory  []byte
 	n       int
 }
 
@@ -42,7 +47,20 @@ func (o *openFiles) open() error {
 		}
 		o.fixed = append(o.fixed, &fixedFile{path: path, f: f, content: content})
 	}
-	return nil
+	return o.mapFile()
+}
+
+func (o *openFiles) mapFile() error {
+	f, err := os.OpenFile(o.mapped, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o644)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Truncate(int64(os.Getpagesize())); err != nil {
+		return err
+	}
+	o.memory, err = unix.Mmap(int(f.Fd()), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	return err
 }
 
 func (o *openFiles) round(w io.Writer) error {
@@ -59,7 +77,11 @@ func (o *openFiles) round(w io.Writer) error {
 	if _, err := os.Stat(o.deleted); err == nil {
 		return fmt.Errorf("%s was deleted and has a name again", o.deleted)
 	}
+	if n := binary.LittleEndian.Uint64(o.memory); n != uint64(o.n) { //nolint:gosec // not negative
+		return fmt.Errorf("%s has round %d in place of %d", o.mapped, n, o.n)
+	}
 	o.n++
+	binary.LittleEndian.PutUint64(o.memory, uint64(o.n)) //nolint:gosec // not negative
 	for _, f := range o.growing {
 		if _, err := f.f.Write(f.record(o.n)); err != nil {
 			return err

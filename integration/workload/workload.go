@@ -23,7 +23,7 @@ const Path = "/bin/workload"
 
 const usage = `usage: workload PROGRAM [OPTION...]
   counter             count in memory, in a file and in /dev/shm
-  files               keep files open: on a volume, on the root file system, in /dev/shm, and a deleted one
+  files               keep files open: on a volume, mapped, too, on the root file system, in /dev/shm, and a deleted one
   memory              verify checksums of random memory
   slots               count in a file of /dev/shm that others have mapped, too
   obedient            count, end on SIGTERM, and do what a file says
@@ -68,6 +68,7 @@ func Main(args []string, w io.Writer) error {
 		flags.StringVar(&o.root, "root", "/var/tmp/records", "`file` of the root file system")
 		flags.StringVar(&o.shm, "shm", "/dev/shm/records", "`file` of /dev/shm")
 		flags.StringVar(&o.deleted, "deleted", "/var/tmp/deleted", "`file` that is removed once it is open")
+		flags.StringVar(&o.mapped, "mapped", "/data/mapped", "`file` of the volume that is mapped")
 		flags.Func("constant", "`file` that is read only and does not change; may be given again", func(path string) error {
 			o.constant = append(o.constant, path)
 			return nil

@@ -65,7 +65,7 @@ func newFiles(t *testing.T) *openFiles {
 	if err := os.WriteFile(in("hosts"), []byte("127.0.0.1 localhost\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	o := &openFiles{volume: in("volume"), root: in("root"), shm: in("shm"), deleted: in("deleted"), constant: []string{in("hosts")}}
+	o := &openFiles{volume: in("volume"), root: in("root"), shm: in("shm"), deleted: in("deleted"), mapped: in("mapped"), constant: []string{in("hosts")}}
 	if err := o.open(); err != nil {
 		t.Fatal(err)
 	}
@@ -94,6 +94,7 @@ func TestFilesNoticeEveryChange(t *testing.T) {
 		"constant has changed":  func(o *openFiles) error { return os.WriteFile(o.constant[0], []byte("127.0.0.2"), 0o600) },
 		"constant has no name":  func(o *openFiles) error { return os.Remove(o.constant[0]) },
 		"memory is a round old": func(o *openFiles) error { o.n--; return nil },
+		"mapped is another's":   func(o *openFiles) error { o.memory[3] = 1; return nil },
 	} {
 		t.Run(name, func(t *testing.T) {
 			o := newFiles(t)
