@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/hook"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/sandbox"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
@@ -24,24 +25,29 @@ func annotateNetwork(spec *specs.Spec, path string) {
 	spec.Annotations["nerdctl/network-namespace"] = path
 }
 
-// createHooks runs the engine's hooks on the host that come before a container.
-// pid 0 stands for the shim's own.
-func (s *service) createHooks(ctx context.Context, c *container, pid int) error {
+// runtimeHooks runs the engine's hooks on the host that set up what a container
+// needs there. pid 0 stands for the shim's own.
+func (s *service) runtimeHooks(ctx context.Context, c *container, pid int) error {
 	h := c.spec.Hooks
 	if h == nil {
 		return nil
 	}
 	//nolint:staticcheck // deprecated, and in use
-	kinds := [][]specs.Hook{h.Prestart, h.CreateRuntime}
-	if s.way == way.Rust {
-		kinds = append(kinds, h.CreateContainer)
+	if err := s.runHooks(ctx, c, h.Prestart, pid, specs.StateCreating); err != nil {
+		return err
 	}
-	for _, hooks := range kinds {
-		if err := s.runHooks(ctx, c, hooks, pid, specs.StateCreating); err != nil {
-			return err
-		}
+	return s.runHooks(ctx, c, h.CreateRuntime, pid, specs.StateCreating)
+}
+
+// containerHooks runs those that come right before a container is made. The Go
+// way leaves them out.
+func (s *service) containerHooks(ctx context.Context, c *container, sandbox *sandbox.Sandbox) error {
+	if c.spec.Hooks == nil || s.way != way.Rust {
+		return nil
 	}
-	return nil
+	return sandbox.NetworkNamespace().Do(func() error {
+		return s.runHooks(ctx, c, c.spec.Hooks.CreateContainer, int(sandbox.Pid()), specs.StateCreating)
+	})
 }
 
 // runHooks: the Go way tells no status, gives a hook all the time it wants, and

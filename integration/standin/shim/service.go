@@ -159,8 +159,13 @@ func (s *service) create(ctx context.Context, c *container, sandboxID string, r 
 			return err
 		}
 		s.sandbox = fresh
-	} else if s.way == way.Go {
-		if err := s.sandbox.NetworkNamespace().Do(func() error { return s.createHooks(ctx, c, 0) }); err != nil {
+	} else {
+		if s.way == way.Go {
+			err = s.sandbox.NetworkNamespace().Do(func() error { return s.runtimeHooks(ctx, c, 0) })
+		} else {
+			err = s.containerHooks(ctx, c, s.sandbox)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -188,9 +193,12 @@ func (s *service) createSandbox(ctx context.Context, c *container, options *anyp
 	return sandbox.Create(ctx, sandbox.Options{
 		ID: s.id, Config: cfg, Spec: c.spec,
 		BeforeContainers: func(fresh *sandbox.Sandbox) error {
-			ns := fresh.NetworkNamespace()
-			annotateNetwork(c.spec, ns.Path)
-			return ns.Do(func() error { return s.createHooks(ctx, c, int(fresh.Pid())) })
+			// In the host's network namespace: a hook makes a bridge there.
+			annotateNetwork(c.spec, fresh.NetworkNamespace().Path)
+			if err := s.runtimeHooks(ctx, c, int(fresh.Pid())); err != nil {
+				return err
+			}
+			return s.containerHooks(ctx, c, fresh)
 		},
 	})
 }
