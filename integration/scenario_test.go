@@ -30,7 +30,7 @@ type scenarioCase struct {
 	containerd string
 	// way is the stand-in's, where one is enough for most runs. Two of these scenarios run at a time, after the others.
 	way testbed.Way
-	// cri: it is about pods.
+	// cri: it is about pods, or about their network.
 	cri bool
 	// timeout is [scenarioTimeout] where none is given.
 	timeout time.Duration
@@ -65,7 +65,7 @@ var scenarios = []scenarioCase{
 	{name: "work-path", run: workPath},
 	{name: "annotation-leave-running", run: annotationLeaveRunning},
 	{name: "nerdctl-default-stops", run: nerdctlDefaultStops},
-	{name: "nerdctl-life", run: nerdctlLife, way: testbed.Rust, timeout: 8 * time.Minute},
+	{name: "nerdctl-life", run: nerdctlLife, cri: true, way: testbed.Rust, timeout: 8 * time.Minute},
 	{name: "docker-life", run: dockerLife, way: testbed.Go, timeout: 8 * time.Minute},
 	{name: "ctr-image-roundtrip", run: ctrImageRoundtrip},
 	{name: "hooks-in-spec", run: hooksInSpec},

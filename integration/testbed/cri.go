@@ -126,6 +126,11 @@ func (t *Testbed) configureCRI(containerd string) (string, error) {
 		t.NRISocket(), t.nri("plugins"), t.nri("conf.d")), nil
 }
 
+// CNIOptions are the options of nerdctl for the network of the testbed's pods, and the network's name.
+func (t *Testbed) CNIOptions() (options []string, network string) {
+	return []string{"--cni-path", cniPlugins, "--cni-netconfpath", t.cniConfig()}, t.bridge()
+}
+
 func (t *Testbed) cniConfig() string { return filepath.Join(t.Dir, "cni/net.d") }
 
 func (t *Testbed) nri(name string) string { return filepath.Join(t.Dir, "nri", name) }
