@@ -77,11 +77,11 @@ func (o *openFiles) round(w io.Writer) error {
 	if _, err := os.Stat(o.deleted); err == nil {
 		return fmt.Errorf("%s was deleted and has a name again", o.deleted)
 	}
-	if n := binary.LittleEndian.Uint64(o.memory); n != uint64(o.n) { //nolint:gosec // not negative
+	if n := binary.LittleEndian.Uint64(o.memory); n != uint64(o.n) {
 		return fmt.Errorf("%s has round %d in place of %d", o.mapped, n, o.n)
 	}
 	o.n++
-	binary.LittleEndian.PutUint64(o.memory, uint64(o.n)) //nolint:gosec // not negative
+	binary.LittleEndian.PutUint64(o.memory, uint64(o.n))
 	for _, f := range o.growing {
 		if _, err := f.f.Write(f.record(o.n)); err != nil {
 			return err
