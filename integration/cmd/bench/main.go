@@ -29,7 +29,7 @@ func main() {
 	flag.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata in place of the stand-in")
 	flag.StringVar((*string)(&o.Way), "way", "", "the stand-in's `way`: go (default) or rust")
 	flag.StringVar(&only, "only", "", "checkpoint, calls or exec")
-	flag.IntVar(&runs, "runs", 5, "checkpoints of each size")
+	flag.IntVar(&runs, "runs", 6, "checkpoints of each size")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
