@@ -49,6 +49,9 @@ func (c *container) writeOut(ctx context.Context) error {
 		return fmt.Errorf("files that the container writes: %w", err)
 	}
 	for _, path := range files {
+		if ctx.Err() != nil {
+			return fmt.Errorf("write out the files of the container: %w", context.Cause(ctx))
+		}
 		if err := writeOutFile(ctx, path); err != nil {
 			return err
 		}
