@@ -22,8 +22,8 @@ import (
 //
 // A root on the guest's own disk is synced. One that the host shares is not:
 // the host would write out to its disk what anybody on it has written to that
-// file system, which takes seconds where it is busy, and the container stands
-// still meanwhile. There the guest keeps back what processes have mapped, and,
+// file system, for as long as the disk takes, and the container stands still
+// meanwhile. There the guest keeps back what processes have mapped, and,
 // where the share is mounted with a writeback cache, what they have open.
 func (c *container) writeOut(ctx context.Context) error {
 	root := c.root().PID
