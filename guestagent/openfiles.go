@@ -122,30 +122,53 @@ func mountOf(pid int, fd string) int {
 // mappedFiles lists the files that a process has mapped, below its own root.
 // Those on the devices are left out.
 func mappedFiles(pid int, devices map[string]bool) ([]string, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	var out []string
+	last := ""
+	err := eachMapping(pid, func(m mapping) {
+		if m.path == last {
+			return
+		}
+		last = m.path
+		if !devices[m.device] {
+			out = append(out, m.path)
+		}
+	})
+	return out, err
+}
+
+// mapping is a part of a process's memory that a file is behind, as
+// /proc/PID/maps has it.
+type mapping struct {
+	addresses, permissions, device, path string
+}
+
+// eachMapping calls f with the mappings of files in a process. One that has
+// ended has none.
+func eachMapping(pid int, f func(mapping)) error {
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
+		return nil
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer f.Close()
-	var out []string
-	s := bufio.NewScanner(f)
+	defer maps.Close()
+	s := bufio.NewScanner(maps)
 	s.Buffer(nil, 1<<16)
-	last := ""
 	for s.Scan() {
 		i := strings.IndexByte(s.Text(), '/')
-		if i < 0 || s.Text()[i:] == last {
+		if i < 0 {
 			continue
 		}
-		last = s.Text()[i:]
 		// Addresses, permissions, offset, device, inode, and the path.
-		if fields := strings.Fields(s.Text()[:i]); len(fields) == 5 && !devices[fields[3]] {
-			out = append(out, last)
+		if fields := strings.Fields(s.Text()[:i]); len(fields) == 5 {
+			f(mapping{addresses: fields[0], permissions: fields[1], device: fields[3], path: s.Text()[i:]})
 		}
 	}
-	return out, s.Err()
+	if errors.Is(s.Err(), unix.ESRCH) {
+		return nil // ended meanwhile
+	}
+	return s.Err()
 }
 
 // changedFiles names the files that a restore would find with another size,

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
 // sleeper is another process with the write end of a socket pair, whose other
@@ -100,24 +101,9 @@ func TestUndumpableStrayedProcess(t *testing.T) {
 	// The first process of a pid namespace, and below it the container's.
 	cmd := exec.Command("sh", "-c", `sh -c '(sleep 1000 & echo sleep $!); echo root $$; read line'; exit`)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		stdin.Close()
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}()
+	out := testproc.Start(t, cmd)
 	pids := map[string]int{"first": cmd.Process.Pid}
-	lines := bufio.NewScanner(stdout)
+	lines := bufio.NewScanner(out)
 	for len(pids) < 3 && lines.Scan() {
 		var name string
 		var inside int
@@ -134,7 +120,7 @@ func TestUndumpableStrayedProcess(t *testing.T) {
 	if err := strayed(pids["root"], []int{pids["root"], pids["first"]}); err != nil {
 		t.Errorf("nothing has strayed: %v", err)
 	}
-	err = strayed(pids["root"], []int{pids["root"], pids["sleep"]})
+	err := strayed(pids["root"], []int{pids["root"], pids["sleep"]})
 	if err == nil {
 		t.Fatal("a process that has lost its parent is not found")
 	}

@@ -1,7 +1,6 @@
 package guestagent
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -128,39 +127,14 @@ func writtenFiles(pids []int, devices map[uint64]bool) ([]string, error) {
 				add(fd)
 			}
 		}
-		maps, err := sharedMappings(pid)
+		err = eachMapping(pid, func(m mapping) {
+			if strings.HasSuffix(m.permissions, "s") { // whether or not it may be written to right now
+				add(fmt.Sprintf("/proc/%d/map_files/%s", pid, mapFilesName(m.addresses)))
+			}
+		})
 		if err != nil {
 			return nil, err
 		}
-		for _, m := range maps {
-			add(m)
-		}
-	}
-	return out, nil
-}
-
-// sharedMappings lists the links to the files that a process has mapped so that
-// others see what it writes, whether or not it may write right now.
-func sharedMappings(pid int) ([]string, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var out []string
-	s := bufio.NewScanner(f)
-	s.Buffer(nil, 1<<16)
-	for s.Scan() {
-		// Addresses, permissions, offset, device, inode, and the path.
-		if fields := strings.Fields(s.Text()); len(fields) > 5 && strings.HasSuffix(fields[1], "s") {
-			out = append(out, fmt.Sprintf("/proc/%d/map_files/%s", pid, mapFilesName(fields[0])))
-		}
-	}
-	if err := s.Err(); err != nil && !errors.Is(err, unix.ESRCH) {
-		return nil, err
 	}
 	return out, nil
 }
