@@ -159,15 +159,13 @@ func (s *service) create(ctx context.Context, c *container, sandboxID string, r 
 			return err
 		}
 		s.sandbox = fresh
+	} else if s.way == way.Go {
+		err = s.sandbox.NetworkNamespace().Do(func() error { return s.runtimeHooks(ctx, c, 0) })
 	} else {
-		if s.way == way.Go {
-			err = s.sandbox.NetworkNamespace().Do(func() error { return s.runtimeHooks(ctx, c, 0) })
-		} else {
-			err = s.containerHooks(ctx, c, s.sandbox)
-		}
-		if err != nil {
-			return err
-		}
+		err = s.containerHooks(ctx, c, s.sandbox)
+	}
+	if err != nil {
+		return err
 	}
 	if err := s.sandbox.CreateContainer(ctx, c.id, c.kind, c.bundle, c.spec); err != nil {
 		return err
