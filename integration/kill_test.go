@@ -39,10 +39,10 @@ until { read a; read b; } <"/sys/fs/cgroup${l#0::}/cgroup.procs"; do :; done
 `,
 }
 
-// afterAnswer is a script that runs commands once its own shell has ended. What they kill in the guest may end the VM: a restore that fails
-// takes it away, and a shell that is still about to answer.
+// afterAnswer is a script that runs commands once the shell that has run it has ended, which it does when its answer has come. What they kill in
+// the guest may end the VM: a restore that fails takes it away.
 func afterAnswer(commands string) string {
-	return "{ sleep 0.5; " + commands + "; } </dev/null >/dev/null 2>&1 &"
+	return "{ while [ -e /proc/$PPID/exe ]; do sleep 0.02; done; " + commands + "; } </dev/null >/dev/null 2>&1 &"
 }
 
 // inGuestOf runs a script in a sandbox's guest.

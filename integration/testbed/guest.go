@@ -77,12 +77,12 @@ func handshake(conn net.Conn, port int) error {
 // consoleExec speaks to a shell that may sit on a terminal, with a prompt, an echo and its own idea of line ends, or on a plain stream.
 //
 // One line is typed. It silences the terminal, tells that it is there, takes the script by its length, runs it and shows its status
-// behind a mark that neither the echo of that line nor the script can show.
+// behind a mark that neither the echo of that line nor the script can show. The shell ends once it is told that its answer has come.
 func consoleExec(conn io.ReadWriter, script string) ([]byte, int, error) {
 	mark := rand.Text()
 	file := "/tmp/." + mark
 	_, err := fmt.Fprintf(conn, "stty raw -echo 2>/dev/null; printf '%%s%%s\\n' begin- %[1]s; head -c %[2]d >%[3]s; sh %[3]s </dev/null 2>&1; "+
-		"printf '%%s%%s %%d\\n' end- %[1]s $?; rm %[3]s; exit\n", mark, len(script), file)
+		"printf '%%s%%s %%d\\n' end- %[1]s $?; rm %[3]s; read -r come; exit\n", mark, len(script), file)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -105,6 +105,7 @@ func consoleExec(conn io.ReadWriter, script string) ([]byte, int, error) {
 	if err != nil {
 		return output, 0, fmt.Errorf("exit status: %w", err)
 	}
+	_, _ = io.WriteString(conn, "\n") // a shell that has ended has answered all the same
 	return output, status, nil
 }
 
