@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -69,17 +68,17 @@ func (n *nerdctl) networked() {
 	if !n.eventually(settleTimeout, func() bool { return n.ok("logs", "relay") != "" }) { // it listens before it prints
 		n.Error("relay does not begin")
 	}
-	for i := 1; i <= 2; i++ {
+	reached := func(answer string) {
 		address := n.ok("exec", "relay", "sh", "-c", "ip -4 -o address show dev eth0 | awk '{sub(\"/.*\", \"\", $4); print $4}'")
 		if hosts := n.ok("exec", "relay", "cat", "/etc/hosts"); !strings.Contains(hosts, address) {
 			n.Errorf("its /etc/hosts does not have its address %s:\n%s", address, hosts)
 		}
-		n.answers(net.JoinHostPort(address, relayPort), "say in", fmt.Sprintf("%d in", i))
-		if i == 1 {
-			n.ok("checkpoint", "create", "relay", "relayed")
-			n.ok("start", "--checkpoint", "relayed", "relay")
-		}
+		n.answers(net.JoinHostPort(address, relayPort), "say in", answer)
 	}
+	reached("1 in")
+	n.ok("checkpoint", "create", "relay", "relayed")
+	n.ok("start", "--checkpoint", "relayed", "relay")
+	reached("2 in")
 	n.ok("rm", "-f", "relay")
 	n.step("restored, and reached on its network")
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -45,29 +46,21 @@ func (b *bench) sized(ctx context.Context, run *engine.Run, mib int, bound float
 	// The first of each is not counted: it brings CRIU into the guest's memory. What one leaves in the guest's and the host's caches the other finds:
 	// they take turns in coming first.
 	for i := range b.runs + 1 {
-		var s *sample
 		var d time.Duration
-		dump := func() (err error) {
-			d, err = b.bareDump(ctx, run.ID(), last.externals)
-			return err
+		turns := []func() error{
+			func() (err error) { last, err = b.checkpoint(ctx, run, i); return err },
+			func() (err error) { d, err = b.bareDump(ctx, run.ID(), last.externals); return err },
 		}
 		if i%2 == 1 {
-			if err := dump(); err != nil {
-				return err
-			}
+			slices.Reverse(turns)
 		}
-		s, err := b.checkpoint(ctx, run, i)
-		if err != nil {
-			return err
-		}
-		last = s
-		if i%2 == 0 {
-			if err := dump(); err != nil {
+		for _, turn := range turns {
+			if err := turn(); err != nil {
 				return err
 			}
 		}
 		if i > 0 {
-			whole, inner, bare = append(whole, s.whole), append(inner, s.call), append(bare, d)
+			whole, inner, bare = append(whole, last.whole), append(inner, last.call), append(bare, d)
 		}
 	}
 	t := b.table
