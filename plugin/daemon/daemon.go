@@ -54,6 +54,11 @@ type ttrpcService interface {
 	RegisterTTRPC(*ttrpc.Server) error
 }
 
+// handshaking is a service that sees connections before the server does.
+type handshaking interface {
+	Handshaker(next ttrpc.Handshaker) ttrpc.Handshaker
+}
+
 // Run serves until the shim is shut down. Before it serves, an error is also
 // said to start.
 func Run(ctx context.Context, i *manager.Invocation) error {
@@ -126,11 +131,17 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	same := ttrpc.WithServerHandshaker(ttrpc.UnixSocketRequireSameUser())
-	if d.tasks, err = ttrpc.NewServer(same); err != nil {
+	same := ttrpc.UnixSocketRequireSameUser()
+	if d.events, err = ttrpc.NewServer(ttrpc.WithServerHandshaker(same)); err != nil {
 		return nil, err
 	}
-	if d.events, err = ttrpc.NewServer(same); err != nil {
+	var first ttrpc.Handshaker = same
+	for _, s := range services {
+		if h, ok := s.(handshaking); ok {
+			first = h.Handshaker(first)
+		}
+	}
+	if d.tasks, err = ttrpc.NewServer(ttrpc.WithServerHandshaker(first)); err != nil {
 		return nil, err
 	}
 	for _, s := range services {

@@ -92,23 +92,31 @@ func (a *abandoned) delete(ctx context.Context, c *container) *task.DeleteRespon
 // not been started and is to end is given up here: Kata lets nobody know.
 func (s *Service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
 	c := s.container(r.ID)
-	if c == nil || r.ExecID != "" {
+	if c.leavesKill(r) {
 		return s.passEmpty(ctx, "Kill", r)
 	}
-	if _, created := c.current().(createdState); created && r.Signal == uint32(syscall.SIGKILL) {
-		ended := false
-		err := c.do(ctx, func(st state) error {
-			if _, ended = st.(createdState); ended {
-				c.abandon(ctx)
-			}
-			return nil
-		})
-		if err != nil || ended {
-			return &emptypb.Empty{}, err
+	ended := false
+	err := c.do(ctx, func(st state) error {
+		if _, ended = st.(createdState); ended {
+			c.abandon(ctx)
 		}
-	}
-	if c.abandoned.Load() != nil {
+		return nil
+	})
+	switch {
+	case err != nil || ended:
+		return &emptypb.Empty{}, err
+	case c.abandoned.Load() != nil:
 		return nil, errclass.NotFound("container %s has not been started: its process has ended", r.ID)
 	}
 	return s.passEmpty(ctx, "Kill", r)
+}
+
+// leavesKill says whether a Kill is for Kata alone; c is nil for a container
+// that is not known here.
+func (c *container) leavesKill(r *task.KillRequest) bool {
+	if c == nil || r.ExecID != "" {
+		return true
+	}
+	_, created := c.current().(createdState)
+	return c.abandoned.Load() == nil && (!created || r.Signal != uint32(syscall.SIGKILL))
 }

@@ -34,7 +34,9 @@ type harness struct {
 	guest  *fake.Guest
 	events *recorder
 	down   shutdown.Service
-	conn   *ttrpc.Client
+	// service is what the client reaches.
+	service *Service
+	conn    *ttrpc.Client
 	// task is what containerd has.
 	task task.TTRPCTaskService
 	// unlinked is closed when the sockets are to be removed.
@@ -90,7 +92,8 @@ func newHarness(t *testing.T, options ...option) *harness {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := ttrpc.NewServer()
+	h.service = s
+	server, err := ttrpc.NewServer(ttrpc.WithServerHandshaker(s.Handshaker(ttrpc.UnixSocketRequireSameUser())))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,7 +3,9 @@ package task
 import (
 	"context"
 	"errors"
+	"slices"
 
+	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
@@ -11,6 +13,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/forward"
 )
 
 // services are the names under which the task API is served: the messages of
@@ -35,13 +39,35 @@ func (s *Service) RegisterTTRPC(server *ttrpc.Server) error {
 		"Connect":    handle(s.Connect),
 		"Pids":       handle(s.Pids),
 	}
-	for _, name := range []string{"ResizePty", "Update", "Stats"} {
+	for _, name := range unread {
 		methods[name] = s.forward(name)
 	}
 	for _, name := range services {
 		server.RegisterService(name, &ttrpc.ServiceDesc{Methods: methods})
 	}
 	return nil
+}
+
+// unread are the calls that are Kata's whatever they say.
+var unread = []string{"ResizePty", "Update", "Stats"}
+
+// Handshaker has the calls that are Kata's alone pass by the server: next comes
+// first on every connection.
+func (s *Service) Handshaker(next ttrpc.Handshaker) ttrpc.Handshaker {
+	return forward.Handshaker(next, s.down.path, s.passesUnread)
+}
+
+// passesUnread says whether Kata is to get a call as containerd wrote it. What
+// it says no to is for the methods below, which may come to forward it.
+func (s *Service) passesUnread(call *ttrpc.Request) bool {
+	switch {
+	case call.Service != s.down.service: // the other version's name
+		return false
+	case call.Method == "Kill":
+		r := &task.KillRequest{}
+		return proto.Unmarshal(call.Payload, r) == nil && s.container(r.ID).leavesKill(r)
+	}
+	return slices.Contains(unread, call.Method)
 }
 
 // forward passes a call on, unread: an empty message keeps every field that it

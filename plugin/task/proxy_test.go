@@ -116,6 +116,51 @@ func TestProxyForwardsEverything(t *testing.T) {
 	}
 }
 
+// What nobody here has a say in goes to Kata unread, and nothing else.
+func TestPassesUnread(t *testing.T) {
+	h := newHarness(t)
+	sigkill, sigterm := uint32(syscall.SIGKILL), uint32(syscall.SIGTERM)
+	passes := func(method string, req proto.Message) bool {
+		t.Helper()
+		payload, err := proto.Marshal(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h.service.passesUnread(&ttrpc.Request{Service: services[0], Method: method, Payload: payload})
+	}
+	kill := func(want bool, when string, r *task.KillRequest) {
+		t.Helper()
+		if got := passes("Kill", r); got != want {
+			t.Errorf("Kill %d of %q %q, %s: passes %t", r.Signal, r.ID, r.ExecID, when, got)
+		}
+	}
+	for _, method := range allMethods {
+		if want := slices.Contains([]string{"Stats", "Update", "ResizePty", "Kill"}, method); passes(method, &emptypb.Empty{}) != want {
+			t.Errorf("%s passes: %t", method, !want)
+		}
+	}
+	if h.service.passesUnread(&ttrpc.Request{Service: services[1], Method: "Stats"}) {
+		t.Error("a call under a name that Kata has not passes")
+	}
+
+	h.create(nil)
+	kill(false, "created", &task.KillRequest{ID: "c1", Signal: sigkill})
+	kill(true, "created", &task.KillRequest{ID: "c1", Signal: sigterm})
+	kill(true, "created", &task.KillRequest{ID: "c1", ExecID: "e", Signal: sigkill})
+	kill(true, "created", &task.KillRequest{ID: "c2", Signal: sigkill})
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	kill(true, "running", &task.KillRequest{ID: "c1", Signal: sigkill})
+
+	h = newHarness(t)
+	h.create(nil)
+	if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: sigkill}); err != nil {
+		t.Fatal(err)
+	}
+	kill(false, "given up", &task.KillRequest{ID: "c1", Signal: sigterm})
+}
+
 func TestProxyKeepsUnknownFieldsOfCreate(t *testing.T) {
 	raw := &rawKata{}
 	h := newHarness(t, withRawKata(raw))
