@@ -26,16 +26,15 @@ const (
 // digest of what it wrote. Where the file system can, the two share their
 // blocks. A source that grows or shrinks meanwhile is an error.
 func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string) (sum string, err error) {
-	fd, err := unix.Openat(int(dst.Fd()), name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	out, err := create(dst, name)
 	if err != nil {
-		return "", &os.PathError{Op: "create", Path: dst.Name() + "/" + name, Err: err}
+		return "", err
 	}
-	out := os.NewFile(uintptr(fd), dst.Name()+"/"+name)
 	defer func() { err = errors.Join(err, out.Close()) }()
 
 	// After a clone the digest is taken from the copy, which nobody else writes.
 	from, to := src, io.Writer(out)
-	if unix.IoctlFileClone(fd, int(src.Fd())) == nil {
+	if unix.IoctlFileClone(int(out.Fd()), int(src.Fd())) == nil {
 		from, to = out, io.Discard
 	}
 	n, sum, err := copyContext(ctx, to, io.LimitReader(from, size+1), min(copyBuffer, size+1))
@@ -46,6 +45,15 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 		return "", fmt.Errorf("%s changed its size while it was copied", name)
 	}
 	return sum, nil
+}
+
+// create makes a new file in dir.
+func create(dir *os.File, name string) (*os.File, error) {
+	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, &os.PathError{Op: "create", Path: dir.Name() + "/" + name, Err: err}
+	}
+	return os.NewFile(uintptr(fd), dir.Name()+"/"+name), nil
 }
 
 // copyContext copies until the end of r, by reads of at most buffer bytes, and
@@ -91,63 +99,6 @@ func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (t
 			free <- buf
 		}
 	}
-}
-
-// Collect copies the flat directory name beneath src, which an untrusted guest
-// wrote, to dst, and returns its files with their digests, sorted by name. It
-// takes regular files only, within the limits; files named in skip are left out.
-func Collect(ctx context.Context, src, name string, dst *os.File, limits Limits, skip ...string) ([]File, error) {
-	top, err := openDir(src)
-	if err != nil {
-		return nil, err
-	}
-	defer top.Close()
-	dir, err := openDirBeneath(top, name)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	names, err := list(dir, limits.Files)
-	if err != nil {
-		return nil, err
-	}
-	skipped := make(map[string]bool, len(skip))
-	for _, n := range skip {
-		skipped[n] = true
-	}
-	var files []File
-	left := limits.Bytes
-	for _, n := range names {
-		if skipped[n] {
-			continue
-		}
-		if n == ManifestName {
-			return nil, fmt.Errorf("the guest wrote a file %s, which is the host's to write", n)
-		}
-		f, err := collectFile(ctx, dir, n, dst, &left)
-		if err != nil {
-			return nil, fmt.Errorf("take images from the guest: %w", err)
-		}
-		files = append(files, f)
-	}
-	return files, nil
-}
-
-func collectFile(ctx context.Context, dir *os.File, name string, dst *os.File, left *int64) (File, error) {
-	f, st, err := openRegular(dir, name)
-	if err != nil {
-		return File{}, err
-	}
-	defer f.Close()
-	if st.Size > *left {
-		return File{}, fmt.Errorf("the image set is larger than allowed: raise max_image_bytes in config.toml")
-	}
-	*left -= st.Size
-	sum, err := copyFile(ctx, f, st.Size, dst, name)
-	if err != nil {
-		return File{}, err
-	}
-	return File{Name: name, Size: st.Size, SHA256: sum}, nil
 }
 
 // ReadFile returns a small file that the guest wrote beneath src/name, at most

@@ -78,7 +78,7 @@ func commit(t *testing.T, dir string, files map[string]string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list, err := Collect(t.Context(), exchange, "images", target.Dir(), Limits{Files: 100, Bytes: 1 << 20})
+	list, err := collect(t.Context(), exchange, "images", target.Dir(), Limits{Files: 100, Bytes: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,6 +116,11 @@ func TestImageSetThereAndBack(t *testing.T) {
 
 // What a guest may put into its directory to reach beyond it, or to exhaust
 // the host.
+// collect takes what is all there already.
+func collect(ctx context.Context, src, name string, dst *os.File, limits Limits, skip ...string) ([]File, error) {
+	return Follow(src, name, dst, limits, skip...).Collect(ctx)
+}
+
 func TestCollectTakesNothingButRegularFiles(t *testing.T) {
 	for name, tc := range map[string]struct {
 		lay    func(t *testing.T, dir, outside string)
@@ -226,7 +231,7 @@ func TestCollectTakesNothingButRegularFiles(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer f.Close()
-			_, err = Collect(t.Context(), exchange, "images", f, tc.limits)
+			_, err = collect(t.Context(), exchange, "images", f, tc.limits)
 			wantError(t, err, tc.err)
 			for _, n := range names(t, dst) {
 				if data, _ := os.ReadFile(filepath.Join(dst, n)); strings.Contains(string(data), "the host's") {
@@ -250,7 +255,7 @@ func TestCollectStaysBeneath(t *testing.T) {
 	}
 	defer dst.Close()
 	for _, name := range []string{"images", "..", "../" + filepath.Base(outside), outside} {
-		if _, err := Collect(t.Context(), exchange, name, dst, Limits{Files: 9, Bytes: 100}); err == nil {
+		if _, err := collect(t.Context(), exchange, name, dst, Limits{Files: 9, Bytes: 100}); err == nil {
 			t.Errorf("%q was followed", name)
 		}
 		if data, err := ReadFile(exchange, name, "inventory.img", 100); err == nil {
@@ -263,7 +268,7 @@ func TestCollectStaysBeneath(t *testing.T) {
 	if err := os.Symlink(outside, exchange); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Collect(t.Context(), exchange, ".", dst, Limits{Files: 9, Bytes: 100}); err == nil {
+	if _, err := collect(t.Context(), exchange, ".", dst, Limits{Files: 9, Bytes: 100}); err == nil {
 		t.Error("an exchange directory that is a link was followed")
 	}
 }
@@ -278,7 +283,7 @@ func TestCollectSkips(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dst.Close()
-	files, err := Collect(t.Context(), exchange, ".", dst, Limits{Files: 9, Bytes: 100}, DumpLogName, StatsName)
+	files, err := collect(t.Context(), exchange, ".", dst, Limits{Files: 9, Bytes: 100}, DumpLogName, StatsName)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -307,7 +312,7 @@ func TestCopyEndsWithItsContext(t *testing.T) {
 	gone := errors.New("the caller has gone")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(gone)
-	if _, err := Collect(ctx, exchange, ".", dst, Limits{Files: 9, Bytes: 100}); !errors.Is(err, gone) {
+	if _, err := collect(ctx, exchange, ".", dst, Limits{Files: 9, Bytes: 100}); !errors.Is(err, gone) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -153,6 +153,9 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		j.phases.done("freeze")
 	}
 
+	limits := imageset.Limits{Files: c.s.cfg.MaxImageFiles, Bytes: c.s.cfg.MaxImageBytes}
+	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), limits, imageset.DumpLogName, imageset.StatsName)
+	defer images.Stop()
 	var out *api.CheckpointResponse
 	err := c.s.agent.DoAlone(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		out, err = a.Checkpoint(ctx, j.request())
@@ -164,8 +167,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	}
 	j.phases.guest(out.GetPhases())
 
-	limits := imageset.Limits{Files: c.s.cfg.MaxImageFiles, Bytes: c.s.cfg.MaxImageBytes}
-	files, err := imageset.Collect(ctx, c.exchange.dir, j.images, j.target.Dir(), limits, imageset.DumpLogName, imageset.StatsName)
+	files, err := images.Collect(ctx)
 	if err != nil {
 		return nil, j.fullOr(err)
 	}

@@ -1,0 +1,342 @@
+package imageset
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// followFrom is the size in bytes from which on a file is copied while it grows.
+	followFrom = 1 << 20
+	// followEvery is how often the follower looks for more of it.
+	followEvery = 5 * time.Millisecond
+)
+
+// Follower takes the flat directory of images that an untrusted guest writes.
+// The container stands still until all is copied, so the large files are copied
+// while they grow: CRIU only appends to them. Whether a copy that began early is
+// right is not left to that: it is compared in the end, and made anew if need be.
+type Follower struct {
+	src, name string
+	dst       *os.File
+	limits    Limits
+	skip      []string
+
+	once  sync.Once
+	stop  chan struct{}
+	ended chan struct{}
+	// growing is the goroutine's until ended is closed.
+	growing map[string]*growing
+}
+
+// Follow begins to copy what appears in the directory name beneath src to dst.
+// Files named in skip are left out. [Follower.Collect] or [Follower.Stop] ends it.
+func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Follower {
+	f := &Follower{
+		src: src, name: name, dst: dst, limits: limits, skip: skip,
+		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing),
+	}
+	go f.run()
+	return f
+}
+
+// Stop returns when nothing is copied any more. What was stays in dst.
+func (f *Follower) Stop() {
+	f.once.Do(func() { close(f.stop) })
+	<-f.ended
+	for _, g := range f.growing {
+		g.close()
+	}
+	clear(f.growing)
+}
+
+// Collect is called when the guest has written all. It returns the files with
+// their digests, sorted by name. It takes regular files only, within the limits.
+func (f *Follower) Collect(ctx context.Context) ([]File, error) {
+	f.once.Do(func() { close(f.stop) })
+	<-f.ended
+	defer f.Stop()
+	dir, names, err := f.list()
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	for name := range f.growing {
+		if !slices.Contains(names, name) { // the guest has removed it
+			if err := f.forget(name); err != nil {
+				return nil, err
+			}
+		}
+	}
+	var files []File
+	left := f.limits.Bytes
+	for _, n := range names {
+		if n == ManifestName {
+			return nil, fmt.Errorf("the guest wrote a file %s, which is the host's to write", n)
+		}
+		file, err := f.collect(ctx, dir, n, &left)
+		if err != nil {
+			return nil, fmt.Errorf("take images from the guest: %w", err)
+		}
+		files = append(files, file)
+	}
+	return files, nil
+}
+
+// list opens the directory, and returns the names in it that count, sorted.
+func (f *Follower) list() (*os.File, []string, error) {
+	top, err := openDir(f.src)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer top.Close()
+	dir, err := openDirBeneath(top, f.name)
+	if err != nil {
+		return nil, nil, err
+	}
+	names, err := list(dir, f.limits.Files)
+	if err != nil {
+		return nil, nil, errors.Join(err, dir.Close())
+	}
+	return dir, slices.DeleteFunc(names, func(n string) bool { return slices.Contains(f.skip, n) }), nil
+}
+
+func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left *int64) (File, error) {
+	src, st, err := openRegular(dir, name)
+	if err != nil {
+		return File{}, err
+	}
+	defer src.Close()
+	if st.Size > *left {
+		return File{}, fmt.Errorf("the image set is larger than allowed: raise max_image_bytes in config.toml")
+	}
+	*left -= st.Size
+	file := File{Name: name, Size: st.Size}
+	if g := f.growing[name]; g != nil {
+		if file.SHA256, err = g.finish(ctx, src, st.Size); err != nil || file.SHA256 != "" {
+			return file, err
+		}
+		if err := f.forget(name); err != nil {
+			return file, err
+		}
+	}
+	file.SHA256, err = copyFile(ctx, src, st.Size, f.dst, name)
+	return file, err
+}
+
+// forget removes an early copy.
+func (f *Follower) forget(name string) error {
+	f.growing[name].close()
+	delete(f.growing, name)
+	return unix.Unlinkat(int(f.dst.Fd()), name, 0)
+}
+
+// run copies until it is stopped, or something fails: then Collect, which copies
+// all, says why.
+func (f *Follower) run() {
+	defer close(f.ended)
+	if canClone(f.src, f.dst) {
+		return // that is done at once, in the end
+	}
+	tick := time.NewTicker(followEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-f.stop:
+			return
+		}
+		if err := f.pass(); err != nil {
+			for name := range f.growing {
+				_ = f.forget(name) // the copy that Collect makes is a new file, or an error
+			}
+			return
+		}
+	}
+}
+
+// pass copies what has been written since the last.
+func (f *Follower) pass() error {
+	dir, names, err := f.list()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	left := f.limits.Bytes
+	for _, n := range names {
+		g, err := f.open(dir, n)
+		if err != nil {
+			return err
+		}
+		if g == nil {
+			continue
+		}
+		size, err := g.src.Seek(0, io.SeekEnd)
+		if err != nil {
+			return err
+		}
+		if left -= size; left < 0 {
+			return errors.New("too large")
+		}
+		if err := g.grow(g.src, size, func() bool { return isClosed(f.stop) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// open returns the copy of a file that is large enough to be followed, nil for another.
+func (f *Follower) open(dir *os.File, name string) (*growing, error) {
+	if g := f.growing[name]; g != nil {
+		return g, nil
+	}
+	src, st, err := openRegular(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	if st.Size < followFrom {
+		return nil, src.Close()
+	}
+	out, err := create(f.dst, name)
+	if err != nil {
+		return nil, errors.Join(err, src.Close())
+	}
+	g := &growing{src: src, out: out, digest: sha256.New(), buffer: make([]byte, copyBuffer)}
+	f.growing[name] = g
+	return g, nil
+}
+
+// growing is a file that is copied while it grows.
+type growing struct {
+	src, out *os.File
+	size     int64 // of the copy, bytes
+	digest   hash.Hash
+	buffer   []byte
+}
+
+func (g *growing) close() {
+	g.src.Close()
+	g.out.Close() // what was not written is seen by grow, or by the comparison
+}
+
+// grow copies src up to its size, unless it is stopped before.
+func (g *growing) grow(src io.ReaderAt, size int64, stopped func() bool) error {
+	for g.size < size && !stopped() {
+		n, err := src.ReadAt(g.buffer[:min(int64(len(g.buffer)), size-g.size)], g.size)
+		if n > 0 {
+			if _, err := g.out.Write(g.buffer[:n]); err != nil {
+				return err
+			}
+			g.digest.Write(g.buffer[:n])
+			g.size += int64(n)
+		}
+		switch {
+		case isEOF(err) && n == 0:
+			return nil // it has shrunk
+		case err != nil && !isEOF(err):
+			return err
+		}
+	}
+	return nil
+}
+
+// finish completes the copy of a file that has grown to size, and returns its
+// digest: none if the copy is not what the file says now.
+func (g *growing) finish(ctx context.Context, src *os.File, size int64) (string, error) {
+	early := g.size
+	err := g.grow(src, size, func() bool { return ctx.Err() != nil })
+	if err == nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil || g.size != size {
+		return "", err
+	}
+	same, err := equal(ctx, src, g.out, early)
+	if err != nil || !same {
+		return "", err
+	}
+	if err := g.out.Close(); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(g.digest.Sum(nil)), nil
+}
+
+// equal compares the first size bytes of two files, on all processors.
+func equal(ctx context.Context, a, b io.ReaderAt, size int64) (bool, error) {
+	errDiffer := errors.New("they differ")
+	group, ctx := errgroup.WithContext(ctx)
+	workers := int64(runtime.GOMAXPROCS(0))
+	for w := range workers {
+		group.Go(func() error {
+			one, two := make([]byte, copyBuffer), make([]byte, copyBuffer)
+			for at := w * copyBuffer; at < size; at += workers * copyBuffer {
+				if ctx.Err() != nil {
+					return context.Cause(ctx)
+				}
+				n := min(copyBuffer, size-at)
+				_, aerr := a.ReadAt(one[:n], at)
+				_, berr := b.ReadAt(two[:n], at)
+				switch err := errors.Join(aerr, berr); {
+				case isEOF(err): // the guest has cut it short
+					return errDiffer
+				case err != nil:
+					return err
+				case !bytes.Equal(one[:n], two[:n]):
+					return errDiffer
+				}
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	if errors.Is(err, errDiffer) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// canClone says whether files in the directory src can share their blocks with
+// files in dst.
+func canClone(src string, dst *os.File) bool {
+	var from, to unix.Stat_t
+	if unix.Stat(src, &from) != nil || unix.Fstat(int(dst.Fd()), &to) != nil || from.Dev != to.Dev {
+		return false
+	}
+	var fds [2]int
+	for i := range fds {
+		fd, err := unix.Openat(int(dst.Fd()), ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return false
+		}
+		defer unix.Close(fd)
+		fds[i] = fd
+	}
+	return unix.IoctlFileClone(fds[0], fds[1]) == nil
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
