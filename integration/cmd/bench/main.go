@@ -25,16 +25,17 @@ import (
 func main() {
 	var o testbed.Options
 	var only string
-	var runs int
+	b := &bench{table: &table{out: os.Stdout}}
 	flag.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata in place of the stand-in")
 	flag.StringVar((*string)(&o.Way), "way", "", "the stand-in's `way`: go (default) or rust")
 	flag.StringVar(&only, "only", "", "checkpoint, calls or exec")
-	flag.IntVar(&runs, "runs", 6, "checkpoints of each size")
+	flag.IntVar(&b.runs, "runs", 6, "checkpoints of each size")
+	flag.BoolVar(&b.cold, "cold", false, "checkpoints: with memory as the machine has it, which may be its hypervisor's at the time")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	_ = log.SetLevel("error")
-	if err := run(ctx, o, only, runs); err != nil {
+	if err := b.run(ctx, o, only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -46,9 +47,10 @@ type bench struct {
 	engine *engine.Engine
 	table  *table
 	runs   int
+	cold   bool
 }
 
-func run(ctx context.Context, o testbed.Options, only string, runs int) (err error) {
+func (b *bench) run(ctx context.Context, o testbed.Options, only string) (err error) {
 	p, err := parts.Find()
 	if err != nil {
 		return err
@@ -58,7 +60,6 @@ func run(ctx context.Context, o testbed.Options, only string, runs int) (err err
 		return err
 	}
 	o.Dir = p.Build("bench")
-	b := &bench{table: &table{out: os.Stdout}, runs: runs}
 	var release func()
 	if b.bed, release, err = testbed.UpAlone(ctx, o); err != nil {
 		return err
