@@ -23,7 +23,9 @@ import (
 const (
 	// followFrom is the size in bytes from which on a file is copied while it grows.
 	followFrom = 1 << 20
-	// followEvery is how often the follower looks for more of it.
+	// maxFollowed is how many files are: each takes two descriptors.
+	maxFollowed = 64
+	// followEvery is how often the follower looks for more of them.
 	followEvery = 5 * time.Millisecond
 )
 
@@ -40,8 +42,9 @@ type Follower struct {
 	once  sync.Once
 	stop  chan struct{}
 	ended chan struct{}
-	// growing is the goroutine's until ended is closed.
+	// growing and buffer are the goroutine's until ended is closed.
 	growing map[string]*growing
+	buffer  []byte
 }
 
 // Follow begins to copy what appears in the directory name beneath src to dst.
@@ -49,7 +52,7 @@ type Follower struct {
 func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Follower {
 	f := &Follower{
 		src: src, name: name, dst: dst, limits: limits, skip: skip,
-		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing),
+		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing), buffer: make([]byte, copyBuffer),
 	}
 	go f.run()
 	return f
@@ -205,7 +208,7 @@ func (f *Follower) pass() error {
 
 // open returns the copy of a file that is large enough to be followed, nil for another.
 func (f *Follower) open(dir *os.File, name string) (*growing, error) {
-	if g := f.growing[name]; g != nil {
+	if g := f.growing[name]; g != nil || len(f.growing) == maxFollowed {
 		return g, nil
 	}
 	src, st, err := openRegular(dir, name)
@@ -219,7 +222,7 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 	if err != nil {
 		return nil, errors.Join(err, src.Close())
 	}
-	g := &growing{src: src, out: out, digest: sha256.New(), buffer: make([]byte, copyBuffer)}
+	g := &growing{src: src, out: out, digest: sha256.New(), buffer: f.buffer}
 	f.growing[name] = g
 	return g, nil
 }
@@ -229,7 +232,7 @@ type growing struct {
 	src, out *os.File
 	size     int64 // of the copy, bytes
 	digest   hash.Hash
-	buffer   []byte
+	buffer   []byte // the follower's
 }
 
 func (g *growing) close() {

@@ -1,6 +1,7 @@
 package imageset
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -160,6 +161,18 @@ func TestFollowFilesThatChange(t *testing.T) {
 			f.want(t, tc.want)
 		})
 	}
+}
+
+func TestFollowManyFiles(t *testing.T) {
+	f := follow(t, roomy)
+	want := map[string]string{}
+	for i := range maxFollowed + 3 {
+		name := fmt.Sprintf("pages-%03d.img", i)
+		want[name] = strings.Repeat(string('a'+rune(i%26)), followFrom+i)
+		f.append(t, name, want[name])
+	}
+	f.copied(t, fmt.Sprintf("pages-%03d.img", maxFollowed/2), followFrom+maxFollowed/2)
+	f.want(t, want)
 }
 
 // What is refused in the end takes no room before.
