@@ -18,6 +18,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 const (
@@ -54,7 +56,10 @@ func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Foll
 		src: src, name: name, dst: dst, limits: limits, skip: skip,
 		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing), buffer: make([]byte, copyBuffer),
 	}
-	go f.run()
+	go func() {
+		defer close(f.ended)
+		_ = thread.Do(func() error { f.run(); return nil })
+	}()
 	return f
 }
 
@@ -152,9 +157,12 @@ func (f *Follower) forget(name string) error {
 // run copies until it is stopped, or something fails: then Collect, which copies
 // all, says why.
 func (f *Follower) run() {
-	defer close(f.ended)
 	if canClone(f.src, f.dst) {
 		return // that is done at once, in the end
+	}
+	// What the guest does meanwhile comes first.
+	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, 19); err != nil {
+		return
 	}
 	tick := time.NewTicker(followEvery)
 	defer tick.Stop()
