@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -78,27 +79,49 @@ func (b *bench) sized(ctx context.Context, run *engine.Run, mib int, bound float
 	return nil
 }
 
-// spareMiB is what else a sample needs of the page cache, generously.
-const spareMiB = 128
+const (
+	// spareMiB is what else a sample needs of the page cache, generously.
+	spareMiB = 128
+	// warmPasses bounds how often memory is used before a sample.
+	warmPasses = 6
+)
 
-// warm has the machine use memory for files and free it again. Where a hypervisor takes the free memory of a virtual machine back (free page
-// reporting), the first use of each page costs many times what the next does; a checkpoint, which leaves a copy, would pay twice for that what a bare
-// dump pays, and after a while in which the machine was in use neither would.
+// warm has the machine use memory for files and free it again, until that gets no faster. Where a hypervisor takes the free memory of a virtual machine
+// back (free page reporting), the first use of a page costs many times what the next does. A checkpoint, which leaves a copy, would pay for twice the
+// pages of a bare dump, and on a machine without that neither would.
 func (b *bench) warm(mib int) error {
 	if b.cold {
 		return nil
 	}
+	last := time.Duration(math.MaxInt64)
+	for range warmPasses {
+		d, err := b.useMemory(mib)
+		if err != nil {
+			return err
+		}
+		if d > last/5*4 {
+			break
+		}
+		last = d
+	}
+	return nil
+}
+
+// useMemory writes a file, removes it, and returns the time that the writing took.
+func (b *bench) useMemory(mib int) (time.Duration, error) {
 	f, err := os.CreateTemp(filepath.Join(b.bed.Dir, "tmp"), "warm-")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	buf := make([]byte, 1<<20)
+	start := time.Now()
 	for range mib {
 		if _, err = f.Write(buf); err != nil {
 			break
 		}
 	}
-	return errors.Join(err, os.Remove(f.Name()), f.Close())
+	d := time.Since(start)
+	return d, errors.Join(err, os.Remove(f.Name()), f.Close())
 }
 
 // sample is one checkpoint.
