@@ -22,7 +22,7 @@ import (
 
 const (
 	// cheapCalls is how often a call that starts nothing is made on either way, execCalls one that starts a process in the guest.
-	cheapCalls = 400
+	cheapCalls = 1000
 	execCalls  = 40
 	// callBound is how many times the median of calls past the shim those through it may be.
 	callBound = 1.10

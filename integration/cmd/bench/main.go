@@ -29,7 +29,7 @@ func main() {
 	flag.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata in place of the stand-in")
 	flag.StringVar((*string)(&o.Way), "way", "", "the stand-in's `way`: go (default) or rust")
 	flag.StringVar(&only, "only", "", "checkpoint, calls or exec")
-	flag.IntVar(&b.runs, "runs", 6, "checkpoints of each size")
+	flag.IntVar(&b.runs, "runs", 10, "checkpoints of each size")
 	flag.BoolVar(&b.cold, "cold", false, "checkpoints: with memory as the machine has it, which may be its hypervisor's at the time")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
