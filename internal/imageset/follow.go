@@ -63,10 +63,15 @@ func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Foll
 	return f
 }
 
-// Stop returns when nothing is copied any more. What was stays in dst.
-func (f *Follower) Stop() {
+// halt returns when the goroutine has ended.
+func (f *Follower) halt() {
 	f.once.Do(func() { close(f.stop) })
 	<-f.ended
+}
+
+// Stop returns when nothing is copied any more. What was stays in dst.
+func (f *Follower) Stop() {
+	f.halt()
 	for _, g := range f.growing {
 		g.close()
 	}
@@ -76,8 +81,7 @@ func (f *Follower) Stop() {
 // Collect is called when the guest has written all. It returns the files with
 // their digests, sorted by name. It takes regular files only, within the limits.
 func (f *Follower) Collect(ctx context.Context) ([]File, error) {
-	f.once.Do(func() { close(f.stop) })
-	<-f.ended
+	f.halt()
 	defer f.Stop()
 	dir, names, err := f.list()
 	if err != nil {

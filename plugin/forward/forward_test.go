@@ -65,6 +65,17 @@ func newBed(t *testing.T) *bed {
 	return b
 }
 
+// listen is Kata's socket, for a Kata that does as the test says.
+func (b *bed) listen(t *testing.T) net.Listener {
+	t.Helper()
+	l, err := net.Listen("unix", b.kata)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
 func (b *bed) say(ctx context.Context, what string) (string, error) {
 	var answer wrapperspb.StringValue
 	err := b.client.Call(ctx, service, "Say", wrapperspb.String(what), &answer)
@@ -131,11 +142,7 @@ func TestWithoutKata(t *testing.T) {
 // the server's.
 func TestKataEnds(t *testing.T) {
 	b := newBed(t)
-	l, err := net.Listen("unix", b.kata)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	l := b.listen(t)
 	ended := make(chan error, 1)
 	go func() {
 		kata, err := l.Accept()
@@ -160,11 +167,7 @@ func TestKataEnds(t *testing.T) {
 // A Kata that has stopped to read holds up nobody for long.
 func TestKataDoesNotRead(t *testing.T) {
 	b := newBed(t)
-	l, err := net.Listen("unix", b.kata) // its backlog takes the connection
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	b.listen(t) // the socket's backlog takes the connection
 	ctx, cancel := context.WithTimeout(t.Context(), waitLimit)
 	defer cancel()
 	answered := make(chan string)
@@ -195,11 +198,7 @@ func TestKataDoesNotRead(t *testing.T) {
 // The connection to Kata ends with containerd's.
 func TestContainerdGoes(t *testing.T) {
 	b := newBed(t)
-	l, err := net.Listen("unix", b.kata)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
+	l := b.listen(t)
 	go func() { _, _ = b.say(t.Context(), "pass") }()
 	kata, err := l.Accept()
 	if err != nil {
