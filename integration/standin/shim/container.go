@@ -28,6 +28,7 @@ type container struct {
 	bundle  string
 	spec    *specs.Spec
 	mounted bool
+	release sync.Once
 	// released: out of the guest, after its exit; the Go way's.
 	released atomic.Bool
 	init     *process

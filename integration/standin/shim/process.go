@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -110,6 +112,7 @@ func (s *service) follow(c *container, p *process) {
 			return
 		}
 		if c.kind.OwnsSandbox() {
+			s.releaseAll()
 			s.endSandbox()
 		} else {
 			s.release(c)
@@ -118,10 +121,33 @@ func (s *service) follow(c *container, p *process) {
 	}()
 }
 
-// release takes a container that has exited out of the guest and the share.
+// release takes a container out of the guest and the share. Kata's shims kill
+// it first, and the Go shim waits for its end once more
+// (src/runtime/virtcontainers/container.go; src/runtime-rs/crates/runtimes/
+// virt_container/src/container_manager/container_inner.rs). Until it is out, the
+// guest tells how its execs ended.
 func (s *service) release(c *container) {
-	if err := s.sandbox.RemoveContainer(context.Background(), c.id); err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("release a container")
+	c.release.Do(func() {
+		ctx := context.Background()
+		// Both fail for a guest that is gone, as does what comes next.
+		_, _ = s.sandbox.Agent.SignalProcess(ctx, &api.SignalProcessRequest{Id: c.id, Signal: uint32(syscall.SIGKILL)})
+		if s.way == way.Go {
+			_, _ = s.sandbox.Agent.WaitProcess(ctx, &api.ProcessRequest{Id: c.id})
+		}
+		if err := s.sandbox.RemoveContainer(ctx, c.id); err != nil {
+			log.L.WithError(err).WithField("container", c.id).Warn("release a container")
+		}
+	})
+}
+
+// releaseAll comes before the end of the VM in the Go way
+// (src/runtime/virtcontainers/sandbox.go).
+func (s *service) releaseAll() {
+	s.mu.Lock()
+	containers := slices.Collect(maps.Values(s.containers))
+	s.mu.Unlock()
+	for _, c := range containers {
+		s.release(c)
 	}
 }
 
