@@ -19,12 +19,12 @@ func (s *scenario) begin(run *engine.Run, c engine.Command) *engine.Process {
 	return p
 }
 
-// exit checks the status that a command ends with.
-func (s *scenario) exit(p *engine.Process, want uint32) {
+// exit checks the status that a command ends with: one of those wanted.
+func (s *scenario) exit(p *engine.Process, want ...uint32) {
 	s.Helper()
 	status, err := p.Exit(s.ctx)
 	s.check(err)
-	if status != want {
+	if !slices.Contains(want, status) {
 		s.Errorf("%s ended with status %d, not %d; it printed %q and %q", p.ID(), status, want, p.Stdout.Lines(), p.Stderr.Lines())
 	}
 }
