@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/containerd/log"
@@ -62,6 +63,8 @@ func Hook(executable string, state io.Reader) error {
 	cmd.Dir = "/"
 	// Kata's agent waits for the end of the hook's output: the daemon has none.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// For the daemon, see smallPages. Where it fails the daemon is larger.
+	_ = unix.Prctl(unix.PR_SET_THP_DISABLE, 1, 0, 0, 0)
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the agent: %w", err)
 	}
@@ -92,6 +95,9 @@ func Daemon(ctx context.Context, executable string) error {
 	defer lock.Close()
 	// Small when idle: what an operation took goes back soon.
 	debug.SetGCPercent(50)
+	if err := smallPages(); err != nil {
+		log.G(ctx).WithError(err).Warn("huge pages for the heap")
+	}
 	settle()
 
 	bundle := filepath.Dir(filepath.Dir(executable))
@@ -120,6 +126,33 @@ func Daemon(ctx context.Context, executable string) error {
 	api.RegisterAgentService(server, a)
 	log.G(ctx).WithFields(log.Fields{"version": version.Version, "port": set.VsockPort, "bundle": bundle}).Info("agent serves")
 	return server.Serve(ctx, hostOnly{listener})
+}
+
+// smallPages has the kernel use no huge pages for the heap: each is in memory
+// as a whole for the little of it that an idle agent needs. Until now the hook's
+// word was for that. It ends here: what the agent starts would inherit it.
+func smallPages() (err error) {
+	defer func() { err = errors.Join(err, unix.Prctl(unix.PR_SET_THP_DISABLE, 0, 0, 0, 0)) }()
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(maps)) {
+		var begin, end uintptr
+		var perms, offset, device string
+		var inode uint64
+		if _, err := fmt.Sscanf(line, "%x-%x %s %s %s %d", &begin, &end, &perms, &offset, &device, &inode); err != nil {
+			return fmt.Errorf("read own mappings: %q: %w", line, err)
+		}
+		if perms != "rw-p" || inode != 0 {
+			continue
+		}
+		_, _, errno := unix.Syscall(unix.SYS_MADVISE, begin, end-begin, unix.MADV_NOHUGEPAGE)
+		if errno != 0 && errno != unix.EINVAL { // a kernel that has none
+			return fmt.Errorf("advise %x-%x: %w", begin, end, errno)
+		}
+	}
+	return nil
 }
 
 func readSettings(path string) (settings, error) {

@@ -55,6 +55,11 @@ func memory256(s *scenario) {
 	rounds := s.printed(restored.Output, workload.Rounds, 2)
 	s.consecutive(rounds[0], rounds)
 	s.movedOn(first, restored)
+	// The workload, and the exec itself: the agent does without huge pages, they do not.
+	const huge = "THP_enabled:\t1"
+	if lines := s.sh(restored, "cat /proc/[0-9]*/status | grep THP_enabled: | sort -u"); len(lines) != 1 || lines[0] != huge {
+		s.Errorf("huge pages of what was restored, and of an exec into it: %q, not %q", lines, huge)
+	}
 }
 
 // costs prints what the checkpoint in a directory took.
