@@ -68,6 +68,26 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	return out, nil
 }
 
+// Discard implements the service. What the container's other operations are
+// about is not touched, and none waits for it.
+func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*empty, error) {
+	c, err := a.load(r.GetContainerId())
+	if errdefs.IsNotFound(err) {
+		return &empty{}, nil
+	}
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	images, err := a.inExchange(c.ID, r.GetDirectory())
+	if err == nil {
+		err = os.RemoveAll(images)
+	}
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("discard images of container %s: %w", c.ID, err))
+	}
+	return &empty{}, nil
+}
+
 // stayFrozen freezes a container again that a CRIU was at work on that ended
 // unexpectedly: CRIU thaws what it dumps, and freezes it when it is done.
 func stayFrozen(ctx context.Context, c *container) error {

@@ -3,8 +3,10 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -19,6 +21,7 @@ func memory256(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
 	first := s.run(c)
 	s.printed(first.Output, workload.Rounds, 2)
+	cached := s.cached(first, math.MaxInt)
 
 	stop, probes, n := make(chan struct{}), make(chan error, 1), 0
 	go func() {
@@ -48,6 +51,7 @@ func memory256(s *scenario) {
 		s.Errorf("there were %d liveness probes", n)
 	}
 	s.costs(dir, guest, host)
+	s.cached(first, cached+mib/4)
 
 	s.removed(c)
 	c = s.create(engine.Container{ID: "again", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
@@ -55,11 +59,25 @@ func memory256(s *scenario) {
 	rounds := s.printed(restored.Output, workload.Rounds, 2)
 	s.consecutive(rounds[0], rounds)
 	s.movedOn(first, restored)
+	s.cached(restored, cached+mib/4)
 	// The workload, and the exec itself: the agent does without huge pages, they do not.
 	const huge = "THP_enabled:\t1"
 	if lines := s.sh(restored, "cat /proc/[0-9]*/status | grep THP_enabled: | sort -u"); len(lines) != 1 || lines[0] != huge {
 		s.Errorf("huge pages of what was restored, and of an exec into it: %q, not %q", lines, huge)
 	}
+}
+
+// cached is how much of files the guest has in memory, in MiB, after a moment not more than limit: image sets that are of no more use do
+// not stay there.
+func (s *scenario) cached(run *engine.Run, limit int) int {
+	s.Helper()
+	lines := s.sh(run, fmt.Sprintf(`for i in $(seq 50); do c=$(awk '/^Cached:/ { print int($2/1024) }' /proc/meminfo); [ $c -gt %d ] || break; sleep 0.2; done; echo $c`, limit))
+	mib, err := strconv.Atoi(strings.Join(lines, ""))
+	s.check(err)
+	if mib > limit {
+		s.Errorf("the guest has %d MiB of files in memory, more than %d", mib, limit)
+	}
+	return mib
 }
 
 // costs prints what the checkpoint in a directory took.

@@ -867,6 +867,59 @@ func (x *CheckpointResponse) GetHostname() string {
 	return ""
 }
 
+type DiscardRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// Directory of the image set, one element, below the exchange mount.
+	Directory     string `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiscardRequest) Reset() {
+	*x = DiscardRequest{}
+	mi := &file_guestagent_api_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiscardRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiscardRequest) ProtoMessage() {}
+
+func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guestagent_api_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
+func (*DiscardRequest) Descriptor() ([]byte, []int) {
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DiscardRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *DiscardRequest) GetDirectory() string {
+	if x != nil {
+		return x.Directory
+	}
+	return ""
+}
+
 type RestoreRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -887,7 +940,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[13]
+	mi := &file_guestagent_api_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -899,7 +952,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[13]
+	mi := &file_guestagent_api_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -912,7 +965,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{13}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RestoreRequest) GetContainerId() string {
@@ -993,7 +1046,7 @@ type Rights struct {
 
 func (x *Rights) Reset() {
 	*x = Rights{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[14]
+	mi := &file_guestagent_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1058,7 @@ func (x *Rights) String() string {
 func (*Rights) ProtoMessage() {}
 
 func (x *Rights) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[14]
+	mi := &file_guestagent_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1071,7 @@ func (x *Rights) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rights.ProtoReflect.Descriptor instead.
 func (*Rights) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Rights) GetCapabilities() []string {
@@ -1053,7 +1106,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[15]
+	mi := &file_guestagent_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1118,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[15]
+	mi := &file_guestagent_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1131,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1109,7 +1162,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[16]
+	mi := &file_guestagent_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1174,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[16]
+	mi := &file_guestagent_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1187,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1168,7 +1221,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_guestagent_api_agent_proto_msgTypes[17]
+	mi := &file_guestagent_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1180,7 +1233,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guestagent_api_agent_proto_msgTypes[17]
+	mi := &file_guestagent_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1193,7 +1246,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_guestagent_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1266,7 +1319,10 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\fcriu_version\x18\x05 \x01(\rR\vcriuVersion\x12%\n" +
 	"\x0ekernel_release\x18\x06 \x01(\tR\rkernelRelease\x12!\n" +
 	"\fcpu_features\x18\a \x03(\tR\vcpuFeatures\x12\x1a\n" +
-	"\bhostname\x18\b \x01(\tR\bhostname\"\xcf\x03\n" +
+	"\bhostname\x18\b \x01(\tR\bhostname\"Q\n" +
+	"\x0eDiscardRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\xcf\x03\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1291,7 +1347,7 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\fhelper_token\x18\x02 \x01(\tR\vhelperToken\x12\x18\n" +
 	"\aprocess\x18\x03 \x01(\fR\aprocess\" \n" +
 	"\fExecResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid2\xa1\a\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid2\xed\a\n" +
 	"\x05Agent\x12S\n" +
 	"\x04Info\x12$.katacheckpoint.agent.v1.InfoRequest\x1a%.katacheckpoint.agent.v1.InfoResponse\x12V\n" +
 	"\x05Adopt\x12%.katacheckpoint.agent.v1.AdoptRequest\x1a&.katacheckpoint.agent.v1.AdoptResponse\x12K\n" +
@@ -1301,7 +1357,8 @@ const file_guestagent_api_agent_proto_rawDesc = "" +
 	"\x04Thaw\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12U\n" +
 	"\x0fCheckCheckpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a\x16.google.protobuf.Empty\x12e\n" +
 	"\n" +
-	"Checkpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a+.katacheckpoint.agent.v1.CheckpointResponse\x12O\n" +
+	"Checkpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a+.katacheckpoint.agent.v1.CheckpointResponse\x12J\n" +
+	"\aDiscard\x12'.katacheckpoint.agent.v1.DiscardRequest\x1a\x16.google.protobuf.Empty\x12O\n" +
 	"\fCheckRestore\x12'.katacheckpoint.agent.v1.RestoreRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
 	"\aRestore\x12'.katacheckpoint.agent.v1.RestoreRequest\x1a(.katacheckpoint.agent.v1.RestoreResponse\x12S\n" +
 	"\x04Exec\x12$.katacheckpoint.agent.v1.ExecRequest\x1a%.katacheckpoint.agent.v1.ExecResponseB?Z=github.com/kata-checkpoint/kata-checkpoint/guestagent/api;apib\x06proto3"
@@ -1318,7 +1375,7 @@ func file_guestagent_api_agent_proto_rawDescGZIP() []byte {
 	return file_guestagent_api_agent_proto_rawDescData
 }
 
-var file_guestagent_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_guestagent_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_guestagent_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1333,12 +1390,13 @@ var file_guestagent_api_agent_proto_goTypes = []any{
 	(*Phase)(nil),              // 10: katacheckpoint.agent.v1.Phase
 	(*CheckpointRequest)(nil),  // 11: katacheckpoint.agent.v1.CheckpointRequest
 	(*CheckpointResponse)(nil), // 12: katacheckpoint.agent.v1.CheckpointResponse
-	(*RestoreRequest)(nil),     // 13: katacheckpoint.agent.v1.RestoreRequest
-	(*Rights)(nil),             // 14: katacheckpoint.agent.v1.Rights
-	(*RestoreResponse)(nil),    // 15: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 16: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 17: katacheckpoint.agent.v1.ExecResponse
-	(*emptypb.Empty)(nil),      // 18: google.protobuf.Empty
+	(*DiscardRequest)(nil),     // 13: katacheckpoint.agent.v1.DiscardRequest
+	(*RestoreRequest)(nil),     // 14: katacheckpoint.agent.v1.RestoreRequest
+	(*Rights)(nil),             // 15: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 16: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 17: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 18: katacheckpoint.agent.v1.ExecResponse
+	(*emptypb.Empty)(nil),      // 19: google.protobuf.Empty
 }
 var file_guestagent_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
@@ -1350,7 +1408,7 @@ var file_guestagent_api_agent_proto_depIdxs = []int32{
 	7,  // 6: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
 	8,  // 7: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
 	9,  // 8: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	14, // 9: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	15, // 9: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
 	10, // 10: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
 	0,  // 11: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
 	4,  // 12: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
@@ -1360,22 +1418,24 @@ var file_guestagent_api_agent_proto_depIdxs = []int32{
 	2,  // 16: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
 	11, // 17: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
 	11, // 18: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	13, // 19: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	13, // 20: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	16, // 21: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	1,  // 22: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 23: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	18, // 24: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	18, // 25: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	18, // 26: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	18, // 27: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	18, // 28: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	12, // 29: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	18, // 30: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	15, // 31: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	17, // 32: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	22, // [22:33] is the sub-list for method output_type
-	11, // [11:22] is the sub-list for method input_type
+	13, // 19: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	14, // 20: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	14, // 21: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	17, // 22: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	1,  // 23: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 24: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	19, // 25: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	19, // 26: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	19, // 27: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	19, // 28: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	19, // 29: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	12, // 30: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	19, // 31: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	19, // 32: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	16, // 33: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	18, // 34: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	23, // [23:35] is the sub-list for method output_type
+	11, // [11:23] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -1392,7 +1452,7 @@ func file_guestagent_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guestagent_api_agent_proto_rawDesc), len(file_guestagent_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

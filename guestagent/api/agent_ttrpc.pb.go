@@ -17,6 +17,7 @@ type AgentService interface {
 	Thaw(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	CheckCheckpoint(context.Context, *CheckpointRequest) (*emptypb.Empty, error)
 	Checkpoint(context.Context, *CheckpointRequest) (*CheckpointResponse, error)
+	Discard(context.Context, *DiscardRequest) (*emptypb.Empty, error)
 	CheckRestore(context.Context, *RestoreRequest) (*emptypb.Empty, error)
 	Restore(context.Context, *RestoreRequest) (*RestoreResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
@@ -80,6 +81,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.Checkpoint(ctx, &req)
+			},
+			"Discard": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req DiscardRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Discard(ctx, &req)
 			},
 			"CheckRestore": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req RestoreRequest
@@ -175,6 +183,14 @@ func (c *agentClient) CheckCheckpoint(ctx context.Context, req *CheckpointReques
 func (c *agentClient) Checkpoint(ctx context.Context, req *CheckpointRequest) (*CheckpointResponse, error) {
 	var resp CheckpointResponse
 	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "Checkpoint", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Discard(ctx context.Context, req *DiscardRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "Discard", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

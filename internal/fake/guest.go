@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -34,16 +35,17 @@ type Guest struct {
 	// Exchange is the exchange directory by container id; Checkpoint writes there.
 	Exchange func(id string) string
 
-	mu       sync.Mutex
-	there    bool
-	protocol uint32
-	problems []string
-	server   *ttrpc.Server
-	conns    chan net.Conn
-	calls    []string
-	requests map[string]proto.Message
-	before   map[string]func(context.Context) error
-	files    map[string]string
+	mu        sync.Mutex
+	there     bool
+	protocol  uint32
+	problems  []string
+	server    *ttrpc.Server
+	conns     chan net.Conn
+	discarded []string
+	calls     []string
+	requests  map[string]proto.Message
+	before    map[string]func(context.Context) error
+	files     map[string]string
 }
 
 // NewGuest makes a guest, whose agent is there, for a sandbox. Rust puts its
@@ -268,6 +270,27 @@ func (g *Guest) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 // Thaw implements the agent.
 func (g *Guest) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
 	return &emptypb.Empty{}, g.enter(ctx, "Thaw", r.GetContainerId(), r)
+}
+
+// Discard implements the agent. It is not among Calls: it may come at any time.
+func (g *Guest) Discard(ctx context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
+	g.mu.Lock()
+	g.discarded = append(g.discarded, r.GetDirectory())
+	f := g.before["Discard"]
+	g.mu.Unlock()
+	if f != nil {
+		if err := f(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return &emptypb.Empty{}, os.RemoveAll(filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory()))
+}
+
+// Discarded are the directories of image sets that were discarded.
+func (g *Guest) Discarded() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.discarded)
 }
 
 // CheckCheckpoint implements the agent.

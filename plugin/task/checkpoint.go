@@ -114,7 +114,7 @@ func (c *container) checkpoint(ctx context.Context, before state, r *checkpointR
 	m, err := j.run(ctx, before)
 	// First the container, then the files: the agent may still be writing some.
 	c.afterwards(ctx, before, err)
-	cleanErr := j.clean()
+	cleanErr := j.clean(err != nil)
 	if j.target != nil {
 		err = c.afterLoss(ctx, err)
 	}
@@ -220,8 +220,12 @@ func (j *checkpointJob) fullOr(err error) error {
 }
 
 // clean removes all but the finished image set.
-func (j *checkpointJob) clean() error {
-	err := os.RemoveAll(j.c.exchange.path(j.images))
+func (j *checkpointJob) clean(failed bool) (err error) {
+	if failed || j.stop {
+		err = os.RemoveAll(j.c.exchange.path(j.images))
+	} else {
+		go j.c.discard(j.images)
+	}
 	if j.target != nil {
 		err = errors.Join(err, j.target.Abort(), bundle.SetStaging(j.c.bundle, ""))
 	}

@@ -84,13 +84,32 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 	if exists(filepath.Join(dir, "kata-checkpoint.staging")) {
 		t.Error("the note of an unfinished image set is left")
 	}
-	if entries, err := os.ReadDir(h.exchange()); err != nil || len(entries) != 1 {
-		t.Errorf("left in the exchange directory: %v, %v", entries, err)
-	}
 	if want := []string{"/tasks/paused", "/tasks/checkpointed"}; !slices.Equal(h.events.published(), want) {
 		t.Errorf("events %q", h.events.published())
 	}
+	if d := h.guest.Discarded(); len(d) != 0 {
+		t.Errorf("the guest has to discard %q while the container stands still", d)
+	}
 	h.resume()
+	images := h.guest.Request("Checkpoint").(*api.CheckpointRequest).GetDirectory()
+	eventually(t, "the images in the exchange directory are removed", func() bool { return !exists(filepath.Join(h.exchange(), images)) })
+	if d := h.guest.Discarded(); !slices.Equal(d, []string{images}) {
+		t.Errorf("the guest has discarded %q", d)
+	}
+}
+
+// The guest may be another one by then, or out of order.
+func TestImagesAreRemovedWithoutTheGuest(t *testing.T) {
+	h := newHarness(t)
+	h.run(leaveRunning)
+	h.guest.Before("Discard", func(context.Context) error { return errors.New("it cannot") })
+	if err := h.checkpoint(t.TempDir(), nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the exchange directory is empty", func() bool {
+		entries, err := os.ReadDir(h.exchange())
+		return err == nil && len(entries) == 1
+	})
 }
 
 func TestCheckpointOfARunningContainerFreezesAndThaws(t *testing.T) {

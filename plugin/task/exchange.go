@@ -1,10 +1,14 @@
 package task
 
 import (
+	"context"
 	"crypto/rand"
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
+
+	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/nri"
@@ -42,6 +46,36 @@ func newExchange(stateDir, namespace, id string) (*exchange, error) {
 }
 
 func (e *exchange) path(name string) string { return filepath.Join(e.dir, name) }
+
+const (
+	// discardWait is how long images of no more use wait for a thaw.
+	discardWait = 30 * time.Second
+	// discardTimeout bounds what the guest has to do to remove them.
+	discardTimeout = 30 * time.Second
+)
+
+// discard removes images that are of no more use. The guest does it: of files
+// that the host removes, its kernel keeps what it has in memory until it is short
+// of that, and each checkpoint would make the VM larger by its image set. It has
+// time until the container runs again.
+func (c *container) discard(images string) {
+	if c.gate.enter(c.s.base, discardWait) == nil {
+		c.gate.leave()
+	}
+	ctx, cancel := context.WithTimeout(c.s.base, discardTimeout)
+	defer cancel()
+	err := c.s.agent.Tell(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images})
+		return err
+	})
+	logger := log.G(ctx).WithField("container", c.id)
+	if err != nil {
+		logger.WithError(err).Debug("the guest did not remove images that are of no more use")
+	}
+	if err := os.RemoveAll(c.exchange.path(images)); err != nil {
+		logger.WithError(err).Warn("remove images that are of no more use")
+	}
+}
 
 // remove deletes the directory. Where it is still mounted in a container,
 // nothing can be written by way of it from then on: in a directory that is

@@ -241,9 +241,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}
 	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored")
-	if err := os.RemoveAll(c.exchange.path(restoreDir)); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Warn("remove the restored images")
-	}
+	c.discard(restoreDir)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
 }
