@@ -28,7 +28,7 @@ const (
 	// maxFollowed is how many files are: each takes two descriptors.
 	maxFollowed = 64
 	// followEvery is how often the follower looks for more of them.
-	followEvery = 5 * time.Millisecond
+	followEvery = 20 * time.Millisecond
 )
 
 // Follower takes the flat directory of images that an untrusted guest writes.
