@@ -227,12 +227,18 @@ func (g *Guest) enter(ctx context.Context, method, id string, req proto.Message)
 	g.mu.Lock()
 	g.calls = append(g.calls, method+" "+id)
 	g.requests[method] = proto.Clone(req)
+	g.mu.Unlock()
+	return g.runBefore(ctx, method)
+}
+
+func (g *Guest) runBefore(ctx context.Context, method string) error {
+	g.mu.Lock()
 	f := g.before[method]
 	g.mu.Unlock()
-	if f != nil {
-		return f(ctx)
+	if f == nil {
+		return nil
 	}
-	return nil
+	return f(ctx)
 }
 
 // Info implements the agent.
@@ -276,12 +282,9 @@ func (g *Guest) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Emp
 func (g *Guest) Discard(ctx context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
 	g.mu.Lock()
 	g.discarded = append(g.discarded, r.GetDirectory())
-	f := g.before["Discard"]
 	g.mu.Unlock()
-	if f != nil {
-		if err := f(ctx); err != nil {
-			return nil, err
-		}
+	if err := g.runBefore(ctx, "Discard"); err != nil {
+		return nil, err
 	}
 	return &emptypb.Empty{}, os.RemoveAll(filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory()))
 }

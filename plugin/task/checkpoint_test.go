@@ -51,10 +51,28 @@ func (h *harness) wantNothingLeft(path string) {
 	if entries, err := os.ReadDir(path); err != nil || len(entries) != 0 {
 		h.t.Errorf("left in the image directory: %v, %v", entries, err)
 	}
-	entries, err := os.ReadDir(h.exchange())
-	if err != nil || len(entries) != 1 || entries[0].Name() != api.MarkerName {
-		h.t.Errorf("left in the exchange directory: %v, %v", entries, err)
+	if entries, empty := h.noImages(); !empty {
+		h.t.Errorf("left in the exchange directory: %v", entries)
 	}
+}
+
+// noImages says whether there is only the marker in the exchange directory.
+func (h *harness) noImages() ([]os.DirEntry, bool) {
+	h.t.Helper()
+	entries, err := os.ReadDir(h.exchange())
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return entries, len(entries) == 1 && entries[0].Name() == api.MarkerName
+}
+
+// eventuallyNoImages waits for what is removed once the container goes on.
+func (h *harness) eventuallyNoImages() {
+	h.t.Helper()
+	eventually(h.t, "only the marker is in the exchange directory", func() bool {
+		_, empty := h.noImages()
+		return empty
+	})
 }
 
 func TestCheckpointOfAPausedContainer(t *testing.T) {
@@ -91,8 +109,8 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 		t.Errorf("the guest has to discard %q while the container stands still", d)
 	}
 	h.resume()
+	h.eventuallyNoImages()
 	images := h.guest.Request("Checkpoint").(*api.CheckpointRequest).GetDirectory()
-	eventually(t, "the images in the exchange directory are removed", func() bool { return !exists(filepath.Join(h.exchange(), images)) })
 	if d := h.guest.Discarded(); !slices.Equal(d, []string{images}) {
 		t.Errorf("the guest has discarded %q", d)
 	}
@@ -106,10 +124,7 @@ func TestImagesAreRemovedWithoutTheGuest(t *testing.T) {
 	if err := h.checkpoint(t.TempDir(), nil); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the exchange directory is empty", func() bool {
-		entries, err := os.ReadDir(h.exchange())
-		return err == nil && len(entries) == 1
-	})
+	h.eventuallyNoImages()
 }
 
 func TestCheckpointOfARunningContainerFreezesAndThaws(t *testing.T) {
