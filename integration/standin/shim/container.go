@@ -29,7 +29,7 @@ type container struct {
 	spec    *specs.Spec
 	mounted bool
 	release sync.Once
-	// released: out of the guest, after its exit; the Go way's.
+	// released: it is out of the guest.
 	released atomic.Bool
 	init     *process
 	execs    map[string]*process

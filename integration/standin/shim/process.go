@@ -116,7 +116,6 @@ func (s *service) follow(c *container, p *process) {
 			s.endSandbox()
 		} else {
 			s.release(c)
-			c.released.Store(true)
 		}
 	}()
 }
@@ -137,6 +136,7 @@ func (s *service) release(c *container) {
 		if err := s.sandbox.RemoveContainer(ctx, c.id); err != nil {
 			log.L.WithError(err).WithField("container", c.id).Warn("release a container")
 		}
+		c.released.Store(true)
 	})
 }
 
