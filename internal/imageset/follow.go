@@ -27,7 +27,8 @@ const (
 	followFrom = 1 << 20
 	// maxFollowed is how many files are: each takes two descriptors.
 	maxFollowed = 64
-	// followEvery is how often the follower looks for more of them.
+	// followEvery is how often the follower looks for more of them. What it
+	// wakes up for takes a processor from the guest that writes.
 	followEvery = 20 * time.Millisecond
 )
 
