@@ -8,8 +8,8 @@ MODULE  := github.com/kata-checkpoint/kata-checkpoint
 
 LDFLAGS := -s -w -X $(MODULE)/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
-# The guest's binary has an entry point of its own (guestagent/entry).
-ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-E $(MODULE)/guestagent/entry.start)
+# The guest's binary has an entry point of its own (guestagent/internal/entry).
+ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-E $(MODULE)/guestagent/internal/entry.start)
 GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) $(ENTRY)' -o bin/ ./cmd/kata-checkpoint-agent
 
 # The stand-in for Kata has the name of Kata's own shim: it must not be found beside ours on a PATH.
@@ -101,7 +101,7 @@ proto: ## generate the protocols' Go code
 	packaging/bootstrap proto
 	go build -o build/tools/ google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc
 	PATH=$(CURDIR)/build/tools:$$PATH protoc --go_out=. --go_opt=paths=source_relative \
-		--go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative $(wildcard guestagent/api/*.proto integration/standin/api/*.proto)
+		--go-ttrpc_out=. --go-ttrpc_opt=paths=source_relative $(wildcard internal/api/*.proto integration/standin/api/*.proto)
 
 .PHONY: clean
 clean: ## remove what was built; downloads stay (remove build/ for those)

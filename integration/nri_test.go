@@ -17,7 +17,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
-	"github.com/kata-checkpoint/kata-checkpoint/nri"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 )
 
 // nriTimeout is for what is to happen soon: the longest is a registration after NRI's first wait for a plugin that does not answer.
@@ -148,11 +148,11 @@ func (b *nriBench) until(what string, condition func() bool) {
 func (b *nriBench) adjusted(a *api.ContainerAdjustment) {
 	b.Helper()
 	annotations := a.GetAnnotations()
-	if annotations[nri.AnnotationMarker] == "" || annotations[nri.AnnotationAfter] != "stop" || annotations[nri.AnnotationExternals] != "/dev/shm,/tmp" || len(annotations) != 3 {
+	if annotations[adjust.AnnotationMarker] == "" || annotations[adjust.AnnotationAfter] != "stop" || annotations[adjust.AnnotationExternals] != "/dev/shm,/tmp" || len(annotations) != 3 {
 		b.Errorf("the container gets the annotations %v", annotations)
 	}
 	m := a.GetMounts()
-	if len(m) != 1 || m[0].GetDestination() != nri.ExchangeDestination || m[0].GetType() != "bind" || !strings.HasSuffix(m[0].GetSource(), "/exchange/k8s.io--c1") {
+	if len(m) != 1 || m[0].GetDestination() != adjust.ExchangeDestination || m[0].GetType() != "bind" || !strings.HasSuffix(m[0].GetSource(), "/exchange/k8s.io--c1") {
 		b.Errorf("the container gets the mounts %v", m)
 	}
 }
@@ -234,10 +234,10 @@ func (b *nriBench) startRuntime() *nriRuntime {
 func (r *nriRuntime) create(handler string) *api.ContainerAdjustment {
 	r.Helper()
 	r.check(r.requests.Encode(map[string]any{
-		"Pod": &api.PodSandbox{Id: "p1", Name: "web", Namespace: "shop", RuntimeHandler: handler, Annotations: map[string]string{nri.AnnotationAfter: "stop", "other": "x"}},
+		"Pod": &api.PodSandbox{Id: "p1", Name: "web", Namespace: "shop", RuntimeHandler: handler, Annotations: map[string]string{adjust.AnnotationAfter: "stop", "other": "x"}},
 		"Container": &api.Container{
 			Id: "c1", PodSandboxId: "p1", Name: "nginx",
-			Annotations: map[string]string{nri.AnnotationExternals: "/tmp"},
+			Annotations: map[string]string{adjust.AnnotationExternals: "/tmp"},
 			Mounts:      []*api.Mount{{Destination: "/dev/shm", Type: "bind", Source: "/run/shm"}},
 		},
 	}))

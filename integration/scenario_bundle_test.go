@@ -9,9 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 // refusedGuestBundle: what is installed for the guest is not what the shim needs, and the refusal says what is wrong with it. A container
@@ -144,7 +144,7 @@ func makeCRIU(dir string, answers map[string]any) error {
 // otherAgent builds the agent of a release that has the next version of the protocol.
 func (s *scenario) otherAgent() string {
 	s.Helper()
-	const file = "../guestagent/api/api.go"
+	const file = "../internal/api/api.go"
 	source, err := os.ReadFile(file)
 	s.check(err)
 	before, after := fmt.Sprint("ProtocolVersion = ", api.ProtocolVersion), fmt.Sprint("ProtocolVersion = ", api.ProtocolVersion+1)

@@ -5,9 +5,9 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 // consolePort is the vsock port of a debug console, which serves whoever connects.

@@ -15,7 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
-	"github.com/kata-checkpoint/kata-checkpoint/nri/plugin"
+	"github.com/kata-checkpoint/kata-checkpoint/nri"
 )
 
 func main() {
@@ -31,7 +31,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	var o plugin.Options
+	var o nri.Options
 	flags := flag.NewFlagSet("kata-checkpoint-nri", flag.ContinueOnError)
 	path := flags.String("config", config.Path(), "kata-checkpoint's configuration, the one that the shim reads")
 	flags.StringVar(&o.Index, "idx", "", "index to register with, two digits (default: that of the executable's name, NN-NAME)")
@@ -52,5 +52,5 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	return plugin.New(cfg).Serve(ctx, o)
+	return nri.New(cfg).Serve(ctx, o)
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 // Words that begin the lines of the intruders.

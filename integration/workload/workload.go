@@ -15,7 +15,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 // Path is the program's in the container image.

@@ -14,7 +14,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 const (

@@ -1,0 +1,71 @@
+// Package guestagent is the guest's side of kata-checkpoint in one binary. Its
+// only promise to importers is [Main]; everything behind it is internal.
+package guestagent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/agent"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
+	_ "github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/entry" // where it starts, see the Makefile
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/first"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/placeholder"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
+)
+
+// Main runs the agent's binary and returns its exit status. What the binary is
+// depends on how it is started, that is, on args: the prestart hook of Kata's
+// guest (by its name), the daemon, the placeholder of a restored container, the
+// exec helper in one, the spawner that forks execs, the init of a pid
+// namespace, the launcher that becomes CRIU, or, on a host, the bundle's CRIU
+// (by its name). It is called on the main thread, which the caller has locked:
+// the launcher passes that thread's namespaces on by execve.
+func Main(args []string) int {
+	name := filepath.Base(args[0])
+	mode := ""
+	if len(args) > 1 {
+		mode = args[1]
+	}
+	var err error
+	switch {
+	case criu.IsLaunch(args) && criu.IsOp(args[0]):
+		err = criu.Launch(args)
+	case name == "criu":
+		err = criu.Host(args)
+	case strings.HasSuffix(name, "-hook"):
+		err = withExecutable(func(path string) error { return agent.Hook(path, os.Stdin) })
+	case mode == agent.DaemonMode:
+		err = withExecutable(func(path string) error { return agent.Daemon(context.Background(), path) })
+	case mode == agent.PlaceholderMode:
+		return placeholder.Run()
+	case mode == agent.ExecMode && len(args) == 3:
+		return exechelper.Run()
+	case mode == agent.SpawnMode:
+		return enter.Serve()
+	case mode == agent.FirstMode && len(args) == 2:
+		return first.Run()
+	case mode == "--version":
+		fmt.Println("kata-checkpoint-agent", version.Version)
+	default:
+		err = fmt.Errorf("usage: %s %s | --version (the guest hook starts it: see docs/guest.md)", name, agent.DaemonMode)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "kata-checkpoint-agent:", err)
+		return 1
+	}
+	return 0
+}
+
+func withExecutable(f func(string) error) error {
+	path, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return f(path)
+}

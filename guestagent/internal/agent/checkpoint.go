@@ -1,0 +1,268 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+)
+
+// ghostLimit is the largest file without a name that goes into an image set,
+// in bytes. CRIU's own default of 1 MiB refuses many a database.
+const ghostLimit = 1 << 30
+
+// CheckCheckpoint implements the service.
+func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*empty, error) {
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	pids, err := cgroup.Procs(c.tree(), true)
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("processes of container %s: %w", c.ID, err))
+	}
+	if err := undumpable(c, pids, r.GetOptions()); err != nil {
+		return nil, toRPC(err)
+	}
+	if _, err := tcpConnections(c, r.GetOptions()); err != nil {
+		return nil, toRPC(err)
+	}
+	return &empty{}, nil
+}
+
+// Checkpoint implements the service.
+func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
+	defer a.ops.lock(r.GetContainerId())()
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	images, err := a.inExchange(c.ID, r.GetDirectory())
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("container %s: %w", c.ID, err))
+	}
+	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
+		return nil, toRPC(errors.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
+	}
+	if err := os.Mkdir(images, 0o700); err != nil {
+		return nil, toRPC(fmt.Errorf("directory for the images: %w", err))
+	}
+	out, err := a.checkpoint(ctx, c, r, images)
+	if err != nil {
+		return nil, toRPC(errors.Join(err, os.RemoveAll(images), stayFrozen(ctx, c)))
+	}
+	return out, nil
+}
+
+// Discard implements the service. What the container's other operations are
+// about is not touched, and none waits for it.
+func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*empty, error) {
+	c, err := a.load(r.GetContainerId())
+	if errdefs.IsNotFound(err) {
+		return &empty{}, nil
+	}
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	images, err := a.inExchange(c.ID, r.GetDirectory())
+	if err == nil {
+		err = os.RemoveAll(images)
+	}
+	if err != nil {
+		return nil, toRPC(fmt.Errorf("discard images of container %s: %w", c.ID, err))
+	}
+	return &empty{}, nil
+}
+
+// stayFrozen freezes a container again that a CRIU was at work on that ended
+// unexpectedly: CRIU thaws what it dumps, and freezes it when it is done.
+func stayFrozen(ctx context.Context, c *container) error {
+	frozen, err := cgroup.Frozen(c.tree())
+	if err != nil || frozen {
+		return nil //nolint:nilerr // the container has ended
+	}
+	return cgroup.Freeze(ctx, c.tree())
+}
+
+func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (_ *api.CheckpointResponse, err error) {
+	ph := newPhases(ctx, "checkpoint", c.ID)
+	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
+	tcp, err := tcpConnections(c, r.GetOptions())
+	if err != nil {
+		return nil, err
+	}
+	op, err := a.describe(c, r, out)
+	if err != nil {
+		return nil, err
+	}
+	defer op.Close()
+	if silent := r.GetStop() && r.GetOptions().GetTcpEstablished(); !silent {
+		tcp = nil
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.speak(c))
+		}
+	}()
+	if err := a.silence(c, tcp); err != nil {
+		return nil, err
+	}
+	opts := dumpOptions(op, c, r.GetOptions(), out, images)
+	if err := shareNamespace(opts, c.root().PID); err != nil {
+		return nil, err
+	}
+	ph.done("inspect")
+
+	// The two write different files of what is frozen.
+	shm := make(chan error, 1)
+	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()
+	err = op.Dump(opts)
+	ph.done("criu dump")
+	// CRIU cannot be stopped half way without harm to what it dumps. A caller who
+	// has given up meanwhile gets no image set.
+	err = errors.Join(err, <-shm, ctx.Err())
+	ph.done("save /dev/shm")
+	if err != nil {
+		return nil, err
+	}
+	if err := abandonConnections(tcp); err != nil {
+		return nil, err
+	}
+
+	for from, to := range map[string]string{op.LogPath(): imageset.DumpLogName, op.StatsPath("dump"): imageset.StatsName} {
+		if err := copyOut(from, filepath.Join(images, to)); err != nil {
+			return nil, err
+		}
+	}
+	ph.done("copy logs")
+	out.Phases = ph.list
+	return out, nil
+}
+
+// describe fills in what the restore has to know and prepares CRIU's run.
+func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
+	root := c.root().PID
+	mounts, err := mountsOf(root)
+	if err != nil {
+		return nil, fmt.Errorf("mounts of the container: %w", err)
+	}
+	guest, err := mountsOf(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("mounts of the guest: %w", err)
+	}
+	out.Externals = externals(mounts, guest, r.GetExternals())
+	pids, err := cgroup.Procs(c.tree(), true)
+	if err != nil {
+		return nil, fmt.Errorf("processes of the container: %w", err)
+	}
+	if err := undumpable(c, pids, r.GetOptions()); err != nil {
+		return nil, err
+	}
+	if out.OpenFiles, err = openFiles(pids, mounts); err != nil {
+		return nil, fmt.Errorf("open files of the container: %w", err)
+	}
+	if out.Hostname, err = hostname(root); err != nil {
+		return nil, err
+	}
+	if out.CpuFeatures, err = cpuFeatures(); err != nil {
+		return nil, err
+	}
+	if out.CriuVersion, err = a.criu.version(); err != nil {
+		return nil, err
+	}
+	// Where these are CRIU's own they stay out of the image set: they are the
+	// sandbox's, not the container's. Its cgroup namespace is not joined: cgroup2
+	// is mounted nsdelegate, and from inside nothing can be frozen.
+	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: []string{"ipc", "uts"}}, 0)
+}
+
+// shareNamespace tells CRIU of a pid namespace that is not the container's own,
+// of which it takes no notice then: at the restore it is to be given one.
+func shareNamespace(opts *rpc.CriuOpts, root int) error {
+	own, err := ownPIDNamespace(root)
+	if err != nil || own {
+		return err
+	}
+	var st unix.Stat_t
+	path := fmt.Sprintf("/proc/%d/ns/pid", root)
+	if err := unix.Stat(path, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	opts.External = append(opts.External, fmt.Sprintf("pid[%d]:%s", st.Ino, criu.PIDNamespaceKey))
+	return nil
+}
+
+func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) *rpc.CriuOpts {
+	opts := op.Options(images)
+	opts.Pid = proto.Int32(int32(c.root().PID)) //nolint:gosec // a pid
+	// The shim ends the container, if it is to end, once the image set is safe.
+	opts.LeaveRunning = proto.Bool(true)
+	// Without it CRIU waits for ever for tasks that are frozen already.
+	opts.FreezeCgroup = proto.String(c.tree())
+	opts.GhostLimit = proto.Uint32(ghostLimit)
+	applyOptions(opts, o)
+	for _, e := range out.GetExternals() {
+		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", e.GetDestination(), e.GetName()))
+	}
+	for _, s := range out.GetStdio() {
+		if isTTY(s.GetKey()) && !slices.Contains(opts.External, s.GetKey()) {
+			opts.External = append(opts.External, s.GetKey())
+		}
+	}
+	return opts
+}
+
+// applyOptions sets what a restore has to be told again.
+func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
+	opts.TcpEstablished = proto.Bool(o.GetTcpEstablished())
+	opts.TcpClose = proto.Bool(o.GetTcpClose())
+	opts.ExtUnixSk = proto.Bool(o.GetExternalUnixSockets())
+	opts.ShellJob = proto.Bool(o.GetTerminal())
+	opts.FileLocks = proto.Bool(o.GetFileLocks())
+	if slices.Contains(o.GetEmptyNamespaces(), "network") {
+		opts.EmptyNs = proto.Uint32(unix.CLONE_NEWNET)
+	}
+}
+
+// hostname is the one that a process sees.
+func hostname(pid int) (string, error) {
+	var name unix.Utsname
+	err := thread.Do(func() error {
+		if err := thread.Enter(pid, "uts"); err != nil {
+			return err
+		}
+		return unix.Uname(&name)
+	})
+	if err != nil {
+		return "", fmt.Errorf("hostname of the container: %w", err)
+	}
+	return unix.ByteSliceToString(name.Nodename[:]), nil
+}
+
+func copyOut(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(dst, src)
+	return errors.Join(err, dst.Close())
+}

@@ -1,0 +1,172 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
+)
+
+// restoredCgroup is the child of a container's cgroup that a restored tree
+// lives in, so that it can be frozen without its placeholder.
+const restoredCgroup = "restored"
+
+// container is what the agent knows of a container. It is kept as a file, too:
+// an agent that is started again goes on with it.
+type container struct {
+	ID string `json:"id"`
+	// Init is the first process that Kata started.
+	Init process `json:"init"`
+	// Cgroup is the directory of the container's cgroup.
+	Cgroup string `json:"cgroup"`
+	// Stdio are the descriptors that Kata gave to Init.
+	Stdio []*api.Stdio `json:"stdio"`
+	// Restored is the root of the tree below the placeholder, when there is one.
+	Restored *process `json:"restored,omitempty"`
+	// Silent: its TCP connections may be cut off, see [Agent.silence].
+	Silent bool `json:"silent,omitempty"`
+}
+
+// root is the process that the container's own program runs in.
+func (c *container) root() process {
+	if c.Restored != nil {
+		return *c.Restored
+	}
+	return c.Init
+}
+
+// tree is the cgroup that holds the container's own processes.
+func (c *container) tree() string {
+	if c.Restored != nil {
+		return filepath.Join(c.Cgroup, restoredCgroup)
+	}
+	return c.Cgroup
+}
+
+// forgetCgroup removes what Kata's agent has left of a container's cgroup: it
+// tries once, and does not while a process of it is about to go. The next
+// container of this id would get it as it is, frozen perhaps. One that is another
+// container's by now has processes and is left alone.
+func (c *container) forgetCgroup(ctx context.Context) error {
+	if c.Init.alive() {
+		return nil // it has not ended
+	}
+	if err := cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)); err != nil {
+		return err
+	}
+	if pids, err := cgroup.Procs(c.Cgroup, true); err != nil || len(pids) > 0 {
+		return nil //nolint:nilerr // gone, as it should be
+	}
+	return cgroup.Remove(ctx, c.Cgroup)
+}
+
+// A container id becomes part of paths: what it may be is what Kata takes
+// (src/libs/kata-sys-util/src/validate.rs).
+var validID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+
+func checkID(id string) error {
+	if !validID.MatchString(id) || len(id) > 255 {
+		return fmt.Errorf("container id %q: %w", id, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// kataContainers is where Kata's agent keeps the guest's side of each
+// container, its final OCI spec among it (src/agent/src/rpc.rs, setup_bundle).
+const kataContainers = "/run/kata-containers"
+
+// find looks up a container that Kata has created. It is to be called before
+// the container starts, when its init is its only process.
+func find(id string) (*container, error) {
+	path := filepath.Join(kataContainers, id, "config.json")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("container %s is not known to Kata's agent: %w", id, err)
+	}
+	var spec struct {
+		Linux struct {
+			CgroupsPath string `json:"cgroupsPath"`
+		} `json:"linux"`
+	}
+	if err := json.Unmarshal(data, &spec); err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	dir, err := cgroup.Find(cgroup.Root, spec.Linux.CgroupsPath, id)
+	if err != nil {
+		return nil, err
+	}
+	pids, err := cgroup.Procs(dir, false)
+	if err != nil {
+		return nil, fmt.Errorf("processes of container %s: %w", id, err)
+	}
+	init, err := oldest(pids)
+	if err != nil {
+		return nil, fmt.Errorf("container %s has no process: %w", id, err)
+	}
+	stdio, err := stdioOf(init.PID)
+	if err != nil {
+		return nil, fmt.Errorf("stdio of container %s: %w", id, err)
+	}
+	return &container{ID: id, Init: init, Cgroup: dir, Stdio: stdio}, nil
+}
+
+// load reads the record of a container whose processes still live.
+func (a *Agent) load(id string) (*container, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	data, err := rawfile.Read(a.recordPath(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("container %s was not prepared for checkpoints when it started: %w", id, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	c := &container{}
+	if err := json.Unmarshal(data, c); err != nil {
+		return nil, fmt.Errorf("record of container %s: %w", id, err)
+	}
+	return c, nil
+}
+
+// running is load for a container whose root process must be alive.
+func (a *Agent) running(id string) (*container, error) {
+	c, err := a.load(id)
+	if err != nil {
+		return nil, err
+	}
+	if !c.root().alive() {
+		return nil, fmt.Errorf("the process of container %s has ended: %w", id, errdefs.ErrNotFound)
+	}
+	return c, nil
+}
+
+func (a *Agent) save(c *container) error {
+	data, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	tmp := a.recordPath(c.ID) + ".new"
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, a.recordPath(c.ID))
+}
+
+func (a *Agent) recordPath(id string) string {
+	return filepath.Join(a.dir, "containers", id+".json")
+}

@@ -1,0 +1,101 @@
+package agent
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/moby/sys/mountinfo"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+)
+
+// Kinds of file systems that CRIU makes anew at restore, whatever superblock
+// the container had: they show the kernel's state, not files.
+var kernelFS = []string{"proc", "sysfs", "mqueue", "devpts", "securityfs", "binfmt_misc", "pstore", "tracefs", "debugfs"}
+
+// mountsOf reads the mounts in the mount namespace of a process.
+func mountsOf(pid int) ([]*mountinfo.Info, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return nil, err
+	}
+	return mountinfo.GetMountsFromReader(bytes.NewReader(data), nil)
+}
+
+// partialMounts are the external mounts of a container that show a part of a
+// file system only, as binds of single files do, several of one share. They
+// are made private before the container starts: when mounts have one master,
+// CRIU copies the sharing of one of them to all (criu/mount-v2.c), which the
+// kernel refuses unless that one shows all that the others do. Nothing is lost
+// by it: what is mounted on the host reaches a guest through virtiofs, not by
+// propagation in the guest.
+func partialMounts(pid int) ([]string, error) {
+	container, err := mountsOf(pid)
+	if err != nil {
+		return nil, fmt.Errorf("mounts of the container: %w", err)
+	}
+	guest, err := mountsOf(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("mounts of the guest: %w", err)
+	}
+	return partial(container, externals(container, guest, nil)), nil
+}
+
+func partial(container []*mountinfo.Info, external []*api.External) []string {
+	var out []string
+	for _, e := range external {
+		if e.GetDevice() {
+			continue // all of them show the same node
+		}
+		for _, m := range container {
+			if m.Mountpoint == e.GetDestination() && m.Root != "/" {
+				out = append(out, m.Mountpoint)
+			}
+		}
+	}
+	return out
+}
+
+// externals picks the mounts of a container that cannot be in an image set:
+// those of file systems that CRIU does not know (virtiofs above all), those
+// whose superblock belongs to the guest, not to the container (the sandbox's
+// /dev/shm, tmpfs volumes, masks bound from the guest's /dev), and the
+// container's cgroup. CRIU would mount that of the restored processes, a child
+// of the container's which no limits are set in: Go's runtime for one holds
+// cpu.max open.
+// Marked destinations are external, too. The root mount never is.
+func externals(container, guest []*mountinfo.Info, marked []string) []*api.External {
+	shared := make(map[[2]int]bool, len(guest))
+	for _, m := range guest {
+		shared[[2]int{m.Major, m.Minor}] = true
+	}
+	var out []*api.External
+	for _, m := range container {
+		if m.Mountpoint == "/" {
+			continue
+		}
+		device := m.FSType == "devtmpfs"
+		external := m.Mountpoint == "/dev/shm" || slices.Contains(marked, m.Mountpoint)
+		switch {
+		case slices.Contains(kernelFS, m.FSType):
+		case m.FSType == "tmpfs", device:
+			external = external || shared[[2]int{m.Major, m.Minor}]
+		default:
+			external = true
+		}
+		if !external {
+			continue
+		}
+		// A destination mounted over is not seen by anybody but the kernel;
+		// CRIU's key is the path, so the last mount there counts.
+		out = slices.DeleteFunc(out, func(e *api.External) bool { return e.Destination == m.Mountpoint })
+		out = append(out, &api.External{Destination: m.Mountpoint, Fstype: m.FSType, Device: device})
+	}
+	for i, e := range out {
+		// A name of ours, because a path may hold what CRIU takes for syntax.
+		e.Name = fmt.Sprintf("m%d", i)
+	}
+	return out
+}

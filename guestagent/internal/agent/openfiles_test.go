@@ -1,0 +1,196 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+)
+
+func TestChangedFilesNamesWhatARestoreWouldRefuse(t *testing.T) {
+	root := t.TempDir()
+	for name, content := range map[string]string{"same": "12345", "grown": "123456", "shrunk": "1"} {
+		if err := os.WriteFile(filepath.Join(root, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	outside := filepath.Join(t.TempDir(), "outside")
+	if err := os.WriteFile(outside, []byte("12345"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(outside, filepath.Join(root, "escape")); err != nil {
+		t.Fatal(err)
+	}
+	var files []*api.OpenFile
+	for _, name := range []string{"/same", "/grown", "/shrunk", "/gone", "/escape", "/dev/shm/in-the-images"} {
+		files = append(files, &api.OpenFile{Path: name, Size: 5})
+	}
+	got, err := changedFiles(root, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"/grown (has 6 bytes, had 5)", "/shrunk (has 1 bytes, had 5)", "/gone (is gone", "/escape (is gone"}
+	if len(got) != len(want) {
+		t.Fatalf("changedFiles = %q, want %q", got, want)
+	}
+	for i := range want {
+		if !strings.HasPrefix(got[i], want[i]) {
+			t.Errorf("changedFiles[%d] = %q, want %q", i, got[i], want[i])
+		}
+	}
+}
+
+func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
+	dir := t.TempDir()
+	open := filepath.Join(dir, "open")
+	if err := os.WriteFile(open, []byte("12345678"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	deleted, err := os.Create(filepath.Join(dir, "deleted"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer deleted.Close()
+	if err := os.Remove(deleted.Name()); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(open)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+	kernels, err := os.Open("/proc/self/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kernels.Close()
+	cmd.ExtraFiles = []*os.File{f, deleted, kernels}
+	testproc.Ready(t, cmd)
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("proc"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := openFiles([]int{cmd.Process.Pid}, mounts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sizes := make(map[string]uint64)
+	for _, o := range got {
+		sizes[o.GetPath()] = o.GetSize()
+	}
+	shell, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sizes[open] != 8 || sizes[shell] == 0 {
+		t.Errorf("openFiles = %v, want %s with 8 bytes and %s", sizes, open, shell)
+	}
+	for path := range sizes {
+		if strings.Contains(path, "deleted") || strings.HasPrefix(path, "/proc/") {
+			t.Errorf("openFiles names %s, which has no name, or no size", path)
+		}
+	}
+}
+
+// What is in the pod's /dev/shm stays, so a restore that needs another file by
+// the same name cannot be.
+func TestChangedShmNamesWhatARestoreCannotReplace(t *testing.T) {
+	shm := t.TempDir()
+	for name, content := range map[string]string{"same": "12345", "grown": "123456", "file": "12345"} {
+		if err := os.WriteFile(filepath.Join(shm, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, err := range []error{os.Mkdir(filepath.Join(shm, "directory"), 0o700), os.Symlink("same", filepath.Join(shm, "link"))} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var files []*api.OpenFile
+	for _, path := range []string{"/dev/shm/same", "/dev/shm/grown", "/dev/shm/brought", "/dev/shm/directory", "/dev/shm/link", "/dev/shm/file/below", "/dev/shm/../escape", "/elsewhere"} {
+		files = append(files, &api.OpenFile{Path: path, Size: 5})
+	}
+	got, err := changedShm(shm, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"/dev/shm/grown (has 6 bytes, had 5)", "/dev/shm/directory (is not a file)", "/dev/shm/link (", "/dev/shm/file/below (", "/dev/shm/../escape ("}
+	if len(got) != len(want) {
+		t.Fatalf("changedShm = %q, want %q", got, want)
+	}
+	for i := range want {
+		if !strings.HasPrefix(got[i], want[i]) {
+			t.Errorf("changedShm[%d] = %q, want %q", i, got[i], want[i])
+		}
+	}
+	if got, err := changedShm(filepath.Join(shm, "none"), files); err != nil || len(got) > 0 {
+		t.Errorf("without a /dev/shm: %q, %v", got, err)
+	}
+}
+
+// Files of /dev/shm are listed, by descriptor or mapping, and those of other
+// file systems in memory, which CRIU's images have, are not.
+func TestOpenFilesOfMemory(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to mount")
+	}
+	var mounts []*mountinfo.Info
+	files := make(map[string]*os.File)
+	for _, at := range []string{shmDir, "/run/elsewhere"} {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			t.Skipf("mount a tmpfs: %v", err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+		for _, name := range []string{"open", "mapped"} {
+			f, err := os.Create(filepath.Join(dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if err := f.Truncate(int64(os.Getpagesize())); err != nil {
+				t.Fatal(err)
+			}
+			files[at+" "+name] = f
+		}
+		f := files[at+" mapped"]
+		memory, err := unix.Mmap(int(f.Fd()), 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = unix.Munmap(memory) }()
+		f.Close()
+		m, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(dir))
+		if err != nil || len(m) != 1 {
+			t.Fatal(m, err)
+		}
+		m[0].Mountpoint = at
+		mounts = append(mounts, m[0])
+	}
+	got, err := openFiles([]int{os.Getpid()}, mounts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := make(map[string]bool)
+	for _, o := range got {
+		listed[o.GetPath()] = true
+	}
+	for name, f := range files {
+		if want := strings.HasPrefix(name, shmDir); listed[f.Name()] != want {
+			t.Errorf("%s: listed %t, want %t", name, listed[f.Name()], want)
+		}
+	}
+}

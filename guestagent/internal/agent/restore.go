@@ -1,0 +1,259 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+)
+
+// cleanupTimeout bounds the end of what a failed restore left alive.
+const cleanupTimeout = 10 * time.Second
+
+// CheckRestore implements the service.
+func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*empty, error) {
+	defer a.ops.lock(r.GetContainerId())()
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	if err := a.checkRestore(c, r); err != nil {
+		return nil, toRPC(errclass.Precondition("container %s cannot be restored: %w", c.ID, err))
+	}
+	return &empty{}, nil
+}
+
+func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
+	own, err := ownPIDNamespace(c.Init.PID)
+	if err != nil {
+		return err
+	}
+	if !own { // its placeholder would not be the one to reap the restored root
+		return errors.New("its placeholder has no pid namespace of its own, which the shim asks Kata for: install the guest bundle and the shim of the same release")
+	}
+	images, err := a.inExchange(c.ID, r.GetDirectory())
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"inventory.img", imageset.DevShmName} {
+		if _, err := os.Stat(filepath.Join(images, name)); err != nil {
+			return fmt.Errorf("the image set does not arrive in the guest: %w", err)
+		}
+	}
+	if err := checkRights(images, r.GetRights()); err != nil {
+		return err
+	}
+	version, err := a.criu.version()
+	if err != nil {
+		return err
+	}
+	if version/10000 < r.GetCriuVersion()/10000 {
+		return fmt.Errorf("the checkpoint was made by CRIU %s and the guest has %s: install a guest bundle as new as the one that made it",
+			criu.FormatVersion(r.GetCriuVersion()), criu.FormatVersion(version))
+	}
+	have, err := cpuFeatures()
+	if err != nil {
+		return err
+	}
+	if lost := missing(r.GetCpuFeatures(), have); len(lost) > 0 {
+		return fmt.Errorf("the checkpoint was made on a processor with %s, which this guest's has not: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
+	}
+	root := fmt.Sprintf("/proc/%d/root", c.Init.PID)
+	mounts, err := mountsOf(c.Init.PID)
+	if err != nil {
+		return err
+	}
+	there := make([]string, 0, len(mounts))
+	for _, m := range mounts {
+		there = append(there, m.Mountpoint)
+	}
+	var want []string
+	for _, e := range r.GetExternals() {
+		if !e.GetDevice() {
+			want = append(want, e.GetDestination())
+		}
+	}
+	if lost := missing(want, there); len(lost) > 0 {
+		return fmt.Errorf("the new container has no mount at %s: create it with the mounts of the old one", strings.Join(lost, ", "))
+	}
+	changed, err := changedFiles(root, r.GetOpenFiles())
+	if err != nil {
+		return err
+	}
+	if len(changed) > 0 {
+		return fmt.Errorf("files that its processes hold open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
+	}
+	changed, err = changedShm(root+shmDir, r.GetOpenFiles())
+	if err != nil {
+		return err
+	}
+	if len(changed) > 0 {
+		return fmt.Errorf("files that its processes hold open are other ones in the pod's /dev/shm than at the checkpoint: %s: remove them, or restore it in another pod", strings.Join(changed, ", "))
+	}
+	return nil
+}
+
+// Restore implements the service.
+func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.RestoreResponse, error) {
+	defer a.ops.lock(r.GetContainerId())()
+	c, err := a.running(r.GetContainerId())
+	if err != nil {
+		return nil, toRPC(err)
+	}
+	if c.Restored != nil {
+		return nil, toRPC(fmt.Errorf("container %s has been restored already: %w", c.ID, errdefs.ErrFailedPrecondition))
+	}
+	out, err := a.restore(ctx, c, r)
+	if err != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+		defer cancel()
+		err = errors.Join(fmt.Errorf("restore container %s: %w", c.ID, err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		return nil, toRPC(err)
+	}
+	return out, nil
+}
+
+func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest) (*api.RestoreResponse, error) {
+	ph := newPhases(ctx, "restore", c.ID)
+	images, err := a.inExchange(c.ID, r.GetDirectory())
+	if err != nil {
+		return nil, err
+	}
+	if err := waitPlaceholder(ctx, c.Init); err != nil {
+		return nil, err
+	}
+	ph.done("wait for the placeholder")
+	if err := restoreShm(fmt.Sprintf("/proc/%d/root"+shmDir, c.Init.PID), filepath.Join(images, imageset.DevShmName)); err != nil {
+		return nil, err
+	}
+	ph.done("restore /dev/shm")
+
+	tree := filepath.Join(c.Cgroup, restoredCgroup)
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return nil, fmt.Errorf("make cgroup: %w", err)
+	}
+	// The placeholder's: what CRIU does not join it would make from the
+	// guest's root namespaces, or from the image set's old pod.
+	pids, err := nsPIDs(c.Init.PID)
+	if err != nil {
+		return nil, err
+	}
+	job := criu.Job{Target: c.Init.PID, TargetInside: pids[len(pids)-1], Join: []string{"ipc", "uts"}, Cgroup: tree}
+	op, err := criu.NewOp(filepath.Join(a.dir, "ops"), job, c.Init.PID)
+	if err != nil {
+		return nil, err
+	}
+	defer op.Close()
+	opts := restoreOptions(op, r, images)
+	shared, err := sharedNamespace(images)
+	if err != nil {
+		return nil, err
+	}
+	if shared {
+		first, err := a.makeNamespace(c)
+		if err != nil {
+			return nil, err
+		}
+		opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: proto.String(criu.PIDNamespaceKey), Fd: proto.Int32(op.InheritPIDNamespace(first))})
+		taken, err := imagePIDs(images)
+		if err != nil {
+			return nil, err
+		}
+		op.Avoid(taken)
+		ph.done("make a pid namespace")
+	}
+	if err := op.Restore(opts); err != nil {
+		return nil, err
+	}
+	ph.done("criu restore")
+
+	if c.Restored, err = restoredRoot(tree, c.Init.PID); err != nil {
+		return nil, err
+	}
+	if err := a.save(c); err != nil {
+		return nil, err
+	}
+	// Execs work without it, only more slowly.
+	if err := quickenHelper(c.Init.PID); err != nil {
+		log.G(ctx).WithError(err).Warn("put the exec helper into memory")
+	}
+	if err := a.spawner.Prepare(); err != nil {
+		log.G(ctx).WithError(err).Warn("start the spawner")
+	}
+	ph.done("prepare for execs")
+	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
+}
+
+func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.CriuOpts {
+	opts := op.Options(images)
+	opts.Root = proto.String(op.AddMount("/", false))
+	applyOptions(opts, r.GetOptions())
+	for _, e := range r.GetExternals() {
+		at := op.AddMount(e.GetDestination(), e.GetDevice())
+		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", e.GetName(), at))
+	}
+	done := make(map[string]bool)
+	for _, s := range r.GetStdio() {
+		// A terminal is one file under three descriptors, and one entry for CRIU.
+		if key := s.GetKey(); key != "" && !done[key] {
+			done[key] = true
+			opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: proto.String(key), Fd: proto.Int32(op.Inherit(int(s.GetFd())))})
+		}
+	}
+	return opts
+}
+
+// waitPlaceholder waits until Kata's init has become the placeholder. Kata's
+// Start answers before the execve that its init was waiting for.
+func waitPlaceholder(ctx context.Context, init process) error {
+	for {
+		if !init.alive() {
+			return errors.New("the placeholder has ended")
+		}
+		if cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", init.PID)); err == nil && isPlaceholder(string(cmd)) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the placeholder has not started: %w", ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func isPlaceholder(cmdline string) bool {
+	args := strings.Split(strings.TrimSuffix(cmdline, "\x00"), "\x00")
+	return len(args) == 2 && args[1] == PlaceholderMode
+}
+
+// restoredRoot finds the root of a restored tree: its parent, CRIU, has ended,
+// and its placeholder has it.
+func restoredRoot(tree string, placeholder int) (*process, error) {
+	pids, err := cgroup.Procs(tree, false)
+	if err != nil {
+		return nil, fmt.Errorf("processes of the restored tree: %w", err)
+	}
+	for _, pid := range pids {
+		if parent, err := parentOf(pid); err != nil || parent != placeholder {
+			continue
+		}
+		if root, err := newProcess(pid); err == nil {
+			return &root, nil
+		}
+	}
+	return nil, errors.New("the restored process has ended already")
+}

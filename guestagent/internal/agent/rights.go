@@ -1,0 +1,114 @@
+package agent
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	criu_core "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
+	"github.com/moby/sys/capability"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+)
+
+// checkRights refuses an image set whose processes may do more than the
+// container that they are restored into: an image set can have been made of
+// another container, or by anybody. Each thread has an image of its own, with
+// its credentials.
+func checkRights(images string, r *api.Rights) error {
+	if r == nil {
+		return nil
+	}
+	allowed := capabilityMask(r.GetCapabilities())
+	found, err := filepath.Glob(filepath.Join(images, "core-*.img"))
+	if err != nil {
+		return err
+	}
+	for _, path := range found {
+		core, err := readCore(path)
+		if err != nil {
+			return err
+		}
+		creds := core.GetThreadCore().GetCreds()
+		if creds == nil {
+			continue // of a zombie
+		}
+		name := core.GetTc().GetComm()
+		if name == "" {
+			name = strings.TrimSuffix(filepath.Base(path), ".img")
+		}
+		var have uint64
+		for _, set := range [][]uint32{creds.GetCapInh(), creds.GetCapPrm(), creds.GetCapEff(), creds.GetCapBnd()} {
+			for i, part := range set[:min(len(set), 2)] {
+				have |= uint64(part) << (32 * i)
+			}
+		}
+		if more := have &^ allowed; more != 0 {
+			return fmt.Errorf("the process %s has %s, which this container has not: give the container the capabilities of the one that was checkpointed",
+				name, strings.Join(capabilityNames(more), ", "))
+		}
+		uids := []uint32{creds.GetUid(), creds.GetEuid(), creds.GetSuid(), creds.GetFsuid()}
+		if r.GetNoNewPrivs() && r.GetUid() != 0 && slices.ContainsFunc(uids, func(id uint32) bool { return id != r.GetUid() }) {
+			return fmt.Errorf("the process %s is another user's (%d) than this container's (%d), which allows no new privileges: run it as the user of the one that was checkpointed",
+				name, creds.GetEuid(), r.GetUid())
+		}
+	}
+	return nil
+}
+
+// Magic numbers at the beginning of an image (criu/include/magic.h).
+const (
+	imageMagic = 0x54564319
+	coreMagic  = 0x55053847
+)
+
+// readCore reads the image of a process or thread: two magic numbers, and one
+// message behind its size.
+func readCore(path string) (*criu_core.CoreEntry, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	const head = 12
+	wrong := fmt.Errorf("%s is no image of CRIU's", filepath.Base(path))
+	if len(data) < head || binary.LittleEndian.Uint32(data) != imageMagic || binary.LittleEndian.Uint32(data[4:]) != coreMagic {
+		return nil, wrong
+	}
+	size := binary.LittleEndian.Uint32(data[8:])
+	if int64(size) > int64(len(data)-head) {
+		return nil, wrong
+	}
+	core := &criu_core.CoreEntry{}
+	// What else a newer CRIU requires of it is nothing to this.
+	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data[head:head+size], core); err != nil {
+		return nil, errors.Join(wrong, err)
+	}
+	return core, nil
+}
+
+func capabilityMask(names []string) (mask uint64) {
+	for _, c := range capability.ListKnown() {
+		if slices.ContainsFunc(names, func(n string) bool { return strings.EqualFold(n, "CAP_"+c.String()) }) {
+			mask |= 1 << c
+		}
+	}
+	return mask
+}
+
+func capabilityNames(mask uint64) (names []string) {
+	for _, c := range capability.ListKnown() {
+		if mask&(1<<c) != 0 {
+			names = append(names, "CAP_"+strings.ToUpper(c.String()))
+			mask &^= 1 << c
+		}
+	}
+	if mask != 0 {
+		names = append(names, fmt.Sprintf("capabilities %#x", mask))
+	}
+	return names
+}

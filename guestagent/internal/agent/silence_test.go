@@ -1,0 +1,79 @@
+package agent
+
+import (
+	"errors"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/connections"
+)
+
+func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("sets a socket's repair mode: only as root")
+	}
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	pair := func() (here, there net.Conn, list []connections.Connection) {
+		here, err := net.Dial("tcp4", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if there, err = l.Accept(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { here.Close(); there.Close() })
+		all, err := connections.List([]int{os.Getpid()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range all {
+			if c.Local.String() == here.LocalAddr().String() {
+				list = append(list, c)
+			}
+		}
+		if len(list) != 1 {
+			t.Fatalf("found %v", list)
+		}
+		return here, there, list
+	}
+	// What the other end hears within a time that is long for loopback.
+	hears := func(there net.Conn) error {
+		if err := there.SetReadDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := there.Read(make([]byte, 1))
+		return err
+	}
+
+	here, there, list := pair()
+	if err := abandonConnections(list); err != nil {
+		t.Fatal(err)
+	}
+	here.Close()
+	if err := hears(there); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the peer of an abandoned connection hears %v", err)
+	}
+
+	here, there, list = pair()
+	if err := errors.Join(abandonConnections(list), repair(list, unix.TCP_REPAIR_OFF_NO_WP)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := here.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	if err := hears(there); err != nil {
+		t.Errorf("after the repair mode nothing arrives: %v", err)
+	}
+	here.Close()
+	if err := hears(there); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the peer of a closed connection hears %v", err)
+	}
+}

@@ -1,0 +1,44 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+)
+
+// stdioOf says by which keys CRIU knows the descriptors 0 to 2 of a process
+// whose far ends are outside of its container: pipes that Kata's agent made,
+// or a terminal of the guest's devpts (src/agent/rustjail/src/process.rs).
+func stdioOf(pid int) ([]*api.Stdio, error) {
+	var out []*api.Stdio
+	for fd := range uint32(3) {
+		path := fmt.Sprintf("/proc/%d/fd/%d", pid, fd)
+		link, err := os.Readlink(path)
+		if os.IsNotExist(err) {
+			continue // closed
+		}
+		if err != nil {
+			return nil, err
+		}
+		s := &api.Stdio{Fd: fd}
+		switch {
+		case strings.HasPrefix(link, "pipe:["):
+			s.Key = link
+		case strings.HasPrefix(link, "/dev/pts/") || strings.HasPrefix(link, "/pts/"):
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+			}
+			// CRIU prints both numbers in hexadecimal (criu/tty.c).
+			s.Key = fmt.Sprintf("tty[%x:%x]", st.Rdev, st.Dev)
+		}
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+func isTTY(key string) bool { return strings.HasPrefix(key, "tty[") }

@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+)
+
+// checkTimeout bounds `criu check`, which takes about a second without KVM.
+const checkTimeout = time.Minute
+
+// toolchain is the guest's CRIU: loaded, asked and checked once, and not
+// before somebody needs it, as most guests never do.
+type toolchain struct {
+	// version loads CRIU and says which it is.
+	version func() (uint32, error)
+	// check says what `criu check` found amiss.
+	check func() error
+}
+
+func newToolchain(bundle string) *toolchain {
+	t := &toolchain{}
+	t.version = sync.OnceValues(func() (uint32, error) { return load(bundle) })
+	t.check = sync.OnceValue(func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
+		defer cancel()
+		return criu.Check(ctx)
+	})
+	return t
+}
+
+// load returns an error, each a sentence that says what to do, when no
+// checkpoint can work in this guest.
+func load(bundle string) (uint32, error) {
+	// A file that only kernels with the option have (kernel/pid_namespace.c).
+	if _, err := os.Stat("/proc/sys/kernel/ns_last_pid"); err != nil {
+		return 0, errclass.Precondition("the guest kernel %s was built without CONFIG_CHECKPOINT_RESTORE: give Kata a kernel with the options of configs/kernel", kernelRelease())
+	}
+	if err := criu.Load(bundle); err != nil {
+		return 0, errclass.Precondition("%w: install the whole guest bundle", err)
+	}
+	v, err := criu.Version()
+	if err != nil {
+		return 0, errclass.Precondition("CRIU does not run in the guest: %w: install the whole guest bundle", err)
+	}
+	if v < criu.MinVersion {
+		return v, errclass.Precondition("CRIU %s in the guest is too old: install a guest bundle with %s or newer", criu.FormatVersion(v), criu.FormatVersion(criu.MinVersion))
+	}
+	return v, nil
+}
+
+// inspect returns what Info says of CRIU: its version, the words of `criu
+// check`, and an error when no checkpoint can work. It does not wait longer
+// than ctx; the work goes on for who asks next.
+func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if version, err = t.version(); err != nil {
+			return
+		}
+		if e := t.check(); e != nil {
+			check = e.Error()
+			err = fmt.Errorf("CRIU cannot work in this guest: %w: give Kata a kernel with the options of configs/kernel", e)
+		}
+	}()
+	select {
+	case <-done:
+		return version, check, err
+	case <-ctx.Done():
+		return 0, "", ctx.Err()
+	}
+}

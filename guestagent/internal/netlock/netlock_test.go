@@ -1,0 +1,114 @@
+package netlock
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/connections"
+)
+
+// inNetworkNamespace runs a test on a thread with a network of its own.
+func inNetworkNamespace(t *testing.T) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("makes a network namespace: only as root")
+	}
+	runtime.LockOSThread() // for good: the thread ends with the test
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLock(t *testing.T) {
+	inNetworkNamespace(t)
+	for _, address := range []string{"127.0.0.1:0", "[::1]:0"} {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		here, there := connect(t, l)
+		other, otherThere := connect(t, l)
+		if !arrives(t, here, there) {
+			t.Fatal("nothing arrives, without a lock")
+		}
+		err = Lock("test", []connections.Connection{{Local: addrPort(here.LocalAddr()), Remote: addrPort(here.RemoteAddr())}})
+		if errors.Is(err, unix.EPROTONOSUPPORT) {
+			t.Skipf("the kernel has no nf_tables: %v", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if arrives(t, here, there) {
+			t.Error("what is sent arrives, in spite of the lock")
+		}
+		if !arrives(t, other, otherThere) {
+			t.Error("the lock stops other connections, too")
+		}
+		// The end of a locked connection is not heard of either.
+		here.Close()
+		if ended(there) {
+			t.Error("the peer hears of the end")
+		}
+		if err := Unlock("test"); err != nil {
+			t.Fatal(err)
+		}
+		if !arrives(t, other, otherThere) {
+			t.Error("nothing arrives after the lock")
+		}
+	}
+	if err := Unlock("test"); err != nil {
+		t.Errorf("a lock that is not there: %v", err)
+	}
+}
+
+func addrPort(a net.Addr) netip.AddrPort { return a.(*net.TCPAddr).AddrPort() }
+
+func connect(t *testing.T, l net.Listener) (here, there net.Conn) {
+	t.Helper()
+	here, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { here.Close() })
+	if there, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { there.Close() })
+	return here, there
+}
+
+// arrives says whether a byte comes through within a time that is long for loopback.
+func arrives(t *testing.T, from, to net.Conn) bool {
+	t.Helper()
+	if _, err := from.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	_ = to.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	n, err := to.Read(make([]byte, 16))
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal(err)
+	}
+	return n > 0
+}
+
+func ended(c net.Conn) bool {
+	_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	_, err := c.Read(make([]byte, 16))
+	return !errors.Is(err, os.ErrDeadlineExceeded)
+}

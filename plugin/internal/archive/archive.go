@@ -1,0 +1,151 @@
+// Package archive takes what a restore needs out of a checkpoint archive as
+// containerd's CRI writes it: the image set, and the changes of the root file
+// system. Nothing else in it is looked at. What a container is and may do is
+// for whoever creates it to say, never for an archive.
+//
+// The shim (package plugin/internal/task) calls it for pods that name an archive. The
+// image set is not trusted for having been in one: package imageset checks it.
+package archive
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+)
+
+// Names in an archive (containerd, internal/cri/server/container_checkpoint_linux.go)
+// and, relative to its target, of what Extract writes.
+const (
+	ImagesName     = "checkpoint"
+	RootfsDiffName = "rootfs-diff.tar"
+)
+
+// Extract writes the image set and the changes of the root file system of the
+// archive name in dir to target, a directory that only this user can reach. The
+// archive may be compressed.
+//
+// Errors: [fs.ErrNotExist] where there is no such archive; others say what is
+// wrong with it. What was written by then is the caller's to remove.
+func Extract(ctx context.Context, dir, name, target string, limits imageset.Limits) error {
+	f, err := open(dir, name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	stream, err := compression.DecompressStream(f)
+	if err != nil {
+		return fmt.Errorf("archive %s: %w", name, err)
+	}
+	defer stream.Close()
+	if err := os.Mkdir(filepath.Join(target, ImagesName), 0o700); err != nil {
+		return fmt.Errorf("archive %s: %w", name, err)
+	}
+	x := &extractor{ctx: ctx, target: target, left: limits}
+	if err := x.extract(tar.NewReader(stream)); err != nil {
+		return fmt.Errorf("archive %s: %w", name, err)
+	}
+	if x.images == 0 {
+		return fmt.Errorf("archive %s: no files in %s/: it is no checkpoint archive", name, ImagesName)
+	}
+	return nil
+}
+
+// open opens a regular file that is in dir itself.
+func open(dir, name string) (*os.File, error) {
+	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
+		return nil, fmt.Errorf("%q is no name of an archive: give the name of a file in %s", name, dir)
+	}
+	top, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(top)
+	full := filepath.Join(dir, name)
+	fd, err := unix.Openat2(top, name, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: full, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), full)
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", full)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+type extractor struct {
+	ctx    context.Context
+	target string
+	left   imageset.Limits
+	images int
+}
+
+func (x *extractor) extract(r *tar.Reader) error {
+	for {
+		if x.ctx.Err() != nil {
+			return context.Cause(x.ctx)
+		}
+		header, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		name := strings.TrimPrefix(header.Name, "./")
+		inside, isImage := strings.CutPrefix(name, ImagesName+"/")
+		switch {
+		case name == RootfsDiffName:
+			err = x.write(header, r, name)
+		case !isImage, inside == "":
+			continue
+		case inside == ".", inside == "..", strings.Contains(inside, "/"):
+			err = fmt.Errorf("%q is not flat, as an image set is", header.Name)
+		default:
+			x.images++
+			err = x.write(header, r, path.Join(ImagesName, inside))
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (x *extractor) write(header *tar.Header, r io.Reader, name string) (err error) {
+	if header.Typeflag != tar.TypeReg {
+		return fmt.Errorf("%q is not a regular file", header.Name)
+	}
+	x.left.Files--
+	x.left.Bytes -= header.Size
+	switch {
+	case x.left.Files < 0:
+		return errors.New("it has more files than allowed: raise max_image_files in config.toml")
+	case x.left.Bytes < 0:
+		return errors.New("it is larger than allowed: raise max_image_bytes in config.toml")
+	}
+	// A name that comes twice is no image set's.
+	f, err := os.OpenFile(filepath.Join(x.target, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	_, err = io.Copy(f, r)
+	return err
+}

@@ -1,0 +1,340 @@
+package fake
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
+)
+
+// Port is the agent's in a Guest.
+const Port = 10750
+
+// Guest is a VM: its management socket, its VMM's hybrid vsock, and an agent
+// that may be there or not.
+type Guest struct {
+	Management kata.Management
+
+	// Exchange is the exchange directory by container id; Checkpoint writes there.
+	Exchange func(id string) string
+
+	mu        sync.Mutex
+	there     bool
+	protocol  uint32
+	problems  []string
+	server    *ttrpc.Server
+	conns     chan net.Conn
+	discarded []string
+	calls     []string
+	requests  map[string]proto.Message
+	before    map[string]func(context.Context) error
+	files     map[string]string
+}
+
+// NewGuest makes a guest, whose agent is there, for a sandbox. Rust puts its
+// management socket where Kata's Rust shim has it.
+func NewGuest(t *testing.T, sandbox string, rust bool) *Guest {
+	t.Helper()
+	dir := t.TempDir()
+	g := &Guest{
+		Management: kata.Management{GoDir: filepath.Join(dir, "go"), RustDir: filepath.Join(dir, "rust")},
+		there:      true,
+		protocol:   api.ProtocolVersion,
+		conns:      make(chan net.Conn),
+		requests:   make(map[string]proto.Message),
+		before:     make(map[string]func(context.Context) error),
+		files:      map[string]string{"inventory.img": "inventory", "pages-1.img": strings.Repeat("p", 4096), imageset.DumpLogName: "log", imageset.StatsName: "stats"},
+	}
+	top := g.Management.GoDir
+	if rust {
+		top = g.Management.RustDir
+	}
+	if err := os.MkdirAll(filepath.Join(top, sandbox), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	vsock := filepath.Join(dir, "vsock")
+	vmm, err := net.Listen("unix", vsock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	management, err := net.Listen("unix", filepath.Join(top, sandbox, "shim-monitor.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/agent-url", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintf(w, "hvsock://%s:1024", vsock) })
+	web := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = web.Serve(management) })
+	wg.Go(func() { g.accept(ctx, vmm) })
+	t.Cleanup(func() {
+		cancel()
+		web.Close()
+		vmm.Close()
+		g.SetThere(false)
+		wg.Wait()
+	})
+	g.serve()
+	return g
+}
+
+// SetThere makes the agent come or go.
+func (g *Guest) SetThere(there bool) {
+	g.mu.Lock()
+	was, server := g.there, g.server
+	g.there = there
+	g.mu.Unlock()
+	switch {
+	case was && !there:
+		server.Close()
+	case !was && there:
+		g.serve()
+	}
+}
+
+// SetProtocol makes the agent one of another version.
+func (g *Guest) SetProtocol(v uint32) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.protocol = v
+}
+
+// SetProblems makes the guest one in which no checkpoint works.
+func (g *Guest) SetProblems(p ...string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.problems = p
+}
+
+// Before sets what runs first in a method of the agent; an error is its answer.
+func (g *Guest) Before(method string, f func(context.Context) error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.before[method] = f
+}
+
+// Calls lists the agent's methods called so far, Info and Hold left out.
+func (g *Guest) Calls() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return append([]string(nil), g.calls...)
+}
+
+// Request returns the last request to a method of the agent.
+func (g *Guest) Request(method string) proto.Message {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.requests[method]
+}
+
+// accept is the VMM's side: it connects whoever asks for the agent's port.
+func (g *Guest) accept(ctx context.Context, l net.Listener) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		line, err := bufio.NewReaderSize(conn, 16).ReadString('\n')
+		g.mu.Lock()
+		there := g.there
+		g.mu.Unlock()
+		if err != nil || !there || strings.TrimSpace(line) != fmt.Sprintf("CONNECT %d", Port) {
+			conn.Close()
+			continue
+		}
+		if _, err := conn.Write([]byte("OK 1073741824\n")); err != nil {
+			conn.Close()
+			continue
+		}
+		select {
+		case g.conns <- conn:
+		case <-ctx.Done():
+			conn.Close()
+			return
+		}
+	}
+}
+
+// serve starts the agent.
+func (g *Guest) serve() {
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		panic(err)
+	}
+	api.RegisterAgentService(server, g)
+	l := &listener{conns: g.conns, done: make(chan struct{})}
+	g.mu.Lock()
+	g.server = server
+	g.mu.Unlock()
+	go func() { _ = server.Serve(context.Background(), l) }()
+}
+
+// listener hands out connections that the VMM accepted, and ends them with the
+// agent, as a process that dies does.
+type listener struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+	mu    sync.Mutex
+	open  []net.Conn
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.open = append(l.open, c)
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *listener) Close() error {
+	l.once.Do(func() {
+		close(l.done)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, c := range l.open {
+			c.Close()
+		}
+	})
+	return nil
+}
+
+func (l *listener) Addr() net.Addr { return &net.UnixAddr{} }
+
+func (g *Guest) enter(ctx context.Context, method, id string, req proto.Message) error {
+	g.mu.Lock()
+	g.calls = append(g.calls, method+" "+id)
+	g.requests[method] = proto.Clone(req)
+	g.mu.Unlock()
+	return g.runBefore(ctx, method)
+}
+
+func (g *Guest) runBefore(ctx context.Context, method string) error {
+	g.mu.Lock()
+	f := g.before[method]
+	g.mu.Unlock()
+	if f == nil {
+		return nil
+	}
+	return f(ctx)
+}
+
+// Info implements the agent.
+func (g *Guest) Info(_ context.Context, r *api.InfoRequest) (*api.InfoResponse, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	out := &api.InfoResponse{Protocol: g.protocol, Version: "fake"}
+	if r.GetCheck() {
+		out.Problems = g.problems
+	}
+	return out, nil
+}
+
+// Hold implements the agent.
+func (g *Guest) Hold(ctx context.Context, _ *api.HoldRequest) (*emptypb.Empty, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// Adopt implements the agent.
+func (g *Guest) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptResponse, error) {
+	return &api.AdoptResponse{Pid: 100}, g.enter(ctx, "Adopt", r.GetContainerId(), r)
+}
+
+// Forget implements the agent.
+func (g *Guest) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "Forget", r.GetContainerId(), r)
+}
+
+// Freeze implements the agent.
+func (g *Guest) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "Freeze", r.GetContainerId(), r)
+}
+
+// Thaw implements the agent.
+func (g *Guest) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "Thaw", r.GetContainerId(), r)
+}
+
+// Discard implements the agent. It is not among Calls: it may come at any time.
+func (g *Guest) Discard(ctx context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
+	g.mu.Lock()
+	g.discarded = append(g.discarded, r.GetDirectory())
+	g.mu.Unlock()
+	if err := g.runBefore(ctx, "Discard"); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, os.RemoveAll(filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory()))
+}
+
+// Discarded are the directories of image sets that were discarded.
+func (g *Guest) Discarded() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.discarded)
+}
+
+// CheckCheckpoint implements the agent.
+func (g *Guest) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "CheckCheckpoint", r.GetContainerId(), r)
+}
+
+// Checkpoint implements the agent: it writes some files.
+func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
+	dir := filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := g.enter(ctx, "Checkpoint", r.GetContainerId(), r); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	for name, content := range g.files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			return nil, err
+		}
+	}
+	return &api.CheckpointResponse{
+		CriuVersion: 40201, KernelRelease: "6.1", Hostname: "host",
+		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
+		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
+		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		Phases:    []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
+	}, nil
+}
+
+// CheckRestore implements the agent.
+func (g *Guest) CheckRestore(ctx context.Context, r *api.RestoreRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "CheckRestore", r.GetContainerId(), r)
+}
+
+// Restore implements the agent.
+func (g *Guest) Restore(ctx context.Context, r *api.RestoreRequest) (*api.RestoreResponse, error) {
+	return &api.RestoreResponse{Pid: 101, Phases: []*api.Phase{{Name: "criu restore", Nanoseconds: 1}}}, g.enter(ctx, "Restore", r.GetContainerId(), r)
+}
+
+// Exec implements the agent.
+func (g *Guest) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
+	return &api.ExecResponse{Pid: 102}, g.enter(ctx, "Exec", r.GetContainerId(), r)
+}

@@ -1,0 +1,298 @@
+// Package guest is the shim's connection to the agent in its guest. There is
+// one guest for a shim, and one [Agent] for it; it may be asked for before the
+// VM exists, and it outlives an agent that was started again.
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
+)
+
+const (
+	// dialPause is between two attempts to reach an agent that is starting.
+	dialPause = 20 * time.Millisecond
+	// infoTimeout bounds the first answer on a new connection.
+	infoTimeout = 5 * time.Second
+)
+
+// Dialer connects to the agent's port. It is called again for every attempt.
+type Dialer func(ctx context.Context) (net.Conn, error)
+
+// Agent is the agent of one guest. Its zero value is not usable, see [New].
+type Agent struct {
+	dial  Dialer
+	owner string
+	lost  func()
+
+	// sem is a mutex that a context can give up.
+	sem  chan struct{}
+	conn *connection
+
+	closed chan struct{}
+	wg     sync.WaitGroup
+}
+
+// connection is one that is alive until done is closed.
+type connection struct {
+	client *ttrpc.Client
+	agent  api.AgentService
+	done   chan struct{}
+}
+
+// New returns the agent that dial leads to. Owner names this shim to it. Lost
+// is called whenever an established connection has broken.
+func New(dial Dialer, owner string, lost func()) *Agent {
+	return &Agent{dial: dial, owner: owner, lost: lost, sem: make(chan struct{}, 1), closed: make(chan struct{})}
+}
+
+// Close ends the connection. The guest thaws what is frozen in our name.
+func (a *Agent) Close() {
+	close(a.closed)
+	a.sem <- struct{}{}
+	if a.conn != nil {
+		a.conn.client.Close()
+	}
+	<-a.sem
+	a.wg.Wait()
+}
+
+// Connect makes sure that there is a connection, by one attempt.
+func (a *Agent) Connect(ctx context.Context) error {
+	_, err := a.connection(ctx)
+	return err
+}
+
+// WaitConnect tries until there is a connection or ctx ends. Where revive is
+// not nil and no agent answers, it is called once, after the first attempt or,
+// with a grace time, later; it starts the agent.
+func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive func(context.Context) error) error {
+	revival := time.After(grace)
+	var last error
+	for {
+		err := a.Connect(ctx)
+		if last != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) && !IsGone(err) {
+			err = last // why there was none, and not only that time ran out
+		}
+		last = err
+		var other *ProtocolError
+		if err == nil || errors.As(err, &other) || errors.Is(err, errClosed) || errors.Is(err, ErrNoVM) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-revival:
+			revival = nil
+			if revive == nil {
+				continue
+			}
+			if rerr := revive(ctx); rerr != nil {
+				return errors.Join(err, rerr)
+			}
+		case <-time.After(dialPause):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// ProtocolError says that the agent and this shim do not fit together.
+type ProtocolError struct {
+	Agent    string
+	Protocol uint32
+}
+
+// Error implements error.
+func (e *ProtocolError) Error() string {
+	return fmt.Sprintf("the agent in the guest is version %s with protocol %d and this shim is version %s with protocol %d: install the guest bundle and the shim of the same release",
+		e.Agent, e.Protocol, version.Version, api.ProtocolVersion)
+}
+
+// Unwrap gives the error its class.
+func (e *ProtocolError) Unwrap() error { return errdefs.ErrFailedPrecondition }
+
+// goneError is of a call that no agent has answered.
+type goneError struct{ error }
+
+// Unwrap gives the error its class.
+func (e goneError) Unwrap() error { return e.error }
+
+// IsGone says whether an error means that no agent has answered: one that does
+// and refuses gives errors of its own, of whatever class.
+func IsGone(err error) bool {
+	var gone goneError
+	return errors.As(err, &gone)
+}
+
+// ErrNoVM is what a dialer returns when there is nothing to wait for.
+var ErrNoVM = errors.New("its VM has ended")
+
+var errClosed = errclass.Unavailable("the shim is shutting down")
+
+// connection returns the live connection or makes one.
+func (a *Agent) connection(ctx context.Context) (*connection, error) {
+	select {
+	case a.sem <- struct{}{}:
+		defer func() { <-a.sem }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	select {
+	case <-a.closed:
+		return nil, errClosed
+	default:
+	}
+	if c := a.conn; c != nil {
+		select {
+		case <-c.done:
+			a.conn = nil
+		default:
+			return c, nil
+		}
+	}
+	c, err := a.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	info, err := c.info(ctx)
+	if err != nil {
+		c.client.Close()
+		return nil, err
+	}
+	a.conn = c
+	a.hold(c)
+	log.G(ctx).WithFields(log.Fields{"agent": info.GetVersion(), "kernel": info.GetKernelRelease(), "boot": info.GetBootId()}).Info("connected to the agent in the guest")
+	return c, nil
+}
+
+// open makes a connection that nobody has spoken on.
+func (a *Agent) open(ctx context.Context) (*connection, error) {
+	conn, err := a.dial(ctx)
+	if err != nil {
+		return nil, goneError{errclass.Unavailable("no agent answers in the guest: %w", err)}
+	}
+	c := &connection{done: make(chan struct{})}
+	c.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(c.done) }))
+	c.agent = api.NewAgentClient(c.client)
+	return c, nil
+}
+
+func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, infoTimeout)
+	defer cancel()
+	info, err := c.agent.Info(ctx, &api.InfoRequest{})
+	if err != nil {
+		return nil, goneError{errclass.Unavailable("the agent in the guest does not answer: %w", native(err))}
+	}
+	if info.GetProtocol() != api.ProtocolVersion {
+		return nil, &ProtocolError{Agent: info.GetVersion(), Protocol: info.GetProtocol()}
+	}
+	return info, nil
+}
+
+// hold keeps the agent's Hold call open for as long as the connection lives,
+// and tells when it has ended.
+func (a *Agent) hold(c *connection) {
+	a.wg.Go(func() {
+		_, err := c.agent.Hold(context.Background(), &api.HoldRequest{Owner: a.owner})
+		<-c.done
+		select {
+		case <-a.closed:
+		default:
+			log.L.WithError(err).Debug("connection to the agent in the guest ended")
+			a.lost()
+		}
+	})
+}
+
+// Do calls the agent. A call that found a broken connection is made once more
+// on a new one: it must be one that may arrive twice.
+func (a *Agent) Do(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+	for attempt := 0; ; attempt++ {
+		c, err := a.connection(ctx)
+		if err != nil {
+			return err
+		}
+		err = call(ctx, c.agent)
+		if errors.Is(err, ttrpc.ErrClosed) && attempt == 0 {
+			<-c.done
+			continue
+		}
+		return native(err)
+	}
+}
+
+// DoOnce calls the agent with a call that must not arrive twice.
+func (a *Agent) DoOnce(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+	c, err := a.connection(ctx)
+	if err != nil {
+		return err
+	}
+	return native(call(ctx, c.agent))
+}
+
+// Tell calls the agent if there is a connection, and does nothing if not.
+func (a *Agent) Tell(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+	select {
+	case a.sem <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	c := a.conn
+	<-a.sem
+	if c == nil {
+		return nil
+	}
+	return native(call(ctx, c.agent))
+}
+
+// DoAlone makes a long call on a connection of its own. When ctx ends the
+// connection is closed, which is how the agent learns of it: ttrpc tells a
+// server of a deadline, and nothing of a caller that went away.
+func (a *Agent) DoAlone(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+	c, err := a.alone(ctx)
+	if err == nil {
+		err = native(call(ctx, c.agent))
+		c.client.Close()
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// alone opens a connection beside the one that there is: the version is checked
+// then, and Hold open.
+func (a *Agent) alone(ctx context.Context) (*connection, error) {
+	if err := a.Connect(ctx); err != nil {
+		return nil, err
+	}
+	return a.open(ctx)
+}
+
+// native gives an error of the agent's its class back.
+func native(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ttrpc.ErrClosed):
+		return goneError{errclass.Unavailable("the agent in the guest has gone")}
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	return errgrpc.ToNative(err)
+}

@@ -1,0 +1,39 @@
+package manager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/containerd/api/types"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
+)
+
+// Info returns what Kata's binary says about itself, under our name: its
+// annotations tell containerd which mounts it may leave to the runtime.
+func Info(ctx context.Context, i *Invocation) ([]byte, error) {
+	cfg, err := config.Load(config.Path())
+	if err != nil {
+		return nil, err
+	}
+	shim, err := kata.Find(cfg.DownstreamShim)
+	if err != nil {
+		return nil, err
+	}
+	out, err := shim.Run(ctx, kata.Call{Args: i.Args, Stdin: i.Stdin})
+	if err != nil {
+		return nil, fmt.Errorf("info of Kata's shim: %w", err)
+	}
+	info := &types.RuntimeInfo{}
+	if err := proto.Unmarshal(out, info); err != nil {
+		return nil, fmt.Errorf("info of Kata's shim cannot be read: is downstream_shim in config.toml Kata's shim? %w", err)
+	}
+	if len(out) == 0 {
+		return nil, errors.New("no info of Kata's shim: is downstream_shim in config.toml Kata's shim?")
+	}
+	info.Name = Name
+	return proto.Marshal(info)
+}

@@ -1,0 +1,96 @@
+// Package manager is what containerd calls the shim's binary for, besides
+// serving tasks: start, delete and -info. Each runs Kata's own binary with the
+// same arguments and adds what is ours: a daemon of our own in front of
+// Kata's. The order is start, the daemon (package plugin/internal/daemon) until its
+// Shutdown, and delete, which has to manage with whatever is still alive.
+package manager
+
+import (
+	"crypto/sha256"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Name of the runtime, as containerd's configuration and engines have it.
+const Name = "io.containerd.kata-checkpoint.v2"
+
+// SocketDir is where containerd and all shims have their sockets.
+const SocketDir = "/run/containerd/s"
+
+// ErrUsage says that the command line is not containerd's.
+var ErrUsage = errors.New("this program is started by containerd")
+
+// Invocation is the command line that containerd gave.
+type Invocation struct {
+	// Args are all arguments, for Kata's binary.
+	Args []string
+
+	Action    string
+	Info      bool
+	Version   bool
+	Debug     bool
+	Namespace string
+	ID        string
+	// Address is containerd's gRPC socket.
+	Address string
+	// Bundle is the bundle's directory.
+	Bundle string
+
+	Stdin io.Reader
+	// SocketDir is where our sockets are.
+	SocketDir string
+}
+
+// Parse reads a command line. Flags are containerd's (pkg/shim/shim.go).
+func Parse(args []string) (*Invocation, error) {
+	i := &Invocation{Args: args, Stdin: os.Stdin, SocketDir: SocketDir}
+	f := flag.NewFlagSet("containerd-shim-kata-checkpoint-v2", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.BoolVar(&i.Debug, "debug", false, "")
+	f.BoolVar(&i.Version, "v", false, "")
+	f.BoolVar(&i.Version, "version", false, "")
+	f.BoolVar(&i.Info, "info", false, "")
+	f.StringVar(&i.Namespace, "namespace", "", "")
+	f.StringVar(&i.ID, "id", "", "")
+	f.StringVar(&i.Bundle, "bundle", "", "")
+	f.StringVar(&i.Address, "address", "", "")
+	for _, unused := range []string{"socket", "debug-socket", "publish-binary"} {
+		f.String(unused, "", "")
+	}
+	if err := f.Parse(args); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUsage, err)
+	}
+	i.Action = f.Arg(0)
+	if i.Info || i.Version {
+		return i, nil
+	}
+	if i.Namespace == "" || i.ID == "" {
+		return nil, fmt.Errorf("%w, with -namespace and -id", ErrUsage)
+	}
+	for _, name := range []string{i.Namespace, i.ID} {
+		// They become parts of paths.
+		if strings.ContainsRune(name, '/') || name == "." || name == ".." {
+			return nil, fmt.Errorf("%w: %q is no identifier", ErrUsage, name)
+		}
+	}
+	if i.Bundle == "" {
+		dir, err := os.Getwd()
+		if err != nil {
+			return nil, fmt.Errorf("bundle: %w", err)
+		}
+		i.Bundle = dir
+	}
+	return i, nil
+}
+
+// socketPath is where the daemon of a sandbox serves. What is hashed differs
+// from what containerd's and Kata's shims hash, which would meet at one name.
+func (i *Invocation) socketPath(sandbox string) string {
+	sum := sha256.Sum256([]byte(filepath.Join("kata-checkpoint", i.Address, i.Namespace, sandbox)))
+	return filepath.Join(i.SocketDir, fmt.Sprintf("%x", sum))
+}

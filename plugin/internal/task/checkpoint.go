@@ -1,0 +1,422 @@
+package task
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	eventsapi "github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/containerd/v2/core/runtime"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
+)
+
+// maxCRIULog bounds what is kept of CRIU's log and statistics, in bytes.
+const maxCRIULog = 64 << 20
+
+// checkpointRequest is a checkpoint that is to be made.
+type checkpointRequest struct {
+	path string
+	// work is where CRIU's log and statistics go, empty for nowhere.
+	work    string
+	options *api.CheckpointOptions
+	// stop: the container ends once the image set is safe.
+	stop bool
+}
+
+// Checkpoint writes the image set of a container into the directory that the
+// engine names. The container goes on running, or stays paused, if it fails.
+func (s *Service) Checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	c, err := s.known(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	req, err := c.checkpointRequest(r)
+	if err != nil {
+		return nil, fmt.Errorf("checkpoint container %s: %w", r.ID, err)
+	}
+	// Another one is not waited for.
+	if st, busy := c.current().(checkpointingState); busy {
+		return nil, st.busy()
+	}
+	ctx, end := s.operation(ctx)
+	defer end()
+	if err := c.do(ctx, func(st state) error { return st.checkpoint(ctx, req) }); err != nil {
+		if ctx.Err() != nil {
+			// containerd, which has made it, may not be there to do it.
+			err = errors.Join(err, RemoveTemporary(req.path))
+		}
+		return nil, err
+	}
+	c.publish(ctx, runtime.TaskCheckpointedEventTopic, &eventsapi.TaskCheckpointed{ContainerID: c.id, Checkpoint: r.Path})
+	return &emptypb.Empty{}, nil
+}
+
+func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpointRequest, error) {
+	opts, err := decodeOptions(r.Options)
+	if err != nil {
+		return nil, err
+	}
+	req := &checkpointRequest{path: r.Path, work: opts.GetWorkPath()}
+	if req.path == "" {
+		req.path = opts.GetImagePath()
+	}
+	if !filepath.IsAbs(req.path) || req.work != "" && !filepath.IsAbs(req.work) {
+		return nil, errclass.Invalid("image path %q and work path %q must be absolute", req.path, req.work)
+	}
+	if req.options, err = criuOptions(opts, c.annotations); err != nil {
+		return nil, err
+	}
+	if req.stop, err = afterCheckpoint(opts, c.annotations, c.s.cfg); err != nil {
+		return nil, errclass.Invalid("%w", err)
+	}
+	if req.work == "" && bundle.MadeByCRI(c.annotations) {
+		req.work = bundle.CRIWorkPath(c.bundle)
+	}
+	return req, nil
+}
+
+// checkpointJob is a checkpoint under way.
+type checkpointJob struct {
+	*checkpointRequest
+	c      *container
+	phases *phases
+	// images is the image set's name in the exchange directory.
+	images string
+	target *imageset.Target
+}
+
+// checkpoint runs from the state before, running or paused, which comes again
+// unless the container is to stop.
+func (c *container) checkpoint(ctx context.Context, before state, r *checkpointRequest) error {
+	begin := time.Now()
+	j := &checkpointJob{
+		checkpointRequest: r, c: c, images: "checkpoint-" + strings.ToLower(rand.Text()),
+		phases: &phases{ctx: ctx, id: c.id, last: begin, stops: c.s.stops},
+	}
+	c.become(checkpointingState{c: c, isFrozen: before.frozen()})
+	m, err := j.run(ctx, before)
+	// First the container, then the files: the agent may still be writing some.
+	c.afterwards(ctx, before, err)
+	cleanErr := j.clean(err != nil)
+	if j.target != nil {
+		err = c.afterLoss(ctx, err)
+	}
+	c.resumeIfWanted(ctx)
+	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin), "path": r.path})
+	if err != nil {
+		err = fmt.Errorf("checkpoint container %s: %w", c.id, errors.Join(err, cleanErr))
+		logger.WithError(err).Error("checkpoint failed")
+		return err
+	}
+	if cleanErr != nil {
+		logger.WithError(cleanErr).Warn("after a checkpoint")
+	}
+	logger.WithField("bytes", m.Bytes()).Info("checkpointed")
+	return nil
+}
+
+// run leaves the container frozen, or stopped.
+func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manifest, error) {
+	c := j.c
+	if err := j.openTarget(); err != nil {
+		return nil, errclass.With(errdefs.ErrFailedPrecondition, err)
+	}
+	if err := j.preflight(ctx, before); err != nil {
+		return nil, err
+	}
+	j.phases.done("prepare")
+	if !before.frozen() {
+		if err := c.gate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
+			return nil, err
+		}
+		c.become(checkpointingState{c: c, isFrozen: true})
+		if err := c.freeze(ctx); err != nil {
+			return nil, err
+		}
+		j.phases.done("freeze")
+	}
+
+	limits := imageset.Limits{Files: c.s.cfg.MaxImageFiles, Bytes: c.s.cfg.MaxImageBytes}
+	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), limits, imageset.DumpLogName, imageset.StatsName)
+	defer images.Stop()
+	var out *api.CheckpointResponse
+	err := c.s.agent.DoAlone(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+		out, err = a.Checkpoint(ctx, j.request())
+		return err
+	})
+	if err != nil {
+		j.keepLogs(ctx)
+		return nil, err
+	}
+	j.phases.guest(out.GetPhases())
+
+	files, err := images.Collect(ctx)
+	if err != nil {
+		return nil, j.fullOr(err)
+	}
+	j.keepLogs(ctx)
+	j.phases.done("copy images")
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	m := j.manifest(out, files)
+	if err := j.target.Commit(m); err != nil {
+		return nil, j.fullOr(err)
+	}
+	j.phases.done("commit")
+	if j.stop {
+		// Whoever has given up may not keep the image set: containerd removes its
+		// own copy. Then the container is all that there is.
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("the image set in %s is whole, and the container is not stopped: %w", j.path, context.Cause(ctx))
+		}
+		uctx, cancel := undo(ctx)
+		defer cancel()
+		if err := c.kill(uctx); err != nil {
+			return nil, fmt.Errorf("the image set in %s is whole, and the container could not be stopped: %w", j.path, err)
+		}
+		j.phases.done("stop")
+	}
+	return m, nil
+}
+
+// request is what the agent is asked to write.
+func (j *checkpointJob) request() *api.CheckpointRequest {
+	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop}
+}
+
+// openTarget opens the directory for the image set, and notes what `delete`
+// has to remove should this process be killed.
+func (j *checkpointJob) openTarget() (err error) {
+	if j.target, err = imageset.NewTarget(j.path); err != nil {
+		return err
+	}
+	return bundle.SetStaging(j.c.bundle, j.target.Dir().Name())
+}
+
+// fullOr says what to do where an error is that of a full file system.
+func (j *checkpointJob) fullOr(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("there is no room for the image set in %s: make room there, or name a directory of another file system: %w", j.path, err))
+	}
+	return err
+}
+
+// clean removes all but the finished image set.
+func (j *checkpointJob) clean(failed bool) (err error) {
+	if failed || j.stop {
+		err = os.RemoveAll(j.c.exchange.path(j.images))
+	} else {
+		go j.c.discard(j.images)
+	}
+	if j.target != nil {
+		err = errors.Join(err, j.target.Abort(), bundle.SetStaging(j.c.bundle, ""))
+	}
+	return err
+}
+
+// afterwards brings a container back into the state before its checkpoint.
+func (c *container) afterwards(ctx context.Context, before state, failed error) {
+	if _, ended := c.current().(stoppedState); ended {
+		return
+	}
+	if c.s.down.ended() {
+		c.stopped() // with Kata's shim the VM goes, by `delete`
+		return
+	}
+	// A caller that is gone, or whose time has run out, resumes nothing any
+	// more: then a container that it has paused goes on, too.
+	abandoned := failed != nil && ctx.Err() != nil
+	if before.frozen() && !abandoned {
+		c.become(before)
+		return
+	}
+	uctx, cancel := undo(ctx)
+	defer cancel()
+	if c.isFrozen() {
+		if err := c.thaw(uctx); err != nil {
+			log.G(ctx).WithError(err).WithField("container", c.id).Error("after a checkpoint")
+			c.thawOwed.Store(true)
+			c.become(pausedState{c}) // a Resume may have more luck, or an agent that comes back
+			return
+		}
+	}
+	c.become(runningState{c})
+	c.gate.open()
+	if before.frozen() {
+		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
+		log.G(ctx).WithField("container", c.id).Warn("resumed: whoever paused it for a checkpoint has given up")
+	}
+}
+
+// afterLoss says what to do about a checkpoint that failed because the agent
+// died.
+func (c *container) afterLoss(ctx context.Context, err error) error {
+	if _, ended := c.current().(stoppedState); ended || !guest.IsGone(err) {
+		return err
+	}
+	uctx, cancel := undo(ctx)
+	defer cancel()
+	switch aerr := c.s.needAgent(uctx); {
+	case aerr != nil && c.s.vmEnded():
+		return fmt.Errorf("%w: %w", err, guest.ErrNoVM)
+	case aerr != nil:
+		return fmt.Errorf("%w; it could not be started again: unless the VM has ended, its containers go on, and can be checkpointed again only in a new VM", err)
+	}
+	return fmt.Errorf("%w; it has been started again: repeat the checkpoint", err)
+}
+
+// preflight finds what would make a checkpoint fail before anything is frozen.
+func (j *checkpointJob) preflight(ctx context.Context, before state) error {
+	c := j.c
+	var info *api.InfoResponse
+	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+		info, err = a.Info(ctx, &api.InfoRequest{Check: true})
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if p := info.GetProblems(); len(p) > 0 {
+		return errclass.Precondition("%s", strings.Join(p, "; "))
+	}
+	if before.frozen() {
+		return nil // Checkpoint itself checks, once more
+	}
+	return c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.CheckCheckpoint(ctx, j.request())
+		return err
+	})
+}
+
+func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.File) *imageset.Manifest {
+	c, o := j.c, j.options
+	m := &imageset.Manifest{
+		Created: time.Now().UTC(),
+		Container: imageset.Container{
+			ID: c.id, Namespace: c.s.namespace, PodNamespace: podNamespace(c.annotations), Image: imageName(c.annotations), Args: c.args,
+			Hostname: out.GetHostname(),
+		},
+		Guest:    imageset.Guest{Kernel: out.GetKernelRelease(), CRIUVersion: out.GetCriuVersion(), CPUFeatures: out.GetCpuFeatures()},
+		Terminal: c.terminal,
+		Options: imageset.Options{
+			TCPEstablished: o.GetTcpEstablished(), TCPClose: o.GetTcpClose(), ExternalUnixSockets: o.GetExternalUnixSockets(),
+			Terminal: o.GetTerminal(), FileLocks: o.GetFileLocks(), EmptyNamespaces: o.GetEmptyNamespaces(),
+		},
+		Phases: j.phases.list,
+		Files:  files,
+	}
+	for _, e := range out.GetExternals() {
+		m.Externals = append(m.Externals, imageset.External{Name: e.GetName(), Destination: e.GetDestination(), FSType: e.GetFstype(), Device: e.GetDevice()})
+		if slices.Contains(c.externals, e.GetDestination()) {
+			m.Container.Mounts = append(m.Container.Mounts, e.GetDestination())
+		}
+	}
+	for _, s := range out.GetStdio() {
+		m.Stdio = append(m.Stdio, imageset.Stdio{FD: s.GetFd(), Key: s.GetKey()})
+	}
+	for _, f := range out.GetOpenFiles() {
+		m.OpenFiles = append(m.OpenFiles, imageset.OpenFile{Path: f.GetPath(), Size: f.GetSize()})
+	}
+	return m
+}
+
+// keepLogs puts CRIU's log and statistics where the engine looks for them.
+// They are of use to people, and no checkpoint fails for them.
+func (j *checkpointJob) keepLogs(ctx context.Context) {
+	if j.work == "" {
+		return
+	}
+	if err := os.MkdirAll(j.work, 0o700); err != nil {
+		log.G(ctx).WithError(err).Warn("work path")
+		return
+	}
+	for _, name := range []string{imageset.DumpLogName, imageset.StatsName} {
+		data, err := imageset.ReadFile(j.c.exchange.dir, j.images, name, maxCRIULog)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(j.work, name), data, 0o600)
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			log.G(ctx).WithError(err).WithField("file", name).Warn("work path")
+		}
+	}
+}
+
+// kill ends a container, frozen or not, and waits until Kata has noticed. It
+// issues no Wait: in Kata's Rust shim one on the sandbox's container stops the
+// sandbox (src/runtime-rs/crates/runtimes/src/manager.rs).
+func (c *container) kill(ctx context.Context) error {
+	err := c.s.down.kill(ctx, &task.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL), All: true})
+	if err != nil && !isGone(err) {
+		return fmt.Errorf("kill container %s: %w", c.id, err)
+	}
+	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		st, err := c.s.down.state(ctx, c.id)
+		if isGone(err) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("wait for the end of container %s: %w", c.id, err)
+		}
+		if st.GetStatus() == statusStopped {
+			c.stopped()
+			return nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the end of container %s: %w", c.id, context.Cause(ctx))
+		}
+	}
+}
+
+// phases are the steps of a checkpoint, with the time that each took.
+type phases struct {
+	ctx  context.Context
+	id   string
+	last time.Time
+	list []imageset.Phase
+
+	stops stopat.Dir
+}
+
+func (p *phases) done(name string) {
+	now := time.Now()
+	p.add(name, now.Sub(p.last))
+	p.stops.Wait(p.ctx, "checkpoint", name)
+	p.last = time.Now()
+}
+
+// guest adds the agent's own phases, and what was lost on the way.
+func (p *phases) guest(list []*api.Phase) {
+	rest := time.Since(p.last)
+	for _, ph := range list {
+		d := time.Duration(ph.GetNanoseconds()) //nolint:gosec // a guest that lies spoils a log line
+		p.add("guest: "+ph.GetName(), d)
+		rest -= d
+	}
+	p.add("guest: other", max(rest, 0))
+	p.last = time.Now()
+}
+
+func (p *phases) add(name string, d time.Duration) {
+	p.list = append(p.list, imageset.Phase{Name: name, Duration: d})
+	log.G(p.ctx).WithFields(log.Fields{"container": p.id, "phase": name, "duration": d}).Info("checkpoint")
+}

@@ -1,0 +1,923 @@
+package task
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/typeurl/v2"
+	"github.com/google/go-cmp/cmp"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+)
+
+func pack(t *testing.T, v any) *anypb.Any {
+	t.Helper()
+	a, err := typeurl.MarshalAnyToProto(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func leaveRunning(s *specs.Spec) { s.Annotations[adjust.AnnotationAfter] = config.AfterLeaveRunning }
+
+func (h *harness) checkpoint(path string, opts *anypb.Any) error {
+	_, err := h.task.Checkpoint(h.t.Context(), &task.CheckpointTaskRequest{ID: "c1", Path: path, Options: opts})
+	return err
+}
+
+// wantNothingLeft checks what a checkpoint that failed must leave: nothing.
+func (h *harness) wantNothingLeft(path string) {
+	h.t.Helper()
+	if entries, err := os.ReadDir(path); err != nil || len(entries) != 0 {
+		h.t.Errorf("left in the image directory: %v, %v", entries, err)
+	}
+	if entries, empty := h.noImages(); !empty {
+		h.t.Errorf("left in the exchange directory: %v", entries)
+	}
+}
+
+// noImages says whether there is only the marker in the exchange directory.
+func (h *harness) noImages() ([]os.DirEntry, bool) {
+	h.t.Helper()
+	entries, err := os.ReadDir(h.exchange())
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return entries, len(entries) == 1 && entries[0].Name() == api.MarkerName
+}
+
+// eventuallyNoImages waits for what is removed once the container goes on.
+func (h *harness) eventuallyNoImages() {
+	h.t.Helper()
+	eventually(h.t, "only the marker is in the exchange directory", func() bool {
+		_, empty := h.noImages()
+		return empty
+	})
+}
+
+func TestCheckpointOfAPausedContainer(t *testing.T) {
+	h := newHarness(t)
+	dir := h.run(leaveRunning)
+	h.pause()
+	path := t.TempDir()
+	if err := h.checkpoint(path, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.status(); got != "PAUSED" {
+		t.Errorf("State says %s", got)
+	}
+	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Checkpoint c1")
+	set, err := imageset.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Close()
+	m := set.Manifest
+	if diff := cmp.Diff(imageset.Container{ID: "c1", Namespace: "ns", Args: []string{"sh", "-c", "work"}, Mounts: []string{"/data"}, Hostname: "host"}, m.Container); diff != "" {
+		t.Error(diff)
+	}
+	if len(m.Files) != 2 || len(m.Externals) != 1 || len(m.Stdio) != 1 || len(m.OpenFiles) != 1 || m.Guest.CRIUVersion != 40201 || !m.Options.FileLocks || len(m.Phases) < 3 {
+		t.Errorf("manifest %+v", m)
+	}
+	if exists(filepath.Join(dir, "kata-checkpoint.staging")) {
+		t.Error("the note of an unfinished image set is left")
+	}
+	if want := []string{"/tasks/paused", "/tasks/checkpointed"}; !slices.Equal(h.events.published(), want) {
+		t.Errorf("events %q", h.events.published())
+	}
+	if d := h.guest.Discarded(); len(d) != 0 {
+		t.Errorf("the guest has to discard %q while the container stands still", d)
+	}
+	h.resume()
+	h.eventuallyNoImages()
+	images := h.guest.Request("Checkpoint").(*api.CheckpointRequest).GetDirectory()
+	if d := h.guest.Discarded(); !slices.Equal(d, []string{images}) {
+		t.Errorf("the guest has discarded %q", d)
+	}
+}
+
+// The guest may be another one by then, or out of order.
+func TestImagesAreRemovedWithoutTheGuest(t *testing.T) {
+	h := newHarness(t)
+	h.run(leaveRunning)
+	h.guest.Before("Discard", func(context.Context) error { return errors.New("it cannot") })
+	if err := h.checkpoint(t.TempDir(), nil); err != nil {
+		t.Fatal(err)
+	}
+	h.eventuallyNoImages()
+}
+
+func TestCheckpointOfARunningContainerFreezesAndThaws(t *testing.T) {
+	h := newHarness(t)
+	h.run(leaveRunning)
+	h.guest.Before("Checkpoint", func(context.Context) error {
+		if got := h.status(); got != "PAUSED" {
+			t.Errorf("State says %s during the checkpoint", got)
+		}
+		return nil
+	})
+	if err := h.checkpoint(t.TempDir(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.status(); got != "RUNNING" {
+		t.Errorf("State says %s", got)
+	}
+	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1", "Freeze c1", "Checkpoint c1", "Thaw c1")
+}
+
+func TestCheckpointThatStops(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.pause()
+	path := t.TempDir()
+	h.kata.Before("Kill", func(context.Context) error {
+		r := h.kata.Request("Kill").(*task.KillRequest)
+		if r.GetSignal() != 9 || !r.GetAll() {
+			t.Errorf("kill %v", r)
+		}
+		if !exists(filepath.Join(path, imageset.ManifestName)) {
+			t.Error("killed before the image set was safe")
+		}
+		return nil
+	})
+	if err := h.checkpoint(path, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.status(); got != "STOPPED" {
+		t.Errorf("State says %s", got)
+	}
+	h.resume() // as engines do
+	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Checkpoint c1")
+	if h.kata.Called("Wait c1") {
+		t.Error("a Wait of our own: Kata's Rust shim would stop the sandbox")
+	}
+}
+
+func TestOptionsOfCheckpoint(t *testing.T) {
+	for name, tc := range map[string]struct {
+		opts        *runcoptions.CheckpointOptions
+		annotations map[string]string
+		want        *api.CheckpointOptions
+		err         string
+	}{
+		"nil, as nerdctl and the CRI send":   {want: &api.CheckpointOptions{FileLocks: true}},
+		"empty, as ctr sends":                {opts: &runcoptions.CheckpointOptions{}, want: &api.CheckpointOptions{}},
+		"all that mean something in a guest": {opts: &runcoptions.CheckpointOptions{OpenTcp: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}, CgroupsMode: "ignore"}, want: &api.CheckpointOptions{TcpEstablished: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}}},
+		"TCP kept by annotation":             {annotations: map[string]string{annotationTCP: "established"}, want: &api.CheckpointOptions{TcpEstablished: true, FileLocks: true}},
+		"TCP closed by annotation":           {opts: &runcoptions.CheckpointOptions{OpenTcp: true}, annotations: map[string]string{annotationTCP: "close"}, want: &api.CheckpointOptions{TcpClose: true}},
+		"on top of an earlier one":           {opts: &runcoptions.CheckpointOptions{ParentPath: "/x"}, err: "/x"},
+		"a mode for cgroups":                 {opts: &runcoptions.CheckpointOptions{CgroupsMode: "strict"}, err: "strict"},
+		"an empty namespace that cannot be":  {opts: &runcoptions.CheckpointOptions{EmptyNamespaces: []string{"pid"}}, err: "pid"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := criuOptions(tc.opts, tc.annotations)
+			if tc.err != "" {
+				wantError(t, err, tc.err)
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !proto.Equal(got, tc.want) {
+				t.Errorf("got %v, want %v", got, tc.want)
+			}
+		})
+	}
+	t.Run("of another type", func(t *testing.T) {
+		h := newHarness(t)
+		h.run(nil)
+		wantError(t, h.checkpoint(t.TempDir(), pack(t, &runcoptions.Options{})), "containerd.runc.v1.Options")
+		wantError(t, h.checkpoint(t.TempDir(), &anypb.Any{TypeUrl: "nobody/knows"}), "nobody/knows")
+		wantError(t, h.checkpoint("relative", nil), "absolute")
+	})
+}
+
+// The rule for what becomes of a container, engine by engine.
+func TestAfterCheckpoint(t *testing.T) {
+	cfg := func(after, cri string) *config.Config {
+		return &config.Config{AfterCheckpoint: after, AfterCheckpointCRI: cri}
+	}
+	defaults := cfg(config.AfterStop, config.AfterLeaveRunning)
+	cri := map[string]string{"io.kubernetes.cri.container-type": "container"}
+	with := func(m map[string]string, after string) map[string]string {
+		out := map[string]string{adjust.AnnotationAfter: after}
+		for k, v := range m {
+			out[k] = v
+		}
+		return out
+	}
+	for name, tc := range map[string]struct {
+		opts        *runcoptions.CheckpointOptions
+		annotations map[string]string
+		cfg         *config.Config
+		stop        bool
+		err         string
+	}{
+		"nerdctl, docker":                       {stop: true},
+		"nerdctl --leave-running, by default":   {stop: true}, // it says nothing to a shim
+		"nerdctl, set to leave running":         {cfg: cfg(config.AfterLeaveRunning, config.AfterStop), stop: false},
+		"nerdctl, annotation leave-running":     {annotations: with(nil, "leave-running"), stop: false},
+		"crictl, kubelet":                       {annotations: cri, stop: false},
+		"CRI-O":                                 {annotations: map[string]string{"io.kubernetes.cri-o.ContainerType": "container"}, stop: false},
+		"crictl, set to stop":                   {annotations: cri, cfg: cfg(config.AfterLeaveRunning, config.AfterStop), stop: true},
+		"crictl, annotation stop":               {annotations: with(cri, "stop"), stop: true},
+		"ctr task checkpoint":                   {opts: &runcoptions.CheckpointOptions{}, stop: false},
+		"ctr task checkpoint --exit":            {opts: &runcoptions.CheckpointOptions{Exit: true}, stop: true},
+		"ctr container checkpoint":              {opts: &runcoptions.CheckpointOptions{FileLocks: true}, stop: false},
+		"ctr --exit, annotation leave-running":  {opts: &runcoptions.CheckpointOptions{Exit: true}, annotations: with(nil, "leave-running"), stop: false},
+		"ctr, annotation stop":                  {opts: &runcoptions.CheckpointOptions{}, annotations: with(nil, "stop"), stop: true},
+		"options beat what is said for the CRI": {opts: &runcoptions.CheckpointOptions{Exit: true}, annotations: cri, stop: true},
+		"an annotation that says neither":       {annotations: with(nil, "exit"), err: `"exit"`},
+		"an empty annotation":                   {annotations: with(nil, ""), err: `""`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if tc.cfg == nil {
+				tc.cfg = defaults
+			}
+			stop, err := afterCheckpoint(tc.opts, tc.annotations, tc.cfg)
+			if tc.err != "" {
+				wantError(t, err, adjust.AnnotationAfter, tc.err)
+				return
+			}
+			if err != nil || stop != tc.stop {
+				t.Errorf("stop %v, %v; want %v", stop, err, tc.stop)
+			}
+		})
+	}
+}
+
+func TestCheckpointRefused(t *testing.T) {
+	t.Run("of nobody", func(t *testing.T) {
+		h := newHarness(t)
+		if err := h.checkpoint(t.TempDir(), nil); status.Code(err) != codes.NotFound {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("of a created container", func(t *testing.T) {
+		h := newHarness(t)
+		h.create(nil)
+		wantError(t, h.checkpoint(t.TempDir(), nil), "has not been started")
+	})
+	t.Run("of a stopped container", func(t *testing.T) {
+		h := newHarness(t)
+		h.run(nil)
+		h.events.onExit("c1", "")
+		wantError(t, h.checkpoint(t.TempDir(), nil), "has stopped")
+	})
+	t.Run("before anything is frozen", func(t *testing.T) {
+		h := newHarness(t)
+		h.run(nil)
+		full := t.TempDir()
+		if err := os.WriteFile(filepath.Join(full, "x"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		wantError(t, h.checkpoint("/does/not/exist", nil), "does not exist")
+		wantError(t, h.checkpoint(full, nil), "not empty")
+		wantError(t, h.checkpoint(t.TempDir(), pack(t, &runcoptions.CheckpointOptions{ParentPath: "/p"})), "/p")
+		h.guest.SetProblems("the guest kernel is too small", "CRIU is missing")
+		err := h.checkpoint(t.TempDir(), nil)
+		wantError(t, err, "the guest kernel is too small; CRIU is missing")
+		if status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("code %s", status.Code(err))
+		}
+		h.guest.SetProblems()
+		h.guest.Before("CheckCheckpoint", func(context.Context) error {
+			return errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "the workload uses io_uring")
+		})
+		err = h.checkpoint(t.TempDir(), nil)
+		wantError(t, err, "the workload uses io_uring")
+		if status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("code %s", status.Code(err))
+		}
+		h.guest.SetThere(false)
+		wantError(t, h.checkpoint(t.TempDir(), nil), "no agent answers")
+		h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1")
+		if got := h.status(); got != "RUNNING" {
+			t.Errorf("State says %s", got)
+		}
+	})
+	t.Run("a second one", func(t *testing.T) {
+		h := newHarness(t)
+		h.run(leaveRunning)
+		reached, release := make(chan struct{}), make(chan struct{})
+		h.guest.Before("Checkpoint", func(context.Context) error {
+			close(reached)
+			<-release
+			return nil
+		})
+		path := t.TempDir()
+		first := make(chan error, 1)
+		go func() { first <- h.checkpoint(path, nil) }()
+		<-reached
+		err := h.checkpoint(t.TempDir(), nil)
+		wantError(t, err, "under way")
+		if status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("code %s", status.Code(err))
+		}
+		close(release)
+		if err := <-first; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestCheckpointThatFails(t *testing.T) {
+	for name, spoil := range map[string]func(h *harness) string{
+		"CRIU": func(h *harness) string {
+			h.guest.Before("Checkpoint", func(context.Context) error {
+				return errgrpc.ToGRPCf(errdefs.ErrUnknown, "CRIU failed: io_uring\nError (criu/io.c:1): no")
+			})
+			return "CRIU failed: io_uring\nError (criu/io.c:1): no"
+		},
+		"the agent dies": func(h *harness) string {
+			h.guest.Before("Checkpoint", func(context.Context) error {
+				h.guest.SetThere(false)
+				h.guest.SetThere(true)
+				return errors.New("nobody hears this")
+			})
+			return "the agent in the guest has gone"
+		},
+		"too much": func(h *harness) string {
+			h.cfg.MaxImageBytes = 10
+			return "max_image_bytes"
+		},
+		"a link in the images": func(h *harness) string {
+			h.guest.Before("Checkpoint", func(context.Context) error {
+				dir := filepath.Join(h.exchange(), h.guest.Request("Checkpoint").(*api.CheckpointRequest).GetDirectory())
+				return os.Symlink("/etc/passwd", filepath.Join(dir, "core-1.img"))
+			})
+			return "not a regular file"
+		},
+		"the image directory goes away": func(h *harness) string {
+			h.guest.Before("Checkpoint", func(context.Context) error {
+				note, err := os.ReadFile(filepath.Join(h.kata.Request("Create").(*task.CreateTaskRequest).Bundle, "kata-checkpoint.staging"))
+				return errors.Join(err, os.RemoveAll(string(note)))
+			})
+			return "no such file"
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, paused := range []bool{false, true} {
+				h := newHarness(t)
+				h.run(nil) // would stop, if it worked
+				if paused {
+					h.pause()
+				}
+				want := spoil(h)
+				path := t.TempDir()
+				wantError(t, h.checkpoint(path, nil), "checkpoint container c1", want)
+				h.wantNothingLeft(path)
+				wantStatus := map[bool]string{false: "RUNNING", true: "PAUSED"}[paused]
+				if got := h.status(); got != wantStatus {
+					t.Errorf("State says %s, want %s", got, wantStatus)
+				}
+				if paused {
+					h.resume()
+				}
+				calls := h.guest.Calls()
+				if last := calls[len(calls)-1]; last != "Thaw c1" {
+					t.Errorf("the agent's last call is %q", last)
+				}
+				if h.kata.Called("Kill c1") {
+					t.Error("killed")
+				}
+				// And nothing stands in the way of the next.
+				h.guest.Before("Checkpoint", nil)
+				h.cfg.MaxImageBytes = 1 << 20
+				if err := h.checkpoint(path, nil); err != nil {
+					t.Errorf("the next one: %v", err)
+				}
+			}
+		})
+	}
+}
+
+// Whoever has given up may not keep the image set: containerd removes its own
+// copy. Then the container must be there still.
+func TestCheckpointThatIsAbandonedAtItsEndDoesNotStop(t *testing.T) {
+	for name, temporary := range map[string]bool{"directory of the caller's": false, "directory of containerd's": true} {
+		t.Run(name, func(t *testing.T) {
+			stops := t.TempDir()
+			t.Setenv(stopEnv, stops)
+			temp := t.TempDir()
+			t.Setenv("TMPDIR", temp)
+			h := newHarness(t)
+			h.run(nil)
+			h.pause()
+			path := t.TempDir()
+			if temporary {
+				path = filepath.Join(temp, "ctrd-checkpoint123")
+				if err := os.Mkdir(path, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.WriteFile(filepath.Join(stops, "checkpoint-commit"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			client, answer := h.task, make(chan error, 1)
+			go func() {
+				_, err := client.Checkpoint(t.Context(), &task.CheckpointTaskRequest{ID: "c1", Path: path})
+				answer <- err
+			}()
+			eventually(t, "committed", func() bool { return exists(filepath.Join(stops, "checkpoint-commit.reached")) })
+			h.conn.Close()
+			if err := <-answer; err == nil {
+				t.Error("an answer without a connection")
+			}
+			h.connect()
+			eventually(t, "it goes on", func() bool { return h.status() == "RUNNING" })
+			if temporary {
+				eventually(t, "containerd's directory", func() bool { return !exists(path) })
+			} else if !exists(filepath.Join(path, imageset.ManifestName)) {
+				t.Error("the image set is gone")
+			}
+			if calls := h.kata.Calls(); slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "Kill") }) {
+				t.Errorf("calls to Kata: %q", calls)
+			}
+		})
+	}
+}
+
+// An image set gets its name for a caller that waits for it.
+func TestCheckpointWhoseTimeRunsOutIsNotCommitted(t *testing.T) {
+	stops := t.TempDir()
+	t.Setenv(stopEnv, stops)
+	h := newHarness(t)
+	h.run(nil)
+	path := t.TempDir()
+	if err := os.WriteFile(filepath.Join(stops, "checkpoint-copy-images"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.cfg.OpTimeout = 300 * time.Millisecond
+	wantError(t, h.checkpoint(path, nil), "checkpoint_timeout of 300ms has run out")
+	if entries, err := os.ReadDir(path); err != nil || len(entries) > 0 {
+		t.Errorf("left: %v, error %v", entries, err)
+	}
+	if s := h.status(); s != "RUNNING" {
+		t.Errorf("it is %s", s)
+	}
+}
+
+// A caller whose time has run out, or that is gone, resumes nothing any more.
+func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
+	for name, call := range map[string]func(h *harness, reached chan struct{}, path string) error{
+		"its deadline runs out": func(h *harness, _ chan struct{}, path string) error {
+			ctx, cancel := context.WithTimeout(h.t.Context(), 300*time.Millisecond)
+			defer cancel()
+			_, err := h.task.Checkpoint(ctx, &task.CheckpointTaskRequest{ID: "c1", Path: path})
+			return err
+		},
+		"our own limit runs out": func(h *harness, _ chan struct{}, path string) error {
+			h.cfg.OpTimeout = 300 * time.Millisecond
+			err := h.checkpoint(path, nil)
+			wantError(h.t, err, "checkpoint_timeout of 300ms has run out")
+			return err
+		},
+		"the connection ends": func(h *harness, reached chan struct{}, path string) error {
+			go func() {
+				<-reached
+				h.conn.Close()
+			}()
+			return h.checkpoint(path, nil)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t)
+			h.run(nil)
+			h.pause()
+			reached, ended := make(chan struct{}), make(chan struct{})
+			h.guest.Before("Checkpoint", func(ctx context.Context) error {
+				close(reached)
+				<-ctx.Done() // the agent learns of it
+				close(ended)
+				return ctx.Err()
+			})
+			path := t.TempDir()
+			if err := call(h, reached, path); err == nil {
+				t.Fatal("no error")
+			}
+			<-ended
+			eventually(t, "thawed", func() bool {
+				calls := h.guest.Calls()
+				return calls[len(calls)-1] == "Thaw c1"
+			})
+			eventually(t, "said so", func() bool { return slices.Contains(h.events.published(), "/tasks/resumed") })
+			eventually(t, "cleaned up", func() bool {
+				entries, err := os.ReadDir(path)
+				return err == nil && len(entries) == 0
+			})
+		})
+	}
+}
+
+func TestResumeDuringACheckpoint(t *testing.T) {
+	begin := func(t *testing.T) (*harness, chan struct{}, chan error) {
+		h := newHarness(t)
+		h.run(leaveRunning)
+		h.pause()
+		reached, release := make(chan struct{}), make(chan struct{})
+		h.guest.Before("Checkpoint", func(context.Context) error {
+			close(reached)
+			<-release
+			return nil
+		})
+		done, path := make(chan error, 1), t.TempDir()
+		go func() { done <- h.checkpoint(path, nil) }()
+		<-reached
+		return h, release, done
+	}
+	t.Run("waits for its end", func(t *testing.T) {
+		h, release, done := begin(t)
+		resumed := make(chan error, 1)
+		go func() {
+			_, err := h.task.Resume(context.Background(), &task.ResumeRequest{ID: "c1"})
+			resumed <- err
+		}()
+		select {
+		case err := <-resumed:
+			t.Fatalf("did not wait: %v", err)
+		case <-time.After(50 * time.Millisecond):
+		}
+		close(release)
+		if err := errors.Join(<-done, <-resumed); err != nil {
+			t.Fatal(err)
+		}
+		h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Checkpoint c1", "Thaw c1")
+	})
+	t.Run("happens even if its caller gives up", func(t *testing.T) {
+		h, release, done := begin(t)
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if _, err := h.task.Resume(ctx, &task.ResumeRequest{ID: "c1"}); err == nil {
+			t.Fatal("no error")
+		}
+		close(release)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "thawed", func() bool { return slices.Contains(h.guest.Calls(), "Thaw c1") })
+		eventually(t, "shown as running", func() bool { return h.status() == "RUNNING" })
+	})
+}
+
+func TestOtherCallsGoOnDuringACheckpoint(t *testing.T) {
+	h := newHarness(t)
+	h.run(leaveRunning)
+	reached, release := make(chan struct{}), make(chan struct{})
+	h.guest.Before("Checkpoint", func(context.Context) error {
+		close(reached)
+		<-release
+		return nil
+	})
+	done, path := make(chan error, 1), t.TempDir()
+	go func() { done <- h.checkpoint(path, nil) }()
+	<-reached
+	if got := h.status(); got != "PAUSED" {
+		t.Errorf("State says %s", got)
+	}
+	if _, err := h.task.Stats(t.Context(), &task.StatsRequest{ID: "c1"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: 15}); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c2", Bundle: h.bundle(func(s *specs.Spec) {
+		s.Annotations["io.kubernetes.cri.container-type"], s.Annotations["io.kubernetes.cri.sandbox-id"] = "container", "c1"
+	})}); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestKilledDuringACheckpoint(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.pause()
+	h.guest.Before("Checkpoint", func(context.Context) error {
+		h.kata.SetStatus("c1", statusStopped)
+		h.events.onExit("c1", "")
+		return errgrpc.ToGRPCf(errdefs.ErrNotFound, "the process of container c1 has ended")
+	})
+	path := t.TempDir()
+	wantError(t, h.checkpoint(path, nil), "has ended")
+	h.wantNothingLeft(path)
+	if got := h.status(); got != "STOPPED" {
+		t.Errorf("State says %s", got)
+	}
+}
+
+func TestWorkPath(t *testing.T) {
+	t.Run("of the options", func(t *testing.T) {
+		h := newHarness(t)
+		h.run(nil)
+		path, work := t.TempDir(), filepath.Join(t.TempDir(), "work")
+		if err := h.checkpoint(path, pack(t, &runcoptions.CheckpointOptions{WorkPath: work})); err != nil {
+			t.Fatal(err)
+		}
+		wantFiles(t, work, imageset.DumpLogName, imageset.StatsName)
+		wantFiles(t, path, "inventory.img", imageset.ManifestName, "pages-1.img")
+	})
+	t.Run("of the CRI", func(t *testing.T) {
+		for _, fresh := range []bool{true, false} {
+			h := newHarness(t)
+			dir := h.run(func(s *specs.Spec) {
+				s.Annotations["io.kubernetes.cri.container-type"], s.Annotations["io.kubernetes.cri.sandbox-id"] = "container", "c0"
+			})
+			root := t.TempDir()
+			work := filepath.Join(root, "io.containerd.grpc.v1.cri/containers/c1")
+			if fresh {
+				work = filepath.Join(work, "ctrd-checkpoint")
+			}
+			if err := errors.Join(os.MkdirAll(work, 0o700), os.Symlink(filepath.Join(root, "io.containerd.runtime.v2.task/k8s.io/c1"), filepath.Join(dir, "work"))); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.checkpoint(t.TempDir(), nil); err != nil {
+				t.Fatal(err)
+			}
+			wantFiles(t, work, imageset.DumpLogName, imageset.StatsName)
+		}
+	})
+}
+
+func wantFiles(t *testing.T, dir string, want ...string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range entries {
+		got = append(got, e.Name())
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%s holds %q, want %q", dir, got, want)
+	}
+}
+
+// imageSet makes a checkpoint of c1 and returns its directory.
+func imageSet(t *testing.T, options ...option) string {
+	t.Helper()
+	h := newHarness(t, options...)
+	h.run(nil)
+	path := t.TempDir()
+	if err := h.checkpoint(path, nil); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestRestore(t *testing.T) {
+	path := imageSet(t)
+	h := newHarness(t)
+	var staged []string
+	h.kata.Before("Create", func(context.Context) error {
+		entries, err := os.ReadDir(filepath.Join(h.exchange(), restoreDir))
+		for _, e := range entries {
+			staged = append(staged, e.Name())
+		}
+		return err
+	})
+	dir := h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+	if !slices.Equal(staged, []string{"inventory.img", "pages-1.img"}) {
+		t.Errorf("staged when Kata creates the container: %q", staged)
+	}
+	if got := h.kata.Request("Create").(*task.CreateTaskRequest).GetCheckpoint(); got != "" {
+		t.Errorf("Kata is told of a checkpoint %q", got)
+	}
+	spec := readSpec(t, dir)
+	p := spec.Process
+	if !slices.Equal(p.Args, []string{"/dev/.kata-checkpoint", "placeholder"}) || p.Cwd != "/" || p.User.UID != 0 || !p.NoNewPrivileges {
+		t.Errorf("process %+v", p)
+	}
+	if !slices.Equal(p.Capabilities.Bounding, []string{"CAP_CHOWN", "CAP_KILL"}) || !slices.Contains(p.Capabilities.Effective, "CAP_KILL") || !slices.Contains(p.Capabilities.Permitted, "CAP_KILL") {
+		t.Errorf("capabilities %+v", p.Capabilities)
+	}
+	last := spec.Mounts[len(spec.Mounts)-1]
+	if last.Destination != "/dev/.kata-checkpoint" || last.Source != filepath.Join(h.cfg.GuestBundle, helperBinary) || !slices.Contains(last.Options, "ro") {
+		t.Errorf("mount %+v", last)
+	}
+	h.guest.Before("Restore", func(context.Context) error {
+		if !h.kata.Called("Start c1") {
+			t.Error("restored before the placeholder runs")
+		}
+		h.wantStatus("CREATED")
+		return nil
+	})
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	h.wantStatus("RUNNING")
+	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckRestore c1", "Restore c1")
+	got := h.guest.Request("Restore").(*api.RestoreRequest)
+	want := &api.RestoreRequest{
+		ContainerId: "c1", Directory: restoreDir, CriuVersion: 40201,
+		Options:   &api.CheckpointOptions{FileLocks: true},
+		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
+		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
+		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		Rights:    &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
+	}
+	if !proto.Equal(got, want) {
+		t.Errorf("restore %v, want %v", got, want)
+	}
+	if exists(filepath.Join(h.exchange(), restoreDir)) {
+		t.Error("the staged images are left")
+	}
+	if !exists(filepath.Join(path, imageset.ManifestName)) {
+		t.Error("the checkpoint itself is gone")
+	}
+
+	// It is checkpointed like any other, as what it was.
+	again := t.TempDir()
+	if err := h.checkpoint(again, nil); err != nil {
+		t.Fatal(err)
+	}
+	set, err := imageset.Open(again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Close()
+	if !slices.Equal(set.Manifest.Container.Args, []string{"sh", "-c", "work"}) {
+		t.Errorf("args %q", set.Manifest.Container.Args)
+	}
+}
+
+func TestRestoreRefusedBeforeKataHearsOfIt(t *testing.T) {
+	good := imageSet(t)
+	damaged := imageSet(t)
+	if err := os.WriteFile(filepath.Join(damaged, "pages-1.img"), []byte(strings.Repeat("q", 4096)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		path     string
+		change   func(*specs.Spec)
+		terminal bool
+		prepare  option
+		want     []string
+	}{
+		"no image set":     {path: t.TempDir(), want: []string{"not an image set"}},
+		"a damaged one":    {path: damaged, want: []string{"pages-1.img is damaged"}},
+		"other arguments":  {path: good, change: func(s *specs.Spec) { s.Process.Args = []string{"sleep"} }, want: []string{"`sh -c work`", "`sleep`"}},
+		"a lacking volume": {path: good, change: func(s *specs.Spec) { s.Mounts = s.Mounts[:1] }, want: []string{"/data"}},
+		"a terminal":       {path: good, terminal: true, want: []string{"terminal"}},
+		"both":             {path: good, terminal: true, change: func(s *specs.Spec) { s.Process.Args = []string{"sleep"} }, want: []string{"terminal", "`sleep`"}},
+		"a pod's sandbox":  {path: good, change: func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "sandbox" }, want: []string{"sandbox"}},
+		"no guest bundle on the host": {path: good, prepare: withConfig(func(c *config.Config) {
+			os.Remove(filepath.Join(c.GuestBundle, helperBinary))
+		}), want: []string{helperBinary, "guest_bundle"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var options []option
+			if tc.prepare != nil {
+				options = append(options, tc.prepare)
+			}
+			h := newHarness(t, options...)
+			_, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(tc.change), Checkpoint: tc.path, Terminal: tc.terminal})
+			wantError(t, err, tc.want...)
+			h.wantCalls("Kata", h.kata.Calls())
+			if exists(h.exchange()) {
+				t.Error("the exchange directory is left")
+			}
+			// From the good copy it works right after.
+			h = newHarness(t)
+			h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = good })
+		})
+	}
+}
+
+func TestRestoreThatFailsLeavesNothingAlive(t *testing.T) {
+	for _, method := range []string{"CheckRestore", "Restore"} {
+		t.Run(method, func(t *testing.T) {
+			path := imageSet(t)
+			h := newHarness(t)
+			h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+			h.guest.Before(method, func(context.Context) error {
+				return errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "/data/f has grown\nError (criu/files-reg.c:1): bad size")
+			})
+			h.kata.Before("Kill", func(context.Context) error {
+				h.wantStatus("CREATED") // the placeholder is nothing to show
+				return nil
+			})
+			_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+			wantError(t, err, "restore container c1 from "+path, "/data/f has grown\nError (criu/files-reg.c:1): bad size")
+			h.wantStatus("STOPPED")
+			if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
+				t.Fatal(err)
+			}
+			if exists(h.exchange()) {
+				t.Error("the exchange directory is left")
+			}
+		})
+	}
+}
+
+func TestTemporaryCopyOfContainerdIsRemoved(t *testing.T) {
+	temp := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", "")
+	t.Setenv("TMPDIR", temp)
+	lay := func(dir string) string {
+		if err := os.Rename(imageSet(t), dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	// Beside containerd's copy lies what anybody may have put there.
+	if err := os.WriteFile(filepath.Join(temp, rootfsDiffName), []byte("planted"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		dir  string
+		gone bool
+	}{
+		{filepath.Join(temp, "ctrd-checkpoint123"), true},
+		{filepath.Join(temp, "ctrd-checkpoint"), false},
+		{filepath.Join(temp, "ctrd-checkpoint-mine"), false},
+		{filepath.Join(t.TempDir(), "ctrd-checkpoint123"), false},
+	} {
+		if filepath.Dir(tc.dir) == temp && !tc.gone {
+			os.Remove(filepath.Join(temp, rootfsDiffName))
+		}
+		path := lay(tc.dir)
+		h := newHarness(t)
+		h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+		if exists(path) == tc.gone {
+			t.Errorf("%s: there %v", path, exists(path))
+		}
+	}
+}
+
+func TestExecIntoARestoredContainer(t *testing.T) {
+	path := imageSet(t)
+	h := newHarness(t)
+	h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	asked := &specs.Process{Args: []string{"id"}, Cwd: "/home", User: specs.User{UID: 7}, Terminal: true, ConsoleSize: &specs.Box{Height: 3, Width: 4}}
+	value, err := json.Marshal(asked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &task.ExecProcessRequest{ID: "c1", ExecID: "e", Terminal: true, Stdout: "out", Spec: &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Process", Value: value}}
+	if _, err := h.task.Exec(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	got := h.kata.Request("Exec").(*task.ExecProcessRequest)
+	helper := &specs.Process{}
+	if err := json.Unmarshal(got.GetSpec().GetValue(), helper); err != nil {
+		t.Fatal(err)
+	}
+	if len(helper.Args) != 3 || helper.Args[0] != helperPath || helper.Args[1] != "exec" || len(helper.Args[2]) < 16 || helper.Cwd != "/" || helper.User.UID != 0 || !helper.Terminal || helper.ConsoleSize == nil {
+		t.Errorf("helper %+v", helper)
+	}
+	if got.Stdout != "out" || !got.Terminal || got.GetSpec().GetTypeUrl() != r.Spec.TypeUrl {
+		t.Errorf("request %v", got)
+	}
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1", ExecID: "e"}); err != nil {
+		t.Fatal(err)
+	}
+	exec := h.guest.Request("Exec").(*api.ExecRequest)
+	if exec.GetContainerId() != "c1" || exec.GetHelperToken() != helper.Args[2] || string(exec.GetProcess()) != string(value) {
+		t.Errorf("the agent got %v", exec)
+	}
+
+	// What the agent refuses leaves no helper.
+	h.guest.Before("Exec", func(context.Context) error {
+		return errgrpc.ToGRPCf(errdefs.ErrNotFound, "no such program")
+	})
+	r.ExecID = "f"
+	if _, err := h.task.Exec(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	_, err = h.task.Start(t.Context(), &task.StartRequest{ID: "c1", ExecID: "f"})
+	wantError(t, err, "exec f in container c1", "no such program")
+	if !h.kata.Called("Kill c1 f") {
+		t.Error("the helper is left")
+	}
+}

@@ -1,0 +1,217 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/containerd/v2/pkg/protobuf"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
+)
+
+// Create prepares a container so that it can be checkpointed, or is restored
+// at Start, and has Kata create it. Whether the agent answers is found out
+// here and said at Start: engines do not clean up after a Create that failed.
+func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *task.CreateTaskResponse, err error) {
+	begin := time.Now()
+	spec, err := bundle.ReadSpec(r.Bundle)
+	if err != nil {
+		return nil, errclass.Invalid("create container %s: %w", r.ID, err)
+	}
+	kind, _, err := bundle.Place(r.ID, spec.Annotations)
+	if err != nil {
+		return nil, errclass.Invalid("create container %s: %w", r.ID, err)
+	}
+	if err := s.normalizeOptions(r); err != nil {
+		return nil, fmt.Errorf("create container %s: %w", r.ID, err)
+	}
+	c := newContainer(s, r, spec, kind)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.exchange.remove())
+		}
+	}()
+	switch {
+	case kind == bundle.Sandbox && r.Checkpoint != "":
+		return nil, errclass.Invalid("container %s is its pod's sandbox: only the other containers of a pod can be restored", r.ID)
+	case kind == bundle.Sandbox:
+		c.state = unmanagedState{c: c, reason: errors.New("it is its pod's sandbox, without a workload")}
+	default:
+		if err := c.prepare(ctx, r, spec); err != nil {
+			return nil, fmt.Errorf("create container %s: %w", r.ID, err)
+		}
+	}
+
+	s.events.Expect(r.ID, "")
+	// A containerd that was started again may ask for the container before this
+	// has ended.
+	c.ops <- struct{}{}
+	defer func() { <-c.ops }()
+	c.creating.Store(createdAnswer(r, uint32(os.Getpid()))) //nolint:gosec // pids are positive
+	defer c.creating.Store(nil)
+	s.add(c) // before Kata's events for it come
+	resp := &task.CreateTaskResponse{}
+	err = s.passToEnd(ctx, "Create", r, resp)
+	s.protectShare(ctx, r.ID)
+	if err != nil {
+		s.remove(r.ID)
+		return nil, err
+	}
+	c.answers.Store("", createdAnswer(r, resp.GetPid()))
+	c.creating.Store(nil)
+	if r.ID == s.sandbox {
+		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
+			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("note the VM's process")
+		}
+		s.vmBundle.Store(&r.Bundle)
+	}
+	created := time.Since(begin)
+	if c.source != nil {
+		s.stops.Wait(ctx, "restore", "create")
+	}
+	if kind != bundle.Sandbox {
+		c.agentErr = s.meetAgent(ctx, c)
+	}
+	log.G(ctx).WithError(c.agentErr).WithFields(log.Fields{"container": c.id, "created": created, "duration": time.Since(begin)}).Info("created")
+	return resp, nil
+}
+
+// prepare edits the bundle before Kata reads it.
+func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
+	cfg := c.s.cfg
+	if _, marked := spec.Annotations[adjust.AnnotationMarker]; !marked && bundle.MadeByCRI(spec.Annotations) {
+		log.G(ctx).WithField("container", c.id).Info("not adjusted by the NRI plugin, so the shim does it")
+	}
+	a, err := adjust.Adjust(adjust.Container{Namespace: c.s.namespace, ID: c.id, Annotations: spec.Annotations, Mounts: spec.Mounts}, cfg.StateDir)
+	if err != nil {
+		return errclass.Invalid("%w", err)
+	}
+	if err := spec.Adjust(a); err != nil {
+		return err
+	}
+	if c.annotations = spec.Annotations; c.annotations == nil {
+		c.annotations = map[string]string{}
+	}
+	if c.externals, err = adjust.Externals(c.annotations); err != nil {
+		return errclass.Invalid("%w", err)
+	}
+	// Said at Create, where a mistake in them can still be mended.
+	if _, err := afterCheckpoint(nil, c.annotations, cfg); err != nil {
+		return errclass.Invalid("%w", err)
+	}
+	if _, err := tcpPolicy(c.annotations); err != nil {
+		return errclass.Invalid("%w", err)
+	}
+	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id); err != nil {
+		return err
+	}
+	name, err := c.archiveName()
+	switch {
+	case err != nil:
+		return err
+	case r.Checkpoint != "":
+		err = c.prepareRestore(ctx, r, spec) // the engine's word is the more particular one
+	case name != "":
+		err = c.prepareArchive(ctx, name, r, spec)
+	}
+	if err != nil {
+		return err
+	}
+	return spec.Write()
+}
+
+// normalizeOptions makes of the request's options what Kata can read.
+func (s *Service) normalizeOptions(r *task.CreateTaskRequest) error {
+	if r.Options != nil && r.Options.GetTypeUrl() == "" {
+		// `ctr containers restore` sends an empty one, on which Kata's Go shim fails.
+		r.Options = nil
+	}
+	if r.Options != nil || s.cfg.KataConfigPath == "" {
+		return nil
+	}
+	options, err := anypb.New(&runtimeoptions.Options{ConfigPath: s.cfg.KataConfigPath})
+	if err != nil {
+		return fmt.Errorf("name Kata's configuration: %w", err)
+	}
+	// Kata's Rust shim takes the bare name only, as containerd writes it.
+	options.TypeUrl = string(options.MessageName())
+	r.Options = options
+	return nil
+}
+
+// createdAnswer is what State would say right after Create.
+func createdAnswer(r *task.CreateTaskRequest, pid uint32) *task.StateResponse {
+	return &task.StateResponse{
+		ID: r.ID, Bundle: r.Bundle, Pid: pid, Status: statusCreated,
+		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal, ExitedAt: protobuf.ToTimestamp(time.Time{}),
+	}
+}
+
+// Start starts a container's first process, or one of its execs.
+func (s *Service) Start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+	c := s.container(r.ID)
+	if c == nil {
+		resp := &task.StartResponse{}
+		return resp, s.pass(ctx, "Start", r, resp)
+	}
+	if r.ExecID != "" {
+		return c.startExec(ctx, r)
+	}
+	var resp *task.StartResponse
+	err := c.do(ctx, func(st state) (err error) {
+		resp, err = st.start(ctx, r)
+		return err
+	})
+	c.launches.settle("", err == nil)
+	return resp, err
+}
+
+// start starts what Create has prepared: only once the exchange mount is
+// withdrawn from the container, so that no workload ever sees it.
+func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+	ctx, end := c.s.operation(ctx)
+	defer end()
+	if err := c.adopt(ctx); err != nil {
+		return c.startWithoutAgent(ctx, r, err)
+	}
+	if c.source != nil {
+		return c.startRestored(ctx, r)
+	}
+	resp := &task.StartResponse{}
+	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
+		return nil, err
+	}
+	c.become(runningState{c})
+	return resp, nil
+}
+
+// startWithoutAgent starts a container that cannot be checkpointed, if the
+// operator wants that.
+func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest, reason error) (*task.StartResponse, error) {
+	if !c.s.cfg.AgentOptional || c.source != nil {
+		c.abandon(ctx)
+		return nil, errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("start container %s: %w", c.id, c.explain(reason)))
+	}
+	// The mount is still in the container, and has to be of no use there.
+	if err := c.exchange.remove(); err != nil {
+		c.abandon(ctx)
+		return nil, fmt.Errorf("start container %s: %w", c.id, err)
+	}
+	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starts without a chance of a checkpoint")
+	resp := &task.StartResponse{}
+	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
+		return nil, err
+	}
+	c.become(unmanagedState{c: c, reason: c.explain(reason)})
+	return resp, nil
+}

@@ -1,0 +1,151 @@
+package task
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+)
+
+// restoredExec is an exec into a restored container. Kata starts our helper in
+// the placeholder's namespaces, and the agent the real process in the restored
+// ones, on the helper's stdio.
+type restoredExec struct {
+	token string
+	// process is the OCI process that the caller asked for.
+	process []byte
+}
+
+// Exec adds an exec to a container; Start starts it.
+func (s *Service) Exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
+	s.events.Expect(r.ID, r.ExecID)
+	c := s.container(r.ID)
+	if c == nil {
+		return s.passEmpty(ctx, "Exec", r)
+	}
+	if !c.restored.Load() {
+		resp, err := s.passEmpty(ctx, "Exec", r)
+		if err == nil {
+			c.launches.expect(r.ExecID)
+		}
+		return resp, err
+	}
+	e, helper, err := rewriteExec(r)
+	if err != nil {
+		return nil, fmt.Errorf("exec %s in container %s: %w", r.ExecID, r.ID, err)
+	}
+	resp, err := s.passEmpty(ctx, "Exec", helper)
+	if err == nil {
+		c.execs.Store(r.ExecID, e)
+		c.launches.expect(r.ExecID)
+	}
+	return resp, err
+}
+
+// rewriteExec puts the helper in the place of the process that is asked for.
+func rewriteExec(r *task.ExecProcessRequest) (*restoredExec, *task.ExecProcessRequest, error) {
+	var process specs.Process
+	if err := json.Unmarshal(r.GetSpec().GetValue(), &process); err != nil {
+		return nil, nil, errclass.Invalid("process: %w", err)
+	}
+	e := &restoredExec{token: rand.Text(), process: r.GetSpec().GetValue()}
+	data, err := json.Marshal(specs.Process{
+		Terminal:    process.Terminal,
+		ConsoleSize: process.ConsoleSize,
+		Args:        []string{helperPath, execMode, e.token},
+		Cwd:         "/",
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("process of the helper: %w", err)
+	}
+	helper := proto.Clone(r).(*task.ExecProcessRequest)
+	helper.Spec = &anypb.Any{TypeUrl: r.GetSpec().GetTypeUrl(), Value: data}
+	return e, helper, nil
+}
+
+// startExec starts an exec, through the gate that keeps it apart from a freeze.
+func (c *container) startExec(ctx context.Context, r *task.StartRequest) (_ *task.StartResponse, err error) {
+	defer func() { c.launches.settle(r.ExecID, err == nil) }()
+	if err := c.gate.enter(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
+		return nil, fmt.Errorf("exec %s in container %s: %w", r.ExecID, c.id, err)
+	}
+	defer c.gate.leave()
+	resp := &task.StartResponse{}
+	e, ok := c.execs.Load(r.ExecID)
+	if !ok {
+		return resp, c.s.pass(ctx, "Start", r, resp)
+	}
+	if err := c.startInRestored(ctx, r, resp, e.(*restoredExec)); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// startInRestored has Kata start the helper and the agent the process that the
+// helper stands for. The agent is asked first: it waits for the helper, and
+// what it can do before then costs no time.
+func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, resp *task.StartResponse, e *restoredExec) error {
+	actx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	entered := make(chan error, 1)
+	go func() { entered <- c.enterRestored(actx, e) }()
+	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
+		cancel()  // there is no helper to wait for
+		<-entered //nolint:errcheck // called off
+		return err
+	}
+	err := <-entered
+	if err == nil {
+		return nil
+	}
+	uctx, stop := undo(ctx)
+	defer stop()
+	if kerr := c.endHelper(uctx, r.ExecID); kerr != nil { // it is of no use alone
+		err = errors.Join(err, kerr)
+	}
+	return fmt.Errorf("exec %s in container %s: %w", r.ExecID, c.id, err)
+}
+
+// enterRestored has the agent start the process that the helper stands for.
+func (c *container) enterRestored(ctx context.Context, e *restoredExec) error {
+	return c.s.agent.DoOnce(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process})
+		return err
+	})
+}
+
+// endHelper ends an exec's helper, and waits until Kata knows of its end: an
+// engine deletes the exec next, which for one that runs is an error.
+func (c *container) endHelper(ctx context.Context, id string) error {
+	err := c.s.down.kill(ctx, &task.KillRequest{ID: c.id, ExecID: id, Signal: uint32(syscall.SIGKILL)})
+	if err != nil && !isGone(err) {
+		return err
+	}
+	for {
+		st := &task.StateResponse{}
+		err := c.s.down.own(ctx, "State", &task.StateRequest{ID: c.id, ExecID: id}, st)
+		if isGone(err) || err == nil && st.GetStatus() == statusStopped {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}

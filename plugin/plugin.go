@@ -1,0 +1,57 @@
+// Package plugin is the containerd side of kata-checkpoint: the shim of the
+// runtime io.containerd.kata-checkpoint.v2. Its only promise to importers is
+// [Run]; everything behind it is internal.
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/containerd/log"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/daemon"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/manager"
+	_ "github.com/kata-checkpoint/kata-checkpoint/plugin/internal/task/register"
+)
+
+// Name is the shim's, as containerd derives it from the runtime's.
+const Name = manager.Name
+
+// Run is one invocation of the shim by containerd: args are the command line
+// without the program's name. The answers to start, delete and -info are
+// written to stdout; without an action Run serves the sandbox until it ends.
+func Run(ctx context.Context, args []string, stdout io.Writer) error {
+	i, err := manager.Parse(args)
+	if err != nil {
+		return err
+	}
+	return run(ctx, i, stdout)
+}
+
+func run(ctx context.Context, i *manager.Invocation, stdout io.Writer) (err error) {
+	var out []byte
+	switch {
+	case i.Version:
+		_, err = fmt.Fprintf(stdout, "containerd-shim-kata-checkpoint-v2 %s\n", version.Version)
+		return err
+	case i.Info:
+		out, err = manager.Info(ctx, i)
+	case i.Action == "start":
+		// containerd reads stdout and stderr as one answer.
+		log.L.Logger.SetOutput(io.Discard)
+		out, err = manager.Start(ctx, i)
+	case i.Action == "delete":
+		out, err = manager.Delete(ctx, i)
+	case i.Action == "":
+		return daemon.Run(ctx, i)
+	default:
+		return fmt.Errorf("%w: unknown action %q", manager.ErrUsage, i.Action)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = stdout.Write(out)
+	return err
+}
