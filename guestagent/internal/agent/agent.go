@@ -1,6 +1,6 @@
-// Package guestagent is the product's side of the guest: a daemon in Kata's VM
-// that freezes, checkpoints and restores the containers beside Kata's own
-// agent, on the word of the shim (package plugin) on the host.
+// Package agent is the daemon in Kata's VM that freezes, checkpoints and
+// restores containers beside the kata-agent, at the request of the shim
+// (package plugin) on the host.
 //
 // It is started once a VM by Kata's guest hook, as root in the guest's root
 // namespaces, and serves the protocol of package api over AF_VSOCK to the host

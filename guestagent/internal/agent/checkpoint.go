@@ -16,9 +16,10 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // ghostLimit is the largest file without a name that goes into an image set,
@@ -31,14 +32,14 @@ func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*e
 	if err != nil {
 		return nil, toRPC(err)
 	}
-	pids, err := cgroup.Procs(c.tree(), true)
+	pids, err := c.pids()
 	if err != nil {
-		return nil, toRPC(fmt.Errorf("processes of container %s: %w", c.ID, err))
-	}
-	if err := undumpable(c, pids, r.GetOptions()); err != nil {
 		return nil, toRPC(err)
 	}
-	if _, err := tcpConnections(c, r.GetOptions()); err != nil {
+	if err := inspect.Undumpable(c.root().PID, pids, c.Stdio, r.GetOptions()); err != nil {
+		return nil, toRPC(err)
+	}
+	if _, err := inspect.TCPConnections(pids, r.GetOptions()); err != nil {
 		return nil, toRPC(err)
 	}
 	return &empty{}, nil
@@ -101,11 +102,15 @@ func stayFrozen(ctx context.Context, c *container) error {
 func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (_ *api.CheckpointResponse, err error) {
 	ph := newPhases(ctx, "checkpoint", c.ID)
 	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
-	tcp, err := tcpConnections(c, r.GetOptions())
+	pids, err := c.pids()
 	if err != nil {
 		return nil, err
 	}
-	op, err := a.describe(c, r, out)
+	tcp, err := inspect.TCPConnections(pids, r.GetOptions())
+	if err != nil {
+		return nil, err
+	}
+	op, err := a.describe(c, pids, r, out)
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +144,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, err
 	}
-	if err := abandonConnections(tcp); err != nil {
+	if err := netlock.EnterRepair(tcp); err != nil {
 		return nil, err
 	}
 
@@ -154,28 +159,24 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 }
 
 // describe fills in what the restore has to know and prepares CRIU's run.
-func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
+func (a *Agent) describe(c *container, pids []int, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
 	root := c.root().PID
-	mounts, err := mountsOf(root)
+	mounts, err := inspect.Mounts(root)
 	if err != nil {
 		return nil, fmt.Errorf("mounts of the container: %w", err)
 	}
-	guest, err := mountsOf(os.Getpid())
+	guest, err := inspect.Mounts(os.Getpid())
 	if err != nil {
 		return nil, fmt.Errorf("mounts of the guest: %w", err)
 	}
-	out.Externals = externals(mounts, guest, r.GetExternals())
-	pids, err := cgroup.Procs(c.tree(), true)
-	if err != nil {
-		return nil, fmt.Errorf("processes of the container: %w", err)
-	}
-	if err := undumpable(c, pids, r.GetOptions()); err != nil {
+	out.Externals = inspect.Externals(mounts, guest, r.GetExternals())
+	if err := inspect.Undumpable(c.root().PID, pids, c.Stdio, r.GetOptions()); err != nil {
 		return nil, err
 	}
-	if out.OpenFiles, err = openFiles(pids, mounts); err != nil {
+	if out.OpenFiles, err = inspect.OpenFiles(pids, mounts); err != nil {
 		return nil, fmt.Errorf("open files of the container: %w", err)
 	}
-	if out.Hostname, err = hostname(root); err != nil {
+	if out.Hostname, err = inspect.Hostname(root); err != nil {
 		return nil, err
 	}
 	if out.CpuFeatures, err = cpuFeatures(); err != nil {
@@ -193,7 +194,7 @@ func (a *Agent) describe(c *container, r *api.CheckpointRequest, out *api.Checkp
 // shareNamespace tells CRIU of a pid namespace that is not the container's own,
 // of which it takes no notice then: at the restore it is to be given one.
 func shareNamespace(opts *rpc.CriuOpts, root int) error {
-	own, err := ownPIDNamespace(root)
+	own, err := inspect.OwnPIDNamespace(root)
 	if err != nil || own {
 		return err
 	}
@@ -219,7 +220,7 @@ func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.C
 		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", e.GetDestination(), e.GetName()))
 	}
 	for _, s := range out.GetStdio() {
-		if isTTY(s.GetKey()) && !slices.Contains(opts.External, s.GetKey()) {
+		if inspect.IsTTY(s.GetKey()) && !slices.Contains(opts.External, s.GetKey()) {
 			opts.External = append(opts.External, s.GetKey())
 		}
 	}
@@ -236,21 +237,6 @@ func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
 	if slices.Contains(o.GetEmptyNamespaces(), "network") {
 		opts.EmptyNs = proto.Uint32(unix.CLONE_NEWNET)
 	}
-}
-
-// hostname is the one that a process sees.
-func hostname(pid int) (string, error) {
-	var name unix.Utsname
-	err := thread.Do(func() error {
-		if err := thread.Enter(pid, "uts"); err != nil {
-			return err
-		}
-		return unix.Uname(&name)
-	})
-	if err != nil {
-		return "", fmt.Errorf("hostname of the container: %w", err)
-	}
-	return unix.ByteSliceToString(name.Nodename[:]), nil
 }
 
 func copyOut(from, to string) error {

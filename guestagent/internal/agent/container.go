@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
@@ -51,6 +52,15 @@ func (c *container) tree() string {
 		return filepath.Join(c.Cgroup, restoredCgroup)
 	}
 	return c.Cgroup
+}
+
+// pids are the container's own processes.
+func (c *container) pids() ([]int, error) {
+	pids, err := cgroup.Procs(c.tree(), true)
+	if err != nil {
+		return nil, fmt.Errorf("processes of container %s: %w", c.ID, err)
+	}
+	return pids, nil
 }
 
 // forgetCgroup removes what Kata's agent has left of a container's cgroup: it
@@ -113,7 +123,7 @@ func find(id string) (*container, error) {
 	if err != nil {
 		return nil, fmt.Errorf("container %s has no process: %w", id, err)
 	}
-	stdio, err := stdioOf(init.PID)
+	stdio, err := inspect.Stdio(init.PID)
 	if err != nil {
 		return nil, fmt.Errorf("stdio of container %s: %w", id, err)
 	}

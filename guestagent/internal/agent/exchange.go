@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
@@ -24,7 +25,7 @@ func withdraw(init process, destination, token, target string) error {
 	if !path.IsAbs(destination) || path.Clean(destination) != destination || destination == "/" {
 		return fmt.Errorf("exchange mount: destination %q is not a clean absolute path", destination)
 	}
-	parts, err := partialMounts(init.PID)
+	parts, err := inspect.PartialMounts(init.PID)
 	if err != nil {
 		return fmt.Errorf("withdraw the exchange mount: %w", err)
 	}

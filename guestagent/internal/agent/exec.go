@@ -17,6 +17,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
@@ -191,7 +192,7 @@ func isHelper(c *container, pid int, token string) bool {
 		return false
 	}
 	for _, ns := range []string{"pid", "mnt"} {
-		if same, err := sameNamespace(pid, c.Init.PID, ns); err != nil || !same {
+		if same, err := inspect.SameNamespace(pid, c.Init.PID, ns); err != nil || !same {
 			return false
 		}
 	}
@@ -339,7 +340,7 @@ func (h *helper) await(pid int) (unix.WaitStatus, error) {
 // introduce tells the helper where to pass signals on to.
 func (h *helper) introduce(pid int) error {
 	// Looked up first: a process that has ended is a zombie until it is waited for.
-	pids, err := nsPIDs(pid)
+	pids, err := inspect.NSPIDs(pid)
 	if err != nil {
 		return err
 	}

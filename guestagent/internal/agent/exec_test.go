@@ -54,6 +54,15 @@ func took(c *container, pid int, token string, limit time.Duration) bool {
 	return false
 }
 
+func asContainer(t *testing.T) *container {
+	t.Helper()
+	init, err := newProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &container{ID: "c1", Init: init}
+}
+
 // The helper is told by what no process of a container can have. The token,
 // which none can know, is no more than one of these.
 func TestOnlyTheHelperIsTaken(t *testing.T) {

@@ -5,51 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
 // A container that shares its pod's pid namespace is no first process's tree,
 // and no pid namespace is in its image set: its processes are restored, with
 // the pids that they had, into one that is made for them below the
 // placeholder's. Its first process is [FirstMode]'s.
-
-// ownPIDNamespace says whether a process is the first of its pid namespace. If
-// not, the namespace is another container's, or was.
-func ownPIDNamespace(pid int) (bool, error) {
-	pids, err := nsPIDs(pid)
-	if err != nil {
-		return false, err
-	}
-	return pids[len(pids)-1] == 1, nil
-}
-
-// sharedNamespace says whether the processes of an image set shared a pid
-// namespace. CRIU has an image of one only when it was told that it is external.
-func sharedNamespace(images string) (bool, error) {
-	found, err := filepath.Glob(filepath.Join(images, "pidns-*.img"))
-	return len(found) > 0, err
-}
-
-// imagePIDs are the pids of the processes and threads in an image set: each has
-// an image that is named after it.
-func imagePIDs(images string) ([]int, error) {
-	found, err := filepath.Glob(filepath.Join(images, "core-*.img"))
-	var pids []int
-	for _, path := range found {
-		name := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(path), "core-"), ".img")
-		if pid, err := strconv.Atoi(name); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids, err
-}
 
 // makeNamespace makes a pid namespace in the placeholder's, with all else as the
 // placeholder's, and returns the pid of its first process, which is in the
@@ -84,7 +51,7 @@ func (a *Agent) makeNamespace(c *container) (int, error) {
 	}
 	for _, pid := range pids {
 		// Its pids are the guest's root one, the placeholder's namespace's, and 1.
-		if ns, err := nsPIDs(pid); err == nil && len(ns) > 2 && ns[len(ns)-1] == 1 && ns[len(ns)-2] == inside {
+		if ns, err := inspect.NSPIDs(pid); err == nil && len(ns) > 2 && ns[len(ns)-1] == 1 && ns[len(ns)-2] == inside {
 			return pid, nil
 		}
 	}

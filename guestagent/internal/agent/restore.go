@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -38,7 +40,7 @@ func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*empty, 
 }
 
 func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
-	own, err := ownPIDNamespace(c.Init.PID)
+	own, err := inspect.OwnPIDNamespace(c.Init.PID)
 	if err != nil {
 		return err
 	}
@@ -73,7 +75,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return fmt.Errorf("the checkpoint was made on a processor with %s, which this guest's has not: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
 	}
 	root := fmt.Sprintf("/proc/%d/root", c.Init.PID)
-	mounts, err := mountsOf(c.Init.PID)
+	mounts, err := inspect.Mounts(c.Init.PID)
 	if err != nil {
 		return err
 	}
@@ -90,14 +92,14 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if lost := missing(want, there); len(lost) > 0 {
 		return fmt.Errorf("the new container has no mount at %s: create it with the mounts of the old one", strings.Join(lost, ", "))
 	}
-	changed, err := changedFiles(root, r.GetOpenFiles())
+	changed, err := inspect.ChangedFiles(root, r.GetOpenFiles())
 	if err != nil {
 		return err
 	}
 	if len(changed) > 0 {
 		return fmt.Errorf("files that its processes hold open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
 	}
-	changed, err = changedShm(root+shmDir, r.GetOpenFiles())
+	changed, err = inspect.ChangedShm(root+inspect.ShmDir, r.GetOpenFiles())
 	if err != nil {
 		return err
 	}
@@ -137,7 +139,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("wait for the placeholder")
-	if err := restoreShm(fmt.Sprintf("/proc/%d/root"+shmDir, c.Init.PID), filepath.Join(images, imageset.DevShmName)); err != nil {
+	if err := restoreShm(fmt.Sprintf("/proc/%d/root"+inspect.ShmDir, c.Init.PID), filepath.Join(images, imageset.DevShmName)); err != nil {
 		return nil, err
 	}
 	ph.done("restore /dev/shm")
@@ -148,7 +150,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	}
 	// The placeholder's: what CRIU does not join it would make from the
 	// guest's root namespaces, or from the image set's old pod.
-	pids, err := nsPIDs(c.Init.PID)
+	pids, err := inspect.NSPIDs(c.Init.PID)
 	if err != nil {
 		return nil, err
 	}
@@ -248,7 +250,7 @@ func restoredRoot(tree string, placeholder int) (*process, error) {
 		return nil, fmt.Errorf("processes of the restored tree: %w", err)
 	}
 	for _, pid := range pids {
-		if parent, err := parentOf(pid); err != nil || parent != placeholder {
+		if parent, err := inspect.ParentOf(pid); err != nil || parent != placeholder {
 			continue
 		}
 		if root, err := newProcess(pid); err == nil {
@@ -256,4 +258,15 @@ func restoredRoot(tree string, placeholder int) (*process, error) {
 		}
 	}
 	return nil, errors.New("the restored process has ended already")
+}
+
+// missing returns the elements of want that are not in have.
+func missing(want, have []string) []string {
+	var out []string
+	for _, w := range want {
+		if !slices.Contains(have, w) {
+			out = append(out, w)
+		}
+	}
+	return out
 }

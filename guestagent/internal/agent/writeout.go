@@ -5,14 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strings"
 
 	"github.com/containerd/log"
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
 // writeOut brings what a frozen container has written to where the host sees
@@ -26,11 +23,11 @@ import (
 // where the share is mounted with a writeback cache, what they have open.
 func (c *container) writeOut(ctx context.Context) error {
 	root := c.root().PID
-	mounts, err := mountsOf(root)
+	mounts, err := inspect.Mounts(root)
 	if err != nil {
 		return fmt.Errorf("mounts of the container: %w", err)
 	}
-	shares := shares(mounts)
+	shares := inspect.Shares(mounts)
 	var st unix.Stat_t
 	path := fmt.Sprintf("/proc/%d/root", root)
 	if err := unix.Stat(path, &st); err != nil {
@@ -39,11 +36,11 @@ func (c *container) writeOut(ctx context.Context) error {
 	if !shares[st.Dev] {
 		return syncRoot(path)
 	}
-	pids, err := cgroup.Procs(c.tree(), true)
+	pids, err := c.pids()
 	if err != nil {
-		return fmt.Errorf("processes of the container: %w", err)
+		return err
 	}
-	files, err := writtenFiles(pids, shares)
+	files, err := inspect.WrittenFiles(pids, shares)
 	if err != nil {
 		return fmt.Errorf("files that the container writes: %w", err)
 	}
@@ -56,17 +53,6 @@ func (c *container) writeOut(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// shares are the devices of what the host shares with the guest.
-func shares(mounts []*mountinfo.Info) map[uint64]bool {
-	out := make(map[uint64]bool)
-	for _, m := range mounts {
-		if m.FSType == "virtiofs" || m.FSType == "fuse" || strings.HasPrefix(m.FSType, "fuse.") {
-			out[unix.Mkdev(uint32(m.Major), uint32(m.Minor))] = true //nolint:gosec // device numbers
-		}
-	}
-	return out
 }
 
 // syncRoot syncs the file system of a directory.
@@ -97,54 +83,4 @@ func writeOutFile(ctx context.Context, path string) error {
 		return fmt.Errorf("write out a file of the container, %s: %w", path, err)
 	}
 	return nil
-}
-
-// writtenFiles lists the regular files on the devices that processes have open
-// for writing or have mapped for all to see, each once, by links in /proc. Files
-// without a name are left out.
-func writtenFiles(pids []int, devices map[uint64]bool) ([]string, error) {
-	type inode struct{ device, number uint64 }
-	seen := make(map[inode]bool)
-	var out []string
-	add := func(link string) {
-		var st unix.Stat_t
-		if err := unix.Stat(link, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 || !devices[st.Dev] {
-			return // closed or ended meanwhile, or nothing of ours
-		}
-		if i := (inode{st.Dev, st.Ino}); !seen[i] {
-			seen[i] = true
-			out = append(out, link)
-		}
-	}
-	for _, pid := range pids {
-		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
-		if err != nil {
-			return nil, err
-		}
-		for _, fd := range fds {
-			// A link's mode is that of the descriptor.
-			if info, err := os.Lstat(fd); err == nil && info.Mode()&0o200 != 0 {
-				add(fd)
-			}
-		}
-		err = eachMapping(pid, func(m mapping) {
-			if strings.HasSuffix(m.permissions, "s") { // whether or not it may be written to right now
-				add(fmt.Sprintf("/proc/%d/map_files/%s", pid, mapFilesName(m.addresses)))
-			}
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-// mapFilesName is the name in map_files of the addresses in maps, which are
-// padded with zeros.
-func mapFilesName(addresses string) string {
-	var from, to uint64
-	if _, err := fmt.Sscanf(addresses, "%x-%x", &from, &to); err != nil {
-		return addresses
-	}
-	return fmt.Sprintf("%x-%x", from, to)
 }

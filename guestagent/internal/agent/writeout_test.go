@@ -11,6 +11,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
@@ -48,7 +49,7 @@ func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
 	}
 
 	for pid, want := range map[int]string{cmd.Process.Pid: "written", os.Getpid(): "mapped"} {
-		files, err := writtenFiles([]int{pid}, map[uint64]bool{st.Dev: true})
+		files, err := inspect.WrittenFiles([]int{pid}, map[uint64]bool{st.Dev: true})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -71,14 +72,14 @@ func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
 		if fmt.Sprint(names) != "["+want+"]" {
 			t.Errorf("writtenFiles of process %d = %q, want %s", pid, files, want)
 		}
-		if files, err = writtenFiles([]int{pid}, map[uint64]bool{st.Dev + 1: true}); err != nil || len(files) > 0 {
+		if files, err = inspect.WrittenFiles([]int{pid}, map[uint64]bool{st.Dev + 1: true}); err != nil || len(files) > 0 {
 			t.Errorf("writtenFiles of another device = %q, %v", files, err)
 		}
 	}
 }
 
 func TestSharesAreWhatTheHostHas(t *testing.T) {
-	got := shares([]*mountinfo.Info{{FSType: "virtiofs", Minor: 40}, {FSType: "tmpfs", Minor: 41}, {FSType: "fuse.nydus", Minor: 42}, {FSType: "ext4", Major: 254, Minor: 1}})
+	got := inspect.Shares([]*mountinfo.Info{{FSType: "virtiofs", Minor: 40}, {FSType: "tmpfs", Minor: 41}, {FSType: "fuse.nydus", Minor: 42}, {FSType: "ext4", Major: 254, Minor: 1}})
 	if len(got) != 2 || !got[unix.Mkdev(0, 40)] || !got[unix.Mkdev(0, 42)] {
 		t.Errorf("shares = %v", got)
 	}

@@ -11,12 +11,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/connections"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
 // Lock drops every packet of the connections, in both directions, until
 // Unlock is called with the same name. It is for the caller's network namespace.
-func Lock(name string, list []connections.Connection) error {
+func Lock(name string, list []inspect.Connection) error {
 	b := newBatch()
 	b.add(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, text(unix.NFTA_TABLE_NAME, name))
 	for _, h := range hooks {

@@ -12,8 +12,12 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/connections"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
+
+// The first thread is what /proc/self shows. It is the main goroutine's, so that
+// no test leaves it in another network namespace.
+func init() { runtime.LockOSThread() }
 
 // inNetworkNamespace runs a test on a thread with a network of its own.
 func inNetworkNamespace(t *testing.T) {
@@ -47,7 +51,7 @@ func TestLock(t *testing.T) {
 		if !arrives(t, here, there) {
 			t.Fatal("nothing arrives, without a lock")
 		}
-		err = Lock("test", []connections.Connection{{Local: addrPort(here.LocalAddr()), Remote: addrPort(here.RemoteAddr())}})
+		err = Lock("test", []inspect.Connection{{Local: addrPort(here.LocalAddr()), Remote: addrPort(here.RemoteAddr())}})
 		if errors.Is(err, unix.EPROTONOSUPPORT) {
 			t.Skipf("the kernel has no nf_tables: %v", err)
 		}

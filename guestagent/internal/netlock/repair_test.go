@@ -1,4 +1,4 @@
-package agent
+package netlock
 
 import (
 	"errors"
@@ -7,9 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/connections"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
 func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
@@ -21,7 +19,7 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	pair := func() (here, there net.Conn, list []connections.Connection) {
+	pair := func() (here, there net.Conn, list []inspect.Connection) {
 		here, err := net.Dial("tcp4", l.Addr().String())
 		if err != nil {
 			t.Fatal(err)
@@ -30,7 +28,7 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { here.Close(); there.Close() })
-		all, err := connections.List([]int{os.Getpid()})
+		all, err := inspect.Connections([]int{os.Getpid()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -54,7 +52,7 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 	}
 
 	here, there, list := pair()
-	if err := abandonConnections(list); err != nil {
+	if err := EnterRepair(list); err != nil {
 		t.Fatal(err)
 	}
 	here.Close()
@@ -63,7 +61,7 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 	}
 
 	here, there, list = pair()
-	if err := errors.Join(abandonConnections(list), repair(list, unix.TCP_REPAIR_OFF_NO_WP)); err != nil {
+	if err := errors.Join(EnterRepair(list), LeaveRepair(list)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := here.Write([]byte{1}); err != nil {

@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"bytes"
@@ -15,8 +15,8 @@ import (
 // the container had: they show the kernel's state, not files.
 var kernelFS = []string{"proc", "sysfs", "mqueue", "devpts", "securityfs", "binfmt_misc", "pstore", "tracefs", "debugfs"}
 
-// mountsOf reads the mounts in the mount namespace of a process.
-func mountsOf(pid int) ([]*mountinfo.Info, error) {
+// Mounts reads the mounts in the mount namespace of a process.
+func Mounts(pid int) ([]*mountinfo.Info, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
 		return nil, err
@@ -24,23 +24,23 @@ func mountsOf(pid int) ([]*mountinfo.Info, error) {
 	return mountinfo.GetMountsFromReader(bytes.NewReader(data), nil)
 }
 
-// partialMounts are the external mounts of a container that show a part of a
+// PartialMounts are the external mounts of a container that show a part of a
 // file system only, as binds of single files do, several of one share. They
 // are made private before the container starts: when mounts have one master,
 // CRIU copies the sharing of one of them to all (criu/mount-v2.c), which the
 // kernel refuses unless that one shows all that the others do. Nothing is lost
 // by it: what is mounted on the host reaches a guest through virtiofs, not by
 // propagation in the guest.
-func partialMounts(pid int) ([]string, error) {
-	container, err := mountsOf(pid)
+func PartialMounts(pid int) ([]string, error) {
+	container, err := Mounts(pid)
 	if err != nil {
 		return nil, fmt.Errorf("mounts of the container: %w", err)
 	}
-	guest, err := mountsOf(os.Getpid())
+	guest, err := Mounts(os.Getpid())
 	if err != nil {
 		return nil, fmt.Errorf("mounts of the guest: %w", err)
 	}
-	return partial(container, externals(container, guest, nil)), nil
+	return partial(container, Externals(container, guest, nil)), nil
 }
 
 func partial(container []*mountinfo.Info, external []*api.External) []string {
@@ -58,7 +58,7 @@ func partial(container []*mountinfo.Info, external []*api.External) []string {
 	return out
 }
 
-// externals picks the mounts of a container that cannot be in an image set:
+// Externals picks the mounts of a container that cannot be in an image set:
 // those of file systems that CRIU does not know (virtiofs above all), those
 // whose superblock belongs to the guest, not to the container (the sandbox's
 // /dev/shm, tmpfs volumes, masks bound from the guest's /dev), and the
@@ -66,7 +66,7 @@ func partial(container []*mountinfo.Info, external []*api.External) []string {
 // of the container's which no limits are set in: Go's runtime for one holds
 // cpu.max open.
 // Marked destinations are external, too. The root mount never is.
-func externals(container, guest []*mountinfo.Info, marked []string) []*api.External {
+func Externals(container, guest []*mountinfo.Info, marked []string) []*api.External {
 	shared := make(map[[2]int]bool, len(guest))
 	for _, m := range guest {
 		shared[[2]int{m.Major, m.Minor}] = true

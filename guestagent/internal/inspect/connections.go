@@ -1,6 +1,4 @@
-// Package connections finds the open TCP connections of processes, by /proc
-// alone. The guest agent calls it for processes that are frozen.
-package connections
+package inspect
 
 import (
 	"bufio"
@@ -15,6 +13,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Connection is an open TCP connection.
@@ -29,8 +30,8 @@ type Connection struct {
 // in time wait is no process's any more.
 var closedStates = []uint64{6, 7, 10}
 
-// List returns the connections of processes, each once.
-func List(pids []int) ([]Connection, error) {
+// Connections returns the connections of processes, each once.
+func Connections(pids []int) ([]Connection, error) {
 	holders := make(map[uint64]Connection)
 	namespaces := make(map[string]int) // with one of the processes in each
 	for _, pid := range pids {
@@ -137,4 +138,24 @@ func parseAddress(text string) (netip.AddrPort, error) {
 		return netip.AddrPort{}, fmt.Errorf("address %q", text)
 	}
 	return netip.AddrPortFrom(ip.Unmap(), uint16(number)), nil
+}
+
+// TCPConnections lists a container's open TCP connections, and refuses those
+// that nobody has said anything about: a restore brings them back only to the
+// same address, and only while their peers still have them.
+func TCPConnections(pids []int, o *api.CheckpointOptions) ([]Connection, error) {
+	list, err := Connections(pids)
+	if err != nil {
+		return nil, fmt.Errorf("TCP connections of the container: %w", err)
+	}
+	if len(list) == 0 || o.GetTcpEstablished() || o.GetTcpClose() {
+		return list, nil
+	}
+	more := ""
+	if len(list) > 1 {
+		more = fmt.Sprintf(", and there are %d more", len(list)-1)
+	}
+	return nil, errclass.Precondition("the process %s has an open TCP connection from %s to %s%s: annotate the container with kata-checkpoint.dev/tcp: "+
+		"established to keep connections or close to close them, have the engine send open_tcp, or close them before the checkpoint",
+		named(list[0].PID), list[0].Local, list[0].Remote, more)
 }

@@ -1,4 +1,4 @@
-package connections
+package inspect
 
 import (
 	"net"
@@ -46,7 +46,7 @@ func TestList(t *testing.T) {
 	}
 	defer l.Close()
 	found := func(c net.Conn) bool {
-		list, err := List([]int{os.Getpid()})
+		list, err := Connections([]int{os.Getpid()})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"fmt"
@@ -10,10 +10,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// stdioOf says by which keys CRIU knows the descriptors 0 to 2 of a process
+// Stdio says by which keys CRIU knows the descriptors 0 to 2 of a process
 // whose far ends are outside of its container: pipes that Kata's agent made,
 // or a terminal of the guest's devpts (src/agent/rustjail/src/process.rs).
-func stdioOf(pid int) ([]*api.Stdio, error) {
+func Stdio(pid int) ([]*api.Stdio, error) {
 	var out []*api.Stdio
 	for fd := range uint32(3) {
 		path := fmt.Sprintf("/proc/%d/fd/%d", pid, fd)
@@ -41,4 +41,4 @@ func stdioOf(pid int) ([]*api.Stdio, error) {
 	return out, nil
 }
 
-func isTTY(key string) bool { return strings.HasPrefix(key, "tty[") }
+func IsTTY(key string) bool { return strings.HasPrefix(key, "tty[") }

@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"errors"
@@ -12,20 +12,20 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// undumpable names what CRIU is known to refuse, before it starts: its own
+// Undumpable names what CRIU is known to refuse, before it starts: its own
 // message comes late, and from deep within its log. The processes need not be
 // frozen: then it tells only what can be known of them while they run.
-func undumpable(c *container, pids []int, o *api.CheckpointOptions) error {
-	own, err := ownPIDNamespace(c.root().PID)
+func Undumpable(root int, pids []int, stdio []*api.Stdio, o *api.CheckpointOptions) error {
+	own, err := OwnPIDNamespace(root)
 	if err != nil {
 		return err
 	}
 	if !own {
-		if err := strayed(c.root().PID, pids); err != nil {
+		if err := strayed(root, pids); err != nil {
 			return err
 		}
 	}
-	return undumpableFiles(c, pids, o)
+	return undumpableFiles(root, pids, stdio, o)
 }
 
 // strayed refuses processes that have lost their parent in a pid namespace that
@@ -36,14 +36,14 @@ func strayed(root int, pids []int) error {
 		if pid == root {
 			continue
 		}
-		parent, err := parentOf(pid)
+		parent, err := ParentOf(pid)
 		if err != nil || parent == 0 {
 			continue // ended meanwhile
 		}
-		if same, err := sameNamespace(parent, root, "pid"); err != nil || !same {
+		if same, err := SameNamespace(parent, root, "pid"); err != nil || !same {
 			continue // an exec: its parent is Kata's agent
 		}
-		if first, err := ownPIDNamespace(parent); err != nil || !first {
+		if first, err := OwnPIDNamespace(parent); err != nil || !first {
 			continue
 		}
 		return errclass.Precondition("the process %s has lost its parent and is no child of the container's first process, which is where CRIU looks for processes: "+
@@ -53,7 +53,7 @@ func strayed(root int, pids []int) error {
 }
 
 // undumpableFiles looks at what processes have open.
-func undumpableFiles(c *container, pids []int, o *api.CheckpointOptions) error {
+func undumpableFiles(root int, pids []int, stdio []*api.Stdio, o *api.CheckpointOptions) error {
 	sockets := make(map[uint32]int) // a socket's inode, and a process that has it
 	for _, pid := range pids {
 		fds, err := descriptors(pid)
@@ -61,7 +61,7 @@ func undumpableFiles(c *container, pids []int, o *api.CheckpointOptions) error {
 			return err
 		}
 		for _, link := range fds {
-			if err := undumpableFile(pid, link, c.Stdio); err != nil {
+			if err := undumpableFile(pid, link, stdio); err != nil {
 				return err
 			}
 			if inode, ok := socketInode(link); ok {
@@ -72,7 +72,7 @@ func undumpableFiles(c *container, pids []int, o *api.CheckpointOptions) error {
 	if o.GetExternalUnixSockets() || len(sockets) == 0 {
 		return nil
 	}
-	return outsideSockets(c.root().PID, pids, sockets)
+	return outsideSockets(root, pids, sockets)
 }
 
 // descriptors lists what a process has open, as /proc names it. Of a process
@@ -179,7 +179,7 @@ func named(pid int) string {
 
 // controlledBy says whether a process's controlling terminal is one of these.
 func controlledBy(pid int, stdio []*api.Stdio) bool {
-	fields, err := statFields(pid)
+	fields, err := StatFields(pid)
 	if err != nil || len(fields) < 5 {
 		return false
 	}

@@ -1,17 +1,12 @@
 package agent
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
-	criu_core "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/moby/sys/capability"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
@@ -59,36 +54,6 @@ func checkRights(images string, r *api.Rights) error {
 		}
 	}
 	return nil
-}
-
-// Magic numbers at the beginning of an image (criu/include/magic.h).
-const (
-	imageMagic = 0x54564319
-	coreMagic  = 0x55053847
-)
-
-// readCore reads the image of a process or thread: two magic numbers, and one
-// message behind its size.
-func readCore(path string) (*criu_core.CoreEntry, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	const head = 12
-	wrong := fmt.Errorf("%s is no image of CRIU's", filepath.Base(path))
-	if len(data) < head || binary.LittleEndian.Uint32(data) != imageMagic || binary.LittleEndian.Uint32(data[4:]) != coreMagic {
-		return nil, wrong
-	}
-	size := binary.LittleEndian.Uint32(data[8:])
-	if int64(size) > int64(len(data)-head) {
-		return nil, wrong
-	}
-	core := &criu_core.CoreEntry{}
-	// What else a newer CRIU requires of it is nothing to this.
-	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data[head:head+size], core); err != nil {
-		return nil, errors.Join(wrong, err)
-	}
-	return core, nil
 }
 
 func capabilityMask(names []string) (mask uint64) {

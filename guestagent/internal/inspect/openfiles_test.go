@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"fmt"
@@ -33,7 +33,7 @@ func TestChangedFilesNamesWhatARestoreWouldRefuse(t *testing.T) {
 	for _, name := range []string{"/same", "/grown", "/shrunk", "/gone", "/escape", "/dev/shm/in-the-images"} {
 		files = append(files, &api.OpenFile{Path: name, Size: 5})
 	}
-	got, err := changedFiles(root, files)
+	got, err := ChangedFiles(root, files)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +79,7 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := openFiles([]int{cmd.Process.Pid}, mounts)
+	got, err := OpenFiles([]int{cmd.Process.Pid}, mounts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,7 +119,7 @@ func TestChangedShmNamesWhatARestoreCannotReplace(t *testing.T) {
 	for _, path := range []string{"/dev/shm/same", "/dev/shm/grown", "/dev/shm/brought", "/dev/shm/directory", "/dev/shm/link", "/dev/shm/file/below", "/dev/shm/../escape", "/elsewhere"} {
 		files = append(files, &api.OpenFile{Path: path, Size: 5})
 	}
-	got, err := changedShm(shm, files)
+	got, err := ChangedShm(shm, files)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestChangedShmNamesWhatARestoreCannotReplace(t *testing.T) {
 			t.Errorf("changedShm[%d] = %q, want %q", i, got[i], want[i])
 		}
 	}
-	if got, err := changedShm(filepath.Join(shm, "none"), files); err != nil || len(got) > 0 {
+	if got, err := ChangedShm(filepath.Join(shm, "none"), files); err != nil || len(got) > 0 {
 		t.Errorf("without a /dev/shm: %q, %v", got, err)
 	}
 }
@@ -145,7 +145,7 @@ func TestOpenFilesOfMemory(t *testing.T) {
 	}
 	var mounts []*mountinfo.Info
 	files := make(map[string]*os.File)
-	for _, at := range []string{shmDir, "/run/elsewhere"} {
+	for _, at := range []string{ShmDir, "/run/elsewhere"} {
 		dir := t.TempDir()
 		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
 			t.Skipf("mount a tmpfs: %v", err)
@@ -180,7 +180,7 @@ func TestOpenFilesOfMemory(t *testing.T) {
 		m[0].Mountpoint = at
 		mounts = append(mounts, m[0])
 	}
-	got, err := openFiles([]int{os.Getpid()}, mounts)
+	got, err := OpenFiles([]int{os.Getpid()}, mounts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +189,7 @@ func TestOpenFilesOfMemory(t *testing.T) {
 		listed[o.GetPath()] = true
 	}
 	for name, f := range files {
-		if want := strings.HasPrefix(name, shmDir); listed[f.Name()] != want {
+		if want := strings.HasPrefix(name, ShmDir); listed[f.Name()] != want {
 			t.Errorf("%s: listed %t, want %t", name, listed[f.Name()], want)
 		}
 	}

@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"slices"
@@ -45,7 +45,7 @@ func TestExternalsAreWhatIsNotTheContainersOwn(t *testing.T) {
 115 100 0:61 / /marked rw - tmpfs tmpfs rw
 116 100 8:1 / /disk rw - ext4 /dev/vdb rw
 `)
-	got := externals(container, guest, []string{"/marked"})
+	got := Externals(container, guest, []string{"/marked"})
 	var destinations []string
 	names := make(map[string]bool)
 	for _, e := range got {
@@ -73,7 +73,7 @@ func TestExternalsKnowTheUpperOfTwoMounts(t *testing.T) {
 108 100 0:42 / /data rw - virtiofs none rw
 109 108 0:43 / /data rw - virtiofs none rw
 `)
-	if got := externals(container, nil, nil); len(got) != 1 || got[0].GetDestination() != "/data" {
+	if got := Externals(container, nil, nil); len(got) != 1 || got[0].GetDestination() != "/data" {
 		t.Errorf("externals = %v", got)
 	}
 }

@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"bufio"
@@ -25,8 +25,8 @@ const deletedSuffix = " (deleted)"
 // go with processes, and have no size to go by.
 var ofTheKernel = map[string]bool{"proc": true, "sysfs": true, "cgroup": true, "cgroup2": true}
 
-// shmDir is where the pod's one tmpfs for shared memory is in every container.
-const shmDir = "/dev/shm"
+// ShmDir is where the pod's one tmpfs for shared memory is in every container.
+const ShmDir = "/dev/shm"
 
 // leftOut are mounts whose files are no matter of ours: CRIU's images have
 // them, or the kernel makes them up. A descriptor's is known by its id, and a
@@ -42,7 +42,7 @@ func newLeftOut(mounts []*mountinfo.Info) leftOut {
 	for _, m := range mounts {
 		device := fmt.Sprintf("%02x:%02x", m.Major, m.Minor)
 		switch {
-		case m.Mountpoint == shmDir:
+		case m.Mountpoint == ShmDir:
 			shm = device
 		case m.FSType == "tmpfs" && m.Mountpoint != "/", ofTheKernel[m.FSType]:
 			l.ids[m.ID], l.devices[device] = true, true
@@ -52,10 +52,10 @@ func newLeftOut(mounts []*mountinfo.Info) leftOut {
 	return l
 }
 
-// openFiles lists the regular files outside of CRIU's images that processes
+// OpenFiles lists the regular files outside of CRIU's images that processes
 // hold open or have mapped, with their sizes: CRIU restores none whose size
 // differs. The processes are frozen.
-func openFiles(pids []int, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
+func OpenFiles(pids []int, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
 	leftOut := newLeftOut(mounts)
 	seen := make(map[string]bool)
 	var out []*api.OpenFile
@@ -171,10 +171,10 @@ func eachMapping(pid int, f func(mapping)) error {
 	return s.Err()
 }
 
-// changedFiles names the files that a restore would find with another size,
+// ChangedFiles names the files that a restore would find with another size,
 // looked up below root without leaving it. Files of /dev/shm are left out: those
-// that are not there come from the image set (see [changedShm]).
-func changedFiles(root string, files []*api.OpenFile) ([]string, error) {
+// that are not there come from the image set (see [ChangedShm]).
+func ChangedFiles(root string, files []*api.OpenFile) ([]string, error) {
 	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: root, Err: err}
@@ -182,7 +182,7 @@ func changedFiles(root string, files []*api.OpenFile) ([]string, error) {
 	defer unix.Close(dir)
 	var out []string
 	for _, f := range files {
-		if strings.HasPrefix(f.GetPath(), shmDir+"/") {
+		if strings.HasPrefix(f.GetPath(), ShmDir+"/") {
 			continue
 		}
 		fd, err := unix.Openat2(dir, strings.TrimPrefix(f.GetPath(), "/"), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
@@ -203,10 +203,10 @@ func changedFiles(root string, files []*api.OpenFile) ([]string, error) {
 	return out, nil
 }
 
-// changedShm names the files that a restore needs of /dev/shm and would find to
+// ChangedShm names the files that a restore needs of /dev/shm and would find to
 // be others than those of the image set: another container of the pod has them,
 // or has left them, and the pod's are never replaced.
-func changedShm(dir string, files []*api.OpenFile) ([]string, error) {
+func ChangedShm(dir string, files []*api.OpenFile) ([]string, error) {
 	shm, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
@@ -217,7 +217,7 @@ func changedShm(dir string, files []*api.OpenFile) ([]string, error) {
 	defer unix.Close(shm)
 	var out []string
 	for _, f := range files {
-		name, ok := strings.CutPrefix(f.GetPath(), shmDir+"/")
+		name, ok := strings.CutPrefix(f.GetPath(), ShmDir+"/")
 		if !ok {
 			continue
 		}

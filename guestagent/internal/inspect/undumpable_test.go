@@ -1,4 +1,4 @@
-package agent
+package inspect
 
 import (
 	"bufio"
@@ -41,24 +41,15 @@ func sleeper(t *testing.T, kind int) int {
 	return cmd.Process.Pid
 }
 
-func asContainer(t *testing.T) *container {
-	t.Helper()
-	init, err := newProcess(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &container{ID: "c1", Init: init}
-}
-
 func TestUndumpableUnixSocket(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root may enter a network namespace")
 	}
 	for name, kind := range map[string]int{"stream": unix.SOCK_STREAM, "datagram": unix.SOCK_DGRAM, "packets": unix.SOCK_SEQPACKET} {
 		t.Run(name, func(t *testing.T) {
-			c := asContainer(t)
+			self := os.Getpid()
 			other := sleeper(t, kind)
-			err := undumpableFiles(c, []int{c.Init.PID}, &api.CheckpointOptions{})
+			err := undumpableFiles(self, []int{self}, nil, &api.CheckpointOptions{})
 			if err == nil {
 				t.Fatal("a connection to outside is not found")
 			}
@@ -67,10 +58,10 @@ func TestUndumpableUnixSocket(t *testing.T) {
 					t.Errorf("%q lacks %q", err, part)
 				}
 			}
-			if err := undumpableFiles(c, []int{c.Init.PID}, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
+			if err := undumpableFiles(self, []int{self}, nil, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
 				t.Errorf("allowed, and refused: %v", err)
 			}
-			if err := undumpableFiles(c, []int{c.Init.PID, other}, &api.CheckpointOptions{}); err != nil {
+			if err := undumpableFiles(self, []int{self, other}, nil, &api.CheckpointOptions{}); err != nil {
 				t.Errorf("both ends are in the container: %v", err)
 			}
 		})
@@ -143,10 +134,10 @@ func outer(t *testing.T, other, inside int) int {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if same, err := sameNamespace(pid, other, "pid"); err != nil || !same {
+		if same, err := SameNamespace(pid, other, "pid"); err != nil || !same {
 			continue
 		}
-		if pids, err := nsPIDs(pid); err == nil && pids[len(pids)-1] == inside {
+		if pids, err := NSPIDs(pid); err == nil && pids[len(pids)-1] == inside {
 			return pid
 		}
 	}
@@ -171,7 +162,7 @@ func TestHostname(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := hostname(os.Getpid()); err != nil || got != want {
+	if got, err := Hostname(os.Getpid()); err != nil || got != want {
 		t.Errorf("hostname = %q, %v, want %q", got, err, want)
 	}
 }
