@@ -18,6 +18,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
 // nriTimeout is for what is to happen soon: the longest is a registration after NRI's first wait for a plugin that does not answer.
@@ -147,9 +148,9 @@ func (b *nriBench) until(what string, condition func() bool) {
 // adjusted checks what the container of [nriRuntime.create] gets.
 func (b *nriBench) adjusted(a *api.ContainerAdjustment) {
 	b.Helper()
-	annotations := a.GetAnnotations()
-	if annotations[adjust.AnnotationMarker] == "" || annotations[adjust.AnnotationAfter] != "stop" || annotations[adjust.AnnotationExternals] != "/dev/shm,/tmp" || len(annotations) != 3 {
-		b.Errorf("the container gets the annotations %v", annotations)
+	got := a.GetAnnotations()
+	if got[annotations.NRIKey] == "" || got[annotations.AfterKey] != "stop" || got[annotations.ExternalMountsKey] != "/dev/shm,/tmp" || len(got) != 3 {
+		b.Errorf("the container gets the annotations %v", got)
 	}
 	m := a.GetMounts()
 	if len(m) != 1 || m[0].GetDestination() != adjust.ExchangeDestination || m[0].GetType() != "bind" || !strings.HasSuffix(m[0].GetSource(), "/exchange/k8s.io--c1") {
@@ -234,10 +235,10 @@ func (b *nriBench) startRuntime() *nriRuntime {
 func (r *nriRuntime) create(handler string) *api.ContainerAdjustment {
 	r.Helper()
 	r.check(r.requests.Encode(map[string]any{
-		"Pod": &api.PodSandbox{Id: "p1", Name: "web", Namespace: "shop", RuntimeHandler: handler, Annotations: map[string]string{adjust.AnnotationAfter: "stop", "other": "x"}},
+		"Pod": &api.PodSandbox{Id: "p1", Name: "web", Namespace: "shop", RuntimeHandler: handler, Annotations: map[string]string{annotations.AfterKey: "stop", "other": "x"}},
 		"Container": &api.Container{
 			Id: "c1", PodSandboxId: "p1", Name: "nginx",
-			Annotations: map[string]string{adjust.AnnotationExternals: "/tmp"},
+			Annotations: map[string]string{annotations.ExternalMountsKey: "/tmp"},
 			Mounts:      []*api.Mount{{Destination: "/dev/shm", Type: "bind", Source: "/run/shm"}},
 		},
 	}))

@@ -13,7 +13,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
 // workPath: CRIU's log and statistics go where `ctr task checkpoint --work-path` says, and are no part of the image set. The options that the
@@ -63,7 +63,7 @@ func workPath(s *scenario) {
 // annotationLeaveRunning: where an engine cannot say what is to become of a container, its annotation does; it beats what the engine says, too.
 func annotationLeaveRunning(s *scenario) {
 	c := counter("c")
-	c.Annotations = map[string]string{adjust.AnnotationAfter: "leave-running"}
+	c.Annotations = map[string]string{annotations.AfterKey: "leave-running"}
 	container := s.create(c)
 	run := s.run(container)
 	s.printed(run.Output, workload.Ticks, 5)

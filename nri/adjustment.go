@@ -9,6 +9,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -24,18 +25,18 @@ func (p *Plugin) adjustment(pod *api.PodSandbox, c *api.Container) (*api.Contain
 	if !slices.Contains(p.handlers, pod.GetRuntimeHandler()) {
 		return nil, nil //nolint:nilnil // NRI's way of saying that there is nothing to adjust
 	}
-	annotations := inherited(pod.GetAnnotations(), c.GetAnnotations())
-	all := maps.Clone(annotations)
+	added := inherited(pod.GetAnnotations(), c.GetAnnotations())
+	all := maps.Clone(added)
 	maps.Copy(all, c.GetAnnotations())
 	a, err := adjust.Adjust(adjust.Container{Namespace: namespace, ID: c.GetId(), Annotations: all, Mounts: ociMounts(c.GetMounts())}, p.stateDir)
 	if err != nil {
 		return nil, err
 	}
-	maps.Copy(annotations, a.Annotations)
-	annotations[adjust.AnnotationMarker] = version.Version
+	maps.Copy(added, a.Annotations)
+	added[annotations.NRIKey] = version.Version
 
 	out := &api.ContainerAdjustment{}
-	for key, value := range annotations {
+	for key, value := range added {
 		out.AddAnnotation(key, value)
 	}
 	for _, m := range a.Mounts {
@@ -49,7 +50,7 @@ func (p *Plugin) adjustment(pod *api.PodSandbox, c *api.Container) (*api.Contain
 func inherited(pod, container map[string]string) map[string]string {
 	out := make(map[string]string)
 	for key, value := range pod {
-		if _, own := container[key]; !own && strings.HasPrefix(key, adjust.AnnotationPrefix) {
+		if _, own := container[key]; !own && strings.HasPrefix(key, annotations.Prefix) {
 			out[key] = value
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
 // waitLimit is for what is to happen at once.
@@ -68,14 +69,14 @@ func (r *runtime) create(handler string) (*api.ContainerAdjustment, bool) {
 		Pod: &api.PodSandbox{Id: "p1", Name: "web", Namespace: "shop", RuntimeHandler: handler, Annotations: map[string]string{"kata-checkpoint.dev/after": "stop"}},
 		Container: &api.Container{
 			Id: "c1", PodSandboxId: "p1", Name: "nginx",
-			Annotations: map[string]string{adjust.AnnotationExternals: "/tmp"},
+			Annotations: map[string]string{annotations.ExternalMountsKey: "/tmp"},
 			Mounts:      []*api.Mount{{Destination: "/dev/shm", Type: "bind", Source: "/run/shm"}},
 		},
 	})
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	_, marked := resp.GetAdjust().GetAnnotations()[adjust.AnnotationMarker]
+	_, marked := resp.GetAdjust().GetAnnotations()[annotations.NRIKey]
 	return resp.GetAdjust(), marked
 }
 
@@ -132,7 +133,7 @@ func TestOnlyOurHandlerIsAdjusted(t *testing.T) {
 	serve(t, dir)
 
 	a := r.waitFor(true)
-	if got := a.GetAnnotations(); got["kata-checkpoint.dev/after"] != "stop" || got[adjust.AnnotationExternals] != "/dev/shm,/tmp" {
+	if got := a.GetAnnotations(); got["kata-checkpoint.dev/after"] != "stop" || got[annotations.ExternalMountsKey] != "/dev/shm,/tmp" {
 		t.Errorf("annotations %v", got)
 	}
 	if m := a.GetMounts(); len(m) != 1 || m[0].GetDestination() != adjust.ExchangeDestination || m[0].GetSource() != "/state/exchange/k8s.io--c1" {

@@ -25,9 +25,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
-
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/manager"
 )
 
@@ -106,7 +106,7 @@ func kataMain() {
 		socket, err := filepath.Abs("kata.sock")
 		fatal(err)
 		if spec, err := bundle.ReadSpec("."); err == nil {
-			if kind, _, err := bundle.Place(arg("-id"), spec.Annotations); err == nil && kind == bundle.InPod {
+			if kind, _, err := annotations.Place(arg("-id"), spec.Annotations); err == nil && kind == annotations.InPod {
 				fmt.Print("unix://" + socket)
 				return
 			}

@@ -1,8 +1,9 @@
-// Package nri says what a container needs in its spec so that it can be
-// checkpointed. [Adjust] is a pure function with two callers: the NRI plugin,
-// for what the CRI creates, and the shim (package plugin/internal/task), for every
-// other engine and for containers that the plugin missed, since NRI lets a
-// container through when a plugin is away.
+// Package adjust computes what a container's OCI spec needs in addition so that
+// the container can be checkpointed: the exchange mount and annotations.
+// [Adjust] is a pure function with two callers: the NRI plugin (package nri),
+// for what the CRI creates, and the shim (package plugin/internal/task), for
+// every other engine and for containers that the plugin missed, since NRI
+// creates containers without a plugin that is not connected.
 package adjust
 
 import (
@@ -14,38 +15,16 @@ import (
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
-const (
-	// AnnotationPrefix starts all annotations of ours.
-	AnnotationPrefix = "kata-checkpoint.dev/"
+// ExchangeDestination is where the exchange mount is in a container until it
+// starts. It lies in the root directory, where its mount point leaves no trace
+// once both are withdrawn.
+const ExchangeDestination = "/.kata-checkpoint"
 
-	// AnnotationAfter on a container says what becomes of it after a
-	// checkpoint: "stop" or "leave-running". It beats what the engine says.
-	AnnotationAfter = AnnotationPrefix + "after"
-
-	// AnnotationExternals lists, separated by commas, mount points whose
-	// content is not to go into an image set. A user may set it; Adjust adds
-	// what the host knows to be external.
-	AnnotationExternals = AnnotationPrefix + "external-mounts"
-
-	// AnnotationRestorePrefix starts an annotation of a pod; behind it comes the
-	// name of one of its containers. The value is the name of a checkpoint
-	// archive in restore_dir, from which that container starts for the first time.
-	AnnotationRestorePrefix = AnnotationPrefix + "restore."
-
-	// AnnotationMarker is on a container that the NRI plugin has adjusted; its
-	// value is the plugin's version. It is for the log: whoever writes it by
-	// hand gains nothing, as the shim adds what is missing in any case.
-	AnnotationMarker = AnnotationPrefix + "nri"
-
-	// ExchangeDestination is where the exchange mount is in a container until
-	// it starts. It lies in the root directory, where its mount point leaves no
-	// trace once both are withdrawn.
-	ExchangeDestination = "/.kata-checkpoint"
-)
-
-// Container is what a container's spec says, as far as it matters here.
+// Container is the part of a container's spec that an adjustment depends on.
 type Container struct {
 	// Namespace is containerd's.
 	Namespace   string
@@ -54,24 +33,23 @@ type Container struct {
 	Mounts      []specs.Mount
 }
 
-// Adjustment is what is to be added to a spec.
+// Adjustment is what is added to a spec.
 type Adjustment struct {
 	Mounts      []specs.Mount
 	Annotations map[string]string
 }
 
-// Empty says that the spec is as it has to be.
+// Empty reports whether the spec needs nothing.
 func (a *Adjustment) Empty() bool { return len(a.Mounts) == 0 && len(a.Annotations) == 0 }
 
-// ExchangeDir is the host directory by which a container's images travel. No
-// identifier of containerd holds two dashes in a row, so that no two pairs of
-// namespace and id have the same.
+// ExchangeDir is a container's exchange directory on the host. No identifier of
+// containerd has two dashes in a row, so that no two pairs of namespace and id
+// share a directory.
 func ExchangeDir(stateDir, namespace, id string) string {
 	return filepath.Join(stateDir, "exchange", namespace+"--"+id)
 }
 
-// Adjust returns what a container's spec lacks. Adjusting what is adjusted
-// changes nothing.
+// Adjust returns what a container's spec lacks. It is idempotent.
 func Adjust(c Container, stateDir string) (*Adjustment, error) {
 	a := &Adjustment{}
 	want := specs.Mount{
@@ -93,14 +71,14 @@ func Adjust(c Container, stateDir string) (*Adjustment, error) {
 		a.Mounts = append(a.Mounts, want)
 	}
 
-	has, err := Externals(c.Annotations)
+	has, err := annotations.ExternalMounts(c.Annotations)
 	if err != nil {
 		return nil, err
 	}
 	externals := slices.Clone(has)
 	for _, m := range c.Mounts {
 		dest := path.Clean(m.Destination)
-		// The agent finds by itself what has no name that fits the list.
+		// The agent finds those whose name does not fit into the list on its own.
 		external := isBind(m) || dest == "/dev/shm"
 		if external && dest != ExchangeDestination && path.IsAbs(dest) && !strings.Contains(dest, ",") && !slices.Contains(externals, dest) {
 			externals = append(externals, dest)
@@ -108,37 +86,19 @@ func Adjust(c Container, stateDir string) (*Adjustment, error) {
 	}
 	if len(externals) > len(has) {
 		slices.Sort(externals)
-		a.Annotations = map[string]string{AnnotationExternals: strings.Join(externals, ",")}
+		a.Annotations = map[string]string{annotations.ExternalMountsKey: strings.Join(externals, ",")}
 	}
 	return a, nil
 }
 
-// Apply returns the spec's annotations and mounts with an adjustment.
-func (a *Adjustment) Apply(annotations map[string]string, mounts []specs.Mount) (map[string]string, []specs.Mount) {
-	annotations = maps.Clone(annotations)
-	if annotations == nil && len(a.Annotations) > 0 {
-		annotations = make(map[string]string)
+// Apply returns a spec's annotations and mounts with the adjustment.
+func (a *Adjustment) Apply(old map[string]string, mounts []specs.Mount) (map[string]string, []specs.Mount) {
+	all := maps.Clone(old)
+	if all == nil && len(a.Annotations) > 0 {
+		all = make(map[string]string)
 	}
-	maps.Copy(annotations, a.Annotations)
-	return annotations, append(slices.Clone(mounts), a.Mounts...)
-}
-
-// Externals reads [AnnotationExternals].
-func Externals(annotations map[string]string) ([]string, error) {
-	var out []string
-	for _, p := range strings.Split(annotations[AnnotationExternals], ",") {
-		if p = strings.TrimSpace(p); p == "" {
-			continue
-		}
-		if !path.IsAbs(p) {
-			return nil, fmt.Errorf("annotation %s: %q is not an absolute path", AnnotationExternals, p)
-		}
-		if p = path.Clean(p); p == "/" {
-			return nil, fmt.Errorf("annotation %s: the root file system cannot be external", AnnotationExternals)
-		}
-		out = append(out, p)
-	}
-	return out, nil
+	maps.Copy(all, a.Annotations)
+	return all, append(slices.Clone(mounts), a.Mounts...)
 }
 
 func isBind(m specs.Mount) bool {

@@ -6,6 +6,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
 const stateDir = "/var/lib/kata-checkpoint"
@@ -33,16 +35,16 @@ func TestAdjust(t *testing.T) {
 		"nothing there": {want: Adjustment{Mounts: []specs.Mount{own}}},
 		"what is external is said": {
 			mounts: []specs.Mount{proc, shm, hosts, untyped, tmpfs},
-			want:   Adjustment{Mounts: []specs.Mount{own}, Annotations: map[string]string{AnnotationExternals: "/data,/dev/shm,/etc/hosts"}},
+			want:   Adjustment{Mounts: []specs.Mount{own}, Annotations: map[string]string{annotations.ExternalMountsKey: "/data,/dev/shm,/etc/hosts"}},
 		},
 		"the user's own are kept": {
-			annotations: map[string]string{AnnotationExternals: " /tmp , /etc/hosts", "other": "x"},
+			annotations: map[string]string{annotations.ExternalMountsKey: " /tmp , /etc/hosts", "other": "x"},
 			mounts:      []specs.Mount{hosts, shm, tmpfs},
-			want:        Adjustment{Mounts: []specs.Mount{own}, Annotations: map[string]string{AnnotationExternals: "/dev/shm,/etc/hosts,/tmp"}},
+			want:        Adjustment{Mounts: []specs.Mount{own}, Annotations: map[string]string{annotations.ExternalMountsKey: "/dev/shm,/etc/hosts,/tmp"}},
 		},
 		"a path that the list cannot hold": {mounts: []specs.Mount{comma}, want: Adjustment{Mounts: []specs.Mount{own}}},
 		"adjusted already": {
-			annotations: map[string]string{AnnotationExternals: "/etc/hosts"},
+			annotations: map[string]string{annotations.ExternalMountsKey: "/etc/hosts"},
 			mounts:      []specs.Mount{hosts, own},
 		},
 		"another directory at the destination":  {mounts: []specs.Mount{exchangeMount("/tmp/x")}, err: "mount of its own at /.kata-checkpoint"},
@@ -50,9 +52,9 @@ func TestAdjust(t *testing.T) {
 		"a mount below the destination":         {mounts: []specs.Mount{{Destination: "/.kata-checkpoint/x", Type: "tmpfs"}}, err: "/.kata-checkpoint/x"},
 		"the destination by a roundabout path":  {mounts: []specs.Mount{{Destination: "/a/../.kata-checkpoint", Type: "tmpfs"}}, err: "mount of its own"},
 		"a name that only begins like it":       {mounts: []specs.Mount{{Destination: "/.kata-checkpoint-x", Type: "tmpfs"}}, want: Adjustment{Mounts: []specs.Mount{own}}},
-		"an annotation with a relative path":    {annotations: map[string]string{AnnotationExternals: "x"}, err: `"x" is not an absolute path`},
-		"an annotation that names the root":     {annotations: map[string]string{AnnotationExternals: "/a/.."}, err: "root file system"},
-		"an annotation with nothing but commas": {annotations: map[string]string{AnnotationExternals: ",, "}, want: Adjustment{Mounts: []specs.Mount{own}}},
+		"an annotation with a relative path":    {annotations: map[string]string{annotations.ExternalMountsKey: "x"}, err: `"x" is not an absolute path`},
+		"an annotation that names the root":     {annotations: map[string]string{annotations.ExternalMountsKey: "/a/.."}, err: "root file system"},
+		"an annotation with nothing but commas": {annotations: map[string]string{annotations.ExternalMountsKey: ",, "}, want: Adjustment{Mounts: []specs.Mount{own}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := Container{Namespace: "k8s.io", ID: "c1", Annotations: tc.annotations, Mounts: tc.mounts}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
@@ -28,13 +29,6 @@ const (
 const (
 	AgentRequired = "required"
 	AgentOptional = "optional"
-)
-
-// Values of after_checkpoint, after_checkpoint_cri and of the annotation that
-// beats both.
-const (
-	AfterStop         = "stop"
-	AfterLeaveRunning = "leave-running"
 )
 
 // Config is the file's content, checked and with the defaults filled in. What
@@ -92,8 +86,8 @@ func defaults() file {
 		FreezeTimeout:      "10s",
 		CheckpointTimeout:  "10m",
 		ExecWaitTimeout:    "30s",
-		AfterCheckpoint:    AfterStop,
-		AfterCheckpointCRI: AfterLeaveRunning,
+		AfterCheckpoint:    annotations.Stop,
+		AfterCheckpointCRI: annotations.LeaveRunning,
 		MaxImageFiles:      65536,
 		MaxImageBytes:      256 << 30,
 		RestoreDir:         "/var/lib/kubelet/checkpoints",
@@ -159,7 +153,7 @@ func parse(data []byte) (*Config, error) {
 	check("guest_agent", f.GuestAgent == AgentRequired || f.GuestAgent == AgentOptional, `"required" or "optional"`)
 	check("agent_port", f.AgentPort > 0 && f.AgentPort < 1<<32-1, "a vsock port, 1 to 4294967294")
 	for _, a := range []struct{ key, value string }{{"after_checkpoint", f.AfterCheckpoint}, {"after_checkpoint_cri", f.AfterCheckpointCRI}} {
-		check(a.key, a.value == AfterStop || a.value == AfterLeaveRunning, `"stop" or "leave-running"`)
+		check(a.key, a.value == annotations.Stop || a.value == annotations.LeaveRunning, `"stop" or "leave-running"`)
 	}
 	// One file is the manifest's inventory; more than a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")

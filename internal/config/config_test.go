@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
 func TestShippedFileIsTheDefaults(t *testing.T) {
@@ -48,7 +50,7 @@ func TestParse(t *testing.T) {
 		"optional agent":    {in: `guest_agent = "optional"`, want: func(c *Config) { c.AgentOptional = true }},
 		"durations":         {in: "agent_timeout = '1500ms'\nfreeze_timeout = '2m'", want: func(c *Config) { c.AgentTimeout, c.FreezeTimeout = 1500*time.Millisecond, 2*time.Minute }},
 		"paths are cleaned": {in: `state_dir = "/a//b/"`, want: func(c *Config) { c.StateDir = "/a/b" }},
-		"after":             {in: "after_checkpoint = 'leave-running'\nafter_checkpoint_cri = 'stop'", want: func(c *Config) { c.AfterCheckpoint, c.AfterCheckpointCRI = AfterLeaveRunning, AfterStop }},
+		"after":             {in: "after_checkpoint = 'leave-running'\nafter_checkpoint_cri = 'stop'", want: func(c *Config) { c.AfterCheckpoint, c.AfterCheckpointCRI = annotations.LeaveRunning, annotations.Stop }},
 		"limits":            {in: "max_image_files = 3\nmax_image_bytes = 4", want: func(c *Config) { c.MaxImageFiles, c.MaxImageBytes = 3, 4 }},
 		"handlers":          {in: "nri_runtime_handlers = ['a', '']", want: func(c *Config) { c.NRIRuntimeHandlers = []string{"a", ""} }},
 

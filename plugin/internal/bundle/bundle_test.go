@@ -31,43 +31,6 @@ func write(t *testing.T, dir, spec string) {
 	}
 }
 
-func TestPlace(t *testing.T) {
-	for name, tc := range map[string]struct {
-		annotations map[string]string
-		kind        Kind
-		sandbox     string
-		err         string
-	}{
-		"ctr, nerdctl, docker":        {annotations: map[string]string{"nerdctl/name": "x"}, kind: Single, sandbox: "id"},
-		"no annotations":              {kind: Single, sandbox: "id"},
-		"CRI: the sandbox":            {annotations: map[string]string{"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "id"}, kind: Sandbox, sandbox: "id"},
-		"CRI: a container":            {annotations: map[string]string{"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "sb"}, kind: InPod, sandbox: "sb"},
-		"CRI-O: the sandbox":          {annotations: map[string]string{"io.kubernetes.cri-o.ContainerType": "sandbox"}, kind: Sandbox, sandbox: "id"},
-		"CRI-O: a container":          {annotations: map[string]string{"io.kubernetes.cri-o.ContainerType": "container", "io.kubernetes.cri-o.SandboxID": "sb"}, kind: InPod, sandbox: "sb"},
-		"dockershim":                  {annotations: map[string]string{"io.kubernetes.docker.type": "podsandbox"}, kind: Sandbox, sandbox: "id"},
-		"a container without sandbox": {annotations: map[string]string{"io.kubernetes.cri.container-type": "container"}, err: "sandbox-id"},
-		"its own sandbox":             {annotations: map[string]string{"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "id"}, err: "itself"},
-		"another type":                {annotations: map[string]string{"io.kubernetes.cri.container-type": "pod"}, err: `"pod"`},
-	} {
-		t.Run(name, func(t *testing.T) {
-			kind, sandbox, err := Place("id", tc.annotations)
-			if tc.err != "" {
-				wantError(t, err, tc.err)
-				return
-			}
-			if err != nil || kind != tc.kind || sandbox != tc.sandbox {
-				t.Errorf("got %v, %q, %v", kind, sandbox, err)
-			}
-			if MadeByCRI(tc.annotations) != (kind != Single) {
-				t.Error("made by the CRI or not?")
-			}
-		})
-	}
-	if kind, sandbox, err := Place("id", InPodOf("sb")); kind != InPod || sandbox != "sb" || err != nil {
-		t.Errorf("got %v, %q, %v", kind, sandbox, err)
-	}
-}
-
 // What is edited is edited, and nothing else: a later OCI spec has fields that
 // this build does not know, and they are Kata's to read.
 func TestEditsKeepTheRest(t *testing.T) {

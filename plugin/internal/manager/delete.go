@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
@@ -138,7 +139,7 @@ func (i *Invocation) guessRecord() (*bundle.Record, error) {
 	}
 	r := &bundle.Record{Sandbox: i.ID, DownstreamShim: cfg.DownstreamShim, StateDir: cfg.StateDir}
 	if spec, err := bundle.ReadSpec(i.Bundle); err == nil {
-		if _, sandbox, err := bundle.Place(i.ID, spec.Annotations); err == nil {
+		if _, sandbox, err := annotations.Place(i.ID, spec.Annotations); err == nil {
 			r.Sandbox = sandbox
 		}
 	}

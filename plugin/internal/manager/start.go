@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/pkg/sys"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
@@ -57,7 +58,7 @@ func Start(ctx context.Context, i *Invocation) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	kind, sandbox, err := bundle.Place(i.ID, spec.Annotations)
+	kind, sandbox, err := annotations.Place(i.ID, spec.Annotations)
 	if err != nil {
 		return nil, err
 	}
@@ -70,7 +71,7 @@ func Start(ctx context.Context, i *Invocation) ([]byte, error) {
 		Sandbox: sandbox, DownstreamShim: shim.Path, StateDir: cfg.StateDir,
 		Address: "unix://" + socket, Events: socket + ".events",
 	}
-	if kind == bundle.InPod {
+	if kind == annotations.InPod {
 		err = i.join(ctx, shim, r)
 	} else {
 		err = i.found(ctx, shim, r)

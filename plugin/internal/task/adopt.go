@@ -15,8 +15,8 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -142,7 +142,7 @@ func writeStarter(dir, id, sandbox, binary string) error {
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=64k"}},
 			{Destination: helperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}},
 		},
-		Annotations: bundle.InPodOf(sandbox),
+		Annotations: annotations.InPodOf(sandbox),
 		Linux: &specs.Linux{
 			CgroupsPath: "/kata-checkpoint/" + id,
 			Resources:   &specs.LinuxResources{},

@@ -13,7 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/archive"
@@ -25,8 +25,8 @@ import (
 // A container that ends and is started again by its pod's restart policy starts
 // afresh, like one that never was in an archive.
 func (c *container) archiveName() (string, error) {
-	name := c.annotations[adjust.AnnotationRestorePrefix+containerName(c.annotations)]
-	if name == "" || containerName(c.annotations) == "" || c.kind != bundle.InPod {
+	name := annotations.RestoreArchive(c.annotations)
+	if name == "" || c.kind != annotations.InPod {
 		return "", nil
 	}
 	_, err := os.Lstat(c.restoredNote())
@@ -40,11 +40,11 @@ func (c *container) archiveName() (string, error) {
 // restored in its pod. A pod's UID never comes again; a new sandbox of the same
 // pod, after a node's crash, has the same.
 func (c *container) restoredNote() string {
-	pod := podUID(c.annotations)
+	pod := annotations.PodUID(c.annotations)
 	if pod == "" {
 		pod = c.s.sandbox
 	}
-	return filepath.Join(c.s.cfg.StateDir, restoredDir, filepath.Base(podNamespace(c.annotations)+"--"+pod+"--"+containerName(c.annotations)))
+	return filepath.Join(c.s.cfg.StateDir, restoredDir, filepath.Base(annotations.PodNamespace(c.annotations)+"--"+pod+"--"+annotations.ContainerName(c.annotations)))
 }
 
 const (
@@ -84,7 +84,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	defer end()
 	fail := func(err error) error {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore the container %s as annotation %s%s of its pod says: %w",
-			containerName(c.annotations), adjust.AnnotationRestorePrefix, containerName(c.annotations), err))
+			annotations.ContainerName(c.annotations), annotations.RestorePrefix, annotations.ContainerName(c.annotations), err))
 	}
 	dir := c.exchange.path(unpackDir)
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -104,7 +104,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	}
 	manifest, err := c.takeImages(ctx, filepath.Join(dir, archive.ImagesName), r.Rootfs, spec, func(m *imageset.Manifest) error {
 		// Whoever may make pods in one namespace has no claim to another one's memory.
-		if have := podNamespace(c.annotations); m.Container.PodNamespace != have {
+		if have := annotations.PodNamespace(c.annotations); m.Container.PodNamespace != have {
 			return fmt.Errorf("it was made of a container of the namespace %q, and this pod is in %q: archives are restored in their own namespace", m.Container.PodNamespace, have)
 		}
 		return nil

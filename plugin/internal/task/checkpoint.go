@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -86,7 +87,7 @@ func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpoin
 	if req.stop, err = afterCheckpoint(opts, c.annotations, c.s.cfg); err != nil {
 		return nil, errclass.Invalid("%w", err)
 	}
-	if req.work == "" && bundle.MadeByCRI(c.annotations) {
+	if req.work == "" && annotations.MadeByCRI(c.annotations) {
 		req.work = bundle.CRIWorkPath(c.bundle)
 	}
 	return req, nil
@@ -311,7 +312,7 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	m := &imageset.Manifest{
 		Created: time.Now().UTC(),
 		Container: imageset.Container{
-			ID: c.id, Namespace: c.s.namespace, PodNamespace: podNamespace(c.annotations), Image: imageName(c.annotations), Args: c.args,
+			ID: c.id, Namespace: c.s.namespace, PodNamespace: annotations.PodNamespace(c.annotations), Image: annotations.ImageName(c.annotations), Args: c.args,
 			Hostname: out.GetHostname(),
 		},
 		Guest:    imageset.Guest{Kernel: out.GetKernelRelease(), CRIUVersion: out.GetCriuVersion(), CPUFeatures: out.GetCpuFeatures()},

@@ -23,7 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -38,7 +38,7 @@ func pack(t *testing.T, v any) *anypb.Any {
 	return a
 }
 
-func leaveRunning(s *specs.Spec) { s.Annotations[adjust.AnnotationAfter] = config.AfterLeaveRunning }
+func leaveRunning(s *specs.Spec) { s.Annotations[annotations.AfterKey] = annotations.LeaveRunning }
 
 func (h *harness) checkpoint(path string, opts *anypb.Any) error {
 	_, err := h.task.Checkpoint(h.t.Context(), &task.CheckpointTaskRequest{ID: "c1", Path: path, Options: opts})
@@ -183,8 +183,8 @@ func TestOptionsOfCheckpoint(t *testing.T) {
 		"nil, as nerdctl and the CRI send":   {want: &api.CheckpointOptions{FileLocks: true}},
 		"empty, as ctr sends":                {opts: &runcoptions.CheckpointOptions{}, want: &api.CheckpointOptions{}},
 		"all that mean something in a guest": {opts: &runcoptions.CheckpointOptions{OpenTcp: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}, CgroupsMode: "ignore"}, want: &api.CheckpointOptions{TcpEstablished: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}}},
-		"TCP kept by annotation":             {annotations: map[string]string{annotationTCP: "established"}, want: &api.CheckpointOptions{TcpEstablished: true, FileLocks: true}},
-		"TCP closed by annotation":           {opts: &runcoptions.CheckpointOptions{OpenTcp: true}, annotations: map[string]string{annotationTCP: "close"}, want: &api.CheckpointOptions{TcpClose: true}},
+		"TCP kept by annotation":             {annotations: map[string]string{annotations.TCPKey: "established"}, want: &api.CheckpointOptions{TcpEstablished: true, FileLocks: true}},
+		"TCP closed by annotation":           {opts: &runcoptions.CheckpointOptions{OpenTcp: true}, annotations: map[string]string{annotations.TCPKey: "close"}, want: &api.CheckpointOptions{TcpClose: true}},
 		"on top of an earlier one":           {opts: &runcoptions.CheckpointOptions{ParentPath: "/x"}, err: "/x"},
 		"a mode for cgroups":                 {opts: &runcoptions.CheckpointOptions{CgroupsMode: "strict"}, err: "strict"},
 		"an empty namespace that cannot be":  {opts: &runcoptions.CheckpointOptions{EmptyNamespaces: []string{"pid"}}, err: "pid"},
@@ -217,10 +217,10 @@ func TestAfterCheckpoint(t *testing.T) {
 	cfg := func(after, cri string) *config.Config {
 		return &config.Config{AfterCheckpoint: after, AfterCheckpointCRI: cri}
 	}
-	defaults := cfg(config.AfterStop, config.AfterLeaveRunning)
+	defaults := cfg(annotations.Stop, annotations.LeaveRunning)
 	cri := map[string]string{"io.kubernetes.cri.container-type": "container"}
 	with := func(m map[string]string, after string) map[string]string {
-		out := map[string]string{adjust.AnnotationAfter: after}
+		out := map[string]string{annotations.AfterKey: after}
 		for k, v := range m {
 			out[k] = v
 		}
@@ -235,11 +235,11 @@ func TestAfterCheckpoint(t *testing.T) {
 	}{
 		"nerdctl, docker":                       {stop: true},
 		"nerdctl --leave-running, by default":   {stop: true}, // it says nothing to a shim
-		"nerdctl, set to leave running":         {cfg: cfg(config.AfterLeaveRunning, config.AfterStop), stop: false},
+		"nerdctl, set to leave running":         {cfg: cfg(annotations.LeaveRunning, annotations.Stop), stop: false},
 		"nerdctl, annotation leave-running":     {annotations: with(nil, "leave-running"), stop: false},
 		"crictl, kubelet":                       {annotations: cri, stop: false},
 		"CRI-O":                                 {annotations: map[string]string{"io.kubernetes.cri-o.ContainerType": "container"}, stop: false},
-		"crictl, set to stop":                   {annotations: cri, cfg: cfg(config.AfterLeaveRunning, config.AfterStop), stop: true},
+		"crictl, set to stop":                   {annotations: cri, cfg: cfg(annotations.LeaveRunning, annotations.Stop), stop: true},
 		"crictl, annotation stop":               {annotations: with(cri, "stop"), stop: true},
 		"ctr task checkpoint":                   {opts: &runcoptions.CheckpointOptions{}, stop: false},
 		"ctr task checkpoint --exit":            {opts: &runcoptions.CheckpointOptions{Exit: true}, stop: true},
@@ -256,7 +256,7 @@ func TestAfterCheckpoint(t *testing.T) {
 			}
 			stop, err := afterCheckpoint(tc.opts, tc.annotations, tc.cfg)
 			if tc.err != "" {
-				wantError(t, err, adjust.AnnotationAfter, tc.err)
+				wantError(t, err, annotations.AfterKey, tc.err)
 				return
 			}
 			if err != nil || stop != tc.stop {

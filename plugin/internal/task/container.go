@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/errdefs"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
@@ -20,7 +21,7 @@ type container struct {
 	s      *Service
 	id     string
 	bundle string
-	kind   bundle.Kind
+	kind   annotations.Kind
 
 	// What its spec said when Create came.
 	annotations map[string]string
@@ -66,7 +67,7 @@ type container struct {
 	execs sync.Map
 }
 
-func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind bundle.Kind) *container {
+func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind annotations.Kind) *container {
 	c := &container{
 		s: s, id: r.ID, bundle: r.Bundle, kind: kind,
 		annotations: spec.Annotations,

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
@@ -28,7 +29,7 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	if err != nil {
 		return nil, errclass.Invalid("create container %s: %w", r.ID, err)
 	}
-	kind, _, err := bundle.Place(r.ID, spec.Annotations)
+	kind, _, err := annotations.Place(r.ID, spec.Annotations)
 	if err != nil {
 		return nil, errclass.Invalid("create container %s: %w", r.ID, err)
 	}
@@ -42,9 +43,9 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		}
 	}()
 	switch {
-	case kind == bundle.Sandbox && r.Checkpoint != "":
+	case kind == annotations.Sandbox && r.Checkpoint != "":
 		return nil, errclass.Invalid("container %s is its pod's sandbox: only the other containers of a pod can be restored", r.ID)
-	case kind == bundle.Sandbox:
+	case kind == annotations.Sandbox:
 		c.state = unmanagedState{c: c, reason: errors.New("it is its pod's sandbox, without a workload")}
 	default:
 		if err := c.prepare(ctx, r, spec); err != nil {
@@ -79,7 +80,7 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	if c.source != nil {
 		s.stops.Wait(ctx, "restore", "create")
 	}
-	if kind != bundle.Sandbox {
+	if kind != annotations.Sandbox {
 		c.agentErr = s.meetAgent(ctx, c)
 	}
 	log.G(ctx).WithError(c.agentErr).WithFields(log.Fields{"container": c.id, "created": created, "duration": time.Since(begin)}).Info("created")
@@ -89,7 +90,7 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 // prepare edits the bundle before Kata reads it.
 func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	cfg := c.s.cfg
-	if _, marked := spec.Annotations[adjust.AnnotationMarker]; !marked && bundle.MadeByCRI(spec.Annotations) {
+	if _, marked := spec.Annotations[annotations.NRIKey]; !marked && annotations.MadeByCRI(spec.Annotations) {
 		log.G(ctx).WithField("container", c.id).Info("not adjusted by the NRI plugin, so the shim does it")
 	}
 	a, err := adjust.Adjust(adjust.Container{Namespace: c.s.namespace, ID: c.id, Annotations: spec.Annotations, Mounts: spec.Mounts}, cfg.StateDir)
@@ -102,14 +103,14 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if c.annotations = spec.Annotations; c.annotations == nil {
 		c.annotations = map[string]string{}
 	}
-	if c.externals, err = adjust.Externals(c.annotations); err != nil {
+	if c.externals, err = annotations.ExternalMounts(c.annotations); err != nil {
 		return errclass.Invalid("%w", err)
 	}
 	// Said at Create, where a mistake in them can still be mended.
 	if _, err := afterCheckpoint(nil, c.annotations, cfg); err != nil {
 		return errclass.Invalid("%w", err)
 	}
-	if _, err := tcpPolicy(c.annotations); err != nil {
+	if _, err := annotations.TCP(c.annotations); err != nil {
 		return errclass.Invalid("%w", err)
 	}
 	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id); err != nil {

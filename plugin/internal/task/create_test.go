@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 )
@@ -44,7 +45,7 @@ func TestCreatePreparesTheBundleBeforeKataReadsIt(t *testing.T) {
 	if diff := cmp.Diff(want, seen.Mounts[i]); diff != "" {
 		t.Error(diff)
 	}
-	if got := seen.Annotations[adjust.AnnotationExternals]; got != "/data" {
+	if got := seen.Annotations[annotations.ExternalMountsKey]; got != "/data" {
 		t.Errorf("external mounts %q", got)
 	}
 	if !slices.Equal(seen.Process.Args, []string{"sh", "-c", "work"}) {
@@ -107,9 +108,9 @@ func TestCreateRefuses(t *testing.T) {
 		"a mount of the user's in the way": {func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/.kata-checkpoint", Type: "tmpfs"})
 		}, "mount it elsewhere"},
-		"an unknown word for afterwards": {func(s *specs.Spec) { s.Annotations[adjust.AnnotationAfter] = "exit" }, `"exit"`},
-		"an unknown word for TCP":        {func(s *specs.Spec) { s.Annotations[annotationTCP] = "keep" }, `"keep"`},
-		"a relative external mount":      {func(s *specs.Spec) { s.Annotations[adjust.AnnotationExternals] = "x" }, "absolute"},
+		"an unknown word for afterwards": {func(s *specs.Spec) { s.Annotations[annotations.AfterKey] = "exit" }, `"exit"`},
+		"an unknown word for TCP":        {func(s *specs.Spec) { s.Annotations[annotations.TCPKey] = "keep" }, `"keep"`},
+		"a relative external mount":      {func(s *specs.Spec) { s.Annotations[annotations.ExternalMountsKey] = "x" }, "absolute"},
 		"a pod container without a pod":  {func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "container" }, "sandbox-id"},
 	} {
 		t.Run(name, func(t *testing.T) {

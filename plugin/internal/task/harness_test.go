@@ -19,6 +19,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
 )
@@ -69,7 +70,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 		cfg: &config.Config{
 			StateDir: filepath.Join(dir, "state"), GuestBundle: bundle, AgentPort: fake.Port,
 			AgentTimeout: 500 * time.Millisecond, FreezeTimeout: waitLimit, OpTimeout: waitLimit, ExecWaitTimeout: waitLimit,
-			AfterCheckpoint: config.AfterStop, AfterCheckpointCRI: config.AfterLeaveRunning, MaxImageFiles: 100, MaxImageBytes: 1 << 20,
+			AfterCheckpoint: annotations.Stop, AfterCheckpointCRI: annotations.LeaveRunning, MaxImageFiles: 100, MaxImageBytes: 1 << 20,
 		},
 		kata:     fake.NewKata(t),
 		guest:    fake.NewGuest(t, "c1", false),

@@ -10,6 +10,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
 // NRI creates a container without a plugin that is away.
@@ -23,7 +24,7 @@ func TestShimMakesUpForTheNRIPlugin(t *testing.T) {
 		says   bool
 	}{
 		"a container of the CRI's":                        {inPod, true},
-		"one with the marker, and another plugin's mount": {func(s *specs.Spec) { inPod(s); s.Annotations[adjust.AnnotationMarker] = "dev" }, false},
+		"one with the marker, and another plugin's mount": {func(s *specs.Spec) { inPod(s); s.Annotations[annotations.NRIKey] = "dev" }, false},
 		"another engine's":                                {nil, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -33,7 +34,7 @@ func TestShimMakesUpForTheNRIPlugin(t *testing.T) {
 			defer log.L.Logger.SetOutput(old)
 			h := newHarness(t)
 			spec := readSpec(t, h.create(tc.change))
-			if !slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return m.Destination == adjust.ExchangeDestination }) || spec.Annotations[adjust.AnnotationExternals] != "/data" {
+			if !slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return m.Destination == adjust.ExchangeDestination }) || spec.Annotations[annotations.ExternalMountsKey] != "/data" {
 				t.Errorf("not adjusted: %+v", spec)
 			}
 			if says := strings.Contains(logged.String(), said); says != tc.says {

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -91,7 +92,7 @@ func (c *container) takeImages(ctx context.Context, path string, rootfs []*types
 		err = may(set.Manifest)
 	}
 	if err == nil {
-		err = fits(set.Manifest, spec.Spec, imageName(c.annotations), c.terminal)
+		err = fits(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal)
 	}
 	if err != nil {
 		return nil, err
