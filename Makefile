@@ -12,9 +12,13 @@ GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)
 ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-E $(MODULE)/guestagent/internal/entry.start)
 GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) $(ENTRY)' -o bin/ ./cmd/kata-checkpoint-agent
 
+# Go modules with packages of their own: the product, what tests it, the stand-in for Kata.
+MODULES  := . integration integration/standin
 # The stand-in for Kata has the name of Kata's own shim: it must not be found beside ours on a PATH.
-STANDIN  := integration/cmd/containerd-shim-kata-v2
-COMMANDS := $(filter-out $(STANDIN)/ cmd/kata-checkpoint-agent/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go)))
+STANDIN  := integration/standin/cmd/containerd-shim-kata-v2
+COMMANDS := $(filter-out $(STANDIN)/ cmd/kata-checkpoint-agent/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go integration/standin/cmd/*/main.go)))
+# $(call commands,MODULE): the commands in a module, as packages.
+commands  = $(addprefix ./,$(patsubst $(1)/%,%,$(filter $(1)/cmd/%,$(COMMANDS))))
 
 E2E_TIMEOUT ?= 75m
 # The race detector needs a C compiler; RACE= does without.
@@ -39,9 +43,11 @@ bootstrap: ## install what is missing on a Debian 12 machine, Go included (as ro
 
 .PHONY: build
 build: ## build all binaries into bin/
-	$(GOBUILD) -o bin/ $(addprefix ./,$(COMMANDS))
+	$(GOBUILD) -o bin/ $(addprefix ./,$(filter cmd/%,$(COMMANDS)))
+	cd integration && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration)
+	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration/standin)
 	$(GUESTBIN)
-	$(GOBUILD) -o bin/standin/go/ ./$(STANDIN)
+	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/standin/go/ $(STANDIN:integration/standin/%=./%)
 	mkdir -p bin/standin/rust && ln -f bin/standin/go/containerd-shim-kata-v2 bin/standin/rust/
 
 # Rebuilt when its recipe changes; remove build/criu to take newer packages from Debian.
@@ -58,7 +64,7 @@ test: bootstrap build guest-bundle unit e2e ## from nothing: install, build, run
 
 .PHONY: unit
 unit: ## run the tests of the packages
-	go test $(RACE) $$(go list ./... | grep -vx '$(MODULE)/integration')
+	for module in $(MODULES); do (cd $$module && go test $(RACE) $$(go list ./... | grep -vx '$(MODULE)/integration')) || exit; done
 
 .PHONY: testbed
 testbed: build guest-bundle ## make what VMs are started from; DIR=D starts a testbed in D: eval its output (KATA= as for e2e)
@@ -71,7 +77,7 @@ demo: ## from nothing: install, build, and show a checkpoint and a restore (KATA
 
 .PHONY: e2e
 e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, KATA=DIR on real Kata
-	$(E2E_ENV) go test ./integration -count=1 -parallel 2 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
+	cd integration && $(E2E_ENV) go test . -count=1 -parallel 2 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
 
 .PHONY: kubelet
 kubelet: build ## build the kubelet that the scenario kubelet-checkpoint-api runs (ten minutes)
@@ -93,7 +99,8 @@ notice: build/criu/MANIFEST ## write NOTICE: the licences of what the binaries a
 .PHONY: lint
 lint: ## check style and imports
 	packaging/bootstrap lint
-	go tool -modfile=internal/tools/go.mod golangci-lint run
+	go build -modfile=internal/tools/go.mod -o build/tools/ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	for module in $(MODULES); do (cd $$module && $(CURDIR)/build/tools/golangci-lint run) || exit; done
 	shellcheck .ci/run integration/demo internal/debian/private-apt packaging/bootstrap packaging/guest-bundle packaging/step
 
 .PHONY: proto

@@ -161,7 +161,8 @@ func (s *scenario) otherAgent() string {
 	s.check(os.WriteFile(filepath.Join(dir, "overlay.json"), overlay, 0o644))
 	out := filepath.Join(dir, "agent")
 	cmd := exec.CommandContext(s.ctx, "go", "build", "-trimpath", "-buildvcs=false", "-overlay", filepath.Join(dir, "overlay.json"),
-		"-ldflags", "-s -w -X github.com/kata-checkpoint/kata-checkpoint/internal/version.Version=other", "-o", out, "../cmd/kata-checkpoint-agent")
+		"-ldflags", "-s -w -X github.com/kata-checkpoint/kata-checkpoint/internal/version.Version=other", "-o", out, "./cmd/kata-checkpoint-agent")
+	cmd.Dir = ".." // the product's module
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if text, err := cmd.CombinedOutput(); err != nil {
 		s.Fatalf("build the other agent: %v\n%s", err, text)

@@ -15,7 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 )
 
 // wire is what a network plugin makes for a pod: a network namespace with an interface, eth0, whose other end is on the node.

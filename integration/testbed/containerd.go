@@ -18,7 +18,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
 // ownerEnv marks the environment of all that runs in a testbed. It is not among the exports of Env: a user's shell is nothing to kill.

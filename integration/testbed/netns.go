@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
 // kataNamespace begins the names of the network namespaces that both of Kata's shims make.

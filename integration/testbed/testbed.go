@@ -24,7 +24,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
 // Namespace is containerd's namespace that [Testbed.Client] works in.

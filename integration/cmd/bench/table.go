@@ -11,8 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
 )
 
 // table prints results as they come and remembers which bounds were not kept.

@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 )
 
 // pinned holds the sandbox-wide namespaces.

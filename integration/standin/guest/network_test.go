@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 )
 
 // TestTheGuestTakesItsInterfacesOver: two cards, each with the name that the other one is to have.

@@ -15,8 +15,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 )
 
 // Card is a network card for the VM.

@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/testing/protocmp"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 )
 
 func cidr(t *testing.T, text string) *net.IPNet {

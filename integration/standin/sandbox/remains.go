@@ -9,7 +9,7 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/share"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )

@@ -17,10 +17,10 @@ import (
 	"github.com/containerd/ttrpc"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/config"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/hostspec"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/network"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/share"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vm"

@@ -10,8 +10,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 func TestVolumesAreNamedAsKataNamesThem(t *testing.T) {

@@ -17,9 +17,9 @@ import (
 
 	"github.com/containerd/log"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/config"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/network"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 )
 
 // Dir is where namespaces have their names, for `ip netns`, too.

@@ -5,7 +5,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/netns"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 )
 
 func TestTheNetworkNamespaceIsNoted(t *testing.T) {

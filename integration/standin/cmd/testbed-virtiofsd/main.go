@@ -6,7 +6,7 @@ import (
 	"os"
 	"syscall"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/virtiofsd"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/virtiofsd"
 )
 
 func main() {

@@ -15,7 +15,7 @@ import (
 
 	"github.com/containerd/log"
 
-	"github.com/kata-checkpoint/kata-checkpoint/integration/vmm"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
 func main() {
