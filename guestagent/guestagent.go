@@ -16,6 +16,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/first"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/placeholder"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -42,9 +43,9 @@ func Main(args []string) int {
 		err = withExecutable(func(path string) error { return agent.Hook(path, os.Stdin) })
 	case mode == agent.DaemonMode:
 		err = withExecutable(func(path string) error { return agent.Daemon(context.Background(), path) })
-	case mode == agent.PlaceholderMode:
+	case mode == api.PlaceholderMode:
 		return placeholder.Run()
-	case mode == agent.ExecMode && len(args) == 3:
+	case mode == api.ExecMode && len(args) == 3:
 		return exechelper.Run()
 	case mode == agent.SpawnMode:
 		return enter.Serve()

@@ -13,11 +13,12 @@ import (
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
 // guestStops is where the agent looks for the phases to stop at.
-const guestStops = "/run/kata-checkpoint/stop"
+const guestStops = api.StateDir + "/stop"
 
 // findAgent is a script that sets $agent to the agent's pid. It starts no process, which takes long in an emulated guest.
 const findAgent = `agent=; for p in /proc/[0-9]*; do read n 2>/dev/null <$p/comm && [ "$n" = kata-checkpoint ] && agent=${p#/proc/} && break; done

@@ -17,7 +17,6 @@ import (
 	"github.com/containerd/nri/pkg/api"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
@@ -153,7 +152,7 @@ func (b *nriBench) adjusted(a *api.ContainerAdjustment) {
 		b.Errorf("the container gets the annotations %v", got)
 	}
 	m := a.GetMounts()
-	if len(m) != 1 || m[0].GetDestination() != adjust.ExchangeDestination || m[0].GetType() != "bind" || !strings.HasSuffix(m[0].GetSource(), "/exchange/k8s.io--c1") {
+	if len(m) != 1 || m[0].GetDestination() != "/.kata-checkpoint" || m[0].GetType() != "bind" || !strings.HasSuffix(m[0].GetSource(), "/exchange/k8s.io--c1") {
 		b.Errorf("the container gets the mounts %v", m)
 	}
 }

@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/nri/pkg/adaptation"
 	"github.com/containerd/nri/pkg/api"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
@@ -136,7 +135,7 @@ func TestOnlyOurHandlerIsAdjusted(t *testing.T) {
 	if got := a.GetAnnotations(); got["kata-checkpoint.dev/after"] != "stop" || got[annotations.ExternalMountsKey] != "/dev/shm,/tmp" {
 		t.Errorf("annotations %v", got)
 	}
-	if m := a.GetMounts(); len(m) != 1 || m[0].GetDestination() != adjust.ExchangeDestination || m[0].GetSource() != "/state/exchange/k8s.io--c1" {
+	if m := a.GetMounts(); len(m) != 1 || m[0].GetDestination() != "/.kata-checkpoint" || m[0].GetSource() != "/state/exchange/k8s.io--c1" {
 		t.Errorf("mounts %v", m)
 	}
 	for _, handler := range []string{"", "runc", "kata"} {

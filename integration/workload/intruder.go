@@ -35,8 +35,8 @@ type intruder struct {
 
 const (
 	posers   = 4
-	helper   = "/dev/.kata-checkpoint" // the path that the helper is started by
-	statusFD = 200                     // where the helper has the pipe that its agent writes to
+	helper   = api.HelperPath // the path that the helper is started by
+	statusFD = 200            // where the helper has the pipe that its agent writes to
 )
 
 func (i *intruder) pose() error {

@@ -17,12 +17,8 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
-
-// ExchangeDestination is where the exchange mount is in a container until it
-// starts. It lies in the root directory, where its mount point leaves no trace
-// once both are withdrawn.
-const ExchangeDestination = "/.kata-checkpoint"
 
 // Container is the part of a container's spec that an adjustment depends on.
 type Container struct {
@@ -53,7 +49,7 @@ func ExchangeDir(stateDir, namespace, id string) string {
 func Adjust(c Container, stateDir string) (*Adjustment, error) {
 	a := &Adjustment{}
 	want := specs.Mount{
-		Destination: ExchangeDestination,
+		Destination: api.ExchangeDestination,
 		Type:        "bind",
 		Source:      ExchangeDir(stateDir, c.Namespace, c.ID),
 		Options:     []string{"rbind", "rprivate", "rw"},
@@ -61,9 +57,9 @@ func Adjust(c Container, stateDir string) (*Adjustment, error) {
 	there := false
 	for _, m := range c.Mounts {
 		switch dest := path.Clean(m.Destination); {
-		case dest == ExchangeDestination && m.Source == want.Source && m.Type == want.Type:
+		case dest == api.ExchangeDestination && m.Source == want.Source && m.Type == want.Type:
 			there = true
-		case dest == ExchangeDestination, strings.HasPrefix(dest, ExchangeDestination+"/"):
+		case dest == api.ExchangeDestination, strings.HasPrefix(dest, api.ExchangeDestination+"/"):
 			return nil, fmt.Errorf("the container has a mount of its own at %s, which kata-checkpoint needs: mount it elsewhere", m.Destination)
 		}
 	}
@@ -80,7 +76,7 @@ func Adjust(c Container, stateDir string) (*Adjustment, error) {
 		dest := path.Clean(m.Destination)
 		// The agent finds those whose name does not fit into the list on its own.
 		external := isBind(m) || dest == "/dev/shm"
-		if external && dest != ExchangeDestination && path.IsAbs(dest) && !strings.Contains(dest, ",") && !slices.Contains(externals, dest) {
+		if external && dest != api.ExchangeDestination && path.IsAbs(dest) && !strings.Contains(dest, ",") && !slices.Contains(externals, dest) {
 			externals = append(externals, dest)
 		}
 	}

@@ -1,6 +1,8 @@
-// Package api is the protocol between the shim on the host (package plugin,
-// the caller) and the agent in the guest (package guestagent, the server). It
-// is the only package that both sides share besides internal ones.
+// Package api is the protocol between the shim on the host (package
+// plugin/internal/task, by way of plugin/internal/guest) and the agent in the
+// guest (package guestagent/internal/agent), and everything else that the two
+// have to agree on: the modes of the agent's binary, and the paths and names
+// in the guest. It imports nothing of this module.
 package api
 
 const (
@@ -8,11 +10,42 @@ const (
 	// misunderstand. Shim and agent must have the same.
 	ProtocolVersion = 1
 
-	// DefaultPort is the AF_VSOCK port that the agent listens on. Kata's own
-	// agent takes 1024 to 1027 (src/libs/kata-types/src/config/default.rs).
+	// DefaultPort is the AF_VSOCK port that the agent listens on. kata-agent
+	// listens on 1024 to 1027 (Kata 4.1.0,
+	// src/libs/kata-types/src/config/default.rs).
 	DefaultPort = 10750
+)
+
+// Modes of the agent's binary, by its first argument, in a restored container.
+const (
+	// PlaceholderMode has no further argument.
+	PlaceholderMode = "placeholder"
+	// ExecMode has one, the token of the exec helper (ExecRequest).
+	ExecMode = "exec"
+)
+
+// Names on the host.
+const (
+	// AgentBinary is the agent's binary in the guest bundle.
+	AgentBinary = "bin/kata-checkpoint-agent"
 
 	// MarkerName is the file in an exchange directory whose content is the
-	// token of AdoptRequest: by it the agent knows that it holds the right mount.
+	// token of AdoptRequest: it proves to the agent that it has the right mount.
 	MarkerName = ".exchange"
 )
+
+// Paths in a container.
+const (
+	// ExchangeDestination is where the exchange mount is until the container
+	// starts. It lies in the root directory, where its mount point leaves no
+	// trace once both are withdrawn.
+	ExchangeDestination = "/.kata-checkpoint"
+
+	// HelperPath is where the agent's binary is in a restored container. It lies
+	// below /dev, a file system of its own, where a mount point leaves no trace
+	// in the root file system. Kata shares regular files there.
+	HelperPath = "/dev/.kata-checkpoint"
+)
+
+// StateDir is the agent's directory in the guest, a private mount in memory.
+const StateDir = "/run/kata-checkpoint"

@@ -27,9 +27,6 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
-// Home is the agent's directory in the guest: a private mount in memory.
-const Home = "/run/kata-checkpoint"
-
 // holdGrace is how long a frozen container waits for another owner after the
 // connection of its owner broke.
 const holdGrace = 3 * time.Second
@@ -53,7 +50,7 @@ type Agent struct {
 // New prepares the agent's directory. CRIU is taken from the guest bundle when
 // it is first needed.
 func New(bundle string) (*Agent, error) {
-	a := &Agent{dir: Home, criu: newToolchain(bundle)}
+	a := &Agent{dir: api.StateDir, criu: newToolchain(bundle)}
 	a.hold.expired = a.thawAll
 	a.spawner.Command = a.spawnCommand
 	if err := a.prepare(); err != nil {

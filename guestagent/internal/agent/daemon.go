@@ -23,17 +23,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
-// Modes of the agent's binary, by its first argument.
+// Modes of the agent's binary, by its first argument, beside those of package
+// api, in which the shim has it started.
 const (
-	DaemonMode      = "daemon"
-	PlaceholderMode = "placeholder"
-	ExecMode        = "exec"
-	SpawnMode       = "spawn"
-	FirstMode       = "first"
+	DaemonMode = "daemon"
+	SpawnMode  = "spawn"
+	FirstMode  = "first"
 )
 
-// lockPath is locked by the one daemon of a guest. It is outside of Home,
-// which is mounted over.
+// lockPath is locked by the one daemon of a guest. It is outside of
+// api.StateDir, which is mounted over.
 const lockPath = "/run/kata-checkpoint.lock"
 
 // settings are in agent.json in the guest bundle.
@@ -59,7 +58,7 @@ func Hook(executable string, state io.Reader) error {
 	}
 	lock.Close() // for the daemon to take; should two start, one finds it taken
 	bundle := filepath.Dir(filepath.Dir(filepath.Dir(executable)))
-	cmd := exec.Command(filepath.Join(bundle, "bin", "kata-checkpoint-agent"), DaemonMode)
+	cmd := exec.Command(filepath.Join(bundle, api.AgentBinary), DaemonMode)
 	cmd.Dir = "/"
 	// Kata's agent waits for the end of the hook's output: the daemon has none.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -109,7 +108,7 @@ func Daemon(ctx context.Context, executable string) error {
 	if err != nil {
 		return err
 	}
-	if f, err := os.OpenFile(filepath.Join(Home, "agent.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err == nil {
+	if f, err := os.OpenFile(filepath.Join(api.StateDir, "agent.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err == nil {
 		log.L.Logger.SetOutput(f)
 	}
 	if err := a.takeOver(); err != nil {

@@ -188,7 +188,7 @@ func isHelper(c *container, pid int, token string) bool {
 		return false
 	}
 	args := strings.Split(strings.TrimSuffix(string(cmd), "\x00"), "\x00")
-	if token == "" || len(args) != 3 || args[1] != ExecMode || args[2] != token {
+	if token == "" || len(args) != 3 || args[1] != api.ExecMode || args[2] != token {
 		return false
 	}
 	for _, ns := range []string{"pid", "mnt"} {

@@ -10,13 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 const testToken = "THETOKENOFTHISTESTANDNOOTHER"
 
 // TestMain makes this program an exec helper where a test starts it as one.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == ExecMode {
+	if len(os.Args) == 3 && os.Args[1] == api.ExecMode {
 		os.Exit(exechelper.Run())
 	}
 	os.Exit(m.Run())
@@ -74,7 +75,7 @@ func TestOnlyTheHelperIsTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := asContainer(t)
-	helper := []string{"/dev/.kata-checkpoint", ExecMode, testToken}
+	helper := []string{api.HelperPath, api.ExecMode, testToken}
 	// A copy has the same content and is another file.
 	copied := t.TempDir() + "/copy"
 	data, err := os.ReadFile(self)
@@ -93,8 +94,8 @@ func TestOnlyTheHelperIsTaken(t *testing.T) {
 		attr    *unix.SysProcAttr
 		token   string
 	}{
-		"another token":           {self, []string{helper[0], ExecMode, "ANOTHER"}, nil, testToken},
-		"no token at all":         {self, []string{helper[0], ExecMode, ""}, nil, ""},
+		"another token":           {self, []string{helper[0], api.ExecMode, "ANOTHER"}, nil, testToken},
+		"no token at all":         {self, []string{helper[0], api.ExecMode, ""}, nil, ""},
 		"another program":         {copied, helper, nil, testToken},
 		"another pid namespace":   {self, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}, testToken},
 		"another mount namespace": {self, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}, testToken},

@@ -239,7 +239,7 @@ func waitPlaceholder(ctx context.Context, init process) error {
 
 func isPlaceholder(cmdline string) bool {
 	args := strings.Split(strings.TrimSuffix(cmdline, "\x00"), "\x00")
-	return len(args) == 2 && args[1] == PlaceholderMode
+	return len(args) == 2 && args[1] == api.PlaceholderMode
 }
 
 // restoredRoot finds the root of a restored tree: its parent, CRIU, has ended,

@@ -19,17 +19,19 @@ import (
 	"sync"
 
 	gocriu "github.com/checkpoint-restore/go-criu/v7"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 const (
 	// home is where the relocatable CRIU's programs expect themselves: their
 	// ELF interpreter lies in its lib directory.
-	home    = "/run/kata-checkpoint/criu"
+	home    = api.StateDir + "/criu"
 	binary  = home + "/bin/criu"
 	pathEnv = "PATH=" + home + "/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 	// Agent is the copy in the guest's memory of the agent's own binary.
-	Agent = "/run/kata-checkpoint/bin/kata-checkpoint-agent"
+	Agent = api.StateDir + "/" + api.AgentBinary
 )
 
 // MinVersion is the oldest CRIU whose RPC has what is used here: image

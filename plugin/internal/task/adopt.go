@@ -14,7 +14,6 @@ import (
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
@@ -30,7 +29,7 @@ func (c *container) adopt(ctx context.Context) error {
 		}
 	}
 	return c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Adopt(ctx, &api.AdoptRequest{ContainerId: c.id, ExchangeDestination: adjust.ExchangeDestination, Token: c.exchange.token})
+		_, err := a.Adopt(ctx, &api.AdoptRequest{ContainerId: c.id, ExchangeDestination: api.ExchangeDestination, Token: c.exchange.token})
 		return err
 	})
 }
@@ -67,7 +66,7 @@ func (s *Service) startAgent(ctx context.Context) error {
 	begin := time.Now()
 	id := "kata-checkpoint-" + rand.Text()
 	dir := filepath.Join(s.cfg.StateDir, starterDir, s.namespace+"--"+s.sandbox+"--"+id)
-	if err := writeStarter(dir, id, s.sandbox, filepath.Join(s.cfg.GuestBundle, helperBinary)); err != nil {
+	if err := writeStarter(dir, id, s.sandbox, filepath.Join(s.cfg.GuestBundle, api.AgentBinary)); err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
 	s.events.Hide(id)
@@ -120,7 +119,7 @@ func (s *Service) endStarter(ctx context.Context, id string) error {
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("run the container that starts the agent")
 	}
-	return errors.Join(s.down.own(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, helperPath))
+	return errors.Join(s.down.own(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, api.HelperPath))
 }
 
 // writeStarter makes the bundle of a throw-away container: a spec with as
@@ -135,12 +134,12 @@ func writeStarter(dir, id, sandbox, binary string) error {
 		Version: specs.Version,
 		Root:    &specs.Root{Path: rootfs},
 		// Kata's agent insists that the capabilities are named (rustjail/src/container.rs).
-		Process: &specs.Process{Args: []string{helperPath, "--version"}, Cwd: "/", Env: []string{"PATH=/bin"}, Capabilities: &specs.LinuxCapabilities{}},
+		Process: &specs.Process{Args: []string{api.HelperPath, "--version"}, Cwd: "/", Env: []string{"PATH=/bin"}, Capabilities: &specs.LinuxCapabilities{}},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
 			// For device nodes: nobody can open those on virtiofs.
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=64k"}},
-			{Destination: helperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}},
+			{Destination: api.HelperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}},
 		},
 		Annotations: annotations.InPodOf(sandbox),
 		Linux: &specs.Linux{

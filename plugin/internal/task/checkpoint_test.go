@@ -716,7 +716,7 @@ func TestRestore(t *testing.T) {
 		t.Errorf("capabilities %+v", p.Capabilities)
 	}
 	last := spec.Mounts[len(spec.Mounts)-1]
-	if last.Destination != "/dev/.kata-checkpoint" || last.Source != filepath.Join(h.cfg.GuestBundle, helperBinary) || !slices.Contains(last.Options, "ro") {
+	if last.Destination != "/dev/.kata-checkpoint" || last.Source != filepath.Join(h.cfg.GuestBundle, api.AgentBinary) || !slices.Contains(last.Options, "ro") {
 		t.Errorf("mount %+v", last)
 	}
 	h.guest.Before("Restore", func(context.Context) error {
@@ -786,8 +786,8 @@ func TestRestoreRefusedBeforeKataHearsOfIt(t *testing.T) {
 		"both":             {path: good, terminal: true, change: func(s *specs.Spec) { s.Process.Args = []string{"sleep"} }, want: []string{"terminal", "`sleep`"}},
 		"a pod's sandbox":  {path: good, change: func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "sandbox" }, want: []string{"sandbox"}},
 		"no guest bundle on the host": {path: good, prepare: withConfig(func(c *config.Config) {
-			os.Remove(filepath.Join(c.GuestBundle, helperBinary))
-		}), want: []string{helperBinary, "guest_bundle"}},
+			os.Remove(filepath.Join(c.GuestBundle, api.AgentBinary))
+		}), want: []string{api.AgentBinary, "guest_bundle"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var options []option
@@ -893,7 +893,7 @@ func TestExecIntoARestoredContainer(t *testing.T) {
 	if err := json.Unmarshal(got.GetSpec().GetValue(), helper); err != nil {
 		t.Fatal(err)
 	}
-	if len(helper.Args) != 3 || helper.Args[0] != helperPath || helper.Args[1] != "exec" || len(helper.Args[2]) < 16 || helper.Cwd != "/" || helper.User.UID != 0 || !helper.Terminal || helper.ConsoleSize == nil {
+	if len(helper.Args) != 3 || helper.Args[0] != api.HelperPath || helper.Args[1] != "exec" || len(helper.Args[2]) < 16 || helper.Cwd != "/" || helper.User.UID != 0 || !helper.Terminal || helper.ConsoleSize == nil {
 		t.Errorf("helper %+v", helper)
 	}
 	if got.Stdout != "out" || !got.Terminal || got.GetSpec().GetTypeUrl() != r.Spec.TypeUrl {

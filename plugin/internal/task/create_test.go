@@ -20,7 +20,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
@@ -37,11 +36,11 @@ func TestCreatePreparesTheBundleBeforeKataReadsIt(t *testing.T) {
 		return err
 	})
 	h.create(nil)
-	i := slices.IndexFunc(seen.Mounts, func(m specs.Mount) bool { return m.Destination == adjust.ExchangeDestination })
+	i := slices.IndexFunc(seen.Mounts, func(m specs.Mount) bool { return m.Destination == api.ExchangeDestination })
 	if i < 0 {
 		t.Fatalf("no exchange mount: %+v", seen.Mounts)
 	}
-	want := specs.Mount{Destination: adjust.ExchangeDestination, Type: "bind", Source: h.exchange(), Options: []string{"rbind", "rprivate", "rw"}}
+	want := specs.Mount{Destination: api.ExchangeDestination, Type: "bind", Source: h.exchange(), Options: []string{"rbind", "rprivate", "rw"}}
 	if diff := cmp.Diff(want, seen.Mounts[i]); diff != "" {
 		t.Error(diff)
 	}
@@ -58,7 +57,7 @@ func TestCreatePreparesTheBundleBeforeKataReadsIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	adopt := h.guest.Request("Adopt").(*api.AdoptRequest)
-	if len(marker) < 16 || adopt.GetToken() != string(marker) || adopt.GetExchangeDestination() != adjust.ExchangeDestination {
+	if len(marker) < 16 || adopt.GetToken() != string(marker) || adopt.GetExchangeDestination() != api.ExchangeDestination {
 		t.Errorf("token %q, marker %q, destination %q", adopt.GetToken(), marker, adopt.GetExchangeDestination())
 	}
 }

@@ -64,7 +64,7 @@ func rewriteExec(r *task.ExecProcessRequest) (*restoredExec, *task.ExecProcessRe
 	data, err := json.Marshal(specs.Process{
 		Terminal:    process.Terminal,
 		ConsoleSize: process.ConsoleSize,
-		Args:        []string{helperPath, execMode, e.token},
+		Args:        []string{api.HelperPath, api.ExecMode, e.token},
 		Cwd:         "/",
 	})
 	if err != nil {

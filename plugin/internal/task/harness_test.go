@@ -20,6 +20,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
 )
@@ -62,7 +63,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 	if err := os.MkdirAll(filepath.Join(bundle, "bin"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(bundle, helperBinary), nil, 0o700); err != nil {
+	if err := os.WriteFile(filepath.Join(bundle, api.AgentBinary), nil, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	h := &harness{

@@ -9,8 +9,8 @@ import (
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 // NRI creates a container without a plugin that is away.
@@ -34,7 +34,7 @@ func TestShimMakesUpForTheNRIPlugin(t *testing.T) {
 			defer log.L.Logger.SetOutput(old)
 			h := newHarness(t)
 			spec := readSpec(t, h.create(tc.change))
-			if !slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return m.Destination == adjust.ExchangeDestination }) || spec.Annotations[annotations.ExternalMountsKey] != "/data" {
+			if !slices.ContainsFunc(spec.Mounts, func(m specs.Mount) bool { return m.Destination == api.ExchangeDestination }) || spec.Annotations[annotations.ExternalMountsKey] != "/data" {
 				t.Errorf("not adjusted: %+v", spec)
 			}
 			if says := strings.Contains(logged.String(), said); says != tc.says {

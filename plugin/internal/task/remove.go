@@ -70,7 +70,7 @@ func (c *container) forget(ctx context.Context) {
 	}
 	err := c.exchange.remove()
 	if c.source != nil {
-		err = errors.Join(err, bundle.EmptyRootfs(c.bundle), kata.SweepMount(c.s.sandbox, c.id, helperPath))
+		err = errors.Join(err, bundle.EmptyRootfs(c.bundle), kata.SweepMount(c.s.sandbox, c.id, api.HelperPath))
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Error("delete")

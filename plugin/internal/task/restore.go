@@ -24,18 +24,6 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
-const (
-	// helperPath is where our static binary is in a restored container. It lies
-	// below /dev, a file system of its own, where a mount point leaves no trace
-	// in the root file system; Kata shares regular files there.
-	helperPath = "/dev/.kata-checkpoint"
-	// helperBinary is its place in the guest bundle.
-	helperBinary = "bin/kata-checkpoint-agent"
-	// placeholderMode and execMode are the binary's modes (package guestagent).
-	placeholderMode = "placeholder"
-	execMode        = "exec"
-)
-
 // source is the image set that a container is restored from.
 type source struct {
 	manifest *imageset.Manifest
@@ -165,15 +153,15 @@ func rightsOf(p *specs.Process) *api.Rights {
 // putPlaceholder makes the container's first process the one below which the
 // agent restores the others.
 func (c *container) putPlaceholder(spec *bundle.Spec) error {
-	binary := filepath.Join(c.s.cfg.GuestBundle, helperBinary)
+	binary := filepath.Join(c.s.cfg.GuestBundle, api.AgentBinary)
 	if st, err := os.Stat(binary); err != nil || !st.Mode().IsRegular() {
 		return errclass.Precondition("restore: %s is not there: install the guest bundle on this machine and name its directory by guest_bundle in config.toml", binary)
 	}
-	if err := spec.AddMount(specs.Mount{Destination: helperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}}); err != nil {
+	if err := spec.AddMount(specs.Mount{Destination: api.HelperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}}); err != nil {
 		return err
 	}
 	fields := map[string]any{
-		"args": []string{helperPath, placeholderMode},
+		"args": []string{api.HelperPath, api.PlaceholderMode},
 		"cwd":  "/",
 		"user": specs.User{},
 	}
