@@ -96,12 +96,49 @@ bench: testbed ## measure checkpoints over bare dumps, calls and execs through t
 notice: build/criu/MANIFEST ## write NOTICE: the licences of what the binaries and the guest bundle contain
 	CGO_ENABLED=0 go run ./internal/cmd/notice
 
+SCRIPTS := $(shell git ls-files | xargs grep -lIE '^\#!/bin/(ba)?sh' 2>/dev/null)
+
 .PHONY: lint
-lint: ## check style and imports
+lint: bootstrap style drift vulnerabilities ## run every static check: style, imports, links, drift of generated files, known vulnerabilities
+
+.PHONY: style
+style: ## check style, imports, shell scripts and the links of the documentation
 	packaging/bootstrap lint
 	go build -modfile=internal/tools/go.mod -o build/tools/ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	for module in $(MODULES); do (cd $$module && $(CURDIR)/build/tools/golangci-lint run) || exit; done
-	shellcheck .ci/run integration/demo internal/debian/private-apt packaging/bootstrap packaging/guest-bundle packaging/step
+	shellcheck $(SCRIPTS)
+	go run ./internal/cmd/doclinks $$(git ls-files '*.md')
+
+.PHONY: drift
+drift: build/criu/MANIFEST ## check that generated code and NOTICE are what their sources generate
+	packaging/bootstrap proto
+	packaging/drift
+
+.PHONY: vulnerabilities
+vulnerabilities: ## check dependencies for known vulnerabilities, where the database can be reached
+	packaging/vulnerabilities
+
+.PHONY: check
+check: build style ## what a contributor runs before a push: no root, no VM, two minutes
+	for module in $(MODULES); do (cd $$module && CGO_ENABLED=0 go test -short ./...) || exit; done
+
+.PHONY: cover
+cover: ## run the unit tests and show their coverage: build/coverage.html
+	mkdir -p build
+	CGO_ENABLED=0 go test -short -coverprofile=build/coverage.out ./...
+	go tool cover -func=build/coverage.out | tail -n 1
+	go tool cover -html=build/coverage.out -o build/coverage.html
+
+PREFIX      ?= /usr/local
+GUESTBUNDLE ?= /opt/kata-checkpoint/guest
+
+.PHONY: install
+install: build guest-bundle ## install the shim, the NRI plugin and the guest bundle: PREFIX=/usr/local, DESTDIR= for packages
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(GUESTBUNDLE)
+	install bin/containerd-shim-kata-checkpoint-v2 bin/kata-checkpoint-nri $(DESTDIR)$(PREFIX)/bin/
+	cp -a build/guest-bundle/. $(DESTDIR)$(GUESTBUNDLE)/
+	install -d $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint
+	cp -R configs README.md LICENSE NOTICE $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint/
 
 .PHONY: proto
 proto: ## generate the protocols' Go code
