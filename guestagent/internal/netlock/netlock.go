@@ -1,55 +1,170 @@
-// Package netlock holds back the packets of TCP connections with nftables, so
-// that peers neither hear from a container nor get an answer in its stead.
-// CRIU does the same for the time of a dump; the guest agent calls this where
-// the silence has to outlast the dump. It speaks netfilter's netlink protocol
-// itself: a slim guest has no nft.
+// Package netlock keeps the peers of a frozen container's TCP connections from
+// noticing that it is gone. A network lock drops the connections' packets, so
+// that peers see neither data nor a FIN or RST, and repair mode closes sockets
+// without sending either. CRIU locks the network for the duration of a dump;
+// the agent calls this package where the lock has to outlast it.
+//
+// It relies on nf_tables and TCP_REPAIR as in Linux 6.18.
 package netlock
 
 import (
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
+	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-// Lock drops every packet of the connections, in both directions, until
-// Unlock is called with the same name. It is for the caller's network namespace.
+// Lock drops every packet of the connections, in both directions, until Unlock
+// is called with the same name. It replaces an earlier lock of that name. It
+// acts on the network namespace of the calling thread.
 func Lock(name string, list []inspect.Connection) error {
-	b := newBatch()
-	b.add(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, text(unix.NFTA_TABLE_NAME, name))
-	for _, h := range hooks {
-		b.add(unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, text(unix.NFTA_CHAIN_TABLE, name), text(unix.NFTA_CHAIN_NAME, h.chain),
-			nested(unix.NFTA_CHAIN_HOOK, number(unix.NFTA_HOOK_HOOKNUM, h.number), number(unix.NFTA_HOOK_PRIORITY, 0)),
-			text(unix.NFTA_CHAIN_TYPE, "filter"))
-		for _, c := range list {
-			from, to := c.Local, c.Remote
-			if h.number == unix.NF_INET_LOCAL_IN {
-				from, to = to, from
+	conn, err := dial(len(list))
+	if err != nil {
+		return err
+	}
+	table := conn.AddTable(tableOf(name))
+	conn.DelTable(table)
+	conn.AddTable(table)
+	chains := []*nftables.Chain{
+		conn.AddChain(chain(table, "input", nftables.ChainHookInput)),
+		conn.AddChain(chain(table, "output", nftables.ChainHookOutput)),
+	}
+	for _, f := range families {
+		keys := f.keys(list)
+		if len(keys) == 0 {
+			continue
+		}
+		set := &nftables.Set{Table: table, Name: f.name, KeyType: f.key, Concatenation: true}
+		if err := conn.AddSet(set, nil); err != nil {
+			return fmt.Errorf("lock %d TCP connections with nftables: %w", len(list), err)
+		}
+		for chunk := range slices.Chunk(keys, maxElements) {
+			if err := conn.SetAddElements(set, chunk); err != nil {
+				return fmt.Errorf("lock %d TCP connections with nftables: %w", len(list), err)
 			}
-			b.add(unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE|unix.NLM_F_APPEND, text(unix.NFTA_RULE_TABLE, name), text(unix.NFTA_RULE_CHAIN, h.chain),
-				nested(unix.NFTA_RULE_EXPRESSIONS, dropPackets(from, to)...))
+		}
+		for _, c := range chains {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: c, Exprs: f.drop(set, c)})
 		}
 	}
-	if err := b.send(); err != nil {
-		return fmt.Errorf("hold back the packets of %d TCP connections by nftables: %w", len(list), err)
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("lock %d TCP connections with nftables: %w", len(list), err)
 	}
 	return nil
 }
 
-// hooks are where the rules sit: between the network and the guest's own sockets.
-var hooks = []struct {
-	chain  string
-	number uint32
-}{{"in", unix.NF_INET_LOCAL_IN}, {"out", unix.NF_INET_LOCAL_OUT}}
-
-// Unlock lets the packets through again. A name without a lock is no error.
+// Unlock lets the packets through again. Unlocking a name that is not locked is
+// no error.
 func Unlock(name string) error {
-	b := newBatch()
-	b.add(unix.NFT_MSG_DELTABLE, 0, text(unix.NFTA_TABLE_NAME, name))
-	if err := b.send(); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("let the packets of TCP connections through again: %w", err)
+	conn, err := dial(0)
+	if err != nil {
+		return err
+	}
+	conn.DelTable(tableOf(name))
+	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unlock TCP connections: %w", err)
 	}
 	return nil
+}
+
+const (
+	// maxElements is how many set elements fit into one message, whose nested
+	// attributes are at most 64 KiB long.
+	maxElements = 512
+	// elementBytes is more than an element takes in a message.
+	elementBytes = 128
+	// answerTimeout bounds the wait for the kernel, which answers while it takes
+	// the batch. One that lacks nf_tables answers to the first message only.
+	answerTimeout = 5 * time.Second
+)
+
+// dial prepares a batch with as many set elements: it is sent as one message
+// and takes effect as a whole or not at all.
+func dial(elements int) (*nftables.Conn, error) {
+	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return errors.Join(c.SetWriteBuffer(64<<10+elements*elementBytes), c.SetDeadline(time.Now().Add(answerTimeout)))
+	}))
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return conn, nil
+}
+
+func tableOf(name string) *nftables.Table {
+	return &nftables.Table{Family: nftables.TableFamilyINet, Name: name}
+}
+
+// chain is a base chain between the network and the guest's own sockets.
+func chain(table *nftables.Table, name string, hook *nftables.ChainHook) *nftables.Chain {
+	return &nftables.Chain{Table: table, Name: name, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter}
+}
+
+// family is a version of IP, with what differs in a rule.
+type family struct {
+	name     string
+	key      nftables.SetDatatype
+	protocol byte
+	// Where a packet's header has its addresses, and how long they are.
+	source, destination, length uint32
+}
+
+var families = []family{
+	{"ip", concatenate(nftables.TypeIPAddr), unix.NFPROTO_IPV4, 12, 16, 4},
+	{"ip6", concatenate(nftables.TypeIP6Addr), unix.NFPROTO_IPV6, 8, 24, 16},
+}
+
+func concatenate(address nftables.SetDatatype) nftables.SetDatatype {
+	return nftables.MustConcatSetType(address, nftables.TypeInetService, address, nftables.TypeInetService)
+}
+
+// keys are the connections of the family as elements of its set: the local
+// address and port, then the remote ones.
+func (f family) keys(list []inspect.Connection) []nftables.SetElement {
+	var out []nftables.SetElement
+	for _, c := range list {
+		if c.Local.Addr().BitLen() == int(8*f.length) {
+			out = append(out, nftables.SetElement{Key: append(endpoint(c.Local), endpoint(c.Remote)...)})
+		}
+	}
+	return out
+}
+
+// endpoint is an address and a port, which a register's four bytes are filled
+// up for with zeros.
+func endpoint(a netip.AddrPort) []byte {
+	return append(a.Addr().AsSlice(), byte(a.Port()>>8), byte(a.Port()), 0, 0)
+}
+
+// drop is a rule: a packet of TCP whose endpoints are in the set is dropped.
+func (f family) drop(set *nftables.Set, c *nftables.Chain) []expr.Any {
+	local, remote := f.source, f.destination
+	localPort, remotePort := uint32(0), uint32(2)
+	if c.Hooknum == nftables.ChainHookInput {
+		local, remote, localPort, remotePort = remote, local, remotePort, localPort
+	}
+	const scratch, first = unix.NFT_REG_1, unix.NFT_REG32_00
+	words := f.length / 4
+	load := func(base expr.PayloadBase, offset, length, register uint32) expr.Any {
+		return &expr.Payload{DestRegister: register, Base: base, Offset: offset, Len: length}
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: scratch},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: scratch, Data: []byte{f.protocol}},
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: scratch},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: scratch, Data: []byte{unix.IPPROTO_TCP}},
+		load(expr.PayloadBaseNetworkHeader, local, f.length, first),
+		load(expr.PayloadBaseTransportHeader, localPort, 2, first+words),
+		load(expr.PayloadBaseNetworkHeader, remote, f.length, first+words+1),
+		load(expr.PayloadBaseTransportHeader, remotePort, 2, first+2*words+1),
+		&expr.Lookup{SourceRegister: first, SetName: set.Name, SetID: set.ID},
+		&expr.Verdict{Kind: expr.VerdictDrop},
+	}
 }

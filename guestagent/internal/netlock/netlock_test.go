@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -78,6 +79,47 @@ func TestLock(t *testing.T) {
 	}
 	if err := Unlock("test"); err != nil {
 		t.Errorf("a lock that is not there: %v", err)
+	}
+}
+
+// A lock is one batch, however many connections it has, and replaces an earlier one.
+func TestLockOfManyConnections(t *testing.T) {
+	inNetworkNamespace(t)
+	list := make([]inspect.Connection, 0, 5000)
+	for i := range cap(list) {
+		local, remote := "10.0.0.2", "10.0.0.1"
+		if i%2 == 1 {
+			local, remote = "2001:db8::2", "2001:db8::1"
+		}
+		list = append(list, inspect.Connection{
+			Local:  netip.AddrPortFrom(netip.MustParseAddr(local), 80),
+			Remote: netip.AddrPortFrom(netip.MustParseAddr(remote), uint16(1024+i)),
+		})
+	}
+	for _, n := range []int{len(list), 10} {
+		err := Lock("test", list[:n])
+		if errors.Is(err, unix.EPROTONOSUPPORT) {
+			t.Skipf("the kernel has no nf_tables: %v", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := nftables.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			set, err := conn.GetSetByName(tableOf("test"), f.name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if elements, err := conn.GetSetElements(set); err != nil || len(elements) != n/2 {
+				t.Errorf("the set of %s has %d elements of %d (%v)", f.name, len(elements), n/2, err)
+			}
+		}
+	}
+	if err := Unlock("test"); err != nil {
+		t.Fatal(err)
 	}
 }
 
