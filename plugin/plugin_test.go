@@ -502,7 +502,7 @@ func TestDelete(t *testing.T) {
 			n.mustStart(dir)
 			exchange := adjust.ExchangeDir(n.state, "ns", "c1")
 			unfinished := filepath.Join(t.TempDir(), ".kata-checkpoint-0123")
-			starter := filepath.Join(n.state, "starter", "ns--c1--x")
+			starter := filepath.Join(n.state, "bootstrap", "ns--c1--x")
 			unpacked := filepath.Join(n.dir, "ctrd-checkpoint0123")
 			for _, d := range []string{exchange, unfinished, starter, unpacked} {
 				if err := os.MkdirAll(d, 0o700); err != nil {

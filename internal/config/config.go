@@ -34,17 +34,17 @@ const (
 // Config is the file's content, checked and with the defaults filled in. What
 // each key means is said in configs/config.toml.
 type Config struct {
-	DownstreamShim  string
-	KataConfigPath  string
-	StateDir        string
-	GuestBundle     string
-	AgentOptional   bool
-	AgentPort       uint32
-	AgentTimeout    time.Duration
-	FreezeTimeout   time.Duration
-	OpTimeout       time.Duration
-	ExecWaitTimeout time.Duration
-	AfterCheckpoint string
+	DownstreamShim    string
+	KataConfigPath    string
+	StateDir          string
+	GuestBundle       string
+	AgentOptional     bool
+	AgentPort         uint32
+	AgentTimeout      time.Duration
+	FreezeTimeout     time.Duration
+	CheckpointTimeout time.Duration
+	ExecWaitTimeout   time.Duration
+	AfterCheckpoint   string
 	// AfterCheckpointCRI is for containers that the CRI made.
 	AfterCheckpointCRI string
 	MaxImageFiles      int
@@ -166,7 +166,7 @@ func parse(data []byte) (*Config, error) {
 	}{
 		{"agent_timeout", f.AgentTimeout, &c.AgentTimeout},
 		{"freeze_timeout", f.FreezeTimeout, &c.FreezeTimeout},
-		{"checkpoint_timeout", f.CheckpointTimeout, &c.OpTimeout},
+		{"checkpoint_timeout", f.CheckpointTimeout, &c.CheckpointTimeout},
 		{"exec_wait_timeout", f.ExecWaitTimeout, &c.ExecWaitTimeout},
 	} {
 		v, err := time.ParseDuration(t.value)

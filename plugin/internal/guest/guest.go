@@ -219,9 +219,9 @@ func (a *Agent) hold(c *connection) {
 	})
 }
 
-// Do calls the agent. A call that found a broken connection is made once more
+// CallIdempotent calls the agent. A call that found a broken connection is made once more
 // on a new one: it must be one that may arrive twice.
-func (a *Agent) Do(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	for attempt := 0; ; attempt++ {
 		c, err := a.connection(ctx)
 		if err != nil {
@@ -236,8 +236,8 @@ func (a *Agent) Do(ctx context.Context, call func(context.Context, api.AgentServ
 	}
 }
 
-// DoOnce calls the agent with a call that must not arrive twice.
-func (a *Agent) DoOnce(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+// Call calls the agent with a call that must not arrive twice.
+func (a *Agent) Call(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.connection(ctx)
 	if err != nil {
 		return err
@@ -245,8 +245,8 @@ func (a *Agent) DoOnce(ctx context.Context, call func(context.Context, api.Agent
 	return native(call(ctx, c.agent))
 }
 
-// Tell calls the agent if there is a connection, and does nothing if not.
-func (a *Agent) Tell(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+// Notify calls the agent if there is a connection, and does nothing if not.
+func (a *Agent) Notify(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	select {
 	case a.sem <- struct{}{}:
 	case <-ctx.Done():
@@ -260,10 +260,10 @@ func (a *Agent) Tell(ctx context.Context, call func(context.Context, api.AgentSe
 	return native(call(ctx, c.agent))
 }
 
-// DoAlone makes a long call on a connection of its own. When ctx ends the
+// CallDedicated makes a long call on a connection of its own. When ctx ends the
 // connection is closed, which is how the agent learns of it: ttrpc tells a
 // server of a deadline, and nothing of a caller that went away.
-func (a *Agent) DoAlone(ctx context.Context, call func(context.Context, api.AgentService) error) error {
+func (a *Agent) CallDedicated(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.alone(ctx)
 	if err == nil {
 		err = native(call(ctx, c.agent))

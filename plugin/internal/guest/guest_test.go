@@ -58,7 +58,7 @@ func TestOneConnectionForAll(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 20 {
 		wg.Go(func() {
-			if err := a.Do(t.Context(), forget); err != nil {
+			if err := a.CallIdempotent(t.Context(), forget); err != nil {
 				t.Error(err)
 			}
 		})
@@ -67,7 +67,7 @@ func TestOneConnectionForAll(t *testing.T) {
 	if n := dialled.Load(); n != 1 {
 		t.Errorf("dialled %d times", n)
 	}
-	if err := a.DoAlone(t.Context(), forget); err != nil {
+	if err := a.CallDedicated(t.Context(), forget); err != nil {
 		t.Error(err)
 	}
 	if n := dialled.Load(); n != 2 {
@@ -78,16 +78,16 @@ func TestOneConnectionForAll(t *testing.T) {
 func TestAnAgentThatWasStartedAgainIsFound(t *testing.T) {
 	var lost atomic.Int32
 	g, a := connect(t, func() { lost.Add(1) })
-	if err := a.Do(t.Context(), forget); err != nil {
+	if err := a.CallIdempotent(t.Context(), forget); err != nil {
 		t.Fatal(err)
 	}
 	g.SetThere(false)
-	err := a.Do(t.Context(), forget)
+	err := a.CallIdempotent(t.Context(), forget)
 	if err == nil || !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "no agent answers") {
 		t.Errorf("without an agent: %v", err)
 	}
 	g.SetThere(true)
-	if err := a.Do(t.Context(), forget); err != nil {
+	if err := a.CallIdempotent(t.Context(), forget); err != nil {
 		t.Error(err)
 	}
 	// It is told by a goroutine of its own.
@@ -176,7 +176,7 @@ func TestTheAgentLearnsOfACallerThatGaveUp(t *testing.T) {
 		<-reached
 		cancel(gone)
 	}()
-	if err := a.DoAlone(ctx, forget); !errors.Is(err, gone) {
+	if err := a.CallDedicated(ctx, forget); !errors.Is(err, gone) {
 		t.Errorf("got %v", err)
 	}
 	select {
@@ -186,20 +186,20 @@ func TestTheAgentLearnsOfACallerThatGaveUp(t *testing.T) {
 	}
 	// The others' connection is whole.
 	g.Before("Forget", nil)
-	if err := a.Do(t.Context(), forget); err != nil {
+	if err := a.CallIdempotent(t.Context(), forget); err != nil {
 		t.Error(err)
 	}
 }
 
 func TestTellDoesNotDial(t *testing.T) {
 	g, a := connect(t, nil)
-	if err := a.Tell(t.Context(), forget); err != nil || len(g.Calls()) != 0 {
+	if err := a.Notify(t.Context(), forget); err != nil || len(g.Calls()) != 0 {
 		t.Errorf("%v, %q", err, g.Calls())
 	}
 	if err := a.Connect(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.Tell(t.Context(), forget); err != nil || len(g.Calls()) != 1 {
+	if err := a.Notify(t.Context(), forget); err != nil || len(g.Calls()) != 1 {
 		t.Errorf("%v, %q", err, g.Calls())
 	}
 }
@@ -207,7 +207,7 @@ func TestTellDoesNotDial(t *testing.T) {
 func TestErrorsKeepTheirClass(t *testing.T) {
 	g, a := connect(t, nil)
 	g.Before("Forget", func(context.Context) error { return fmt.Errorf("plain: %w", net.ErrClosed) })
-	if err := a.Do(t.Context(), forget); err == nil || !strings.Contains(err.Error(), "plain") {
+	if err := a.CallIdempotent(t.Context(), forget); err == nil || !strings.Contains(err.Error(), "plain") {
 		t.Errorf("got %v", err)
 	}
 	g.Before("Forget", func(ctx context.Context) error {
@@ -216,7 +216,7 @@ func TestErrorsKeepTheirClass(t *testing.T) {
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if err := a.Do(ctx, forget); !errors.Is(err, context.DeadlineExceeded) {
+	if err := a.CallIdempotent(ctx, forget); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -24,7 +24,6 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
-	tasks "github.com/kata-checkpoint/kata-checkpoint/plugin/internal/task"
 )
 
 // containerd gives delete 5 s in all (core/runtime/v2/shim.go, cleanupTimeout).
@@ -237,7 +236,7 @@ func removeTemporary(dir string) error {
 	if err != nil || path == "" {
 		return err
 	}
-	return tasks.RemoveTemporary(path)
+	return bundle.RemoveTemporary(path)
 }
 
 // removeSockets removes what belongs to the sandbox as a whole.
@@ -253,7 +252,7 @@ func (i *Invocation) removeSockets(r *bundle.Record) error {
 			errs = append(errs, err)
 		}
 	}
-	left, err := filepath.Glob(tasks.StarterGlob(r.StateDir, i.Namespace, i.ID))
+	left, err := filepath.Glob(bundle.BootstrapGlob(r.StateDir, i.Namespace, i.ID))
 	errs = append(errs, err)
 	for _, dir := range left {
 		errs = append(errs, os.RemoveAll(dir))

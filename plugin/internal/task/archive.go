@@ -29,17 +29,17 @@ func (c *container) archiveName() (string, error) {
 	if name == "" || c.kind != annotations.InPod {
 		return "", nil
 	}
-	_, err := os.Lstat(c.restoredNote())
+	_, err := os.Lstat(c.restoredRecord())
 	if errors.Is(err, fs.ErrNotExist) {
 		return name, nil
 	}
 	return "", err
 }
 
-// restoredNote is a file that is there once the container of that name was
+// restoredRecord is a file that is there once the container of that name was
 // restored in its pod. A pod's UID never comes again; a new sandbox of the same
 // pod, after a node's crash, has the same.
-func (c *container) restoredNote() string {
+func (c *container) restoredRecord() string {
 	pod := annotations.PodUID(c.annotations)
 	if pod == "" {
 		pod = c.s.sandbox
@@ -54,9 +54,9 @@ const (
 	restoredFor = 366 * 24 * time.Hour
 )
 
-// noteRestored makes the note, and removes those of pods that are long gone.
-func (c *container) noteRestored() error {
-	note := c.restoredNote()
+// recordRestored makes the note, and removes those of pods that are long gone.
+func (c *container) recordRestored() error {
+	note := c.restoredRecord()
 	if err := os.MkdirAll(filepath.Dir(note), 0o700); err != nil {
 		return err
 	}
@@ -102,7 +102,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err != nil {
 		return fail(err)
 	}
-	manifest, err := c.takeImages(ctx, filepath.Join(dir, archive.ImagesName), r.Rootfs, spec, func(m *imageset.Manifest) error {
+	manifest, err := c.stageImages(ctx, filepath.Join(dir, archive.ImagesName), r.Rootfs, spec, func(m *imageset.Manifest) error {
 		// Whoever may make pods in one namespace has no claim to another one's memory.
 		if have := annotations.PodNamespace(c.annotations); m.Container.PodNamespace != have {
 			return fmt.Errorf("it was made of a container of the namespace %q, and this pod is in %q: archives are restored in their own namespace", m.Container.PodNamespace, have)
@@ -113,10 +113,10 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 		return fail(fmt.Errorf("archive %s: %w", name, err))
 	}
 	rights := rightsOf(spec.Process)
-	if err := c.putPlaceholder(spec); err != nil {
+	if err := c.setPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), rights: rights, done: c.noteRestored}
-	c.staged(ctx, begin)
+	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), rights: rights, done: c.recordRestored}
+	c.logStaged(ctx, begin)
 	return nil
 }

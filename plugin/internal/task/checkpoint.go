@@ -17,13 +17,11 @@ import (
 	"github.com/containerd/containerd/v2/core/runtime"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
@@ -41,32 +39,28 @@ type checkpointRequest struct {
 	stop bool
 }
 
-// Checkpoint writes the image set of a container into the directory that the
+// checkpoint writes the image set of a container into the directory that the
 // engine names. The container goes on running, or stays paused, if it fails.
-func (s *Service) Checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) (*emptypb.Empty, error) {
-	c, err := s.known(r.ID)
-	if err != nil {
-		return nil, err
-	}
+func (c *container) checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) error {
 	req, err := c.checkpointRequest(r)
 	if err != nil {
-		return nil, fmt.Errorf("checkpoint container %s: %w", r.ID, err)
+		return fmt.Errorf("checkpoint container %s: %w", r.ID, err)
 	}
 	// Another one is not waited for.
 	if st, busy := c.current().(checkpointingState); busy {
-		return nil, st.busy()
+		return st.busy()
 	}
-	ctx, end := s.operation(ctx)
+	ctx, end := c.s.operation(ctx)
 	defer end()
 	if err := c.do(ctx, func(st state) error { return st.checkpoint(ctx, req) }); err != nil {
 		if ctx.Err() != nil {
 			// containerd, which has made it, may not be there to do it.
-			err = errors.Join(err, RemoveTemporary(req.path))
+			err = errors.Join(err, bundle.RemoveTemporary(req.path))
 		}
-		return nil, err
+		return err
 	}
 	c.publish(ctx, runtime.TaskCheckpointedEventTopic, &eventsapi.TaskCheckpointed{ContainerID: c.id, Checkpoint: r.Path})
-	return &emptypb.Empty{}, nil
+	return nil
 }
 
 func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpointRequest, error) {
@@ -84,7 +78,7 @@ func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpoin
 	if req.options, err = criuOptions(opts, c.annotations); err != nil {
 		return nil, err
 	}
-	if req.stop, err = afterCheckpoint(opts, c.annotations, c.s.cfg); err != nil {
+	if req.stop, err = stopsAfterCheckpoint(opts, c.annotations, c.s.cfg); err != nil {
 		return nil, errclass.Invalid("%w", err)
 	}
 	if req.work == "" && annotations.MadeByCRI(c.annotations) {
@@ -103,9 +97,9 @@ type checkpointJob struct {
 	target *imageset.Target
 }
 
-// checkpoint runs from the state before, running or paused, which comes again
+// runCheckpoint runs from the state before, running or paused, which comes again
 // unless the container is to stop.
-func (c *container) checkpoint(ctx context.Context, before state, r *checkpointRequest) error {
+func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpointRequest) error {
 	begin := time.Now()
 	j := &checkpointJob{
 		checkpointRequest: r, c: c, images: "checkpoint-" + strings.ToLower(rand.Text()),
@@ -114,10 +108,10 @@ func (c *container) checkpoint(ctx context.Context, before state, r *checkpointR
 	c.become(checkpointingState{c: c, isFrozen: before.frozen()})
 	m, err := j.run(ctx, before)
 	// First the container, then the files: the agent may still be writing some.
-	c.afterwards(ctx, before, err)
+	c.leaveCheckpoint(ctx, before, err)
 	cleanErr := j.clean(err != nil)
 	if j.target != nil {
-		err = c.afterLoss(ctx, err)
+		err = c.explainLostAgent(ctx, err)
 	}
 	c.resumeIfWanted(ctx)
 	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin), "path": r.path})
@@ -144,7 +138,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	}
 	j.phases.done("prepare")
 	if !before.frozen() {
-		if err := c.gate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
+		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 			return nil, err
 		}
 		c.become(checkpointingState{c: c, isFrozen: true})
@@ -158,28 +152,28 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), limits, imageset.DumpLogName, imageset.StatsName)
 	defer images.Stop()
 	var out *api.CheckpointResponse
-	err := c.s.agent.DoAlone(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+	err := c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		out, err = a.Checkpoint(ctx, j.request())
 		return err
 	})
 	if err != nil {
-		j.keepLogs(ctx)
+		j.copyLogs(ctx)
 		return nil, err
 	}
 	j.phases.guest(out.GetPhases())
 
 	files, err := images.Collect(ctx)
 	if err != nil {
-		return nil, j.fullOr(err)
+		return nil, j.explainFull(err)
 	}
-	j.keepLogs(ctx)
+	j.copyLogs(ctx)
 	j.phases.done("copy images")
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
 	m := j.manifest(out, files)
 	if err := j.target.Commit(m); err != nil {
-		return nil, j.fullOr(err)
+		return nil, j.explainFull(err)
 	}
 	j.phases.done("commit")
 	if j.stop {
@@ -188,9 +182,9 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("the image set in %s is whole, and the container is not stopped: %w", j.path, context.Cause(ctx))
 		}
-		uctx, cancel := undo(ctx)
+		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
-		if err := c.kill(uctx); err != nil {
+		if err := c.killAndWait(uctx); err != nil {
 			return nil, fmt.Errorf("the image set in %s is whole, and the container could not be stopped: %w", j.path, err)
 		}
 		j.phases.done("stop")
@@ -212,8 +206,8 @@ func (j *checkpointJob) openTarget() (err error) {
 	return bundle.SetStaging(j.c.bundle, j.target.Dir().Name())
 }
 
-// fullOr says what to do where an error is that of a full file system.
-func (j *checkpointJob) fullOr(err error) error {
+// explainFull says what to do where an error is that of a full file system.
+func (j *checkpointJob) explainFull(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("there is no room for the image set in %s: make room there, or name a directory of another file system: %w", j.path, err))
 	}
@@ -225,7 +219,7 @@ func (j *checkpointJob) clean(failed bool) (err error) {
 	if failed || j.stop {
 		err = os.RemoveAll(j.c.exchange.path(j.images))
 	} else {
-		go j.c.discard(j.images)
+		go j.c.discardImages(j.images)
 	}
 	if j.target != nil {
 		err = errors.Join(err, j.target.Abort(), bundle.SetStaging(j.c.bundle, ""))
@@ -234,7 +228,7 @@ func (j *checkpointJob) clean(failed bool) (err error) {
 }
 
 // afterwards brings a container back into the state before its checkpoint.
-func (c *container) afterwards(ctx context.Context, before state, failed error) {
+func (c *container) leaveCheckpoint(ctx context.Context, before state, failed error) {
 	if _, ended := c.current().(stoppedState); ended {
 		return
 	}
@@ -249,7 +243,7 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 		c.become(before)
 		return
 	}
-	uctx, cancel := undo(ctx)
+	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
 	if c.isFrozen() {
 		if err := c.thaw(uctx); err != nil {
@@ -260,22 +254,22 @@ func (c *container) afterwards(ctx context.Context, before state, failed error) 
 		}
 	}
 	c.become(runningState{c})
-	c.gate.open()
+	c.execGate.open()
 	if before.frozen() {
 		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
 		log.G(ctx).WithField("container", c.id).Warn("resumed: whoever paused it for a checkpoint has given up")
 	}
 }
 
-// afterLoss says what to do about a checkpoint that failed because the agent
+// explainLostAgent says what to do about a checkpoint that failed because the agent
 // died.
-func (c *container) afterLoss(ctx context.Context, err error) error {
+func (c *container) explainLostAgent(ctx context.Context, err error) error {
 	if _, ended := c.current().(stoppedState); ended || !guest.IsGone(err) {
 		return err
 	}
-	uctx, cancel := undo(ctx)
+	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
-	switch aerr := c.s.needAgent(uctx); {
+	switch aerr := c.s.ensureAgent(uctx); {
 	case aerr != nil && c.s.vmEnded():
 		return fmt.Errorf("%w: %w", err, guest.ErrNoVM)
 	case aerr != nil:
@@ -339,9 +333,9 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	return m
 }
 
-// keepLogs puts CRIU's log and statistics where the engine looks for them.
+// copyLogs puts CRIU's log and statistics where the engine looks for them.
 // They are of use to people, and no checkpoint fails for them.
-func (j *checkpointJob) keepLogs(ctx context.Context) {
+func (j *checkpointJob) copyLogs(ctx context.Context) {
 	if j.work == "" {
 		return
 	}
@@ -358,66 +352,4 @@ func (j *checkpointJob) keepLogs(ctx context.Context) {
 			log.G(ctx).WithError(err).WithField("file", name).Warn("work path")
 		}
 	}
-}
-
-// kill ends a container, frozen or not, and waits until Kata has noticed. It
-// issues no Wait: in Kata's Rust shim one on the sandbox's container stops the
-// sandbox (src/runtime-rs/crates/runtimes/src/manager.rs).
-func (c *container) kill(ctx context.Context) error {
-	err := c.s.down.kill(ctx, &task.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL), All: true})
-	if err != nil && !isGone(err) {
-		return fmt.Errorf("kill container %s: %w", c.id, err)
-	}
-	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
-		st, err := c.s.down.state(ctx, c.id)
-		if isGone(err) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("wait for the end of container %s: %w", c.id, err)
-		}
-		if st.GetStatus() == statusStopped {
-			c.stopped()
-			return nil
-		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return fmt.Errorf("wait for the end of container %s: %w", c.id, context.Cause(ctx))
-		}
-	}
-}
-
-// phases are the steps of a checkpoint, with the time that each took.
-type phases struct {
-	ctx  context.Context
-	id   string
-	last time.Time
-	list []imageset.Phase
-
-	stops stopat.Dir
-}
-
-func (p *phases) done(name string) {
-	now := time.Now()
-	p.add(name, now.Sub(p.last))
-	p.stops.Wait(p.ctx, "checkpoint", name)
-	p.last = time.Now()
-}
-
-// guest adds the agent's own phases, and what was lost on the way.
-func (p *phases) guest(list []*api.Phase) {
-	rest := time.Since(p.last)
-	for _, ph := range list {
-		d := time.Duration(ph.GetNanoseconds()) //nolint:gosec // a guest that lies spoils a log line
-		p.add("guest: "+ph.GetName(), d)
-		rest -= d
-	}
-	p.add("guest: other", max(rest, 0))
-	p.last = time.Now()
-}
-
-func (p *phases) add(name string, d time.Duration) {
-	p.list = append(p.list, imageset.Phase{Name: name, Duration: d})
-	log.G(p.ctx).WithFields(log.Fields{"container": p.id, "phase": name, "duration": d}).Info("checkpoint")
 }

@@ -254,7 +254,7 @@ func TestAfterCheckpoint(t *testing.T) {
 			if tc.cfg == nil {
 				tc.cfg = defaults
 			}
-			stop, err := afterCheckpoint(tc.opts, tc.annotations, tc.cfg)
+			stop, err := stopsAfterCheckpoint(tc.opts, tc.annotations, tc.cfg)
 			if tc.err != "" {
 				wantError(t, err, annotations.AfterKey, tc.err)
 				return
@@ -468,7 +468,7 @@ func TestCheckpointWhoseTimeRunsOutIsNotCommitted(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(stops, "checkpoint-copy-images"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	h.cfg.OpTimeout = 300 * time.Millisecond
+	h.cfg.CheckpointTimeout = 300 * time.Millisecond
 	wantError(t, h.checkpoint(path, nil), "checkpoint_timeout of 300ms has run out")
 	if entries, err := os.ReadDir(path); err != nil || len(entries) > 0 {
 		t.Errorf("left: %v, error %v", entries, err)
@@ -488,7 +488,7 @@ func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 			return err
 		},
 		"our own limit runs out": func(h *harness, _ chan struct{}, path string) error {
-			h.cfg.OpTimeout = 300 * time.Millisecond
+			h.cfg.CheckpointTimeout = 300 * time.Millisecond
 			err := h.checkpoint(path, nil)
 			wantError(h.t, err, "checkpoint_timeout of 300ms has run out")
 			return err

@@ -1,19 +1,14 @@
 package task
 
 import (
-	"context"
-	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
-	"github.com/containerd/errdefs"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
 // container is one container of the sandbox, from Create to Delete.
@@ -47,8 +42,8 @@ type container struct {
 	// thawOwed: a checkpoint has ended, and its thaw could not be made.
 	thawOwed atomic.Bool
 
-	gate     gate
-	launches launches
+	execGate execGate
+	starts   startBarrier
 	// ops is held by what changes the state; see [container.do].
 	ops chan struct{}
 
@@ -57,7 +52,7 @@ type container struct {
 
 	waiter waiter
 	// answers are the last that Kata gave to State, by exec id.
-	answers sync.Map
+	stateCache sync.Map
 	// creating is what State says as long as Kata creates the container.
 	creating atomic.Pointer[task.StateResponse]
 	// runningAt is when Kata last said that the first process runs, in
@@ -84,97 +79,40 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 		c.args = spec.Process.Args
 	}
 	c.state = createdState{c: c}
-	c.launches.expect("")
+	c.starts.expect("")
 	return c
 }
 
-// do runs a change of state, one at a time for each container. Calls that read
-// do not come here, nor does what Kata does by itself.
-func (c *container) do(ctx context.Context, change func(state) error) error {
-	select {
-	case c.ops <- struct{}{}:
-	case <-ctx.Done():
-		return fmt.Errorf("container %s: wait for the operation under way: %w", c.id, context.Cause(ctx))
-	}
-	defer func() {
-		<-c.ops
-		if c.thawWanted.Load() {
-			c.settle(ctx)
-		}
-	}()
-	return change(c.current())
+// container looks up a container that Create has made, nil otherwise.
+func (s *Service) container(id string) *container {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.containers[id]
 }
 
-func (c *container) current() state {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.state
+// known is container for calls that cannot be forwarded.
+func (s *Service) requireContainer(id string) (*container, error) {
+	if c := s.container(id); c != nil {
+		return c, nil
+	}
+	return nil, errclass.NotFound("container %s is not known", id)
 }
 
-// become sets the next state, unless the container has stopped meanwhile.
-func (c *container) become(next state) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, ended := c.state.(stoppedState); !ended {
-		c.state = next
-	}
+func (s *Service) add(c *container) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.containers[c.id] = c
 }
 
-// stopped notes that the first process has ended.
-func (c *container) stopped() {
-	c.become(stoppedState{c: c})
-	c.gate.open()
+func (s *Service) remove(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.containers, id)
 }
 
-// isFrozen says whether the container is to be shown as paused by us.
-func (c *container) isFrozen() bool { return c.current().frozen() }
-
-// managed says whether the agent in the guest knows the container.
-func (c *container) managed() bool {
-	switch c.current().(type) {
-	case runningState, pausedState, checkpointingState:
-		return true
+// exited is told by the relay.
+func (s *Service) onExit(id, exec string) {
+	if c := s.container(id); c != nil && exec == "" {
+		c.stopped()
 	}
-	return false
-}
-
-// freeze has the agent stop all processes.
-func (c *container) freeze(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
-	defer cancel()
-	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id})
-		return err
-	})
-	if err != nil && ctx.Err() != nil {
-		err = context.Cause(ctx) // which says why, as when Kata's shim has died
-	}
-	if err != nil {
-		return fmt.Errorf("freeze container %s: %w", c.id, err)
-	}
-	return nil
-}
-
-// thaw has the agent let the processes go on; it is no error when there are
-// none any more.
-func (c *container) thaw(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
-	defer cancel()
-	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
-		return err
-	})
-	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
-		c.thawOwed.Store(false)
-		return nil
-	}
-	if _, ended := c.current().(stoppedState); ended {
-		return nil // with its VM, perhaps
-	}
-	return fmt.Errorf("thaw container %s: %w", c.id, err)
-}
-
-// isGone says whether an error means that there is nothing left to act on.
-func isGone(err error) bool {
-	return errdefs.IsNotFound(err) || errors.Is(err, errKataGone)
 }

@@ -10,7 +10,6 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/containerd/v2/pkg/protobuf"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -20,10 +19,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
-// Create prepares a container so that it can be checkpointed, or is restored
+// create prepares a container so that it can be checkpointed, or is restored
 // at Start, and has Kata create it. Whether the agent answers is found out
 // here and said at Start: engines do not clean up after a Create that failed.
-func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *task.CreateTaskResponse, err error) {
+func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *task.CreateTaskResponse, err error) {
 	begin := time.Now()
 	spec, err := bundle.ReadSpec(r.Bundle)
 	if err != nil {
@@ -62,13 +61,13 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	defer c.creating.Store(nil)
 	s.add(c) // before Kata's events for it come
 	resp := &task.CreateTaskResponse{}
-	err = s.passToEnd(ctx, "Create", r, resp)
+	err = s.forwardDetached(ctx, "Create", r, resp)
 	s.protectShare(ctx, r.ID)
 	if err != nil {
 		s.remove(r.ID)
 		return nil, err
 	}
-	c.answers.Store("", createdAnswer(r, resp.GetPid()))
+	c.stateCache.Store("", createdAnswer(r, resp.GetPid()))
 	c.creating.Store(nil)
 	if r.ID == s.sandbox {
 		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
@@ -81,7 +80,7 @@ func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		s.stops.Wait(ctx, "restore", "create")
 	}
 	if kind != annotations.Sandbox {
-		c.agentErr = s.meetAgent(ctx, c)
+		c.agentErr = s.awaitAgent(ctx, c)
 	}
 	log.G(ctx).WithError(c.agentErr).WithFields(log.Fields{"container": c.id, "created": created, "duration": time.Since(begin)}).Info("created")
 	return resp, nil
@@ -107,7 +106,7 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 		return errclass.Invalid("%w", err)
 	}
 	// Said at Create, where a mistake in them can still be mended.
-	if _, err := afterCheckpoint(nil, c.annotations, cfg); err != nil {
+	if _, err := stopsAfterCheckpoint(nil, c.annotations, cfg); err != nil {
 		return errclass.Invalid("%w", err)
 	}
 	if _, err := annotations.TCP(c.annotations); err != nil {
@@ -156,63 +155,4 @@ func createdAnswer(r *task.CreateTaskRequest, pid uint32) *task.StateResponse {
 		ID: r.ID, Bundle: r.Bundle, Pid: pid, Status: statusCreated,
 		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal, ExitedAt: protobuf.ToTimestamp(time.Time{}),
 	}
-}
-
-// Start starts a container's first process, or one of its execs.
-func (s *Service) Start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	c := s.container(r.ID)
-	if c == nil {
-		resp := &task.StartResponse{}
-		return resp, s.pass(ctx, "Start", r, resp)
-	}
-	if r.ExecID != "" {
-		return c.startExec(ctx, r)
-	}
-	var resp *task.StartResponse
-	err := c.do(ctx, func(st state) (err error) {
-		resp, err = st.start(ctx, r)
-		return err
-	})
-	c.launches.settle("", err == nil)
-	return resp, err
-}
-
-// start starts what Create has prepared: only once the exchange mount is
-// withdrawn from the container, so that no workload ever sees it.
-func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	ctx, end := c.s.operation(ctx)
-	defer end()
-	if err := c.adopt(ctx); err != nil {
-		return c.startWithoutAgent(ctx, r, err)
-	}
-	if c.source != nil {
-		return c.startRestored(ctx, r)
-	}
-	resp := &task.StartResponse{}
-	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
-		return nil, err
-	}
-	c.become(runningState{c})
-	return resp, nil
-}
-
-// startWithoutAgent starts a container that cannot be checkpointed, if the
-// operator wants that.
-func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest, reason error) (*task.StartResponse, error) {
-	if !c.s.cfg.AgentOptional || c.source != nil {
-		c.abandon(ctx)
-		return nil, errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("start container %s: %w", c.id, c.explain(reason)))
-	}
-	// The mount is still in the container, and has to be of no use there.
-	if err := c.exchange.remove(); err != nil {
-		c.abandon(ctx)
-		return nil, fmt.Errorf("start container %s: %w", c.id, err)
-	}
-	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starts without a chance of a checkpoint")
-	resp := &task.StartResponse{}
-	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
-		return nil, err
-	}
-	c.become(unmanagedState{c: c, reason: c.explain(reason)})
-	return resp, nil
 }

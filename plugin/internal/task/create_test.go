@@ -23,6 +23,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
 func TestCreatePreparesTheBundleBeforeKataReadsIt(t *testing.T) {
@@ -260,7 +261,7 @@ func TestThrowAwayContainerStartsTheAgent(t *testing.T) {
 		t.Fatal("there was none")
 	}
 	h.wantCalls("Kata", h.kata.Calls(), "Create c1", "Create "+starter, "Start "+starter, "State "+starter, "Delete "+starter, "Start c1")
-	if left, err := filepath.Glob(StarterGlob(h.cfg.StateDir, "ns", "c1")); err != nil || len(left) != 0 {
+	if left, err := filepath.Glob(bundle.BootstrapGlob(h.cfg.StateDir, "ns", "c1")); err != nil || len(left) != 0 {
 		t.Errorf("left over: %q, %v", left, err)
 	}
 

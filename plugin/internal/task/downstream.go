@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/proto"
@@ -107,7 +108,7 @@ func (d *downstream) call(ctx context.Context, method string, req, resp proto.Me
 var errKataGone = errclass.Unavailable("the shim of Kata has ended")
 
 // own makes a call for a purpose of our own; its error is to be wrapped.
-func (d *downstream) own(ctx context.Context, method string, req, resp proto.Message) error {
+func (d *downstream) callNative(ctx context.Context, method string, req, resp proto.Message) error {
 	err := d.call(ctx, method, req, resp)
 	switch {
 	case err == nil:
@@ -122,12 +123,53 @@ func (d *downstream) own(ctx context.Context, method string, req, resp proto.Mes
 
 func (d *downstream) state(ctx context.Context, id string) (*task.StateResponse, error) {
 	resp := &task.StateResponse{}
-	if err := d.own(ctx, "State", &task.StateRequest{ID: id}, resp); err != nil {
+	if err := d.callNative(ctx, "State", &task.StateRequest{ID: id}, resp); err != nil {
 		return nil, fmt.Errorf("state of container %s: %w", id, err)
 	}
 	return resp, nil
 }
 
 func (d *downstream) kill(ctx context.Context, r *task.KillRequest) error {
-	return d.own(ctx, "Kill", r, &emptypb.Empty{})
+	return d.callNative(ctx, "Kill", r, &emptypb.Empty{})
+}
+
+// pass forwards a call. When Kata's shim dies meanwhile it does not return
+// before the connection to containerd ends, too: that is what containerd takes
+// for a dead shim, an error it takes for an answer
+// (core/runtime/v2/shim.go, delete).
+func (s *Service) forward(ctx context.Context, method string, req, resp proto.Message) error {
+	err := s.down.call(ctx, method, req, resp)
+	if err != nil && errors.Is(err, ttrpc.ErrClosed) {
+		<-ctx.Done()
+		return errKataGone
+	}
+	return err
+}
+
+// passToEnd is pass for what Kata does to the end whether or not anybody waits:
+// ttrpc cannot call it off. So that we know what there is when containerd was
+// killed meanwhile, it ends with its caller's deadline, and not with its caller.
+func (s *Service) forwardDetached(ctx context.Context, method string, req, resp proto.Message) error {
+	kctx, cancel := context.WithoutCancel(ctx), func() {}
+	if limit, ok := ctx.Deadline(); ok {
+		kctx, cancel = context.WithDeadline(kctx, limit)
+	}
+	defer cancel()
+	err := s.down.call(kctx, method, req, resp)
+	if err != nil && errors.Is(err, ttrpc.ErrClosed) {
+		<-ctx.Done()
+		return errKataGone
+	}
+	return err
+}
+
+// passEmpty is pass for a call whose answer says nothing.
+func (s *Service) forwardEmpty(ctx context.Context, method string, req proto.Message) (*emptypb.Empty, error) {
+	resp := &emptypb.Empty{}
+	return resp, s.forward(ctx, method, req, resp)
+}
+
+// isGone says whether an error means that there is nothing left to act on.
+func isGone(err error) bool {
+	return errdefs.IsNotFound(err) || errors.Is(err, errKataGone)
 }

@@ -58,13 +58,13 @@ const (
 // that the host removes, its kernel keeps what it has in memory until it is short
 // of that, and each checkpoint would make the VM larger by its image set. It has
 // time until the container runs again.
-func (c *container) discard(images string) {
-	if c.gate.enter(c.s.base, discardWait) == nil {
-		c.gate.leave()
+func (c *container) discardImages(images string) {
+	if c.execGate.enter(c.s.base, discardWait) == nil {
+		c.execGate.leave()
 	}
 	ctx, cancel := context.WithTimeout(c.s.base, discardTimeout)
 	defer cancel()
-	err := c.s.agent.Tell(ctx, func(ctx context.Context, a api.AgentService) error {
+	err := c.s.agent.Notify(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images})
 		return err
 	})

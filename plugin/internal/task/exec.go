@@ -28,17 +28,12 @@ type restoredExec struct {
 	process []byte
 }
 
-// Exec adds an exec to a container; Start starts it.
-func (s *Service) Exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
-	s.events.Expect(r.ID, r.ExecID)
-	c := s.container(r.ID)
-	if c == nil {
-		return s.passEmpty(ctx, "Exec", r)
-	}
+// exec adds an exec to a container; Start starts it.
+func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
 	if !c.restored.Load() {
-		resp, err := s.passEmpty(ctx, "Exec", r)
+		resp, err := c.s.forwardEmpty(ctx, "Exec", r)
 		if err == nil {
-			c.launches.expect(r.ExecID)
+			c.starts.expect(r.ExecID)
 		}
 		return resp, err
 	}
@@ -46,10 +41,10 @@ func (s *Service) Exec(ctx context.Context, r *task.ExecProcessRequest) (*emptyp
 	if err != nil {
 		return nil, fmt.Errorf("exec %s in container %s: %w", r.ExecID, r.ID, err)
 	}
-	resp, err := s.passEmpty(ctx, "Exec", helper)
+	resp, err := c.s.forwardEmpty(ctx, "Exec", helper)
 	if err == nil {
 		c.execs.Store(r.ExecID, e)
-		c.launches.expect(r.ExecID)
+		c.starts.expect(r.ExecID)
 	}
 	return resp, err
 }
@@ -77,15 +72,15 @@ func rewriteExec(r *task.ExecProcessRequest) (*restoredExec, *task.ExecProcessRe
 
 // startExec starts an exec, through the gate that keeps it apart from a freeze.
 func (c *container) startExec(ctx context.Context, r *task.StartRequest) (_ *task.StartResponse, err error) {
-	defer func() { c.launches.settle(r.ExecID, err == nil) }()
-	if err := c.gate.enter(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
+	defer func() { c.starts.settle(r.ExecID, err == nil) }()
+	if err := c.execGate.enter(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 		return nil, fmt.Errorf("exec %s in container %s: %w", r.ExecID, c.id, err)
 	}
-	defer c.gate.leave()
+	defer c.execGate.leave()
 	resp := &task.StartResponse{}
 	e, ok := c.execs.Load(r.ExecID)
 	if !ok {
-		return resp, c.s.pass(ctx, "Start", r, resp)
+		return resp, c.s.forward(ctx, "Start", r, resp)
 	}
 	if err := c.startInRestored(ctx, r, resp, e.(*restoredExec)); err != nil {
 		return nil, err
@@ -101,7 +96,7 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 	defer cancel()
 	entered := make(chan error, 1)
 	go func() { entered <- c.enterRestored(actx, e) }()
-	if err := c.s.pass(ctx, "Start", r, resp); err != nil {
+	if err := c.s.forward(ctx, "Start", r, resp); err != nil {
 		cancel()  // there is no helper to wait for
 		<-entered //nolint:errcheck // called off
 		return err
@@ -110,7 +105,7 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 	if err == nil {
 		return nil
 	}
-	uctx, stop := undo(ctx)
+	uctx, stop := cleanupContext(ctx)
 	defer stop()
 	if kerr := c.endHelper(uctx, r.ExecID); kerr != nil { // it is of no use alone
 		err = errors.Join(err, kerr)
@@ -120,7 +115,7 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 
 // enterRestored has the agent start the process that the helper stands for.
 func (c *container) enterRestored(ctx context.Context, e *restoredExec) error {
-	return c.s.agent.DoOnce(ctx, func(ctx context.Context, a api.AgentService) error {
+	return c.s.agent.Call(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process})
 		return err
 	})
@@ -135,7 +130,7 @@ func (c *container) endHelper(ctx context.Context, id string) error {
 	}
 	for {
 		st := &task.StateResponse{}
-		err := c.s.down.own(ctx, "State", &task.StateRequest{ID: c.id, ExecID: id}, st)
+		err := c.s.down.callNative(ctx, "State", &task.StateRequest{ID: c.id, ExecID: id}, st)
 		if isGone(err) || err == nil && st.GetStatus() == statusStopped {
 			return nil
 		}

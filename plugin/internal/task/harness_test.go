@@ -70,7 +70,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 		t: t,
 		cfg: &config.Config{
 			StateDir: filepath.Join(dir, "state"), GuestBundle: bundle, AgentPort: fake.Port,
-			AgentTimeout: 500 * time.Millisecond, FreezeTimeout: waitLimit, OpTimeout: waitLimit, ExecWaitTimeout: waitLimit,
+			AgentTimeout: 500 * time.Millisecond, FreezeTimeout: waitLimit, CheckpointTimeout: waitLimit, ExecWaitTimeout: waitLimit,
 			AfterCheckpoint: annotations.Stop, AfterCheckpointCRI: annotations.LeaveRunning, MaxImageFiles: 100, MaxImageBytes: 1 << 20,
 		},
 		kata:     fake.NewKata(t),

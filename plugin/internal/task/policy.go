@@ -13,9 +13,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// afterCheckpoint reports whether a container is to be stopped after a
+// stopsAfterCheckpoint reports whether a container is to be stopped after a
 // checkpoint. Options are nil where the engine sent none.
-func afterCheckpoint(opts *options.CheckpointOptions, of map[string]string, cfg *config.Config) (stop bool, err error) {
+func stopsAfterCheckpoint(opts *options.CheckpointOptions, of map[string]string, cfg *config.Config) (stop bool, err error) {
 	after, err := annotations.After(of)
 	switch {
 	case err != nil:

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
@@ -47,30 +46,30 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 		return fmt.Errorf("restore: %w", err)
 	}
 	defer func() {
-		if err := errors.Join(RemoveTemporary(path), bundle.SetTemporary(c.bundle, "")); err != nil {
+		if err := errors.Join(bundle.RemoveTemporary(path), bundle.SetTemporary(c.bundle, "")); err != nil {
 			log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of the checkpoint")
 		}
 	}()
 	ctx, end := c.s.operation(ctx)
 	defer end()
 	rights := rightsOf(spec.Process)
-	manifest, err := c.takeImages(ctx, path, r.Rootfs, spec, nil)
+	manifest, err := c.stageImages(ctx, path, r.Rootfs, spec, nil)
 	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
 	}
-	if err := c.putPlaceholder(spec); err != nil {
+	if err := c.setPlaceholder(spec); err != nil {
 		return err
 	}
 	c.source = &source{manifest: manifest, path: path, rights: rights}
 	r.Checkpoint = "" // Kata is to start what looks like any other container
-	c.staged(ctx, begin)
+	c.logStaged(ctx, begin)
 	return nil
 }
 
-// takeImages checks the image set in the directory path, copies it to where the
+// stageImages checks the image set in the directory path, copies it to where the
 // guest will see it, and applies the changes of the root file system that lie
 // beside it. may says what else has to be so.
-func (c *container) takeImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec, may func(*imageset.Manifest) error) (*imageset.Manifest, error) {
+func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec, may func(*imageset.Manifest) error) (*imageset.Manifest, error) {
 	set, err := imageset.Open(path)
 	if err != nil {
 		return nil, err
@@ -80,7 +79,7 @@ func (c *container) takeImages(ctx context.Context, path string, rootfs []*types
 		err = may(set.Manifest)
 	}
 	if err == nil {
-		err = fits(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal)
+		err = checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal)
 	}
 	if err != nil {
 		return nil, err
@@ -94,7 +93,7 @@ func (c *container) takeImages(ctx context.Context, path string, rootfs []*types
 	return set.Manifest, nil
 }
 
-func (c *container) staged(ctx context.Context, begin time.Time) {
+func (c *container) logStaged(ctx context.Context, begin time.Time) {
 	log.G(ctx).WithFields(log.Fields{
 		"container": c.id, "phase": "stage images", "duration": time.Since(begin), "bytes": c.source.manifest.Bytes(), "from": c.source.path,
 	}).Info("restore")
@@ -104,7 +103,7 @@ func (c *container) staged(ctx context.Context, begin time.Time) {
 // fits says all that differs between what was checkpointed and what it is to
 // be restored into, where the restore could not work or would be another
 // container's.
-func fits(m *imageset.Manifest, spec *specs.Spec, image string, terminal bool) error {
+func checkFit(m *imageset.Manifest, spec *specs.Spec, image string, terminal bool) error {
 	var errs []string
 	if spec.Process != nil && !slices.Equal(m.Container.Args, spec.Process.Args) {
 		errs = append(errs, fmt.Sprintf("it was made of a container that runs %s and this one runs %s", quoteArgs(m.Container.Args), quoteArgs(spec.Process.Args)))
@@ -150,9 +149,9 @@ func rightsOf(p *specs.Process) *api.Rights {
 	return &api.Rights{Capabilities: p.Capabilities.Bounding, NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID}
 }
 
-// putPlaceholder makes the container's first process the one below which the
+// setPlaceholder makes the container's first process the one below which the
 // agent restores the others.
-func (c *container) putPlaceholder(spec *bundle.Spec) error {
+func (c *container) setPlaceholder(spec *bundle.Spec) error {
 	binary := filepath.Join(c.s.cfg.GuestBundle, api.AgentBinary)
 	if st, err := os.Stat(binary); err != nil || !st.Mode().IsRegular() {
 		return errclass.Precondition("restore: %s is not there: install the guest bundle on this machine and name its directory by guest_bundle in config.toml", binary)
@@ -189,7 +188,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	begin := time.Now()
 	c.s.stops.Wait(ctx, "restore", "adopt")
 	req := restoreRequest(c)
-	err := c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
+	err := c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.CheckRestore(ctx, req)
 		return err
 	})
@@ -201,20 +200,20 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}
 	resp := &task.StartResponse{}
-	if err := c.s.passToEnd(ctx, "Start", r, resp); err != nil {
+	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
 	c.s.stops.Wait(ctx, "restore", "start")
 	var out *api.RestoreResponse
-	err = c.s.agent.DoAlone(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+	err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		out, err = a.Restore(ctx, req)
 		return err
 	})
 	if err != nil {
-		uctx, cancel := undo(ctx)
+		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
-		if kerr := c.kill(uctx); kerr != nil {
+		if kerr := c.killAndWait(uctx); kerr != nil {
 			err = errors.Join(err, kerr)
 		}
 		return nil, err
@@ -230,7 +229,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}
 	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored")
-	c.discard(restoreDir)
+	c.discardImages(restoreDir)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
 }
@@ -258,32 +257,4 @@ func restoreRequest(c *container) *api.RestoreRequest {
 		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Path, Size: f.Size})
 	}
 	return r
-}
-
-// RemoveTemporary removes the directory into which containerd unpacked a
-// checkpoint for us, which it never does itself, or took one from us, which it
-// does unless it is killed (plugins/services/tasks/local.go, Create and
-// getCheckpointPath). Anything else that was named as a checkpoint is left alone.
-func RemoveTemporary(path string) error {
-	if !isTemporary(path) {
-		return nil
-	}
-	st, err := os.Lstat(path)
-	if err != nil || !st.IsDir() || st.Mode().Perm() != 0o700 {
-		return nil //nolint:nilerr // none that containerd has made
-	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || int(sys.Uid) != os.Geteuid() {
-		return nil
-	}
-	return os.RemoveAll(path)
-}
-
-// isTemporary says whether containerd made the name for a copy of its own.
-func isTemporary(path string) bool {
-	dir := os.Getenv("XDG_RUNTIME_DIR")
-	if dir == "" {
-		dir = os.TempDir()
-	}
-	name, found := strings.CutPrefix(filepath.Base(path), "ctrd-checkpoint")
-	return found && name != "" && strings.Trim(name, "0123456789") == "" && filepath.Clean(filepath.Dir(path)) == filepath.Clean(dir)
 }

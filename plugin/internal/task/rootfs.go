@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
 // rootfsDiffName is the archive of the writable layer that the CRI lays beside
@@ -29,7 +30,7 @@ const rootfsDiffName = "rootfs-diff.tar"
 // an image set, if they do. containerd does so itself after Create, into a
 // mount that with Kata is in the shim's mount namespace only: they would be lost.
 func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mount) error {
-	if isTemporary(checkpoint) {
+	if bundle.IsTemporary(checkpoint) {
 		return nil // what lies beside it is anybody's
 	}
 	f, err := openOwn(filepath.Join(filepath.Dir(filepath.Clean(checkpoint)), rootfsDiffName))

@@ -1,31 +1,34 @@
 // Package task is the shim's task service: containerd's task API, forwarded
-// call by call to Kata's own shim, except where a checkpoint or a restore
-// needs more. [Service] is one sandbox with its containers; the daemon
-// (package plugin/internal/daemon) serves it. What is intercepted: Create, Start, Pause,
-// Resume, Checkpoint, Exec, State, Delete and Shutdown, a file each.
+// to Kata's own shim except where a checkpoint or a restore needs more.
+// [Service] serves one sandbox with its containers; the daemon (package
+// plugin/internal/daemon) makes it and serves it.
+//
+// This file has the API's methods, in the API's order. What a call does beyond
+// being forwarded is in the file of its name (start.go, kill.go, …); what a
+// container may be asked at which point of its life is in lifecycle.go.
+//
+// What is said here of Kata is true of version 4.1.0, of containerd of 2.1 to
+// 2.4, and of CRIU of 4.2.
 package task
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/pkg/shutdown"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"google.golang.org/protobuf/types/known/emptypb"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -76,21 +79,21 @@ type Service struct {
 	unlink    func()
 	endKata   func() error
 	protect   func() error
-	// givenUp: a container was abandoned.
-	givenUp atomic.Bool
-	stops   stopat.Dir
+	// hasAbandoned: a container was abandoned.
+	hasAbandoned atomic.Bool
+	stops        stopat.Dir
 
 	// vmBundle is where the VM's process is noted, once there is one.
 	vmBundle atomic.Pointer[string]
-	// reviving is held by whoever starts the agent again.
-	reviving chan struct{}
+	// restarting is held by whoever starts the agent again.
+	restarting chan struct{}
 
 	// base ends when the service stops; operations do not outlive it.
 	base   context.Context
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
 	// rest is stopped by the beginning of an operation, and started anew by the end.
-	rest *time.Timer
+	idleTimer *time.Timer
 
 	mu         sync.RWMutex
 	containers map[string]*container
@@ -107,12 +110,12 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, containers: make(map[string]*container),
-		stops: stopat.Dir(os.Getenv(stopEnv)), reviving: make(chan struct{}, 1),
+		stops: stopat.Dir(os.Getenv(stopEnv)), restarting: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
-	s.rest = time.AfterFunc(restAfter, debug.FreeOSMemory)
-	s.agent = guest.New(s.dialAgent, o.Namespace+"/"+o.Sandbox, s.agentLost)
-	s.events.OnExit(s.exited)
+	s.idleTimer = time.AfterFunc(idleDelay, debug.FreeOSMemory)
+	s.agent = guest.New(s.dialAgent, o.Namespace+"/"+o.Sandbox, s.onAgentLost)
+	s.events.OnExit(s.onExit)
 	s.shutdown.RegisterCallback(s.stop)
 	go func() {
 		<-down.gone
@@ -131,7 +134,7 @@ func (s *Service) stop(ctx context.Context) error {
 	go func() {
 		defer close(done)
 		s.wg.Wait()
-		s.rest.Stop()
+		s.idleTimer.Stop()
 		s.agent.Close()
 		s.down.client.Close()
 	}()
@@ -143,37 +146,6 @@ func (s *Service) stop(ctx context.Context) error {
 	}
 }
 
-// operation returns a context for something longer than a forwarded call: it
-// ends with the caller's, with the service, and after checkpoint_timeout.
-func (s *Service) operation(ctx context.Context) (context.Context, func()) {
-	timeout := s.cfg.OpTimeout
-	s.wg.Add(1)
-	s.rest.Stop()
-	ctx, cancel := context.WithCancelCause(ctx)
-	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
-	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has run out: %w", timeout, context.DeadlineExceeded))
-	return ctx, func() {
-		cancelTimeout()
-		unhook()
-		cancel(nil)
-		s.rest.Reset(restAfter)
-		s.wg.Done()
-	}
-}
-
-// restAfter is how long after an operation the memory goes back to the system
-// that it needed: there is one shim for every pod, and most do nothing.
-const restAfter = 500 * time.Millisecond
-
-// undo returns a context for taking back what an operation did: it does not
-// end with the caller's.
-func undo(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-}
-
-// undoTimeout bounds each step of taking back.
-const undoTimeout = 10 * time.Second
-
 // protectShare is called when Kata has created a container, or has failed to: at
 // the end of one that has not started, of its VM or of itself it may leave the
 // container's files mounted, and remove them.
@@ -183,203 +155,136 @@ func (s *Service) protectShare(ctx context.Context, id string) {
 	}
 }
 
-// container looks up a container that Create has made, nil otherwise.
-func (s *Service) container(id string) *container {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.containers[id]
-}
+// The task API, in its order. A call for a container that this shim did not
+// create is Kata's.
 
-// known is container for calls that cannot be forwarded.
-func (s *Service) known(id string) (*container, error) {
-	if c := s.container(id); c != nil {
-		return c, nil
+// State reports the state of a container or an exec.
+func (s *Service) State(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.report(ctx, r)
 	}
-	return nil, errclass.NotFound("container %s is not known", id)
+	resp := &task.StateResponse{}
+	return resp, s.forward(ctx, "State", r, resp)
 }
 
-func (s *Service) add(c *container) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.containers[c.id] = c
+// Create prepares a container, from an image set if it is a restore, and has
+// Kata create it.
+func (s *Service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.CreateTaskResponse, error) {
+	return s.create(ctx, r)
 }
 
-func (s *Service) remove(id string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.containers, id)
-}
-
-// exited is told by the relay.
-func (s *Service) exited(id, exec string) {
-	if c := s.container(id); c != nil && exec == "" {
-		c.stopped()
+// Start starts a container's init, which includes the restore, or an exec.
+func (s *Service) Start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.start(ctx, r)
 	}
+	resp := &task.StartResponse{}
+	return resp, s.forward(ctx, "Start", r, resp)
 }
 
-// locate asks Kata's shim once where the guest is.
-func (s *Service) locate(ctx context.Context) (*kata.Guest, error) {
-	s.mu.RLock()
-	g := s.location
-	s.mu.RUnlock()
-	if g != nil {
-		return g, nil
+// Delete deletes a container or an exec, and what the shim kept of it.
+func (s *Service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.delete(ctx, r)
 	}
-	g, err := s.mgmt.Guest(ctx, s.sandbox)
+	resp := &task.DeleteResponse{}
+	return resp, s.forward(ctx, "Delete", r, resp)
+}
+
+// Pids lists a container's processes on the host, of which Kata has one.
+func (s *Service) Pids(ctx context.Context, r *task.PidsRequest) (*task.PidsResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.pids(ctx, r)
+	}
+	resp := &task.PidsResponse{}
+	return resp, s.forward(ctx, "Pids", r, resp)
+}
+
+// Pause freezes a container.
+func (s *Service) Pause(ctx context.Context, r *task.PauseRequest) (*emptypb.Empty, error) {
+	if c := s.container(r.ID); c != nil {
+		return &emptypb.Empty{}, c.pause(ctx)
+	}
+	return s.forwardEmpty(ctx, "Pause", r)
+}
+
+// Resume thaws a container.
+func (s *Service) Resume(ctx context.Context, r *task.ResumeRequest) (*emptypb.Empty, error) {
+	if c := s.container(r.ID); c != nil {
+		return &emptypb.Empty{}, c.resume(ctx)
+	}
+	return s.forwardEmpty(ctx, "Resume", r)
+}
+
+// Checkpoint writes an image set of a container.
+func (s *Service) Checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	c, err := s.requireContainer(r.ID)
 	if err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	s.location = g
-	s.mu.Unlock()
-	return g, nil
+	return &emptypb.Empty{}, c.checkpoint(ctx, r)
 }
 
-func (s *Service) dialAgent(ctx context.Context) (net.Conn, error) {
-	g, err := s.locate(ctx)
-	if err != nil {
-		return nil, err
+// Kill signals a container or an exec.
+func (s *Service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.kill(ctx, r)
 	}
-	conn, err := g.Dial(ctx, s.cfg.AgentPort)
-	if err != nil && s.vmEnded() {
-		return nil, guest.ErrNoVM
-	}
-	return conn, err
+	return s.forwardEmpty(ctx, "Kill", r)
 }
 
-// vmEnded says whether the VM has ended, as far as anybody can tell.
-func (s *Service) vmEnded() bool {
-	dir := s.vmBundle.Load()
-	return dir != nil && bundle.VMEnded(*dir)
+// Exec adds an exec to a container, without starting it.
+func (s *Service) Exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
+	s.events.Expect(r.ID, r.ExecID)
+	if c := s.container(r.ID); c != nil {
+		return c.exec(ctx, r)
+	}
+	return s.forwardEmpty(ctx, "Exec", r)
 }
 
-const (
-	// hookGrace is how long a guest hook may take to start the agent before the
-	// throw-away container is tried.
-	hookGrace = time.Second
-	// lostGrace is for an agent that went away with its VM: then nothing is to
-	// be started any more.
-	lostGrace = time.Second
-)
-
-// meetAgent waits for the agent after a container was created.
-func (s *Service) meetAgent(ctx context.Context, c *container) error {
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.AgentTimeout)
-	defer cancel()
-	if !c.hasHooks {
-		return s.agent.WaitConnect(ctx, 0, nil)
-	}
-	g, err := s.locate(ctx)
-	if err != nil {
-		return errclass.With(errdefs.ErrUnavailable, err)
-	}
-	grace := min(hookGrace, s.cfg.AgentTimeout/2)
-	if g.HooksHideGuestHook {
-		grace = 0
-	}
-	return s.agent.WaitConnect(ctx, grace, s.revive)
+// ResizePty is Kata's.
+func (s *Service) ResizePty(ctx context.Context, r *task.ResizePtyRequest) (*emptypb.Empty, error) {
+	return s.forwardEmpty(ctx, "ResizePty", r)
 }
 
-// inspect has the agent find out whether CRIU can work in its guest, and load
-// it, which takes a second or more the first time without KVM: better before a
-// container is frozen than while it is. What it found is said at the checkpoint.
-func (s *Service) inspect(ctx context.Context) {
-	err := s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Info(ctx, &api.InfoRequest{Check: true})
-		return err
-	})
-	if err != nil {
-		log.G(ctx).WithError(err).Debug("ask the agent for CRIU")
-	}
+// CloseIO closes the stdin of a container or an exec.
+func (s *Service) CloseIO(ctx context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
+	return s.closeIO(ctx, r)
 }
 
-// needAgent makes sure that the agent is there, and starts one that has died.
-func (s *Service) needAgent(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.AgentTimeout)
-	defer cancel()
-	return s.agent.WaitConnect(ctx, 0, s.revive)
+// Update is Kata's.
+func (s *Service) Update(ctx context.Context, r *task.UpdateTaskRequest) (*emptypb.Empty, error) {
+	return s.forwardEmpty(ctx, "Update", r)
 }
 
-// revive starts the agent, unless another call has just done it.
-func (s *Service) revive(ctx context.Context) error {
-	select {
-	case s.reviving <- struct{}{}:
-		defer func() { <-s.reviving }()
-	case <-ctx.Done():
-		return context.Cause(ctx)
+// Wait returns the exit status of a container or an exec once it has exited.
+func (s *Service) Wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.wait(ctx, r)
 	}
-	if s.agent.Connect(ctx) == nil {
-		return nil
-	}
-	return s.startAgent(ctx)
+	resp := &task.WaitResponse{}
+	return resp, s.forward(ctx, "Wait", r, resp)
 }
 
-// callAgent calls the agent with what may arrive twice. That an agent has died
-// may show only by the call: then it is started again, and called again.
-func (s *Service) callAgent(ctx context.Context, call func(context.Context, api.AgentService) error) error {
-	if err := s.needAgent(ctx); err != nil {
-		return err
-	}
-	err := s.agent.Do(ctx, call)
-	if !guest.IsGone(err) || ctx.Err() != nil {
-		return err
-	}
-	if err := s.needAgent(ctx); err != nil {
-		return err
-	}
-	return s.agent.Do(ctx, call)
+// Stats is Kata's.
+func (s *Service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsResponse, error) {
+	resp := &task.StatsResponse{}
+	return resp, s.forward(ctx, "Stats", r, resp)
 }
 
-// agentLost is called when the connection to the agent broke. What is frozen
-// must get its owner back before the agent thaws it.
-func (s *Service) agentLost() {
-	if len(s.frozen()) == 0 {
-		return
+// Connect returns the PIDs of the shim and the container.
+func (s *Service) Connect(ctx context.Context, r *task.ConnectRequest) (*task.ConnectResponse, error) {
+	if c := s.container(r.ID); c != nil {
+		return c.connect(ctx, r)
 	}
-	s.wg.Add(1)
-	go func() {
-		defer s.wg.Done()
-		ctx, cancel := context.WithTimeout(s.base, s.cfg.AgentTimeout)
-		defer cancel()
-		revive := func(ctx context.Context) error {
-			if len(s.frozen()) == 0 {
-				return errors.New("nothing is frozen any more")
-			}
-			return s.revive(ctx)
-		}
-		if err := s.agent.WaitConnect(ctx, min(lostGrace, s.cfg.AgentTimeout/2), revive); err != nil {
-			if len(s.frozen()) > 0 && s.base.Err() == nil {
-				log.L.WithError(err).Error("the agent in the guest is gone and containers are frozen")
-			}
-			return
-		}
-		for _, c := range s.frozen() {
-			// The agent has to know that it is ours. Not beside an operation, which
-			// may be about to thaw.
-			err := c.do(ctx, func(st state) error {
-				switch {
-				case !st.frozen():
-					return nil
-				case c.thawOwed.Load():
-					return st.resume(ctx)
-				}
-				return c.freeze(ctx)
-			})
-			if err != nil {
-				log.L.WithError(err).WithField("container", c.id).Warn("keep frozen")
-			}
-		}
-	}()
+	resp := &task.ConnectResponse{}
+	return resp, s.forward(ctx, "Connect", r, resp)
 }
 
-func (s *Service) frozen() []*container {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	var out []*container
-	for _, c := range s.containers {
-		if c.isFrozen() && c.managed() {
-			out = append(out, c)
-		}
-	}
-	return out
+// Shutdown ends the shim once Kata's shim has ended.
+func (s *Service) Shutdown(ctx context.Context, r *task.ShutdownRequest) (*emptypb.Empty, error) {
+	return s.shutDown(ctx, r)
 }
+
+// The methods must be those of containerd's API.
+var _ task.TTRPCTaskService = (*Service)(nil)

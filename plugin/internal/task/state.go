@@ -3,196 +3,114 @@ package task
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
-	eventsapi "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/api/runtime/task/v2"
-	"github.com/containerd/containerd/v2/core/runtime"
+	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/log"
-	"google.golang.org/protobuf/types/known/emptypb"
-
-	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"google.golang.org/protobuf/proto"
 )
 
-// state is where a container is in its life. What a state does not offer is an
-// error there, so that no call can be made at the wrong time.
-type state interface {
-	// start is the first process's; execs start in [Service.startExec].
-	start(context.Context, *task.StartRequest) (*task.StartResponse, error)
-	pause(context.Context) error
-	resume(context.Context) error
-	checkpoint(context.Context, *checkpointRequest) error
-	// frozen: Kata says that the container runs, and it does not.
-	frozen() bool
-}
+const (
+	statusCreated = tasktypes.Status_CREATED
+	statusRunning = tasktypes.Status_RUNNING
+	statusStopped = tasktypes.Status_STOPPED
+	statusPaused  = tasktypes.Status_PAUSED
+)
 
-// The order is created, running, then paused and running again any number of
-// times, checkpointing from either of the two, and stopped. A container
-// without an agent is unmanaged from Start on, or always if it is the sandbox's.
+// stateTimeout bounds Kata's part of State: containerd gives a shim 2 s
+// (plugins/services/tasks/local.go) and shows the task as unknown then.
+const stateTimeout = 1500 * time.Millisecond
 
-// createdState waits for Start.
-type createdState struct{ c *container }
+// runningTTL is how long Kata's word that a container runs is taken without
+// asking again. That it has ended comes by itself, as an event and as the
+// answer to a Wait; this is for the case that neither arrived.
+const runningTTL = 2 * time.Second
 
-func (s createdState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	return s.c.start(ctx, r)
-}
-
-func (s createdState) pause(context.Context) error {
-	return errclass.Precondition("container %s has not been started and cannot be paused", s.c.id)
-}
-
-func (s createdState) resume(context.Context) error {
-	return errclass.Precondition("container %s has not been started and cannot be resumed", s.c.id)
-}
-
-func (s createdState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s has not been started: only what runs can be checkpointed", s.c.id)
-}
-
-func (createdState) frozen() bool { return false }
-
-// runningState is a container that the agent in the guest knows.
-type runningState struct{ c *container }
-
-func (s runningState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
-	return nil, errclass.Precondition("container %s has been started already", s.c.id)
-}
-
-func (s runningState) pause(ctx context.Context) error {
-	c := s.c
-	begin := time.Now()
-	if err := c.s.needAgent(ctx); err != nil {
-		return fmt.Errorf("pause container %s: %w", c.id, err)
+// report answers for a running container from what Kata said last, so that it
+// costs no second hop and waits for nobody; else it asks Kata, and takes the
+// last answer when that takes too long.
+func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
+	if created := c.creating.Load(); created != nil && r.ExecID == "" {
+		return created, nil
 	}
-	c.s.inspect(ctx)
-	if err := c.gate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
-		return err
+	if a := c.abandoned.Load(); a != nil && r.ExecID == "" {
+		return a.state(c), nil
 	}
-	if err := c.freeze(ctx); err != nil {
-		uctx, cancel := undo(ctx)
-		defer cancel()
-		err = errors.Join(err, c.thaw(uctx))
-		c.gate.open()
-		return err
+	if r.ExecID == "" {
+		if last := c.cachedRunning(); last != nil {
+			return c.overlayStatus(last), nil
+		}
 	}
-	c.become(pausedState(s))
-	c.publish(ctx, runtime.TaskPausedEventTopic, &eventsapi.TaskPaused{ContainerID: c.id})
-	log.G(ctx).WithField("container", c.id).WithField("duration", time.Since(begin)).Info("paused")
-	return nil
-}
-
-// resume is no error: an engine resumes after a checkpoint, whatever happened.
-func (runningState) resume(context.Context) error { return nil }
-
-func (s runningState) checkpoint(ctx context.Context, r *checkpointRequest) error {
-	return s.c.checkpoint(ctx, s, r)
-}
-
-func (runningState) frozen() bool { return false }
-
-// pausedState is a container that was paused by a call.
-type pausedState struct{ c *container }
-
-func (s pausedState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	return runningState(s).start(ctx, r)
-}
-
-func (s pausedState) pause(context.Context) error {
-	return errclass.Precondition("container %s is paused already", s.c.id)
-}
-
-func (s pausedState) resume(ctx context.Context) error {
-	c := s.c
-	if err := c.thaw(ctx); err != nil {
-		return err
+	kctx, cancel := context.WithTimeout(ctx, stateTimeout)
+	defer cancel()
+	resp := &task.StateResponse{}
+	err := c.s.forward(kctx, "State", r, resp)
+	switch {
+	case err == nil:
+		c.stateCache.Store(r.ExecID, resp)
+		if r.ExecID == "" {
+			c.recordStatus(resp.GetStatus())
+		}
+	case errors.Is(kctx.Err(), context.DeadlineExceeded):
+		last, ok := c.stateCache.Load(r.ExecID)
+		if !ok {
+			return nil, err
+		}
+		resp = last.(*task.StateResponse)
+		log.G(ctx).WithField("container", c.id).Warn("Kata does not answer State in time: the last known state is shown")
+	default:
+		return nil, err
 	}
-	c.become(runningState(s))
-	c.gate.open()
-	c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
-	log.G(ctx).WithField("container", c.id).Info("resumed")
-	return nil
+	return c.overlayStatus(resp), nil
 }
 
-func (s pausedState) checkpoint(ctx context.Context, r *checkpointRequest) error {
-	return s.c.checkpoint(ctx, s, r)
-}
-
-func (pausedState) frozen() bool { return true }
-
-// checkpointingState lasts as long as a checkpoint. Calls that change the
-// state wait for its end before they see one, so the methods are hardly called.
-type checkpointingState struct {
-	c *container
-	// isFrozen: the processes stand still.
-	isFrozen bool
-}
-
-func (s checkpointingState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	return runningState{s.c}.start(ctx, r)
-}
-
-func (s checkpointingState) pause(context.Context) error  { return s.busy() }
-func (s checkpointingState) resume(context.Context) error { return s.busy() }
-func (s checkpointingState) checkpoint(context.Context, *checkpointRequest) error {
-	return s.busy()
-}
-
-func (s checkpointingState) busy() error {
-	return errclass.Precondition("a checkpoint of container %s is under way: wait for its end", s.c.id)
-}
-
-func (s checkpointingState) frozen() bool { return s.isFrozen }
-
-// stoppedState is the end.
-type stoppedState struct{ c *container }
-
-func (s stoppedState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
-	return nil, errclass.Precondition("container %s has stopped", s.c.id)
-}
-
-func (s stoppedState) pause(context.Context) error {
-	return errclass.Precondition("container %s has stopped and cannot be paused", s.c.id)
-}
-
-// resume is no error: a checkpoint that stops the container is followed by one.
-func (stoppedState) resume(context.Context) error { return nil }
-
-func (s stoppedState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s has stopped: only what runs can be checkpointed", s.c.id)
-}
-
-func (stoppedState) frozen() bool { return false }
-
-// unmanagedState is a container that Kata alone looks after.
-type unmanagedState struct {
-	c *container
-	// reason says why it cannot be checkpointed.
-	reason error
-}
-
-func (s unmanagedState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	resp := &task.StartResponse{}
-	return resp, s.c.s.pass(ctx, "Start", r, resp)
-}
-
-func (s unmanagedState) pause(ctx context.Context) error {
-	return s.c.s.pass(ctx, "Pause", &task.PauseRequest{ID: s.c.id}, &emptypb.Empty{})
-}
-
-func (s unmanagedState) resume(ctx context.Context) error {
-	return s.c.s.pass(ctx, "Resume", &task.ResumeRequest{ID: s.c.id}, &emptypb.Empty{})
-}
-
-func (s unmanagedState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s cannot be checkpointed: %w", s.c.id, s.reason)
-}
-
-// frozen: what Kata has paused it says itself.
-func (unmanagedState) frozen() bool { return false }
-
-func (c *container) publish(ctx context.Context, topic string, event any) {
-	if err := c.s.events.Publish(ctx, topic, event); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Error("publish event")
+// recordStatus remembers what Kata said of the container's first process.
+func (c *container) recordStatus(status tasktypes.Status) {
+	switch status {
+	case statusRunning:
+		c.runningAt.Store(time.Now().UnixNano())
+	case statusStopped:
+		c.stopped()
 	}
+}
+
+// cachedRunning returns Kata's last answer for a container that the agent knows
+// and that runs, as far as anybody has heard.
+func (c *container) cachedRunning() *task.StateResponse {
+	if !c.managed() || time.Since(time.Unix(0, c.runningAt.Load())) > runningTTL {
+		return nil
+	}
+	last, ok := c.stateCache.Load("")
+	if !ok {
+		return nil
+	}
+	resp := last.(*task.StateResponse)
+	if resp.GetStatus() != statusRunning {
+		return nil
+	}
+	return resp
+}
+
+// shown is Kata's answer with what Kata does not know: that we have frozen the
+// container, its execs too, and that what runs is a placeholder as long as a
+// restore is under way or is undone.
+func (c *container) overlayStatus(resp *task.StateResponse) *task.StateResponse {
+	if resp.GetStatus() != statusRunning {
+		return resp
+	}
+	st := c.current()
+	_, created := st.(createdState)
+	var status tasktypes.Status
+	switch {
+	case st.frozen():
+		status = statusPaused
+	case created && c.source != nil:
+		status = statusCreated
+	default:
+		return resp
+	}
+	shown := proto.Clone(resp).(*task.StateResponse)
+	shown.Status = status
+	return shown
 }

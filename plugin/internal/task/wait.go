@@ -26,15 +26,14 @@ type waitCall struct {
 	err  error
 }
 
-// Wait answers when a process has ended. One for a container that was
+// wait answers when a process has ended. One for a container that was
 // abandoned Kata would let wait for ever.
-func (s *Service) Wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
-	c := s.container(r.ID)
-	if c == nil || r.ExecID != "" {
+func (c *container) wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
+	if r.ExecID != "" {
 		resp := &task.WaitResponse{}
-		return resp, s.pass(ctx, "Wait", r, resp)
+		return resp, c.s.forward(ctx, "Wait", r, resp)
 	}
-	call := c.wait(ctx, r)
+	call := c.joinWait(ctx, r)
 	select {
 	case <-call.done:
 	case <-c.abandonedDone:
@@ -43,13 +42,13 @@ func (s *Service) Wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResp
 		return nil, ctx.Err()
 	}
 	if errors.Is(call.err, errKataGone) {
-		<-ctx.Done() // no answer, see [Service.pass]
+		<-ctx.Done() // no answer, see [Service.forward]
 	}
 	return call.resp, call.err
 }
 
-// wait joins the Wait that is on its way, or sends one.
-func (c *container) wait(ctx context.Context, r *task.WaitRequest) *waitCall {
+// joinWait joins the Wait that is on its way, or sends one.
+func (c *container) joinWait(ctx context.Context, r *task.WaitRequest) *waitCall {
 	w := &c.waiter
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -66,7 +65,7 @@ func (c *container) wait(ctx context.Context, r *task.WaitRequest) *waitCall {
 		defer close(call.done)
 		defer cancel()
 		defer unhook()
-		if call.err = c.s.pass(ctx, "Wait", req, call.resp); call.err == nil {
+		if call.err = c.s.forward(ctx, "Wait", req, call.resp); call.err == nil {
 			c.stopped()
 			return
 		}

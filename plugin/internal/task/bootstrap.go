@@ -16,48 +16,9 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
-
-// adopt has the agent withdraw the exchange mount from a created container.
-func (c *container) adopt(ctx context.Context) error {
-	if c.agentErr != nil {
-		// Create waited long enough; once more, should it have come meanwhile.
-		if err := c.s.agent.Connect(ctx); err != nil {
-			return c.agentErr
-		}
-	}
-	return c.s.agent.Do(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Adopt(ctx, &api.AdoptRequest{ContainerId: c.id, ExchangeDestination: api.ExchangeDestination, Token: c.exchange.token})
-		return err
-	})
-}
-
-// explain says what to do about an agent that cannot be used.
-func (c *container) explain(reason error) error {
-	var other *guest.ProtocolError
-	if errors.As(reason, &other) || errors.Is(reason, guest.ErrNoVM) || c.agentErr == nil {
-		return reason
-	}
-	dir := filepath.Base(c.s.cfg.GuestBundle)
-	err := fmt.Errorf("kata-checkpoint has no agent in this VM: %w; in Kata's configuration set sandbox_bind_mounts = [%q] and guest_hook_path = "+
-		`"/run/kata-containers/shared/containers/sandbox-mounts/%s/hooks" (Kata's Rust shim: "/run/kata-containers/shared/containers/passthrough/sandbox-mounts/%s/hooks")`,
-		reason, c.s.cfg.GuestBundle, dir, dir)
-	if c.s.cfg.AgentOptional {
-		return err
-	}
-	return fmt.Errorf(`%w, or set guest_agent = "optional" in kata-checkpoint's config.toml to run containers that cannot be checkpointed`, err)
-}
-
-// starterDir holds the bundles of throw-away containers, below the state
-// directory.
-const starterDir = "starter"
-
-// StarterGlob matches what throw-away containers of a sandbox may have left.
-func StarterGlob(stateDir, namespace, sandbox string) string {
-	return filepath.Join(stateDir, starterDir, namespace+"--"+sandbox+"--*")
-}
 
 // startAgent starts the agent where Kata has run no guest hook for the user's
 // containers: by a throw-away container in the same sandbox, whose spec has no
@@ -65,17 +26,17 @@ func StarterGlob(stateDir, namespace, sandbox string) string {
 func (s *Service) startAgent(ctx context.Context) error {
 	begin := time.Now()
 	id := "kata-checkpoint-" + rand.Text()
-	dir := filepath.Join(s.cfg.StateDir, starterDir, s.namespace+"--"+s.sandbox+"--"+id)
-	if err := writeStarter(dir, id, s.sandbox, filepath.Join(s.cfg.GuestBundle, api.AgentBinary)); err != nil {
+	dir := bundle.BootstrapDir(s.cfg.StateDir, s.namespace, s.sandbox, id)
+	if err := writeBootstrapBundle(dir, id, s.sandbox, filepath.Join(s.cfg.GuestBundle, api.AgentBinary)); err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
 	s.events.Hide(id)
-	err := s.down.own(ctx, "Create", &task.CreateTaskRequest{ID: id, Bundle: dir}, &task.CreateTaskResponse{})
+	err := s.down.callNative(ctx, "Create", &task.CreateTaskRequest{ID: id, Bundle: dir}, &task.CreateTaskResponse{})
 	s.protectShare(ctx, id)
 	if err == nil || ctx.Err() != nil {
-		uctx, cancel := undo(ctx)
+		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
-		if derr := s.endStarter(uctx, id); derr != nil && !isGone(derr) {
+		if derr := s.runBootstrap(uctx, id); derr != nil && !isGone(derr) {
 			err = errors.Join(err, derr)
 		}
 	}
@@ -93,18 +54,18 @@ func (s *Service) startAgent(ctx context.Context) error {
 	return nil
 }
 
-// starterEnd bounds the life of a throw-away container.
-const starterEnd = 10 * time.Second
+// bootstrapTimeout bounds the life of a throw-away container.
+const bootstrapTimeout = 10 * time.Second
 
-// endStarter lets a throw-away container run, which does nothing, and deletes
+// runBootstrap lets a throw-away container run, which does nothing, and deletes
 // it. It has to have run: Kata's Rust shim unmounts what it has shared for a
 // container when its process ends, not when it is deleted, and cannot remove
 // the sandbox's share otherwise
 // (src/runtime-rs/crates/runtimes/virt_container/src/container_manager/container_inner.rs).
-func (s *Service) endStarter(ctx context.Context, id string) error {
-	rctx, cancel := context.WithTimeout(ctx, starterEnd)
+func (s *Service) runBootstrap(ctx context.Context, id string) error {
+	rctx, cancel := context.WithTimeout(ctx, bootstrapTimeout)
 	defer cancel()
-	err := s.down.own(rctx, "Start", &task.StartRequest{ID: id}, &task.StartResponse{})
+	err := s.down.callNative(rctx, "Start", &task.StartRequest{ID: id}, &task.StartResponse{})
 	for err == nil {
 		var st *task.StateResponse
 		if st, err = s.down.state(rctx, id); err != nil || st.GetStatus() == statusStopped {
@@ -119,13 +80,13 @@ func (s *Service) endStarter(ctx context.Context, id string) error {
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("run the container that starts the agent")
 	}
-	return errors.Join(s.down.own(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, api.HelperPath))
+	return errors.Join(s.down.callNative(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, api.HelperPath))
 }
 
-// writeStarter makes the bundle of a throw-away container: a spec with as
+// writeBootstrapBundle makes the bundle of a throw-away container: a spec with as
 // little as Kata takes, over an empty root file system. Its process is our
 // static binary, which says its version.
-func writeStarter(dir, id, sandbox, binary string) error {
+func writeBootstrapBundle(dir, id, sandbox, binary string) error {
 	rootfs := filepath.Join(dir, "rootfs")
 	if err := os.MkdirAll(rootfs, 0o700); err != nil {
 		return fmt.Errorf("start the agent: %w", err)

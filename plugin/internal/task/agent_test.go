@@ -87,7 +87,7 @@ func TestCheckpointDuringWhichKataDies(t *testing.T) {
 	})
 	begin := time.Now()
 	wantError(t, h.checkpoint(t.TempDir(), nil), "the shim of Kata has ended")
-	if took := time.Since(begin); took > undoTimeout/2 {
+	if took := time.Since(begin); took > cleanupTimeout/2 {
 		t.Errorf("it took %s", took)
 	}
 }

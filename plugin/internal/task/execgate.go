@@ -12,7 +12,7 @@ import (
 // gate keeps starts of execs apart from freezes: one that reaches a frozen
 // container through Kata wedges Kata's shim until the thaw. Its zero value is
 // open.
-type gate struct {
+type execGate struct {
 	mu     sync.Mutex
 	inside int
 	// opened is not nil while the gate is closed, and is closed when it opens.
@@ -22,7 +22,7 @@ type gate struct {
 }
 
 // enter waits for an open gate, at most wait. Whoever entered leaves.
-func (g *gate) enter(ctx context.Context, wait time.Duration) error {
+func (g *execGate) enter(ctx context.Context, wait time.Duration) error {
 	deadline := time.After(wait)
 	for {
 		g.mu.Lock()
@@ -43,7 +43,7 @@ func (g *gate) enter(ctx context.Context, wait time.Duration) error {
 	}
 }
 
-func (g *gate) leave() {
+func (g *execGate) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.inside--; g.inside == 0 && g.empty != nil {
@@ -54,7 +54,7 @@ func (g *gate) leave() {
 
 // close lets nobody in any more and returns when nobody is inside. After an
 // error the gate is open.
-func (g *gate) close(ctx context.Context, wait time.Duration) error {
+func (g *execGate) close(ctx context.Context, wait time.Duration) error {
 	g.mu.Lock()
 	if g.opened == nil {
 		g.opened = make(chan struct{})
@@ -80,7 +80,7 @@ func (g *gate) close(ctx context.Context, wait time.Duration) error {
 }
 
 // open lets everybody in.
-func (g *gate) open() {
+func (g *execGate) open() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.empty = nil

@@ -1,0 +1,65 @@
+package task
+
+import (
+	"context"
+	"errors"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/log"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
+)
+
+// delete removes an exec or a container, and what we kept of it.
+func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
+	resp := &task.DeleteResponse{}
+	if r.ExecID == "" {
+		if a := c.abandoned.Load(); a != nil {
+			resp = a.delete(ctx, c)
+			c.forget(ctx)
+			return resp, nil
+		}
+	}
+	err := c.s.forward(ctx, "Delete", r, resp)
+	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		return resp, err
+	}
+	if r.ExecID != "" {
+		c.stateCache.Delete(r.ExecID)
+		c.execs.Delete(r.ExecID)
+		c.starts.forget(r.ExecID)
+		return resp, err
+	}
+	c.forget(ctx)
+	return resp, err
+}
+
+// forget drops a container that Kata does not have any more.
+func (c *container) forget(ctx context.Context) {
+	c.stopped()
+	c.starts.forget("")
+	c.s.remove(c.id)
+	c.s.events.Forget(c.id)
+	if c.exchange == nil {
+		return
+	}
+	uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTimeout)
+	defer cancel()
+	if err := c.s.agent.Notify(uctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Forget(ctx, &api.ContainerRequest{ContainerId: c.id})
+		return err
+	}); err != nil {
+		log.G(ctx).WithError(err).WithField("container", c.id).Debug("the agent did not forget")
+	}
+	err := c.exchange.remove()
+	if c.source != nil {
+		err = errors.Join(err, bundle.EmptyRootfs(c.bundle), kata.SweepMount(c.s.sandbox, c.id, api.HelperPath))
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("container", c.id).Error("delete")
+	}
+}

@@ -1,0 +1,48 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
+)
+
+// freeze has the agent stop all processes.
+func (c *container) freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
+	defer cancel()
+	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id})
+		return err
+	})
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx) // which says why, as when Kata's shim has died
+	}
+	if err != nil {
+		return fmt.Errorf("freeze container %s: %w", c.id, err)
+	}
+	return nil
+}
+
+// thaw has the agent let the processes go on; it is no error when there are
+// none any more.
+func (c *container) thaw(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
+	defer cancel()
+	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
+		return err
+	})
+	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
+		c.thawOwed.Store(false)
+		return nil
+	}
+	if _, ended := c.current().(stoppedState); ended {
+		return nil // with its VM, perhaps
+	}
+	return fmt.Errorf("thaw container %s: %w", c.id, err)
+}

@@ -1,0 +1,73 @@
+package task
+
+import (
+	"context"
+	"fmt"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+)
+
+// kill is forwarded, unless there is nothing left to kill. A container that has
+// not been started and is to end is given up here: Kata lets nobody know.
+func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
+	if c.forwardsKill(r) {
+		return c.s.forwardEmpty(ctx, "Kill", r)
+	}
+	ended := false
+	err := c.do(ctx, func(st state) error {
+		if _, ended = st.(createdState); ended {
+			c.abandon(ctx)
+		}
+		return nil
+	})
+	switch {
+	case err != nil || ended:
+		return &emptypb.Empty{}, err
+	case c.abandoned.Load() != nil:
+		return nil, errclass.NotFound("container %s has not been started: its process has ended", r.ID)
+	}
+	return c.s.forwardEmpty(ctx, "Kill", r)
+}
+
+// forwardsKill says whether a Kill is for Kata alone; c is nil for a container
+// that is not known here.
+func (c *container) forwardsKill(r *task.KillRequest) bool {
+	if c == nil || r.ExecID != "" {
+		return true
+	}
+	_, created := c.current().(createdState)
+	return c.abandoned.Load() == nil && (!created || r.Signal != uint32(syscall.SIGKILL))
+}
+
+// killAndWait ends a container, frozen or not, and waits until Kata has noticed. It
+// issues no Wait: in Kata's Rust shim one on the sandbox's container stops the
+// sandbox (src/runtime-rs/crates/runtimes/src/manager.rs).
+func (c *container) killAndWait(ctx context.Context) error {
+	err := c.s.down.kill(ctx, &task.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL), All: true})
+	if err != nil && !isGone(err) {
+		return fmt.Errorf("kill container %s: %w", c.id, err)
+	}
+	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		st, err := c.s.down.state(ctx, c.id)
+		if isGone(err) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("wait for the end of container %s: %w", c.id, err)
+		}
+		if st.GetStatus() == statusStopped {
+			c.stopped()
+			return nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the end of container %s: %w", c.id, context.Cause(ctx))
+		}
+	}
+}

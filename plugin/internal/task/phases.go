@@ -1,0 +1,46 @@
+package task
+
+import (
+	"context"
+	"time"
+
+	"github.com/containerd/log"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
+)
+
+// phases are the steps of a checkpoint, with the time that each took.
+type phases struct {
+	ctx  context.Context
+	id   string
+	last time.Time
+	list []imageset.Phase
+
+	stops stopat.Dir
+}
+
+func (p *phases) done(name string) {
+	now := time.Now()
+	p.add(name, now.Sub(p.last))
+	p.stops.Wait(p.ctx, "checkpoint", name)
+	p.last = time.Now()
+}
+
+// guest adds the agent's own phases, and what was lost on the way.
+func (p *phases) guest(list []*api.Phase) {
+	rest := time.Since(p.last)
+	for _, ph := range list {
+		d := time.Duration(ph.GetNanoseconds()) //nolint:gosec // a guest that lies spoils a log line
+		p.add("guest: "+ph.GetName(), d)
+		rest -= d
+	}
+	p.add("guest: other", max(rest, 0))
+	p.last = time.Now()
+}
+
+func (p *phases) add(name string, d time.Duration) {
+	p.list = append(p.list, imageset.Phase{Name: name, Duration: d})
+	log.G(p.ctx).WithFields(log.Fields{"container": p.id, "phase": name, "duration": d}).Info("checkpoint")
+}

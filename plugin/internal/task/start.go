@@ -1,0 +1,81 @@
+package task
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+)
+
+// adopt has the agent withdraw the exchange mount from a created container.
+func (c *container) claim(ctx context.Context) error {
+	if c.agentErr != nil {
+		// Create waited long enough; once more, should it have come meanwhile.
+		if err := c.s.agent.Connect(ctx); err != nil {
+			return c.agentErr
+		}
+	}
+	return c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
+		_, err := a.Adopt(ctx, &api.AdoptRequest{ContainerId: c.id, ExchangeDestination: api.ExchangeDestination, Token: c.exchange.token})
+		return err
+	})
+}
+
+// start starts a container's first process, or one of its execs.
+func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+	if r.ExecID != "" {
+		return c.startExec(ctx, r)
+	}
+	var resp *task.StartResponse
+	err := c.do(ctx, func(st state) (err error) {
+		resp, err = st.start(ctx, r)
+		return err
+	})
+	c.starts.settle("", err == nil)
+	return resp, err
+}
+
+// startInit starts what Create has prepared: only once the exchange mount is
+// withdrawn from the container, so that no workload ever sees it.
+func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+	ctx, end := c.s.operation(ctx)
+	defer end()
+	if err := c.claim(ctx); err != nil {
+		return c.startWithoutAgent(ctx, r, err)
+	}
+	if c.source != nil {
+		return c.startRestored(ctx, r)
+	}
+	resp := &task.StartResponse{}
+	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
+		return nil, err
+	}
+	c.become(runningState{c})
+	return resp, nil
+}
+
+// startWithoutAgent starts a container that cannot be checkpointed, if the
+// operator wants that.
+func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest, reason error) (*task.StartResponse, error) {
+	if !c.s.cfg.AgentOptional || c.source != nil {
+		c.abandon(ctx)
+		return nil, errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("start container %s: %w", c.id, c.explain(reason)))
+	}
+	// The mount is still in the container, and has to be of no use there.
+	if err := c.exchange.remove(); err != nil {
+		c.abandon(ctx)
+		return nil, fmt.Errorf("start container %s: %w", c.id, err)
+	}
+	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starts without a chance of a checkpoint")
+	resp := &task.StartResponse{}
+	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
+		return nil, err
+	}
+	c.become(unmanagedState{c: c, reason: c.explain(reason)})
+	return resp, nil
+}
