@@ -1,12 +1,15 @@
-// Package errclass gives an error a class of containerd's errdefs without the
-// class's name in its message: what a user reads is one sentence, and what the
-// engine gets is the gRPC code.
+// Package errclass gives errors a class of containerd's errdefs without adding
+// the class's name to the message, and turns errors into gRPC statuses at the
+// boundary: users read one sentence, and engines get the code.
 package errclass
 
 import (
 	"fmt"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 type classified struct {
@@ -25,24 +28,42 @@ func With(class, err error) error {
 	return &classified{class: class, err: err}
 }
 
-// Precondition is an error of the class FailedPrecondition: the call is a good
-// one, at another time or with other settings.
+// Precondition returns an error of the class FailedPrecondition: the call would
+// be valid at another time or with other settings.
 func Precondition(format string, args ...any) error {
 	return With(errdefs.ErrFailedPrecondition, fmt.Errorf(format, args...))
 }
 
-// Invalid is an error of the class InvalidArgument: the call is no good.
+// Invalid returns an error of the class InvalidArgument.
 func Invalid(format string, args ...any) error {
 	return With(errdefs.ErrInvalidArgument, fmt.Errorf(format, args...))
 }
 
-// Unavailable is an error of the class Unavailable: something that the call
-// needs is not there.
+// Unavailable returns an error of the class Unavailable: something that the
+// call needs is not there at the moment.
 func Unavailable(format string, args ...any) error {
 	return With(errdefs.ErrUnavailable, fmt.Errorf(format, args...))
 }
 
-// NotFound is an error of the class NotFound.
+// NotFound returns an error of the class NotFound.
 func NotFound(format string, args ...any) error {
 	return With(errdefs.ErrNotFound, fmt.Errorf(format, args...))
+}
+
+// ToRPC returns an error as a gRPC status with the code of its class. A status
+// that a peer returned and that nobody wrapped stays as it is. The details that
+// errgrpc would add are left out: they repeat the message for every error in
+// the chain, and engines would print each of them.
+func ToRPC(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { //nolint:errorlint // not one that was wrapped: its message lacks what the wrapping added
+		return err
+	}
+	code := codes.Unknown
+	if st, ok := status.FromError(errgrpc.ToGRPC(errdefs.Resolve(err))); ok {
+		code = st.Code()
+	}
+	return status.Error(code, err.Error())
 }

@@ -20,10 +20,12 @@ import (
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -105,7 +107,7 @@ func (a *Agent) Info(ctx context.Context, r *api.InfoRequest) (*api.InfoResponse
 func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptResponse, error) {
 	id := r.GetContainerId()
 	if err := checkID(id); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	defer a.ops.lock(id)()
 	if c, err := a.running(id); err == nil {
@@ -113,27 +115,27 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	}
 	c, err := find(id)
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	// What a container of the same id left behind, should it have had no Forget.
 	if err := errors.Join(a.release(id), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup))); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if err := withdraw(c.Init, r.GetExchangeDestination(), r.GetToken(), a.exchangePath(id)); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if err := a.save(c); err != nil {
-		return nil, toRPC(errors.Join(err, a.release(id)))
+		return nil, errclass.ToRPC(errors.Join(err, a.release(id)))
 	}
 	log.G(ctx).WithFields(log.Fields{"container": id, "pid": c.Init.PID, "cgroup": c.Cgroup}).Info("adopted")
 	return &api.AdoptResponse{Pid: int32(c.Init.PID)}, nil //nolint:gosec // a pid
 }
 
 // Forget implements the service.
-func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*empty, error) {
+func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
 	id := r.GetContainerId()
 	if err := checkID(id); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	defer a.ops.lock(id)()
 	a.hold.thawed(id)
@@ -146,13 +148,13 @@ func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*empty, er
 		err = nil
 	}
 	if err := errors.Join(spoke, err, a.release(id)); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
-	return &empty{}, nil
+	return &emptypb.Empty{}, nil
 }
 
 // Hold implements the service: it answers when its connection has ended.
-func (a *Agent) Hold(ctx context.Context, _ *api.HoldRequest) (*empty, error) {
+func (a *Agent) Hold(ctx context.Context, _ *api.HoldRequest) (*emptypb.Empty, error) {
 	a.hold.enter()
 	defer a.hold.leave(holdGrace)
 	<-ctx.Done()
@@ -160,26 +162,26 @@ func (a *Agent) Hold(ctx context.Context, _ *api.HoldRequest) (*empty, error) {
 }
 
 // Freeze implements the service.
-func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*empty, error) {
+func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
 	defer a.ops.lock(r.GetContainerId())()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
-		return nil, toRPC(fmt.Errorf("container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
 	}
 	if err := c.writeOut(ctx); err != nil {
-		return nil, toRPC(errors.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
+		return nil, errclass.ToRPC(errors.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
 	}
 	a.hold.frozen(c.ID)
-	return &empty{}, nil
+	return &emptypb.Empty{}, nil
 }
 
 // Thaw implements the service.
-func (a *Agent) Thaw(_ context.Context, r *api.ContainerRequest) (*empty, error) {
+func (a *Agent) Thaw(_ context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
 	defer a.ops.lock(r.GetContainerId())()
-	return &empty{}, toRPC(a.thaw(r.GetContainerId()))
+	return &emptypb.Empty{}, errclass.ToRPC(a.thaw(r.GetContainerId()))
 }
 
 func (a *Agent) thaw(id string) error {

@@ -13,12 +13,14 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
@@ -27,22 +29,22 @@ import (
 const ghostLimit = 1 << 30
 
 // CheckCheckpoint implements the service.
-func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*empty, error) {
+func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*emptypb.Empty, error) {
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	pids, err := c.pids()
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if err := inspect.Undumpable(c.root().PID, pids, c.Stdio, r.GetOptions()); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if _, err := inspect.TCPConnections(pids, r.GetOptions()); err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
-	return &empty{}, nil
+	return &emptypb.Empty{}, nil
 }
 
 // Checkpoint implements the service.
@@ -50,43 +52,43 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	defer a.ops.lock(r.GetContainerId())()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
-		return nil, toRPC(fmt.Errorf("container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
 	}
 	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
-		return nil, toRPC(errors.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
+		return nil, errclass.ToRPC(errors.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
 	}
 	if err := os.Mkdir(images, 0o700); err != nil {
-		return nil, toRPC(fmt.Errorf("directory for the images: %w", err))
+		return nil, errclass.ToRPC(fmt.Errorf("directory for the images: %w", err))
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, toRPC(errors.Join(err, os.RemoveAll(images), stayFrozen(ctx, c)))
+		return nil, errclass.ToRPC(errors.Join(err, os.RemoveAll(images), stayFrozen(ctx, c)))
 	}
 	return out, nil
 }
 
 // Discard implements the service. What the container's other operations are
 // about is not touched, and none waits for it.
-func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*empty, error) {
+func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
 	c, err := a.load(r.GetContainerId())
 	if errdefs.IsNotFound(err) {
-		return &empty{}, nil
+		return &emptypb.Empty{}, nil
 	}
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err == nil {
 		err = os.RemoveAll(images)
 	}
 	if err != nil {
-		return nil, toRPC(fmt.Errorf("discard images of container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(fmt.Errorf("discard images of container %s: %w", c.ID, err))
 	}
-	return &empty{}, nil
+	return &emptypb.Empty{}, nil
 }
 
 // stayFrozen freezes a container again that a CRIU was at work on that ended

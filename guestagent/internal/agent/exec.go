@@ -17,9 +17,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -37,14 +37,14 @@ const (
 func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored == nil {
-		return nil, toRPC(fmt.Errorf("container %s is not a restored one: %w", c.ID, errdefs.ErrFailedPrecondition))
+		return nil, errclass.ToRPC(fmt.Errorf("container %s is not a restored one: %w", c.ID, errdefs.ErrFailedPrecondition))
 	}
 	pid, err := a.exec(ctx, c, r)
 	if err != nil {
-		return nil, toRPC(fmt.Errorf("exec in container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(fmt.Errorf("exec in container %s: %w", c.ID, err))
 	}
 	return &api.ExecResponse{Pid: int32(pid)}, nil //nolint:gosec // a pid
 }
@@ -183,16 +183,12 @@ func takeHelper(c *container, pid int, token string) *helper {
 }
 
 func isHelper(c *container, pid int, token string) bool {
-	cmd, err := rawfile.Read(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return false
-	}
-	args := strings.Split(strings.TrimSuffix(string(cmd), "\x00"), "\x00")
-	if token == "" || len(args) != 3 || args[1] != api.ExecMode || args[2] != token {
+	args, err := procfs.Cmdline(pid)
+	if err != nil || token == "" || len(args) != 3 || args[1] != api.ExecMode || args[2] != token {
 		return false
 	}
 	for _, ns := range []string{"pid", "mnt"} {
-		if same, err := inspect.SameNamespace(pid, c.Init.PID, ns); err != nil || !same {
+		if same, err := procfs.SameNamespace(pid, c.Init.PID, ns); err != nil || !same {
 			return false
 		}
 	}
@@ -340,7 +336,7 @@ func (h *helper) await(pid int) (unix.WaitStatus, error) {
 // introduce tells the helper where to pass signals on to.
 func (h *helper) introduce(pid int) error {
 	// Looked up first: a process that has ended is a zombie until it is waited for.
-	pids, err := inspect.NSPIDs(pid)
+	pids, err := procfs.NSPIDs(pid)
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // A container that shares its pod's pid namespace is no first process's tree,
@@ -51,7 +51,7 @@ func (a *Agent) makeNamespace(c *container) (int, error) {
 	}
 	for _, pid := range pids {
 		// Its pids are the guest's root one, the placeholder's namespace's, and 1.
-		if ns, err := inspect.NSPIDs(pid); err == nil && len(ns) > 2 && ns[len(ns)-1] == 1 && ns[len(ns)-2] == inside {
+		if ns, err := procfs.NSPIDs(pid); err == nil && len(ns) > 2 && ns[len(ns)-1] == 1 && ns[len(ns)-2] == inside {
 			return pid, nil
 		}
 	}

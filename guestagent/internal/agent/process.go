@@ -2,9 +2,8 @@ package agent
 
 import (
 	"os"
-	"strconv"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // process tells one process from a later one of the same pid.
@@ -15,19 +14,12 @@ type process struct {
 }
 
 func newProcess(pid int) (process, error) {
-	start, err := inspect.StartTime(pid)
+	start, err := procfs.StartTime(pid)
 	return process{PID: pid, Start: start}, err
 }
 
-// alive says whether the process exists and has not ended.
-func (p process) alive() bool {
-	fields, err := inspect.StatFields(p.PID)
-	if err != nil || len(fields) < 20 {
-		return false
-	}
-	start, err := strconv.ParseUint(fields[19], 10, 64)
-	return err == nil && start == p.Start && fields[0] != "Z" && fields[0] != "X"
-}
+// alive reports whether the process exists and has not exited.
+func (p process) alive() bool { return procfs.Runs(p.PID, p.Start) }
 
 // oldest returns the process that was started first, which of a container's
 // processes is its init.

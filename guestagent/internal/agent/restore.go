@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
@@ -21,22 +22,23 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // cleanupTimeout bounds the end of what a failed restore left alive.
 const cleanupTimeout = 10 * time.Second
 
 // CheckRestore implements the service.
-func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*empty, error) {
+func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*emptypb.Empty, error) {
 	defer a.ops.lock(r.GetContainerId())()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if err := a.checkRestore(c, r); err != nil {
-		return nil, toRPC(errclass.Precondition("container %s cannot be restored: %w", c.ID, err))
+		return nil, errclass.ToRPC(errclass.Precondition("container %s cannot be restored: %w", c.ID, err))
 	}
-	return &empty{}, nil
+	return &emptypb.Empty{}, nil
 }
 
 func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
@@ -114,17 +116,17 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 	defer a.ops.lock(r.GetContainerId())()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored != nil {
-		return nil, toRPC(fmt.Errorf("container %s has been restored already: %w", c.ID, errdefs.ErrFailedPrecondition))
+		return nil, errclass.ToRPC(fmt.Errorf("container %s has been restored already: %w", c.ID, errdefs.ErrFailedPrecondition))
 	}
 	out, err := a.restore(ctx, c, r)
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
 		err = errors.Join(fmt.Errorf("restore container %s: %w", c.ID, err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
-		return nil, toRPC(err)
+		return nil, errclass.ToRPC(err)
 	}
 	return out, nil
 }
@@ -150,7 +152,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	}
 	// The placeholder's: what CRIU does not join it would make from the
 	// guest's root namespaces, or from the image set's old pod.
-	pids, err := inspect.NSPIDs(c.Init.PID)
+	pids, err := procfs.NSPIDs(c.Init.PID)
 	if err != nil {
 		return nil, err
 	}
@@ -250,7 +252,7 @@ func restoredRoot(tree string, placeholder int) (*process, error) {
 		return nil, fmt.Errorf("processes of the restored tree: %w", err)
 	}
 	for _, pid := range pids {
-		if parent, err := inspect.ParentOf(pid); err != nil || parent != placeholder {
+		if stat, err := procfs.ReadStat(pid); err != nil || stat.Parent != placeholder {
 			continue
 		}
 		if root, err := newProcess(pid); err == nil {

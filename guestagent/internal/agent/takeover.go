@@ -13,6 +13,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
 // orphanWait is how long an agent that was started again waits for a CRIU
@@ -60,40 +61,25 @@ func (a *Agent) takeOver() error {
 // outlive waits for the end of a process, and kills it if that does not come
 // in time.
 func outlive(pid int, deadline time.Time) error {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) {
+	fd, err := pidfd.Open(pid)
+	if errors.Is(err, os.ErrProcessDone) {
 		return nil
 	}
 	if err != nil {
-		return os.NewSyscallError("pidfd_open", err)
+		return err
 	}
 	defer unix.Close(fd)
 	log.L.WithField("pid", pid).Warn("the CRIU of an agent that has died is at work")
-	ended, err := pollEnd(fd, time.Until(deadline))
+	ended, err := pidfd.Wait(fd, time.Until(deadline))
 	if err != nil || ended {
 		return err
 	}
 	log.L.WithField("pid", pid).Warn("it does not end and is killed")
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return os.NewSyscallError("pidfd_send_signal", err)
+	if err := pidfd.Kill(fd); err != nil {
+		return err
 	}
-	if ended, err = pollEnd(fd, orphanWait); err == nil && !ended {
+	if ended, err = pidfd.Wait(fd, orphanWait); err == nil && !ended {
 		err = fmt.Errorf("process %d, a CRIU without an agent, does not end", pid)
 	}
 	return err
-}
-
-// pollEnd says whether a process has ended within a time.
-func pollEnd(pidfd int, limit time.Duration) (bool, error) {
-	for deadline := time.Now().Add(limit); ; {
-		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
-		n, err := unix.Poll(fds, max(0, int(time.Until(deadline).Milliseconds())))
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return false, os.NewSyscallError("poll", err)
-		}
-		return n > 0, nil
-	}
 }

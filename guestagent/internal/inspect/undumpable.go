@@ -10,6 +10,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // Undumpable names what CRIU is known to refuse, before it starts: its own
@@ -36,14 +37,14 @@ func strayed(root int, pids []int) error {
 		if pid == root {
 			continue
 		}
-		parent, err := ParentOf(pid)
-		if err != nil || parent == 0 {
+		stat, err := procfs.ReadStat(pid)
+		if err != nil || stat.Parent == 0 {
 			continue // ended meanwhile
 		}
-		if same, err := SameNamespace(parent, root, "pid"); err != nil || !same {
+		if same, err := procfs.SameNamespace(stat.Parent, root, "pid"); err != nil || !same {
 			continue // an exec: its parent is Kata's agent
 		}
-		if first, err := OwnPIDNamespace(parent); err != nil || !first {
+		if first, err := OwnPIDNamespace(stat.Parent); err != nil || !first {
 			continue
 		}
 		return errclass.Precondition("the process %s has lost its parent and is no child of the container's first process, which is where CRIU looks for processes: "+
@@ -174,22 +175,18 @@ func socketInode(link string) (uint32, bool) {
 
 // named names a process for a message.
 func named(pid int) string {
-	return fmt.Sprintf("%s (pid %d in the guest)", firstLine(fmt.Sprintf("/proc/%d/comm", pid)), pid)
+	return fmt.Sprintf("%s (pid %d in the guest)", procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)), pid)
 }
 
 // controlledBy says whether a process's controlling terminal is one of these.
 func controlledBy(pid int, stdio []*api.Stdio) bool {
-	fields, err := StatFields(pid)
-	if err != nil || len(fields) < 5 {
-		return false
-	}
-	tty, err := strconv.ParseUint(fields[4], 10, 64)
-	if err != nil || tty == 0 {
+	stat, err := procfs.ReadStat(pid)
+	if err != nil || stat.Terminal == 0 {
 		return false
 	}
 	for _, s := range stdio {
 		var rdev, dev uint64
-		if _, err := fmt.Sscanf(s.GetKey(), "tty[%x:%x]", &rdev, &dev); err == nil && rdev == tty {
+		if _, err := fmt.Sscanf(s.GetKey(), "tty[%x:%x]", &rdev, &dev); err == nil && rdev == stat.Terminal {
 			return true
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
@@ -103,7 +104,7 @@ func TestUndumpableStrayedProcess(t *testing.T) {
 		}
 		pids[name] = outer(t, cmd.Process.Pid, inside)
 	}
-	for deadline := time.Now().Add(10 * time.Second); firstLine(fmt.Sprintf("/proc/%d/comm", pids["sleep"])) != "sleep"; {
+	for deadline := time.Now().Add(10 * time.Second); procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pids["sleep"])) != "sleep"; {
 		if time.Now().After(deadline) {
 			t.Fatal("it does not become sleep")
 		}
@@ -134,10 +135,10 @@ func outer(t *testing.T, other, inside int) int {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if same, err := SameNamespace(pid, other, "pid"); err != nil || !same {
+		if same, err := procfs.SameNamespace(pid, other, "pid"); err != nil || !same {
 			continue
 		}
-		if pids, err := NSPIDs(pid); err == nil && pids[len(pids)-1] == inside {
+		if pids, err := procfs.NSPIDs(pid); err == nil && pids[len(pids)-1] == inside {
 			return pid
 		}
 	}

@@ -9,14 +9,14 @@ package placeholder
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // Run does not return before the restored root process has ended; it returns
@@ -79,41 +79,12 @@ func peek() (int, error) {
 // root is: the others there are the root's children, or those of the
 // namespace's first process.
 func isRoot(pid int) bool {
-	own, err := nsPIDs("self")
+	own, err := procfs.NSPIDs(os.Getpid())
 	if err != nil {
 		return false
 	}
-	pids, err := nsPIDs(strconv.Itoa(pid))
+	pids, err := procfs.NSPIDs(pid)
 	return err == nil && len(pids) > len(own)
-}
-
-func nsPIDs(pid string) ([]int, error) {
-	line, err := statusField(pid, "NSpid")
-	if err != nil {
-		return nil, err
-	}
-	var pids []int
-	for _, f := range strings.Fields(line) {
-		n, err := strconv.Atoi(f)
-		if err != nil {
-			return nil, err
-		}
-		pids = append(pids, n)
-	}
-	return pids, nil
-}
-
-func statusField(pid, name string) (string, error) {
-	data, err := os.ReadFile("/proc/" + pid + "/status")
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(string(data)) {
-		if value, ok := strings.CutPrefix(line, name+":"); ok {
-			return strings.TrimSpace(value), nil
-		}
-	}
-	return "", fmt.Errorf("process %s has no %s", pid, name)
 }
 
 // forward passes a signal on to the restored root.
@@ -148,7 +119,7 @@ func findRoot() (int, bool) {
 			if err != nil || pid == os.Getpid() {
 				continue
 			}
-			if parent, err := statusField(e.Name(), "PPid"); err == nil && parent == strconv.Itoa(os.Getpid()) && isRoot(pid) {
+			if stat, err := procfs.ReadStat(pid); err == nil && stat.Parent == os.Getpid() && isRoot(pid) {
 				return pid, true
 			}
 		}
@@ -158,7 +129,7 @@ func findRoot() (int, bool) {
 }
 
 func catches(pid int, sig unix.Signal) bool {
-	field, err := statusField(strconv.Itoa(pid), "SigCgt")
+	field, err := procfs.Status(pid, "SigCgt")
 	if err != nil {
 		return false
 	}

@@ -6,24 +6,24 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // vmName is our file in the bundle of a sandbox that names its VM's process.
 const vmName = "kata-checkpoint.vm"
 
-// SetVM notes the process that Kata gives as a sandbox's: its VMM.
+// SetVM records the process that Kata reports for a sandbox, its VMM.
 func SetVM(dir string, pid int) error {
-	start, err := StartTime(pid)
+	start, err := procfs.StartTime(pid)
 	if err != nil {
 		return err
 	}
 	return replaceFile(filepath.Join(dir, vmName), fmt.Appendf(nil, "%d %d\n", pid, start))
 }
 
-// VM returns what was noted: the pid, and when the process started (see
-// [StartTime]). The pid is 0 where nothing was.
+// VM returns what SetVM has recorded, the pid and the start time (see
+// [procfs.StartTime]) of the VMM, or a pid of 0 where it has recorded nothing.
 func VM(dir string) (pid int, start uint64, err error) {
 	data, err := os.ReadFile(filepath.Join(dir, vmName))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -38,36 +38,12 @@ func VM(dir string) (pid int, start uint64, err error) {
 	return pid, start, nil
 }
 
-// VMEnded says whether the VM that was noted has ended. Where none was, nobody
-// knows.
+// VMEnded reports whether the VM that SetVM has recorded is known to have ended.
 func VMEnded(dir string) bool {
 	pid, start, err := VM(dir)
 	if err != nil || pid == 0 {
 		return false
 	}
-	at, state, err := stat(pid)
-	return errors.Is(err, fs.ErrNotExist) || err == nil && (at != start || state == "Z" || state == "X")
-}
-
-// StartTime is when a process started, in clock ticks after boot. With it a
-// pid names one process and no later one.
-func StartTime(pid int) (uint64, error) {
-	start, _, err := stat(pid)
-	return start, err
-}
-
-func stat(pid int) (start uint64, state string, err error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, "", err
-	}
-	// The name in parentheses may hold anything.
-	i := strings.LastIndexByte(string(data), ')')
-	fields := strings.Fields(string(data[i+1:]))
-	const startTime = 22 - 3 // proc(5) counts from 1, and pid and name are cut off
-	if i < 0 || len(fields) <= startTime {
-		return 0, "", fmt.Errorf("/proc/%d/stat cannot be read", pid)
-	}
-	start, err = strconv.ParseUint(fields[startTime], 10, 64)
-	return start, fields[0], err
+	st, err := procfs.ReadStat(pid)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && (st.StartTime != start || st.Exited())
 }

@@ -31,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/events"
@@ -101,7 +102,7 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 		return nil, err
 	}
 	r.PID = os.Getpid()
-	if r.StartTime, err = bundle.StartTime(r.PID); err != nil {
+	if r.StartTime, err = procfs.StartTime(r.PID); err != nil {
 		return nil, err
 	}
 	if err := r.Write(i.Bundle); err != nil {

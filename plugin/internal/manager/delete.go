@@ -22,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -118,7 +119,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 // any other working directory is that of an operator who runs this by hand.
 func (i *Invocation) replaced() bool {
 	own, err := os.Readlink("/proc/self/cwd")
-	if err != nil || worksIn(os.Getpid(), i.Bundle) {
+	if err != nil || procfs.WorksIn(os.Getpid(), i.Bundle) {
 		return false
 	}
 	own = strings.TrimSuffix(own, " (deleted)")
@@ -149,10 +150,7 @@ func (i *Invocation) guessRecord() (*bundle.Record, error) {
 
 // endDaemon ends our daemon, should it be alive.
 func endDaemon(r *bundle.Record) error {
-	return end(r.PID, 0, func() bool {
-		t, err := bundle.StartTime(r.PID)
-		return err == nil && t == r.StartTime
-	})
+	return end(r.PID, 0, func() bool { return procfs.Is(r.PID, r.StartTime) })
 }
 
 func answers(address string) bool {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -49,7 +50,7 @@ func (d *deletion) make(pid int) {
 	}
 	if pid != 0 {
 		var err error
-		r.StartTime, err = bundle.StartTime(pid)
+		r.StartTime, err = procfs.StartTime(pid)
 		d.check(err)
 	}
 	d.check(r.Write(d.i.Bundle))

@@ -5,12 +5,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -20,16 +23,16 @@ const endTimeout = 2 * time.Second
 
 // withProcess calls f with a descriptor of a process, if that is there and the
 // one that is meant.
-func withProcess(pid int, isMeant func() bool, f func(pidfd int) error) error {
+func withProcess(pid int, isMeant func() bool, f func(fd int) error) error {
 	if pid <= 1 {
 		return nil
 	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) {
+	fd, err := pidfd.Open(pid)
+	if errors.Is(err, os.ErrProcessDone) {
 		return nil
 	}
 	if err != nil {
-		return os.NewSyscallError("pidfd_open", err)
+		return err
 	}
 	defer unix.Close(fd)
 	// The descriptor is of one process: what holds of the pid now, while that
@@ -44,30 +47,18 @@ func withProcess(pid int, isMeant func() bool, f func(pidfd int) error) error {
 // itself within a grace time, and waits for its end.
 func end(pid int, grace time.Duration, isMeant func() bool) error {
 	return withProcess(pid, isMeant, func(fd int) error {
-		if ended, err := waitEnd(fd, grace); ended || err != nil {
+		if ended, err := pidfd.Wait(fd, grace); ended || err != nil {
 			return err
 		}
-		if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-			return os.NewSyscallError("pidfd_send_signal", err)
+		if err := pidfd.Kill(fd); err != nil {
+			return err
 		}
-		ended, err := waitEnd(fd, endTimeout)
+		ended, err := pidfd.Wait(fd, endTimeout)
 		if err == nil && !ended {
 			err = fmt.Errorf("process %d does not end", pid)
 		}
 		return err
 	})
-}
-
-// waitEnd says whether a process ends within a time.
-func waitEnd(pidfd int, limit time.Duration) (bool, error) {
-	for deadline := time.Now().Add(limit); ; {
-		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
-		n, err := unix.Poll(fds, max(0, int(time.Until(deadline).Milliseconds())))
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		return n > 0, os.NewSyscallError("poll", err)
-	}
 }
 
 // EndKata kills the daemon of Kata's shim that was started in a sandbox's
@@ -85,21 +76,17 @@ func endVM(dir, sandbox string, until time.Time) error {
 	if err != nil || pid == 0 {
 		return err
 	}
-	is := func() bool {
-		t, err := bundle.StartTime(pid)
-		return err == nil && t == start
-	}
-	if !is() {
+	if !procfs.Is(pid, start) {
 		return nil
 	}
-	if !isZombie(pid) {
+	if procfs.Runs(pid, start) {
 		// Every VMM of Kata's has the sandbox's name in its arguments: in the path
 		// of its API socket, or as its own name.
-		if err := end(pid, 0, func() bool { return is() && hasArgument(pid, sandbox) }); err != nil {
+		if err := end(pid, 0, func() bool { return procfs.Is(pid, start) && hasArgument(pid, sandbox) }); err != nil {
 			return fmt.Errorf("end the VM: %w", err)
 		}
 	}
-	for is() && isZombie(pid) {
+	for procfs.Is(pid, start) && !procfs.Runs(pid, start) {
 		if time.Now().After(until) {
 			return fmt.Errorf("the VM's process %d has ended and nobody reaps it", pid)
 		}
@@ -110,14 +97,8 @@ func endVM(dir, sandbox string, until time.Time) error {
 
 // hasArgument says whether a text is part of a process's command line.
 func hasArgument(pid int, text string) bool {
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	return err == nil && strings.Contains(string(line), text)
-}
-
-func isZombie(pid int) bool {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	i := strings.LastIndexByte(string(data), ')')
-	return err == nil && i >= 0 && strings.HasPrefix(string(data[i+1:]), " Z")
+	args, err := procfs.Cmdline(pid)
+	return err == nil && slices.ContainsFunc(args, func(arg string) bool { return strings.Contains(arg, text) })
 }
 
 // killKata kills the daemon of Kata's shim that was started in a bundle. It may
@@ -125,7 +106,7 @@ func isZombie(pid int) bool {
 func killKata(dir string, grace time.Duration) error {
 	pid, err := kataPID(dir)
 	if err == nil {
-		err = end(pid, grace, func() bool { return worksIn(pid, dir) })
+		err = end(pid, grace, func() bool { return procfs.WorksIn(pid, dir) })
 	}
 	if err != nil {
 		return fmt.Errorf("end Kata's shim: %w", err)
@@ -159,14 +140,5 @@ func ProtectShare(dir, sandbox string) error {
 	if err != nil {
 		return err
 	}
-	return withProcess(pid, func() bool { return worksIn(pid, dir) }, func(pidfd int) error { return kata.Protect(pidfd, pid, sandbox) })
-}
-
-func worksIn(pid int, dir string) bool {
-	cwd, err := os.Stat(fmt.Sprintf("/proc/%d/cwd", pid))
-	if err != nil {
-		return false
-	}
-	want, err := os.Stat(dir)
-	return err == nil && os.SameFile(cwd, want)
+	return withProcess(pid, func() bool { return procfs.WorksIn(pid, dir) }, func(fd int) error { return kata.Protect(fd, pid, sandbox) })
 }

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -35,7 +36,7 @@ func TestTheVMOfASandboxIsEndedAndNoOtherProcess(t *testing.T) {
 			if err := endVM(dir, "sandbox1", time.Now().Add(10*time.Second)); err != nil {
 				t.Fatal(err)
 			}
-			_, err := bundle.StartTime(cmd.Process.Pid)
+			_, err := procfs.StartTime(cmd.Process.Pid)
 			if alive := err == nil; alive != (name == "other") {
 				t.Errorf("alive: %v", alive)
 			}

@@ -1,0 +1,45 @@
+// Package pidfd waits for and kills processes by a descriptor, which names one
+// process for as long as it is open, whatever happens to its pid.
+package pidfd
+
+import (
+	"errors"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Open returns a pidfd of a process. Its error wraps [os.ErrProcessDone] where
+// there is no such process. The caller makes sure that the process is the one
+// that is meant: what is true of the pid afterwards, while the process runs, is
+// true of the descriptor's process.
+func Open(pid int) (int, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return -1, os.ErrProcessDone
+	}
+	return fd, os.NewSyscallError("pidfd_open", err)
+}
+
+// Wait waits until a process has exited, and reports whether it has within a
+// limit. It does not reap.
+func Wait(fd int, limit time.Duration) (exited bool, err error) {
+	for deadline := time.Now().Add(limit); ; {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+		n, err := unix.Poll(fds, max(0, int(time.Until(deadline).Milliseconds())))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return n > 0, os.NewSyscallError("poll", err)
+	}
+}
+
+// Kill sends SIGKILL to a process. That it has exited is no error.
+func Kill(fd int) error {
+	err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	return os.NewSyscallError("pidfd_send_signal", err)
+}

@@ -1,0 +1,185 @@
+// Package procfs reads what the kernel reports about processes below /proc:
+// the few fields of stat and status that tell one process from another, its
+// command line and its namespaces. The shim and the guest agent both use it, so
+// that each format is parsed once. It reads the /proc of the caller's mount
+// namespace; pids are those of that mount's PID namespace.
+//
+// Written against Linux 6.18 (proc_pid_stat(5), proc_pid_status(5)); every field
+// read here has been there since Linux 4.1.
+package procfs
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
+)
+
+// Stat is a part of /proc/PID/stat.
+type Stat struct {
+	// State is the process's state, such as 'R' or 'Z'.
+	State byte
+	// Parent is the pid of its parent; 0: it is outside of the PID namespace.
+	Parent int
+	// Terminal is the device number of its controlling terminal, as in st_rdev;
+	// 0: it has none.
+	Terminal uint64
+	// StartTime is in clock ticks after boot. With it a pid names one process
+	// and no later one.
+	StartTime uint64
+}
+
+// ReadStat reads the stat file of a process. Its error wraps
+// [fs.ErrNotExist] where there is no such process.
+func ReadStat(pid int) (Stat, error) {
+	data, err := read(pid, "stat")
+	if err != nil {
+		return Stat{}, err
+	}
+	s, err := parseStat(data)
+	if err != nil {
+		return Stat{}, fmt.Errorf("parse /proc/%d/stat: %w", pid, err)
+	}
+	return s, nil
+}
+
+func parseStat(data []byte) (Stat, error) {
+	// The second field, the command's name, is in parentheses and may contain
+	// any character.
+	i := bytes.LastIndexByte(data, ')')
+	if i < 0 {
+		return Stat{}, errors.New("no command")
+	}
+	fields := strings.Fields(string(data[i+1:]))
+	// proc(5) counts from 1, and two fields are cut off.
+	const state, parent, terminal, startTime = 3 - 3, 4 - 3, 7 - 3, 22 - 3
+	if len(fields) <= startTime {
+		return Stat{}, fmt.Errorf("%d fields after the command", len(fields))
+	}
+	s := Stat{State: fields[state][0]}
+	var errs [3]error
+	s.Parent, errs[0] = strconv.Atoi(fields[parent])
+	s.Terminal, errs[1] = strconv.ParseUint(fields[terminal], 10, 64)
+	s.StartTime, errs[2] = strconv.ParseUint(fields[startTime], 10, 64)
+	return s, errors.Join(errs[:]...)
+}
+
+// Exited reports whether the process has exited and only waits to be reaped.
+func (s Stat) Exited() bool { return s.State == 'Z' || s.State == 'X' }
+
+// StartTime returns when a process started, in clock ticks after boot.
+func StartTime(pid int) (uint64, error) {
+	s, err := ReadStat(pid)
+	return s.StartTime, err
+}
+
+// Is reports whether the process of a pid, running or not yet reaped, is the
+// one that started at a time.
+func Is(pid int, startTime uint64) bool {
+	s, err := ReadStat(pid)
+	return err == nil && s.StartTime == startTime
+}
+
+// Runs reports whether the process that has started at a time still runs.
+func Runs(pid int, startTime uint64) bool {
+	s, err := ReadStat(pid)
+	return err == nil && s.StartTime == startTime && !s.Exited()
+}
+
+// Status returns one field of /proc/PID/status, such as "SigCgt", without
+// surrounding white space.
+func Status(pid int, field string) (string, error) {
+	data, err := read(pid, "status")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(data)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && name == field {
+			return strings.TrimSpace(value), nil
+		}
+	}
+	return "", fmt.Errorf("/proc/%d/status has no %s", pid, field)
+}
+
+// NSPIDs returns the pids of a process in the PID namespace of the /proc mount
+// and in each nested one that it is in, the innermost last.
+func NSPIDs(pid int) ([]int, error) {
+	value, err := Status(pid, "NSpid")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for field := range strings.FieldsSeq(value) {
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			return nil, fmt.Errorf("NSpid of process %d: %w", pid, err)
+		}
+		pids = append(pids, n)
+	}
+	if len(pids) == 0 {
+		return nil, fmt.Errorf("NSpid of process %d is empty", pid)
+	}
+	return pids, nil
+}
+
+// Cmdline returns the command line of a process, none for kernel threads and
+// for processes that have exited.
+func Cmdline(pid int) ([]string, error) {
+	data, err := read(pid, "cmdline")
+	if err != nil || len(data) == 0 {
+		return nil, err
+	}
+	return strings.Split(strings.TrimSuffix(string(data), "\x00"), "\x00"), nil
+}
+
+// SameNamespace reports whether two processes are in the same namespace of a
+// kind, such as "mnt".
+func SameNamespace(a, b int, kind string) (bool, error) {
+	x, err := os.Readlink(path(a, "ns", kind))
+	if err != nil {
+		return false, err
+	}
+	y, err := os.Readlink(path(b, "ns", kind))
+	return x == y, err
+}
+
+// WorksIn reports whether a directory is the working directory of a process.
+func WorksIn(pid int, dir string) bool {
+	cwd, err := os.Stat(path(pid, "cwd"))
+	if err != nil {
+		return false
+	}
+	want, err := os.Stat(dir)
+	return err == nil && os.SameFile(cwd, want)
+}
+
+// FirstLine returns the first line of a file, "" where it cannot be read.
+func FirstLine(file string) string {
+	data, err := rawfile.Read(file)
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(data), "\n")
+	return line
+}
+
+func path(pid int, elem ...string) string {
+	return filepath.Join("/proc", strconv.Itoa(pid), filepath.Join(elem...))
+}
+
+// read returns [fs.ErrNotExist] for a process that exits meanwhile, too.
+func read(pid int, file string) ([]byte, error) {
+	data, err := rawfile.Read(path(pid, file))
+	if errors.Is(err, unix.ESRCH) {
+		return nil, &fs.PathError{Op: "read", Path: path(pid, file), Err: fs.ErrNotExist}
+	}
+	return data, err
+}
