@@ -19,14 +19,6 @@ import (
 	"time"
 )
 
-// Names of the files that are ours; all others are CRIU's.
-const (
-	ManifestName = "kata-checkpoint.json"
-	DevShmName   = "dev-shm.tar"
-	DumpLogName  = "dump.log"
-	StatsName    = "stats-dump"
-)
-
 // FormatVersion of the manifest that this code writes. It reads no other.
 const FormatVersion = 1
 
@@ -167,8 +159,8 @@ func decode(r io.Reader) (*Manifest, error) {
 		}
 		seen[f.Name] = true
 	}
-	if !seen["inventory.img"] {
-		return nil, fmt.Errorf("%s names no inventory.img, without which CRIU restores nothing", ManifestName)
+	if !seen[InventoryName] {
+		return nil, fmt.Errorf("%s names no %s, without which CRIU restores nothing", ManifestName, InventoryName)
 	}
 	return m, nil
 }

@@ -53,7 +53,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{"inventory.img", imageset.DevShmName} {
+	for _, name := range []string{imageset.InventoryName, imageset.DevShmName} {
 		if _, err := os.Stat(filepath.Join(images, name)); err != nil {
 			return fmt.Errorf("the image set does not arrive in the guest: %w", err)
 		}

@@ -25,13 +25,6 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// Names in an archive (containerd, internal/cri/server/container_checkpoint_linux.go)
-// and, relative to its target, of what Extract writes.
-const (
-	ImagesName     = "checkpoint"
-	RootfsDiffName = "rootfs-diff.tar"
-)
-
 // Extract writes the image set and the changes of the root file system of the
 // archive name in dir to target, a directory that only this user can reach. The
 // archive may be compressed.
@@ -49,7 +42,7 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	defer stream.Close()
-	if err := os.Mkdir(filepath.Join(target, ImagesName), 0o700); err != nil {
+	if err := os.Mkdir(filepath.Join(target, imageset.ArchiveImages), 0o700); err != nil {
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	x := &extractor{ctx: ctx, target: target, left: limits}
@@ -57,7 +50,7 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	if x.images == 0 {
-		return fmt.Errorf("archive %s: no files in %s/: it is no checkpoint archive", name, ImagesName)
+		return fmt.Errorf("archive %s: no files in %s/: it is no checkpoint archive", name, imageset.ArchiveImages)
 	}
 	return nil
 }
@@ -110,9 +103,9 @@ func (x *extractor) extract(r *tar.Reader) error {
 			return err
 		}
 		name := strings.TrimPrefix(header.Name, "./")
-		inside, isImage := strings.CutPrefix(name, ImagesName+"/")
+		inside, isImage := strings.CutPrefix(name, imageset.ArchiveImages+"/")
 		switch {
-		case name == RootfsDiffName:
+		case name == imageset.RootfsDiffName:
 			err = x.write(header, r, name)
 		case !isImage, inside == "":
 			continue
@@ -120,7 +113,7 @@ func (x *extractor) extract(r *tar.Reader) error {
 			err = fmt.Errorf("%q is not flat, as an image set is", header.Name)
 		default:
 			x.images++
-			err = x.write(header, r, path.Join(ImagesName, inside))
+			err = x.write(header, r, path.Join(imageset.ArchiveImages, inside))
 		}
 		if err != nil {
 			return err

@@ -60,7 +60,7 @@ func NewGuest(t *testing.T, sandbox string, rust bool) *Guest {
 		conns:      make(chan net.Conn),
 		requests:   make(map[string]proto.Message),
 		before:     make(map[string]func(context.Context) error),
-		files:      map[string]string{"inventory.img": "inventory", "pages-1.img": strings.Repeat("p", 4096), imageset.DumpLogName: "log", imageset.StatsName: "stats"},
+		files:      map[string]string{imageset.InventoryName: "inventory", "pages-1.img": strings.Repeat("p", 4096), imageset.DumpLogName: "log", imageset.StatsName: "stats"},
 	}
 	top := g.Management.GoDir
 	if rust {

@@ -102,7 +102,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err != nil {
 		return fail(err)
 	}
-	manifest, err := c.stageImages(ctx, filepath.Join(dir, archive.ImagesName), r.Rootfs, spec, func(m *imageset.Manifest) error {
+	manifest, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec, func(m *imageset.Manifest) error {
 		// Whoever may make pods in one namespace has no claim to another one's memory.
 		if have := annotations.PodNamespace(c.annotations); m.Container.PodNamespace != have {
 			return fmt.Errorf("it was made of a container of the namespace %q, and this pod is in %q: archives are restored in their own namespace", m.Container.PodNamespace, have)

@@ -848,7 +848,7 @@ func TestTemporaryCopyOfContainerdIsRemoved(t *testing.T) {
 		return dir
 	}
 	// Beside containerd's copy lies what anybody may have put there.
-	if err := os.WriteFile(filepath.Join(temp, rootfsDiffName), []byte("planted"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(temp, imageset.RootfsDiffName), []byte("planted"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {
@@ -861,7 +861,7 @@ func TestTemporaryCopyOfContainerdIsRemoved(t *testing.T) {
 		{filepath.Join(t.TempDir(), "ctrd-checkpoint123"), false},
 	} {
 		if filepath.Dir(tc.dir) == temp && !tc.gone {
-			os.Remove(filepath.Join(temp, rootfsDiffName))
+			os.Remove(filepath.Join(temp, imageset.RootfsDiffName))
 		}
 		path := lay(tc.dir)
 		h := newHarness(t)

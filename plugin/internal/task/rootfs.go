@@ -18,13 +18,10 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
-
-// rootfsDiffName is the archive of the writable layer that the CRI lays beside
-// the image set (containerd, internal/cri/server/container_checkpoint_linux.go).
-const rootfsDiffName = "rootfs-diff.tar"
 
 // applyRootfsDiff applies the changes of the root file system that lie beside
 // an image set, if they do. containerd does so itself after Create, into a
@@ -33,7 +30,7 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 	if bundle.IsTemporary(checkpoint) {
 		return nil // what lies beside it is anybody's
 	}
-	f, err := openOwn(filepath.Join(filepath.Dir(filepath.Clean(checkpoint)), rootfsDiffName))
+	f, err := openOwn(filepath.Join(filepath.Dir(filepath.Clean(checkpoint)), imageset.RootfsDiffName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

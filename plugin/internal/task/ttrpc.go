@@ -5,13 +5,10 @@ import (
 	"slices"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
-	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/forward"
 )
 
@@ -81,21 +78,8 @@ func handle[Req any, PReq interface {
 		}
 		resp, err := method(ctx, req)
 		if err != nil {
-			return nil, toGRPC(err)
+			return nil, errclass.ToRPC(err)
 		}
 		return resp, nil
 	}
-}
-
-// toGRPC gives an error its code. The errors that it was made of stay behind:
-// engines would print each of them again.
-func toGRPC(err error) error {
-	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { // Kata's own, not one that was wrapped
-		return err
-	}
-	code := codes.Unknown
-	if st, ok := status.FromError(errgrpc.ToGRPC(errdefs.Resolve(err))); ok {
-		code = st.Code()
-	}
-	return status.Error(code, err.Error())
 }
