@@ -97,10 +97,11 @@ func forward(sig unix.Signal) {
 	if !ok {
 		return
 	}
-	// The first process of a pid namespace ignores from outside what it does not
-	// catch. Kata turns SIGTERM into SIGKILL for such (src/agent/src/rpc.rs), but
-	// it sees this process, which catches it: the rule has to be kept here.
-	if sig == unix.SIGTERM && !catches(pid, sig) {
+	// A PID 1 ignores signals from outside that it leaves at their default. Kata
+	// turns SIGTERM into SIGKILL for one that does so (src/agent/src/rpc.rs,
+	// is_signal_handled), but all it sees is this process, which catches every
+	// signal: the rule has to be kept here.
+	if sig == unix.SIGTERM && !handles(pid, sig) {
 		sig = unix.SIGKILL
 	}
 	_ = unix.Kill(pid, sig)
@@ -128,11 +129,19 @@ func findRoot() (int, bool) {
 	return 0, false
 }
 
-func catches(pid int, sig unix.Signal) bool {
-	field, err := procfs.Status(pid, "SigCgt")
-	if err != nil {
-		return false
+// handles reports whether a process catches, blocks or ignores a signal. One
+// that blocks it may take it by sigwait(3), signalfd(2) or sigpending(2), as
+// service managers do.
+func handles(pid int, sig unix.Signal) bool {
+	for _, field := range []string{"SigCgt", "SigBlk", "SigIgn"} {
+		value, err := procfs.Status(pid, field)
+		if err != nil {
+			return false
+		}
+		mask, err := strconv.ParseUint(value, 16, 64)
+		if err == nil && mask&(1<<(uint(sig)-1)) != 0 {
+			return true
+		}
 	}
-	mask, err := strconv.ParseUint(field, 16, 64)
-	return err == nil && mask&(1<<(uint(sig)-1)) != 0
+	return false
 }
