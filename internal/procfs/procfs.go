@@ -67,7 +67,9 @@ func parseStat(data []byte) (Stat, error) {
 	s := Stat{State: fields[state][0]}
 	var errs [3]error
 	s.Parent, errs[0] = strconv.Atoi(fields[parent])
-	s.Terminal, errs[1] = strconv.ParseUint(fields[terminal], 10, 64)
+	// The kernel prints these 32 bits with a sign.
+	device, err := strconv.ParseInt(fields[terminal], 10, 32)
+	s.Terminal, errs[1] = uint64(uint32(device)), err //nolint:gosec // see above
 	s.StartTime, errs[2] = strconv.ParseUint(fields[startTime], 10, 64)
 	return s, errors.Join(errs[:]...)
 }

@@ -25,6 +25,7 @@ func TestParseStat(t *testing.T) {
 		"a process":                     {in: "12 (cat)" + tail, want: Stat{State: 'S', Parent: 7, Terminal: 34816, StartTime: 123456789012}},
 		"a name with spaces":            {in: "12 (a b c)" + tail, want: Stat{State: 'S', Parent: 7, Terminal: 34816, StartTime: 123456789012}},
 		"a name that looks like fields": {in: "12 (x) Z 1 (y)" + tail, want: Stat{State: 'S', Parent: 7, Terminal: 34816, StartTime: 123456789012}},
+		"a terminal with a high number": {in: strings.Replace("12 (cat)"+tail, "34816", "-2147449851", 1), want: Stat{State: 'S', Parent: 7, Terminal: 0x80008405, StartTime: 123456789012}},
 		"empty":                         {in: "", err: "no command"},
 		"cut off":                       {in: "12 (cat) S 7 1", err: "3 fields"},
 		"no numbers":                    {in: strings.Replace("12 (cat)"+tail, "123456789012", "x", 1), err: "invalid syntax"},

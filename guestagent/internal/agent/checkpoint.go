@@ -11,6 +11,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -29,22 +30,38 @@ import (
 const ghostLimit = 1 << 30
 
 // CheckCheckpoint implements the service.
-func (a *Agent) CheckCheckpoint(_ context.Context, r *api.CheckpointRequest) (*emptypb.Empty, error) {
+func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (*emptypb.Empty, error) {
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	pids, err := c.pids()
-	if err != nil {
-		return nil, errclass.ToRPC(err)
-	}
-	if err := inspect.Undumpable(c.root().PID, pids, c.Stdio, r.GetOptions()); err != nil {
-		return nil, errclass.ToRPC(err)
-	}
-	if _, err := inspect.TCPConnections(pids, r.GetOptions()); err != nil {
+	if _, err := c.inspect(ctx, r.GetOptions()); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
 	return &emptypb.Empty{}, nil
+}
+
+// inspect looks at a container's processes. It returns an error with everything
+// that a checkpoint cannot be made with, and logs what is worth knowing besides.
+func (c *container) inspect(ctx context.Context, o *api.CheckpointOptions) (*inspect.Container, error) {
+	pids, err := c.pids()
+	if err != nil {
+		return nil, err
+	}
+	look, err := inspect.Look(c.root().PID, pids)
+	if err != nil {
+		return nil, err
+	}
+	findings, err := look.Check(c.Stdio, o)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range findings {
+		if f.Class != inspect.Refused {
+			log.G(ctx).WithField("container", c.ID).Warn(f.String())
+		}
+	}
+	return look, inspect.Refusal(findings)
 }
 
 // Checkpoint implements the service.
@@ -104,21 +121,18 @@ func stayFrozen(ctx context.Context, c *container) error {
 func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (_ *api.CheckpointResponse, err error) {
 	ph := newPhases(ctx, "checkpoint", c.ID)
 	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
-	pids, err := c.pids()
+	look, err := c.inspect(ctx, r.GetOptions())
 	if err != nil {
 		return nil, err
 	}
-	tcp, err := inspect.TCPConnections(pids, r.GetOptions())
-	if err != nil {
-		return nil, err
-	}
-	op, err := a.describe(c, pids, r, out)
+	op, err := a.describe(c, look, r, out)
 	if err != nil {
 		return nil, err
 	}
 	defer op.Close()
-	if silent := r.GetStop() && r.GetOptions().GetTcpEstablished(); !silent {
-		tcp = nil
+	var tcp []inspect.Connection
+	if r.GetStop() && r.GetOptions().GetTcpEstablished() {
+		tcp = look.Connections
 	}
 	defer func() {
 		if err != nil {
@@ -161,7 +175,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 }
 
 // describe fills in what the restore has to know and prepares CRIU's run.
-func (a *Agent) describe(c *container, pids []int, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
+func (a *Agent) describe(c *container, look *inspect.Container, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
 	root := c.root().PID
 	mounts, err := inspect.Mounts(root)
 	if err != nil {
@@ -172,10 +186,7 @@ func (a *Agent) describe(c *container, pids []int, r *api.CheckpointRequest, out
 		return nil, fmt.Errorf("mounts of the guest: %w", err)
 	}
 	out.Externals = inspect.Externals(mounts, guest, r.GetExternals())
-	if err := inspect.Undumpable(c.root().PID, pids, c.Stdio, r.GetOptions()); err != nil {
-		return nil, err
-	}
-	if out.OpenFiles, err = inspect.OpenFiles(pids, mounts); err != nil {
+	if out.OpenFiles, err = inspect.OpenFiles(look.Processes, mounts); err != nil {
 		return nil, fmt.Errorf("open files of the container: %w", err)
 	}
 	if out.Hostname, err = inspect.Hostname(root); err != nil {

@@ -58,7 +58,7 @@ func (c *container) tree() string {
 func (c *container) pids() ([]int, error) {
 	pids, err := cgroup.Procs(c.tree(), true)
 	if err != nil {
-		return nil, fmt.Errorf("processes of container %s: %w", c.ID, err)
+		return nil, fmt.Errorf("list the processes of the container: %w", err)
 	}
 	return pids, nil
 }

@@ -37,7 +37,11 @@ func (a *Agent) speak(c *container) error {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("processes of the container: %w", err)
 	}
-	list, err := inspect.Connections(pids)
+	processes, err := inspect.Processes(pids)
+	if err != nil {
+		return err
+	}
+	list, err := inspect.Connections(processes)
 	if err != nil {
 		return err
 	}

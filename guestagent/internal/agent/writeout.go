@@ -40,11 +40,11 @@ func (c *container) writeOut(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	files, err := inspect.WrittenFiles(pids, shares)
+	processes, err := inspect.Processes(pids)
 	if err != nil {
-		return fmt.Errorf("files that the container writes: %w", err)
+		return err
 	}
-	for _, path := range files {
+	for _, path := range inspect.WrittenFiles(processes, shares) {
 		if ctx.Err() != nil {
 			return fmt.Errorf("write out the files of the container: %w", context.Cause(ctx))
 		}

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
@@ -49,10 +48,11 @@ func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
 	}
 
 	for pid, want := range map[int]string{cmd.Process.Pid: "written", os.Getpid(): "mapped"} {
-		files, err := inspect.WrittenFiles([]int{pid}, map[uint64]bool{st.Dev: true})
+		processes, err := inspect.Processes([]int{pid})
 		if err != nil {
 			t.Fatal(err)
 		}
+		files := inspect.WrittenFiles(processes, map[uint64]bool{st.Dev: true})
 		var names []string
 		for _, f := range files {
 			name, err := os.Readlink(f)
@@ -70,17 +70,10 @@ func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
 			names = slices.DeleteFunc(names, func(name string) bool { return name == "written" }) // the test has it, too
 		}
 		if fmt.Sprint(names) != "["+want+"]" {
-			t.Errorf("writtenFiles of process %d = %q, want %s", pid, files, want)
+			t.Errorf("WrittenFiles of process %d = %q, want %s", pid, files, want)
 		}
-		if files, err = inspect.WrittenFiles([]int{pid}, map[uint64]bool{st.Dev + 1: true}); err != nil || len(files) > 0 {
-			t.Errorf("writtenFiles of another device = %q, %v", files, err)
+		if files = inspect.WrittenFiles(processes, map[uint64]bool{st.Dev + 1: true}); len(files) > 0 {
+			t.Errorf("WrittenFiles of another device = %q", files)
 		}
-	}
-}
-
-func TestSharesAreWhatTheHostHas(t *testing.T) {
-	got := inspect.Shares([]*mountinfo.Info{{FSType: "virtiofs", Minor: 40}, {FSType: "tmpfs", Minor: 41}, {FSType: "fuse.nydus", Minor: 42}, {FSType: "ext4", Major: 254, Minor: 1}})
-	if len(got) != 2 || !got[unix.Mkdev(0, 40)] || !got[unix.Mkdev(0, 42)] {
-		t.Errorf("shares = %v", got)
 	}
 }

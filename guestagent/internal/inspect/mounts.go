@@ -5,14 +5,16 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// Kinds of file systems that CRIU makes anew at restore, whatever superblock
-// the container had: they show the kernel's state, not files.
+// kernelFS are file systems that CRIU mounts again at restore, whatever
+// superblock the container had: they show the kernel's state, not files.
 var kernelFS = []string{"proc", "sysfs", "mqueue", "devpts", "securityfs", "binfmt_misc", "pstore", "tracefs", "debugfs"}
 
 // Mounts reads the mounts in the mount namespace of a process.
@@ -96,6 +98,17 @@ func Externals(container, guest []*mountinfo.Info, marked []string) []*api.Exter
 	for i, e := range out {
 		// A name of ours, because a path may hold what CRIU takes for syntax.
 		e.Name = fmt.Sprintf("m%d", i)
+	}
+	return out
+}
+
+// Shares are the devices of the file systems that the host shares with the guest.
+func Shares(mounts []*mountinfo.Info) map[uint64]bool {
+	out := make(map[uint64]bool)
+	for _, m := range mounts {
+		if m.FSType == "virtiofs" || m.FSType == "fuse" || strings.HasPrefix(m.FSType, "fuse.") {
+			out[unix.Mkdev(uint32(m.Major), uint32(m.Minor))] = true //nolint:gosec // device numbers
+		}
 	}
 	return out
 }

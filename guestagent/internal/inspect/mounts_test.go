@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 )
 
 func parseMounts(t *testing.T, text string) []*mountinfo.Info {
@@ -75,5 +76,12 @@ func TestExternalsKnowTheUpperOfTwoMounts(t *testing.T) {
 `)
 	if got := Externals(container, nil, nil); len(got) != 1 || got[0].GetDestination() != "/data" {
 		t.Errorf("externals = %v", got)
+	}
+}
+
+func TestSharesAreWhatTheHostHas(t *testing.T) {
+	got := Shares([]*mountinfo.Info{{FSType: "virtiofs", Minor: 40}, {FSType: "tmpfs", Minor: 41}, {FSType: "fuse.nydus", Minor: 42}, {FSType: "ext4", Major: 254, Minor: 1}})
+	if len(got) != 2 || !got[unix.Mkdev(0, 40)] || !got[unix.Mkdev(0, 42)] {
+		t.Errorf("shares = %v", got)
 	}
 }

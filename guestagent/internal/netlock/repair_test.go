@@ -28,7 +28,11 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { here.Close(); there.Close() })
-		all, err := inspect.Connections([]int{os.Getpid()})
+		processes, err := inspect.Processes([]int{os.Getpid()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		all, err := inspect.Connections(processes)
 		if err != nil {
 			t.Fatal(err)
 		}

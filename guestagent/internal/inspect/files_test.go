@@ -79,7 +79,7 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := OpenFiles([]int{cmd.Process.Pid}, mounts)
+	got, err := OpenFiles(processes(t, cmd.Process.Pid), mounts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +180,7 @@ func TestOpenFilesOfMemory(t *testing.T) {
 		m[0].Mountpoint = at
 		mounts = append(mounts, m[0])
 	}
-	got, err := OpenFiles([]int{os.Getpid()}, mounts)
+	got, err := OpenFiles(processes(t, os.Getpid()), mounts)
 	if err != nil {
 		t.Fatal(err)
 	}

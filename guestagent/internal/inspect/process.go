@@ -1,9 +1,3 @@
-// Package inspect looks at a container's processes without changing them: what
-// they have open and mapped, their sockets, mounts and namespaces, and what of
-// it CRIU cannot checkpoint. The agent calls it before it freezes a container,
-// and again once the processes are frozen. While they run, whatever is read may
-// be outdated by the time it is returned, and a process that exits meanwhile is
-// left out.
 package inspect
 
 import (

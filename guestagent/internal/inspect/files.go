@@ -1,0 +1,202 @@
+package inspect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+)
+
+// maxOpenFiles bounds the list in the manifest. CRIU itself checks the files
+// beyond it at restore, with a less friendly message.
+const maxOpenFiles = 4096
+
+// deletedSuffix ends the name of an unlinked file in /proc.
+const deletedSuffix = " (deleted)"
+
+// generatedFS are file systems whose files the kernel generates: they come and
+// go with processes and have no meaningful size.
+var generatedFS = map[string]bool{"proc": true, "sysfs": true, "cgroup": true, "cgroup2": true}
+
+// ShmDir is where every container of a pod has the pod's tmpfs for shared memory.
+const ShmDir = "/dev/shm"
+
+// skippedMounts are mounts whose files need no check: CRIU's images contain
+// them, or the kernel generates them. A descriptor's mount is known by its id,
+// and a mapping's by its device.
+type skippedMounts struct {
+	ids     map[int]bool
+	devices map[string]bool // as /proc/PID/maps prints them
+}
+
+func newSkippedMounts(mounts []*mountinfo.Info) skippedMounts {
+	l := skippedMounts{ids: make(map[int]bool), devices: make(map[string]bool)}
+	shm := ""
+	for _, m := range mounts {
+		device := fmt.Sprintf("%02x:%02x", m.Major, m.Minor)
+		switch {
+		case m.Mountpoint == ShmDir:
+			shm = device
+		case m.FSType == "tmpfs" && m.Mountpoint != "/", generatedFS[m.FSType]:
+			l.ids[m.ID], l.devices[device] = true, true
+		}
+	}
+	delete(l.devices, shm)
+	return l
+}
+
+// OpenFiles lists the regular files that processes have open or mapped and that
+// CRIU's images do not contain, with their sizes: CRIU restores no process whose
+// file has another size. The processes are frozen.
+func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
+	skipped := newSkippedMounts(mounts)
+	seen := make(map[string]bool)
+	var out []*api.OpenFile
+	add := func(path, link string) error {
+		if seen[path] || len(out) == maxOpenFiles || !strings.HasPrefix(path, "/") || strings.HasSuffix(path, deletedSuffix) {
+			return nil
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(link, &st); err != nil {
+			if errors.Is(err, unix.ENOENT) {
+				return nil
+			}
+			return &os.PathError{Op: "stat", Path: link, Err: err}
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 {
+			return nil
+		}
+		seen[path] = true
+		out = append(out, &api.OpenFile{Path: path, Size: uint64(st.Size)}) //nolint:gosec // not negative
+		return nil
+	}
+	for _, p := range processes {
+		for _, f := range p.Files {
+			if skipped.ids[f.MountID] {
+				continue
+			}
+			if err := add(f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD)); err != nil {
+				return nil, err
+			}
+		}
+		for _, m := range p.Mappings {
+			if skipped.devices[m.Device] {
+				continue
+			}
+			if err := add(m.Path, fmt.Sprintf("/proc/%d/root%s", p.PID, m.Path)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return out, nil
+}
+
+// WrittenFiles lists the regular files on the devices that processes have open
+// for writing or have mapped shared, each once, as links in /proc. Unlinked files
+// are left out.
+func WrittenFiles(processes []*Process, devices map[uint64]bool) []string {
+	type inode struct{ device, number uint64 }
+	seen := make(map[inode]bool)
+	var out []string
+	add := func(link string) {
+		var st unix.Stat_t
+		if err := unix.Stat(link, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 || !devices[st.Dev] {
+			return // closed or exited meanwhile, or on another device
+		}
+		if i := (inode{st.Dev, st.Ino}); !seen[i] {
+			seen[i] = true
+			out = append(out, link)
+		}
+	}
+	for _, p := range processes {
+		for _, f := range p.Files {
+			if f.writable() {
+				add(fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD))
+			}
+		}
+		for _, m := range p.Mappings {
+			if m.Shared { // whether or not it is writable right now
+				add(fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses))
+			}
+		}
+	}
+	return out
+}
+
+// ChangedFiles names the files that a restore would find with another size,
+// looked up below root without leaving it. Files of /dev/shm are left out: the
+// missing ones come from the image set (see [ChangedShm]).
+func ChangedFiles(root string, files []*api.OpenFile) ([]string, error) {
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: root, Err: err}
+	}
+	defer unix.Close(dir)
+	var out []string
+	for _, f := range files {
+		if strings.HasPrefix(f.GetPath(), ShmDir+"/") {
+			continue
+		}
+		fd, err := unix.Openat2(dir, strings.TrimPrefix(f.GetPath(), "/"), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+		if err != nil {
+			out = append(out, fmt.Sprintf("%s (is gone: %v)", f.GetPath(), err))
+			continue
+		}
+		var st unix.Stat_t
+		err = unix.Fstat(fd, &st)
+		unix.Close(fd)
+		if err != nil {
+			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
+		}
+		if uint64(st.Size) != f.GetSize() { //nolint:gosec // not negative
+			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
+		}
+	}
+	return out, nil
+}
+
+// ChangedShm names the files of /dev/shm that a restore needs and that differ
+// from those of the image set: another container of the pod owns them, or has
+// left them, and files that exist are never replaced.
+func ChangedShm(dir string, files []*api.OpenFile) ([]string, error) {
+	shm, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(shm)
+	var out []string
+	for _, f := range files {
+		name, ok := strings.CutPrefix(f.GetPath(), ShmDir+"/")
+		if !ok {
+			continue
+		}
+		fd, err := unix.Openat2(shm, name, &unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			out = append(out, fmt.Sprintf("%s (%v)", f.GetPath(), err))
+			continue
+		}
+		var st unix.Stat_t
+		err = unix.Fstat(fd, &st)
+		unix.Close(fd)
+		switch {
+		case err != nil:
+			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
+		case st.Mode&unix.S_IFMT != unix.S_IFREG:
+			out = append(out, f.GetPath()+" (is not a file)")
+		case uint64(st.Size) != f.GetSize(): //nolint:gosec // not negative
+			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,246 @@
+package inspect
+
+import (
+	"bufio"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+)
+
+// sleeper is another process with the write end of a socket pair, whose other
+// end the test has.
+func sleeper(t *testing.T, kind int) int {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	outer := os.NewFile(uintptr(pair[1]), "outer")
+	defer outer.Close()
+	t.Cleanup(func() { unix.Close(pair[0]) })
+	cmd := exec.Command("sleep", "1000")
+	cmd.ExtraFiles = []*os.File{outer}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd.Process.Pid
+}
+
+// refusal is what a check of a container with these processes says.
+func refusal(t *testing.T, root int, pids []int, o *api.CheckpointOptions) error {
+	t.Helper()
+	c, err := Look(root, pids)
+	if err != nil {
+		t.Fatal(err)
+	}
+	findings, err := c.Check(nil, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Refusal(findings)
+}
+
+func TestExternalUnixSocketIsRefused(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root may enter a network namespace")
+	}
+	for name, kind := range map[string]int{"stream": unix.SOCK_STREAM, "datagram": unix.SOCK_DGRAM, "packets": unix.SOCK_SEQPACKET} {
+		t.Run(name, func(t *testing.T) {
+			self := os.Getpid()
+			other := sleeper(t, kind)
+			err := refusal(t, self, []int{self}, &api.CheckpointOptions{})
+			if err == nil {
+				t.Fatal("a connection to outside is not found")
+			}
+			for _, part := range []string{"sleep (pid", "outside of the container", "close the connection"} {
+				if !strings.Contains(err.Error(), part) {
+					t.Errorf("%q lacks %q", err, part)
+				}
+			}
+			if err := refusal(t, self, []int{self}, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
+				t.Errorf("allowed, and refused: %v", err)
+			}
+			if err := refusal(t, self, []int{self, other}, &api.CheckpointOptions{}); err != nil {
+				t.Errorf("both ends are in the container: %v", err)
+			}
+		})
+	}
+}
+
+func TestClassify(t *testing.T) {
+	const terminal = 0x8803
+	stdio := []*api.Stdio{{Key: "pipe:[5]"}, {Key: "tty[8803:17]"}}
+	for _, tc := range []struct {
+		name     string
+		terminal uint64
+		class    Class
+		text     string
+	}{
+		{"anon_inode:[io_uring]", 0, Refused, "without io_uring"},
+		{"anon_inode:[eventpoll]", 0, Good, ""},
+		{"anon_inode:inotify", 0, Good, ""},
+		{"anon_inode:[invented]", 0, Unknown, "anon_inode:[invented]"},
+		{"/dev/tty", terminal, Refused, "without a terminal"},
+		{"/dev/tty", terminal + 1, Good, ""}, // of a session that the workload made
+		{"/dev/tty", 0, Good, ""},
+		{"/etc/passwd", terminal, Good, ""},
+		{"socket:[1]", 0, Good, ""},
+		{"pipe:[1]", 0, Good, ""},
+	} {
+		r := classify(&Process{Terminal: tc.terminal}, File{Name: tc.name}, stdio)
+		if r.class != tc.class || !strings.Contains(r.what+r.advice, tc.text) {
+			t.Errorf("%s at terminal %x: %+v", tc.name, tc.terminal, r)
+		}
+	}
+}
+
+// A process is named as its container knows it, each thing is said once, and
+// everything is said at once.
+func TestRefusal(t *testing.T) {
+	root := &Process{PID: 100, PIDs: []int{100, 7, 1}, Name: "init"}
+	child := &Process{PID: 103, PIDs: []int{103, 9, 2}, Name: "child", Files: []File{{Name: "anon_inode:[io_uring]"}, {Name: "anon_inode:[io_uring]"}, {Name: "anon_inode:[invented]"}}}
+	exec := &Process{PID: 105, PIDs: []int{105, 11}, Name: "exec", Files: []File{{Name: "anon_inode:[io_uring]"}}}
+	c := &Container{Root: root, Processes: []*Process{root, child, exec}}
+	for i := range 3 {
+		c.Connections = append(c.Connections, Connection{103, i, netip.MustParseAddrPort("10.0.0.2:80"), netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), uint16(5000+i))})
+	}
+	findings, err := c.Check(nil, &api.CheckpointOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = Refusal(findings)
+	if err == nil {
+		t.Fatal("nothing is refused")
+	}
+	for part, times := range map[string]int{
+		"the process child (pid 2) uses io_uring":                                                  1,
+		"the process exec (pid 105 in the guest) uses io_uring":                                    1,
+		"child (pid 2) has an open TCP connection from 10.0.0.2:80 to 10.0.0.1:5000, and 2 more: ": 1,
+		"kata-checkpoint.dev/tcp":                                                                  1, "invented": 0, "\n": 0, "; ": 2,
+	} {
+		if n := strings.Count(err.Error(), part); n != times {
+			t.Errorf("%q is said %d times in %q", part, n, err)
+		}
+	}
+	if !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("its class is %v", errdefs.Resolve(err))
+	}
+	for _, o := range []*api.CheckpointOptions{{TcpEstablished: true}, {TcpClose: true}} {
+		findings, err := c.Check(nil, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Refusal(findings); strings.Contains(err.Error(), "TCP") {
+			t.Errorf("with %v: %v", o, err)
+		}
+		warned := slices.ContainsFunc(findings, func(f Finding) bool {
+			return f.Class == Warning && strings.Contains(f.String(), "closed after the restore")
+		})
+		if warned != o.GetTcpClose() {
+			t.Errorf("with %v: warned %t", o, warned)
+		}
+	}
+	many := slices.Repeat(findings[:1], maxQuoted+3)
+	if text := Refusal(many).Error(); !strings.HasSuffix(text, "; and 3 more like these") || strings.Count(text, "; ") != maxQuoted {
+		t.Errorf("many findings: %q", text)
+	}
+	if err := Refusal(nil); err != nil {
+		t.Errorf("no findings: %v", err)
+	}
+}
+
+// In a pid namespace that is not the container's own, a process that has lost its
+// parent is none that CRIU finds. Those that others started in it are none of
+// the container's at all.
+func TestOrphanIsRefused(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to make a pid namespace")
+	}
+	// The first process of a pid namespace, and below it the container's.
+	cmd := exec.Command("sh", "-c", `sh -c '(sleep 1000 & echo sleep $!); echo root $$; read line'; exit`)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
+	out := testproc.Start(t, cmd)
+	pids := map[string]int{"first": cmd.Process.Pid}
+	lines := bufio.NewScanner(out)
+	for len(pids) < 3 && lines.Scan() {
+		var name string
+		var inside int
+		if _, err := fmt.Sscan(lines.Text(), &name, &inside); err != nil {
+			t.Fatal(err)
+		}
+		pids[name] = outer(t, cmd.Process.Pid, inside)
+	}
+	for deadline := time.Now().Add(10 * time.Second); nameOf(pids["sleep"]) != "sleep"; {
+		if time.Now().After(deadline) {
+			t.Fatal("it does not become sleep")
+		}
+	}
+	if err := refusal(t, pids["root"], []int{pids["root"], pids["first"]}, &api.CheckpointOptions{}); err != nil {
+		t.Errorf("there is no orphan: %v", err)
+	}
+	err := refusal(t, pids["root"], []int{pids["root"], pids["sleep"]}, &api.CheckpointOptions{})
+	if err == nil {
+		t.Fatal("a process that has lost its parent is not found")
+	}
+	for _, part := range []string{"sleep (pid", "lost its parent", "pid namespace of its own"} {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%q lacks %q", err, part)
+		}
+	}
+}
+
+// outer finds a process by its pid in another's pid namespace.
+func outer(t *testing.T, other, inside int) int {
+	t.Helper()
+	entries, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(filepath.Base(e))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if same, err := procfs.SameNamespace(pid, other, "pid"); err != nil || !same {
+			continue
+		}
+		if pids, err := procfs.NSPIDs(pid); err == nil && pids[len(pids)-1] == inside {
+			return pid
+		}
+	}
+	t.Fatalf("no process has the pid %d there", inside)
+	return 0
+}
+
+func TestHostname(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root may enter a namespace")
+	}
+	want, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := Hostname(os.Getpid()); err != nil || got != want {
+		t.Errorf("hostname = %q, %v, want %q", got, err, want)
+	}
+}

@@ -1,0 +1,278 @@
+// Package inspect looks at a container's processes without changing them: what
+// they have open and mapped, their sockets, mounts and namespaces, and what of
+// it CRIU cannot checkpoint. The agent calls it before it freezes a container,
+// and again once the processes are frozen. While they run, what was read may be
+// outdated by the time it is returned, and a process that exits meanwhile is
+// left out.
+//
+// [Look] reads each process once. What it read is judged by [Container.Check],
+// and [OpenFiles] and [WrittenFiles] list files from it.
+//
+// It relies on /proc and sock_diag as in Linux 6.18, on what CRIU 4.2 can dump,
+// and on how the kata-agent of Kata 4.1.0 sets up stdio and mounts.
+package inspect
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
+)
+
+// Container is what one look at a container's processes has read.
+type Container struct {
+	// Root is init, or the root of a restored tree.
+	Root *Process
+	// Processes are all of them, Root among them.
+	Processes []*Process
+	// Connections are their open TCP connections.
+	Connections []Connection
+
+	sockets sockets
+}
+
+// Process is what one pass over /proc/PID has read.
+type Process struct {
+	// PID is the one in the guest's root PID namespace.
+	PID int
+	// PIDs are those in each PID namespace, from the guest's root one inwards.
+	PIDs []int
+	// Name is the command's name.
+	Name string
+	// Parent is the parent's PID, or 0 where the parent is not visible here.
+	Parent int
+	// Terminal is the device number of the controlling terminal, or 0.
+	Terminal uint64
+	// NetNS is the network namespace, as its link in /proc shows it.
+	NetNS string
+	// Files are the open descriptors.
+	Files []File
+	// Mappings are those of files. Neighbours of one file that only differ in
+	// their addresses are one.
+	Mappings []Mapping
+}
+
+// File is an open descriptor.
+type File struct {
+	FD int
+	// Name is what its link in /proc shows: a path, or a kind and a number.
+	Name string
+	// Flags are those of open, and MountID is the mount that the file is on. Both
+	// are read for paths only.
+	Flags, MountID int
+}
+
+// writable reports whether the descriptor was opened for writing.
+func (f File) writable() bool {
+	mode := f.Flags & unix.O_ACCMODE
+	return mode == unix.O_WRONLY || mode == unix.O_RDWR
+}
+
+// Mapping is a part of a process's memory that a file is mapped to.
+type Mapping struct {
+	// Addresses are its name in /proc/PID/map_files.
+	Addresses string
+	Shared    bool
+	// Device is MAJOR:MINOR in hexadecimal, as /proc/PID/maps has it.
+	Device, Path string
+}
+
+// Look reads the processes of a container, of which root is the first.
+func Look(root int, pids []int) (*Container, error) {
+	c := &Container{}
+	var err error
+	if c.Processes, err = Processes(pids); err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == root })
+	if i < 0 {
+		return nil, errclass.NotFound("the process of the container has exited")
+	}
+	c.Root = c.Processes[i]
+	if c.sockets, err = readSockets(c.Processes); err != nil {
+		return nil, err
+	}
+	c.Connections = c.sockets.connections
+	return c, nil
+}
+
+// Processes reads processes, without those that have exited.
+func Processes(pids []int) ([]*Process, error) {
+	out := make([]*Process, 0, len(pids))
+	for _, pid := range pids {
+		p, err := readProcess(pid)
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("inspect process %d: %w", pid, err)
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
+
+// gone reports whether an error means that a process has exited, or has closed
+// a descriptor.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+}
+
+func readProcess(pid int) (*Process, error) {
+	p := &Process{PID: pid, Name: nameOf(pid)}
+	stat, err := procfs.ReadStat(pid)
+	if err != nil {
+		return nil, err
+	}
+	p.Parent, p.Terminal = stat.Parent, stat.Terminal
+	if p.PIDs, err = procfs.NSPIDs(pid); err != nil {
+		return nil, err
+	}
+	// A zombie has no namespaces, and nothing open or mapped.
+	if p.NetNS, err = os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil && !gone(err) {
+		return nil, err
+	}
+	if p.Files, err = readFiles(pid); err != nil {
+		return nil, err
+	}
+	if p.Mappings, err = readMappings(pid); err != nil && !gone(err) {
+		return nil, err
+	}
+	return p, nil
+}
+
+// links calls f with the number and the name of each descriptor of a process.
+// One that has exited has none.
+func links(pid int, f func(fd int, name string) error) error {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if gone(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name, err := os.Readlink(dir + "/" + e.Name())
+		if err != nil {
+			continue // closed meanwhile
+		}
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			return err
+		}
+		if err := f(fd, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func readFiles(pid int) ([]File, error) {
+	var out []File
+	err := links(pid, func(fd int, name string) error {
+		f := File{FD: fd, Name: name}
+		if strings.HasPrefix(name, "/") {
+			info, err := rawfile.Read(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, fd))
+			if gone(err) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if err := f.parseInfo(string(info)); err != nil {
+				return err
+			}
+		}
+		out = append(out, f)
+		return nil
+	})
+	return out, err
+}
+
+// parseInfo takes what is needed from a descriptor's fdinfo, see proc_pid_fdinfo(5).
+func (f *File) parseInfo(info string) error {
+	for line := range strings.Lines(info) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+		value = strings.TrimSpace(value)
+		var n int64
+		var err error
+		switch name {
+		case "flags":
+			n, err = strconv.ParseInt(value, 8, 64)
+			f.Flags = int(n)
+		case "mnt_id":
+			f.MountID, err = strconv.Atoi(value)
+		}
+		if err != nil {
+			return fmt.Errorf("fdinfo of descriptor %d: %w", f.FD, err)
+		}
+	}
+	return nil
+}
+
+func readMappings(pid int) ([]Mapping, error) {
+	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		return nil, err
+	}
+	defer maps.Close()
+	var out []Mapping
+	s := bufio.NewScanner(maps)
+	s.Buffer(nil, 1<<16)
+	for s.Scan() {
+		m, ok := parseMapping(s.Text())
+		if !ok {
+			continue
+		}
+		if last := len(out) - 1; last >= 0 && !m.Shared && !out[last].Shared && m.Path == out[last].Path && m.Device == out[last].Device {
+			continue
+		}
+		out = append(out, m)
+	}
+	return out, s.Err()
+}
+
+// parseMapping reads a line of /proc/PID/maps, if a file is mapped: addresses,
+// permissions, offset, device, inode, and the path.
+func parseMapping(line string) (Mapping, bool) {
+	i := strings.IndexByte(line, '/')
+	if i < 0 {
+		return Mapping{}, false
+	}
+	fields := strings.Fields(line[:i])
+	if len(fields) != 5 {
+		return Mapping{}, false
+	}
+	return Mapping{
+		Addresses: mapFilesName(fields[0]),
+		Shared:    strings.HasSuffix(fields[1], "s"),
+		Device:    fields[3],
+		Path:      line[i:],
+	}, true
+}
+
+// mapFilesName is the name in map_files of the addresses in maps, which are
+// padded with zeros.
+func mapFilesName(addresses string) string {
+	from, to, _ := strings.Cut(addresses, "-")
+	trim := func(s string) string {
+		if s = strings.TrimLeft(s, "0"); s == "" {
+			return "0"
+		}
+		return s
+	}
+	return trim(from) + "-" + trim(to)
+}
+
+func nameOf(pid int) string { return procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)) }

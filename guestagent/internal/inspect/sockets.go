@@ -1,0 +1,196 @@
+package inspect
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	diag "github.com/mdlayher/netlink"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+)
+
+// Connection is an open TCP connection.
+type Connection struct {
+	// PID and FD are of one of the processes that have it open.
+	PID, FD       int
+	Local, Remote netip.AddrPort
+}
+
+// sockets are those of processes.
+type sockets struct {
+	// owners has the inode of each socket, and one of the processes with it.
+	owners map[uint32]owner
+	// peers has the inode of each connected unix socket in the network namespaces
+	// of the processes, and that of its other end.
+	peers       map[uint32]uint32
+	connections []Connection
+}
+
+type owner struct {
+	process *Process
+	fd      int
+}
+
+// Connections lists the open TCP connections of processes, each once.
+func Connections(processes []*Process) ([]Connection, error) {
+	s, err := readSockets(processes)
+	return s.connections, err
+}
+
+func readSockets(processes []*Process) (sockets, error) {
+	s := sockets{owners: make(map[uint32]owner), peers: make(map[uint32]uint32)}
+	namespaces := make(map[string]int) // with one of the processes in each
+	for _, p := range processes {
+		for _, f := range p.Files {
+			inode, ok := socketInode(f.Name)
+			if !ok {
+				continue
+			}
+			if _, seen := s.owners[inode]; !seen {
+				s.owners[inode] = owner{p, f.FD}
+			}
+			namespaces[p.NetNS] = p.PID
+		}
+	}
+	for _, pid := range namespaces {
+		err := thread.Do(func() error {
+			if err := thread.Enter(pid, "net"); err != nil {
+				return err
+			}
+			return s.readNamespace()
+		})
+		if gone(err) {
+			continue // the process has exited
+		}
+		if err != nil {
+			return s, fmt.Errorf("sockets of process %d: %w", pid, err)
+		}
+	}
+	slices.SortFunc(s.connections, func(a, b Connection) int {
+		if a.PID != b.PID {
+			return a.PID - b.PID
+		}
+		return a.FD - b.FD
+	})
+	return s, nil
+}
+
+// readNamespace asks the kernel for the sockets of the calling thread's network
+// namespace. Kernels without sock_diag for a family answer ENOENT.
+func (s *sockets) readNamespace() error {
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		list, err := netlink.SocketDiagTCP(family)
+		if errors.Is(err, fs.ErrNotExist) {
+			return errclass.Precondition("the guest kernel lacks CONFIG_INET_TCP_DIAG: give Kata a kernel with the options of configs/kernel")
+		}
+		if err != nil {
+			return fmt.Errorf("list TCP sockets: %w", err)
+		}
+		for _, t := range list {
+			s.addTCP(t)
+		}
+	}
+	peers, err := unixPeers()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // CRIU will report it
+	}
+	if err != nil {
+		return fmt.Errorf("list unix sockets: %w", err)
+	}
+	maps.Copy(s.peers, peers)
+	return nil
+}
+
+// closedStates are those of sockets without a connection.
+var closedStates = []uint8{unix.BPF_TCP_TIME_WAIT, unix.BPF_TCP_CLOSE, unix.BPF_TCP_LISTEN}
+
+// addTCP notes a connection that one of the processes has open.
+func (s *sockets) addTCP(t *netlink.Socket) {
+	o, ok := s.owners[t.INode]
+	if !ok || slices.Contains(closedStates, t.State) {
+		return
+	}
+	s.connections = append(s.connections, Connection{
+		PID: o.process.PID, FD: o.fd,
+		Local:  addrPort(t.ID.Source, t.ID.SourcePort),
+		Remote: addrPort(t.ID.Destination, t.ID.DestinationPort),
+	})
+}
+
+// addrPort unmaps IPv4-mapped IPv6 addresses, which are IPv4 on the wire.
+func addrPort(ip net.IP, port uint16) netip.AddrPort {
+	addr, _ := netip.AddrFromSlice(ip)
+	return netip.AddrPortFrom(addr.Unmap(), port)
+}
+
+// socketInode reads a descriptor's name in /proc, socket:[INODE].
+func socketInode(name string) (uint32, bool) {
+	rest, ok := strings.CutPrefix(name, "socket:[")
+	if !ok {
+		return 0, false
+	}
+	// sock_diag has 32 bits for it.
+	n, err := strconv.ParseUint(strings.TrimSuffix(rest, "]"), 10, 32)
+	return uint32(n), err == nil && n != 0
+}
+
+// Of linux/unix_diag.h.
+const (
+	udiagShowPeer  = 4 // UDIAG_SHOW_PEER
+	unixDiagPeer   = 2 // UNIX_DIAG_PEER: the inode of the other end
+	unixDiagHeader = 16
+)
+
+// unixPeers maps the inode of each connected unix socket in the calling thread's
+// network namespace to that of its other end. [netlink.UnixSocketDiagInfo] of
+// release 1.3.1 stops at the first datagram socket: it takes a socket's type for
+// its family.
+func unixPeers() (map[uint32]uint32, error) {
+	conn, err := diag.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	// struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie.
+	request := binary.NativeEndian.AppendUint32([]byte{unix.AF_UNIX, 0, 0, 0}, ^uint32(0))
+	request = binary.NativeEndian.AppendUint32(request, 0)
+	request = binary.NativeEndian.AppendUint32(request, udiagShowPeer)
+	request = append(request, make([]byte, 8)...)
+	messages, err := conn.Execute(diag.Message{
+		Header: diag.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: diag.Request | diag.Dump},
+		Data:   request,
+	})
+	if err != nil {
+		return nil, err
+	}
+	peers := make(map[uint32]uint32)
+	for _, m := range messages {
+		if len(m.Data) < unixDiagHeader {
+			return nil, fmt.Errorf("a message of %d bytes", len(m.Data))
+		}
+		attributes, err := diag.NewAttributeDecoder(m.Data[unixDiagHeader:])
+		if err != nil {
+			return nil, err
+		}
+		for attributes.Next() {
+			if attributes.Type() == unixDiagPeer {
+				peers[binary.NativeEndian.Uint32(m.Data[4:])] = attributes.Uint32()
+			}
+		}
+		if err := attributes.Err(); err != nil {
+			return nil, err
+		}
+	}
+	return peers, nil
+}
