@@ -36,24 +36,24 @@ const (
 // scenario is one run of one scenario on one variant. Its methods fail the test rather than return errors.
 type scenario struct {
 	*testing.T
-	ctx    context.Context
-	bed    *bed
-	engine *engine.Engine
-	events *engine.Events
-	ids    []string // of its containers
-	pods   []*cri.Pod
-	execs  int // that there have been
-	start  time.Time
-	logAt  int64          // containerd's log before this is of others
-	undo   []func() error // once the containers are removed, the last first
+	ctx        context.Context
+	testbed    *sharedTestbed
+	engine     *engine.Engine
+	events     *engine.Events
+	ids        []string // of its containers
+	pods       []*cri.Pod
+	execs      int // that there have been
+	start      time.Time
+	logAt      int64          // containerd's log before this is of others
+	afterwards []func() error // once the containers are removed, the last first
 }
 
-func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scenario {
+func newScenario(t *testing.T, beds *testbeds, v variant, limit time.Duration) *scenario {
 	t.Helper()
-	beds.reserve(t, v)
+	beds.lock(t, v)
 	bed := beds.get(t, v)
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	s := &scenario{T: t, ctx: ctx, bed: bed, engine: bed.engine, events: bed.engine.Watch(ctx), start: time.Now()}
+	s := &scenario{T: t, ctx: ctx, testbed: bed, engine: bed.engine, events: bed.engine.Watch(ctx), start: time.Now()}
 	if info, err := os.Stat(bed.ContainerdLog()); err == nil {
 		s.logAt = info.Size()
 	}
@@ -67,7 +67,7 @@ func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scen
 				return
 			}
 		}
-		s.leaveNothing()
+		s.cleanUp()
 		if t.Failed() {
 			beds.down(t, v) // what is wrong with it must not fail the next scenario
 		}
@@ -75,8 +75,8 @@ func newScenario(t *testing.T, beds *beds, v variant, limit time.Duration) *scen
 	return s
 }
 
-// leaveNothing removes the scenario's containers and checks that nothing is left of them.
-func (s *scenario) leaveNothing() {
+// cleanUp removes the scenario's containers and checks that nothing is left of them.
+func (s *scenario) cleanUp() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	for _, pod := range s.pods {
@@ -89,7 +89,7 @@ func (s *scenario) leaveNothing() {
 			s.Error(err)
 		}
 	}
-	for _, undo := range slices.Backward(s.undo) {
+	for _, undo := range slices.Backward(s.afterwards) {
 		if err := undo(); err != nil {
 			s.Error(err)
 		}
@@ -116,16 +116,16 @@ func (s *scenario) leaveNothing() {
 
 // residue lists what there is in containerd and on the machine that was not there before the scenario.
 func (s *scenario) residue(ctx context.Context) ([]string, error) {
-	left, err := s.bed.Residue(s.ids...)
+	left, err := s.testbed.Residue(s.ids...)
 	if err != nil {
 		return nil, err
 	}
 	spaces := []string{testbed.Namespace}
-	if s.bed.cri != nil {
+	if s.testbed.cri != nil {
 		spaces = append(spaces, testbed.CRINamespace)
 	}
 	for _, space := range spaces {
-		stored, err := s.stored(namespaces.WithNamespace(ctx, space))
+		stored, err := s.storedObjects(namespaces.WithNamespace(ctx, space))
 		if err != nil {
 			return nil, err
 		}
@@ -134,8 +134,8 @@ func (s *scenario) residue(ctx context.Context) ([]string, error) {
 	return left, nil
 }
 
-// stored lists what a scenario may leave in a namespace of containerd's.
-func (s *scenario) stored(ctx context.Context) (left []string, err error) {
+// storedObjects lists what a scenario may leave in a namespace of containerd's.
+func (s *scenario) storedObjects(ctx context.Context) (left []string, err error) {
 	containers, err := s.engine.Client.Containers(ctx)
 	if err != nil {
 		return nil, err
@@ -163,8 +163,8 @@ func (s *scenario) stored(ctx context.Context) (left []string, err error) {
 	return left, err
 }
 
-// later has the scenario undo something that its containers need.
-func (s *scenario) later(undo func() error) { s.undo = append(s.undo, undo) }
+// afterContainers has the scenario undo something that its containers need.
+func (s *scenario) afterContainers(undo func() error) { s.afterwards = append(s.afterwards, undo) }
 
 // check fails the scenario if there is an error.
 func (s *scenario) check(err error) {
@@ -189,7 +189,7 @@ var runTag = hex.EncodeToString(random(2))
 func (s *scenario) id(name string) string {
 	id := strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name()) + "-" + runTag + "-" + name
 	s.ids = append(s.ids, id)
-	s.bed.ids = append(s.bed.ids, id)
+	s.testbed.ids = append(s.testbed.ids, id)
 	return id
 }
 
@@ -201,8 +201,8 @@ func (s *scenario) dir() string {
 	return dir
 }
 
-// named makes a container the scenario's own, and one of the workload image.
-func (s *scenario) named(c engine.Container) engine.Container {
+// withID makes a container the scenario's own, and one of the workload image.
+func (s *scenario) withID(c engine.Container) engine.Container {
 	c.ID, c.Image = s.id(c.ID), parts.WorkloadImageName
 	return c
 }
@@ -210,7 +210,7 @@ func (s *scenario) named(c engine.Container) engine.Container {
 // create makes a container of the workload image.
 func (s *scenario) create(c engine.Container) client.Container {
 	s.Helper()
-	container, err := s.engine.Create(s.ctx, s.named(c))
+	container, err := s.engine.Create(s.ctx, s.withID(c))
 	s.check(err)
 	return container
 }
@@ -242,8 +242,8 @@ func (s *scenario) restore(c client.Container, dir string) *engine.Run {
 	return run
 }
 
-// ended waits for the end of a task, checks its exit status, and deletes it. All its output has arrived then.
-func (s *scenario) ended(run *engine.Run, want uint32) {
+// waitExit waits for the end of a task, checks its exit status, and deletes it. All its output has arrived then.
+func (s *scenario) waitExit(run *engine.Run, want uint32) {
 	s.Helper()
 	status, err := run.Exit(s.ctx)
 	s.check(err)
@@ -254,15 +254,15 @@ func (s *scenario) ended(run *engine.Run, want uint32) {
 	s.check(err)
 }
 
-// removed ends a container and removes it before the scenario's end.
-func (s *scenario) removed(c client.Container) {
+// remove ends a container and removes it before the scenario's end.
+func (s *scenario) remove(c client.Container) {
 	s.Helper()
 	s.check(s.engine.Remove(s.ctx, c.ID()))
 	s.step("removed %s", c.ID())
 }
 
-// status checks a task's.
-func (s *scenario) status(run *engine.Run, want client.ProcessStatus) {
+// checkStatus checks a task's.
+func (s *scenario) checkStatus(run *engine.Run, want client.ProcessStatus) {
 	s.Helper()
 	status, err := run.Status(s.ctx)
 	s.check(err)
@@ -271,8 +271,8 @@ func (s *scenario) status(run *engine.Run, want client.ProcessStatus) {
 	}
 }
 
-// exits checks the exit statuses that containerd has reported of a container, one an event.
-func (s *scenario) exits(c client.Container, want ...uint32) {
+// checkExitEvents checks the exit statuses that containerd has reported of a container, one an event.
+func (s *scenario) checkExitEvents(c client.Container, want ...uint32) {
 	s.Helper()
 	deadline := time.Now().Add(settleTimeout)
 	for len(s.events.Exits(c.ID())) < len(want) && time.Now().Before(deadline) {
@@ -283,8 +283,8 @@ func (s *scenario) exits(c client.Container, want ...uint32) {
 	}
 }
 
-// printed waits until a workload has printed n numbers, and gives all that it has printed by then.
-func (s *scenario) printed(out *engine.Output, parse func([]string) ([]int, error), n int) []int {
+// waitNumbers waits until a workload has printed n numbers, and gives all that it has printed by then.
+func (s *scenario) waitNumbers(out *engine.Output, parse func([]string) ([]int, error), n int) []int {
 	s.Helper()
 	var numbers []int
 	s.check(out.Wait(s.ctx, func(lines []string) (bool, error) {
@@ -295,16 +295,16 @@ func (s *scenario) printed(out *engine.Output, parse func([]string) ([]int, erro
 	return numbers
 }
 
-// numbers gives what a workload has printed.
-func (s *scenario) numbers(out *engine.Output, parse func([]string) ([]int, error)) []int {
+// printedNumbers gives what a workload has printed.
+func (s *scenario) printedNumbers(out *engine.Output, parse func([]string) ([]int, error)) []int {
 	s.Helper()
 	numbers, err := parse(out.Lines())
 	s.check(err)
 	return numbers
 }
 
-// consecutive checks that numbers follow each other from first on, none lost and none doubled.
-func (s *scenario) consecutive(first int, numbers []int) {
+// checkConsecutive checks that numbers follow each other from first on, none lost and none doubled.
+func (s *scenario) checkConsecutive(first int, numbers []int) {
 	s.Helper()
 	for i, n := range numbers {
 		if n != first+i {
@@ -313,8 +313,8 @@ func (s *scenario) consecutive(first int, numbers []int) {
 	}
 }
 
-// boot gives the id of the one kernel's boot that a task has run in.
-func (s *scenario) boot(run *engine.Run) string {
+// bootID gives the id of the one kernel's boot that a task has run in.
+func (s *scenario) bootID(run *engine.Run) string {
 	s.Helper()
 	boots := workload.Boots(run.Output.Lines())
 	if len(boots) != 1 {
@@ -323,16 +323,16 @@ func (s *scenario) boot(run *engine.Run) string {
 	return boots[0]
 }
 
-// movedOn checks that a restored task runs in another VM than the first.
-func (s *scenario) movedOn(first, restored *engine.Run) {
+// checkOtherVM checks that a restored task runs in another VM than the first.
+func (s *scenario) checkOtherVM(first, restored *engine.Run) {
 	s.Helper()
-	if a, b := s.boot(first), s.boot(restored); a == b {
+	if a, b := s.bootID(first), s.bootID(restored); a == b {
 		s.Errorf("restored in the same boot %s", a)
 	}
 }
 
-// silent checks that a task prints nothing for a second: a tenth of that is time for a workload's round.
-func (s *scenario) silent(out *engine.Output) {
+// checkSilent checks that a task prints nothing for a second: a tenth of that is time for a workload's round.
+func (s *scenario) checkSilent(out *engine.Output) {
 	s.Helper()
 	n := len(out.Lines())
 	ctx, cancel := context.WithTimeout(s.ctx, time.Second)
@@ -346,13 +346,13 @@ func (s *scenario) silent(out *engine.Output) {
 func (s *scenario) ctr(args ...string) string {
 	s.Helper()
 	program := ""
-	for dir := range strings.SplitSeq(s.bed.Path, ":") {
+	for dir := range strings.SplitSeq(s.testbed.Path, ":") {
 		if path := filepath.Join(dir, "ctr"); program == "" && exec.Command(path, "--version").Run() == nil {
 			program = path
 		}
 	}
 	cmd := exec.CommandContext(s.ctx, program, args...)
-	cmd.Env = append(os.Environ(), "CONTAINERD_ADDRESS="+s.bed.Address, "CONTAINERD_NAMESPACE="+testbed.Namespace)
+	cmd.Env = append(os.Environ(), "CONTAINERD_ADDRESS="+s.testbed.Address, "CONTAINERD_NAMESPACE="+testbed.Namespace)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -366,7 +366,7 @@ func (s *scenario) ctr(args ...string) string {
 // configure changes the configuration of the shims that are started from now on, until the end of the scenario.
 func (s *scenario) configure(key string, value any) {
 	s.Helper()
-	path := filepath.Join(s.bed.Dir, "kata-checkpoint.toml")
+	path := filepath.Join(s.testbed.Dir, "kata-checkpoint.toml")
 	data, err := os.ReadFile(path)
 	s.check(err)
 	var settings map[string]any

@@ -13,7 +13,7 @@ const agentLog = "tail -n 40 /run/kata-checkpoint/agent.log"
 
 // attachLogs writes the ends of all logs that may say why a scenario failed to the test's.
 func (s *scenario) attachLogs() {
-	if data, err := os.ReadFile(s.bed.ContainerdLog()); err == nil {
+	if data, err := os.ReadFile(s.testbed.ContainerdLog()); err == nil {
 		if int64(len(data)) > s.logAt {
 			data = data[s.logAt:]
 		}
@@ -24,14 +24,14 @@ func (s *scenario) attachLogs() {
 		}))
 	}
 	for _, id := range s.ids {
-		if data, err := os.ReadFile(s.bed.ConsoleLog(id)); err == nil {
+		if data, err := os.ReadFile(s.testbed.ConsoleLog(id)); err == nil {
 			s.attach("console of "+id, tail(string(data), 30, func(line string) bool {
 				// Kata's agent tells all that it does, in lines of JSON.
 				return !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, `"level":"DEBG"`)
 			}))
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		if out, _, err := s.bed.GuestExec(ctx, id, agentLog); err == nil {
+		if out, _, err := s.testbed.GuestExec(ctx, id, agentLog); err == nil {
 			s.attach("guest agent of "+id, string(out))
 		}
 		cancel()
@@ -59,10 +59,10 @@ func tail(text string, n int, worth func(line string) bool) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
 
-// logged says whether a text was logged since the scenario began.
-func (s *scenario) logged(text string) bool {
+// hasLogged says whether a text was logged since the scenario began.
+func (s *scenario) hasLogged(text string) bool {
 	s.Helper()
-	data, err := os.ReadFile(s.bed.ContainerdLog())
+	data, err := os.ReadFile(s.testbed.ContainerdLog())
 	s.check(err)
 	return bytes.Contains(data[s.logAt:], []byte(text))
 }

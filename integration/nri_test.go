@@ -69,7 +69,7 @@ func (b nriBench) on(t *testing.T) *nriBench {
 func (b *nriBench) service() {
 	plugin := b.startPlugin()
 	runtime := b.startRuntime()
-	b.adjusted(runtime.becomes(true))
+	b.checkAdjusted(runtime.waitAdjusted(true))
 	for _, handler := range []string{"", "runc", "kata"} {
 		if a := runtime.create(handler); len(a.GetMounts()) > 0 || len(a.GetAnnotations()) > 0 {
 			b.Errorf("a container of the handler %q is adjusted by %v", handler, a)
@@ -78,22 +78,22 @@ func (b *nriBench) service() {
 
 	runtime.kill(syscall.SIGKILL)
 	runtime = b.startRuntime()
-	b.adjusted(runtime.becomes(true))
+	b.checkAdjusted(runtime.waitAdjusted(true))
 
 	// It lets NRI wait for too long, and is let go.
 	plugin.signal(syscall.SIGSTOP)
-	runtime.unadjusted()
+	runtime.checkUnadjusted()
 	plugin.signal(syscall.SIGCONT)
-	b.adjusted(runtime.becomes(true))
+	b.checkAdjusted(runtime.waitAdjusted(true))
 
 	plugin.kill(syscall.SIGKILL)
-	runtime.unadjusted()
+	runtime.checkUnadjusted()
 	plugin = b.startPlugin()
-	b.adjusted(runtime.becomes(true))
+	b.checkAdjusted(runtime.waitAdjusted(true))
 	if state := plugin.kill(syscall.SIGTERM); !state.Success() {
 		b.Errorf("at SIGTERM the plugin ends with %s", state)
 	}
-	runtime.unadjusted()
+	runtime.checkUnadjusted()
 }
 
 // preinstalled: NRI starts the plugin, which is there for the first container, and ends with the runtime.
@@ -105,7 +105,7 @@ func (b *nriBench) preinstalled() {
 	b.check(os.WriteFile(installed, data, 0o700))
 	// What NRI starts gets no environment: the defaults hold, and /etc/kata-checkpoint/config.toml, if it is there.
 	runtime := b.startRuntime()
-	b.adjusted(runtime.create("kata-checkpoint"))
+	b.checkAdjusted(runtime.create("kata-checkpoint"))
 	if a := runtime.create("runc"); len(a.GetMounts()) > 0 || len(a.GetAnnotations()) > 0 {
 		b.Errorf("a container of another handler is adjusted by %v", a)
 	}
@@ -114,13 +114,13 @@ func (b *nriBench) preinstalled() {
 		b.Fatalf("processes of the plugin: %v", plugins)
 	}
 	b.check(syscall.Kill(plugins[0], syscall.SIGKILL))
-	runtime.unadjusted()
+	runtime.checkUnadjusted()
 
 	runtime.kill(syscall.SIGKILL)
 	runtime = b.startRuntime()
-	b.adjusted(runtime.create("kata-checkpoint"))
+	b.checkAdjusted(runtime.create("kata-checkpoint"))
 	runtime.kill(syscall.SIGKILL)
-	b.until("the plugin ends with the runtime that has started it", func() bool { return len(runningFrom(installed)) == 0 })
+	b.waitFor("the plugin ends with the runtime that has started it", func() bool { return len(runningFrom(installed)) == 0 })
 }
 
 func (b *nriBench) check(err error) {
@@ -130,8 +130,8 @@ func (b *nriBench) check(err error) {
 	}
 }
 
-// until waits for a condition.
-func (b *nriBench) until(what string, condition func() bool) {
+// waitFor waits for a condition.
+func (b *nriBench) waitFor(what string, condition func() bool) {
 	b.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -144,8 +144,8 @@ func (b *nriBench) until(what string, condition func() bool) {
 	}
 }
 
-// adjusted checks what the container of [nriRuntime.create] gets.
-func (b *nriBench) adjusted(a *api.ContainerAdjustment) {
+// checkAdjusted checks what the container of [nriRuntime.create] gets.
+func (b *nriBench) checkAdjusted(a *api.ContainerAdjustment) {
 	b.Helper()
 	got := a.GetAnnotations()
 	if got[annotations.NRIKey] == "" || got[annotations.AfterKey] != "stop" || got[annotations.ExternalMountsKey] != "/dev/shm,/tmp" || len(got) != 3 {
@@ -255,21 +255,21 @@ func (r *nriRuntime) create(handler string) *api.ContainerAdjustment {
 	return answer.Adjust
 }
 
-// becomes creates containers until one is adjusted, or none is any more.
-func (r *nriRuntime) becomes(adjusted bool) (a *api.ContainerAdjustment) {
+// waitAdjusted creates containers until one is adjusted, or none is any more.
+func (r *nriRuntime) waitAdjusted(adjusted bool) (a *api.ContainerAdjustment) {
 	r.Helper()
 	what := map[bool]string{true: "a container is adjusted", false: "a container is let through as it is"}[adjusted]
-	r.until(what, func() bool {
+	r.waitFor(what, func() bool {
 		a = r.create("kata-checkpoint")
 		return (len(a.GetMounts()) > 0) == adjusted
 	})
 	return a
 }
 
-// unadjusted checks that containers are created though the plugin is away.
-func (r *nriRuntime) unadjusted() {
+// checkUnadjusted checks that containers are created though the plugin is away.
+func (r *nriRuntime) checkUnadjusted() {
 	r.Helper()
-	if a := r.becomes(false); len(a.GetAnnotations()) > 0 {
+	if a := r.waitAdjusted(false); len(a.GetAnnotations()) > 0 {
 		r.Errorf("without the plugin a container gets %v", a)
 	}
 }

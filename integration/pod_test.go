@@ -18,14 +18,14 @@ type pod struct {
 	sandbox client.Container
 }
 
-// pod starts one.
-func (s *scenario) pod() *pod {
+// startPod starts one.
+func (s *scenario) startPod() *pod {
 	s.Helper()
-	return s.podNamed("pod")
+	return s.startPodNamed("pod")
 }
 
-// podNamed starts one beside others.
-func (s *scenario) podNamed(name string) *pod {
+// startPodNamed starts one beside others.
+func (s *scenario) startPodNamed(name string) *pod {
 	s.Helper()
 	c := s.create(engine.Container{
 		ID: name, Args: []string{workload.Path, "idle"}, Annotations: map[string]string{"io.kubernetes.cri.container-type": "sandbox"},
@@ -43,8 +43,8 @@ func (p *pod) create(c engine.Container) client.Container {
 	return p.s.create(c)
 }
 
-// sharing has a container be in the pid namespace of the pod.
-func (p *pod) sharing(c engine.Container) engine.Container {
+// withPodPIDs has a container be in the pid namespace of the pod.
+func (p *pod) withPodPIDs(c engine.Container) engine.Container {
 	p.s.Helper()
 	task, err := p.sandbox.Task(p.s.ctx, nil)
 	p.s.check(err)

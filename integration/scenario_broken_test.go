@@ -46,11 +46,11 @@ var damages = []struct {
 func brokenImages(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 3)
+	s.waitNumbers(first.Output, workload.Ticks, 3)
 	good := s.checkpoint(first, true)
-	s.ended(first, 137)
-	s.exits(c, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	s.checkExitEvents(c, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 
 	for _, damage := range damages {
 		bad := s.dir()
@@ -69,25 +69,25 @@ func brokenImages(s *scenario) {
 				s.Errorf("with %s the refusal does not say %q: %v", damage.name, word, err)
 			}
 		}
-		if left := s.bedResidue(); len(left) > 0 {
+		if left := s.settledResidue(); len(left) > 0 {
 			s.Errorf("with %s there is left: %q", damage.name, left)
 		}
 	}
-	s.exits(c, 137) // nothing was started that could have ended
+	s.checkExitEvents(c, 137) // nothing was started that could have ended
 	s.step("refused %d image sets", len(damages))
 
 	restored := s.restore(c, good)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 3)...))
-	s.status(restored, client.Running)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 3)...))
+	s.checkStatus(restored, client.Running)
 }
 
-// bedResidue lists what there is of processes, mounts and files while no task exists.
-func (s *scenario) bedResidue() []string {
+// settledResidue lists what there is of processes, mounts and files while no task exists.
+func (s *scenario) settledResidue() []string {
 	s.Helper()
 	var left []string
 	s.eventually(settleTimeout, func() bool {
 		var err error
-		left, err = s.bed.Residue(s.ids...)
+		left, err = s.testbed.Residue(s.ids...)
 		s.check(err)
 		return len(left) == 0
 	})

@@ -17,10 +17,10 @@ import (
 // refusedGuestBundle: what is installed for the guest is not what the shim needs, and the refusal says what is wrong with it. A container
 // that was started without a need of what is missing goes on running.
 func refusedGuestBundle(s *scenario) {
-	bundle := s.bundle()
+	bundle := s.guestBundle()
 
 	// An agent built from the sources as they are, but for the version of the protocol.
-	other := s.otherAgent()
+	other := s.buildOtherAgent()
 	for _, name := range []string{"bin/kata-checkpoint-agent", "hooks/prestart/kata-checkpoint-agent-hook"} {
 		s.check(bundle.replace(name, func(to string) error { return parts.CopyFile(other, to) }))
 	}
@@ -35,17 +35,17 @@ func refusedGuestBundle(s *scenario) {
 			}
 		}
 	}
-	s.removed(c)
+	s.remove(c)
 	s.check(bundle.putBack())
 	s.step("an agent of another protocol version")
 
 	// No CRIU.
 	s.check(bundle.replace("criu", func(string) error { return nil }))
-	pod := s.pod()
+	pod := s.startPod()
 	run := s.run(pod.create(counter("c")))
-	s.printed(run.Output, workload.Ticks, 3)
-	s.refuses("no CRIU", run, s.dir(), "no CRIU", "install the whole guest bundle")
-	s.goesOn(run)
+	s.waitNumbers(run.Output, workload.Ticks, 3)
+	s.checkRefused("no CRIU", run, s.dir(), "no CRIU", "install the whole guest bundle")
+	s.checkKeepsRunning(run)
 
 	// A program in CRIU's place that answers as one does which is too old, or which finds that the kernel lacks what it needs. The agent asks
 	// its CRIU once: it is ended, and another one comes in its place.
@@ -61,30 +61,30 @@ func refusedGuestBundle(s *scenario) {
 	} {
 		s.check(bundle.putBack())
 		s.check(bundle.replace("criu", func(to string) error { return makeCRIU(to, tc.answers) }))
-		s.renewAgent(pod)
-		s.refuses(name, run, s.dir(), tc.words...)
-		s.goesOn(run)
+		s.restartAgent(pod)
+		s.checkRefused(name, run, s.dir(), tc.words...)
+		s.checkKeepsRunning(run)
 	}
 
 	s.check(bundle.putBack())
-	s.renewAgent(pod)
+	s.restartAgent(pod)
 	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
-	s.goesOn(run)
+	s.checkKeepsRunning(run)
 	s.step("whole again")
 }
 
-// installed is the guest bundle of a testbed, on the host: guests see it as it is.
-type installed struct {
+// installedBundle is the guest bundle of a testbed, on the host: guests see it as it is.
+type installedBundle struct {
 	dir, aside string
 	replaced   []string
 }
 
-// bundle gives the testbed's bundle, which is put back as it was at the scenario's end.
-func (s *scenario) bundle() *installed {
+// guestBundle gives the testbed's bundle, which is put back as it was at the scenario's end.
+func (s *scenario) guestBundle() *installedBundle {
 	s.Helper()
-	aside, err := os.MkdirTemp(filepath.Join(s.bed.Dir, "tmp"), "bundle-")
+	aside, err := os.MkdirTemp(filepath.Join(s.testbed.Dir, "tmp"), "bundle-")
 	s.check(err)
-	b := &installed{dir: filepath.Join(s.bed.Dir, "bundle"), aside: aside}
+	b := &installedBundle{dir: filepath.Join(s.testbed.Dir, "bundle"), aside: aside}
 	s.Cleanup(func() {
 		if err := b.putBack(); err != nil {
 			s.Error(err)
@@ -97,7 +97,7 @@ func (s *scenario) bundle() *installed {
 }
 
 // replace moves a file or directory of the bundle away and has another made in its place.
-func (b *installed) replace(name string, put func(to string) error) error {
+func (b *installedBundle) replace(name string, put func(to string) error) error {
 	at := filepath.Join(b.dir, name)
 	if err := os.Rename(at, filepath.Join(b.aside, fmt.Sprint(len(b.replaced)))); err != nil {
 		return err
@@ -107,7 +107,7 @@ func (b *installed) replace(name string, put func(to string) error) error {
 }
 
 // putBack undoes what replace did.
-func (b *installed) putBack() error {
+func (b *installedBundle) putBack() error {
 	for i, name := range b.replaced {
 		at := filepath.Join(b.dir, name)
 		if err := os.RemoveAll(at); err != nil {
@@ -141,8 +141,8 @@ func makeCRIU(dir string, answers map[string]any) error {
 	return os.WriteFile(filepath.Join(bin, "answers.json"), data, 0o644)
 }
 
-// otherAgent builds the agent of a release that has the next version of the protocol.
-func (s *scenario) otherAgent() string {
+// buildOtherAgent builds the agent of a release that has the next version of the protocol.
+func (s *scenario) buildOtherAgent() string {
 	s.Helper()
 	const file = "../internal/api/api.go"
 	source, err := os.ReadFile(file)
@@ -171,15 +171,15 @@ func (s *scenario) otherAgent() string {
 	return out
 }
 
-// renewAgent ends the agent in a pod's guest, once the guest sees the bundle as it now is on the host. The shim starts a new one when it
+// restartAgent ends the agent in a pod's guest, once the guest sees the bundle as it now is on the host. The shim starts a new one when it
 // next needs one.
-func (s *scenario) renewAgent(p *pod) {
+func (s *scenario) restartAgent(p *pod) {
 	s.Helper()
-	criu, err := os.ReadFile(filepath.Join(s.bed.Dir, "bundle/criu/bin/criu"))
+	criu, err := os.ReadFile(filepath.Join(s.testbed.Dir, "bundle/criu/bin/criu"))
 	s.check(err)
 	sum := fmt.Sprintf("%x", sha256.Sum256(criu))
-	s.inGuest(p, `
+	s.shellInGuest(p, `
 		cd /run/kata-containers/shared/containers/sandbox-mounts/bundle 2>/dev/null || cd /run/kata-containers/shared/containers/passthrough/sandbox-mounts/bundle
 		until sha256sum criu/bin/criu | grep -q `+sum+`; do sleep 0.1; done`)
-	s.endAgent(p)
+	s.killAgent(p)
 }

@@ -16,48 +16,48 @@ func counter(id string) engine.Container {
 func exitAndRestore(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 
 	dir := s.dir()
 	s.ctr("task", "checkpoint", "--exit", "--image-path", dir, c.ID())
-	s.ended(first, 137)
-	s.exits(c, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	s.checkExitEvents(c, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 
 	restored := s.restore(c, dir)
-	after := s.printed(restored.Output, workload.Ticks, 5)
-	s.consecutive(1, append(before, after...))
-	s.movedOn(first, restored)
+	after := s.waitNumbers(restored.Output, workload.Ticks, 5)
+	s.checkConsecutive(1, append(before, after...))
+	s.checkOtherVM(first, restored)
 
-	s.removed(c)
-	s.exits(c, 137, 137) // of the checkpoint, and of the removal: one each
+	s.remove(c)
+	s.checkExitEvents(c, 137, 137) // of the checkpoint, and of the removal: one each
 }
 
 // leaveRunning: a checkpoint in passing costs the container nothing, and what it saved, memory and files, is of one instant.
 func leaveRunning(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	before := s.printed(first.Output, workload.Ticks, 5)
+	before := s.waitNumbers(first.Output, workload.Ticks, 5)
 
 	const reference = "checkpoint.test/leave-running:latest"
 	image, err := s.engine.Commit(s.ctx, c, reference)
 	s.check(err)
 	s.step("checkpointed with the writable layer")
-	at := s.numbers(first.Output, workload.Ticks)
-	s.status(first, client.Running)
-	s.consecutive(1, s.printed(first.Output, workload.Ticks, len(at)+10))
-	s.exits(c)
+	at := s.printedNumbers(first.Output, workload.Ticks)
+	s.checkStatus(first, client.Running)
+	s.checkConsecutive(1, s.waitNumbers(first.Output, workload.Ticks, len(at)+10))
+	s.checkExitEvents(c)
 
-	s.removed(c)
+	s.remove(c)
 	restored, err := s.engine.RestoreImage(s.ctx, s.id("restored"), image)
 	s.check(err)
 	s.step("restored under another name")
-	after := s.printed(restored.Output, workload.Ticks, 5)
+	after := s.waitNumbers(restored.Output, workload.Ticks, 5)
 	if last := after[0] - 1; last < len(before) || last > len(at) {
 		s.Errorf("the restored counter goes on after %d; at the checkpoint it was between %d and %d", last, len(before), len(at))
 	}
-	s.consecutive(after[0], after)
-	s.movedOn(first, restored)
+	s.checkConsecutive(after[0], after)
+	s.checkOtherVM(first, restored)
 	s.check(s.engine.Client.ImageService().Delete(s.ctx, reference))
 }
 
@@ -65,41 +65,41 @@ func leaveRunning(s *scenario) {
 func pausedBefore(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 
 	s.check(first.Pause(s.ctx))
-	s.status(first, client.Paused)
+	s.checkStatus(first, client.Paused)
 	s.checkpoint(first, false)
-	s.status(first, client.Paused)
-	s.silent(first.Output)
-	at := s.numbers(first.Output, workload.Ticks)
+	s.checkStatus(first, client.Paused)
+	s.checkSilent(first.Output)
+	at := s.printedNumbers(first.Output, workload.Ticks)
 	s.check(first.Resume(s.ctx))
-	s.status(first, client.Running)
-	s.consecutive(1, s.printed(first.Output, workload.Ticks, len(at)+5))
+	s.checkStatus(first, client.Running)
+	s.checkConsecutive(1, s.waitNumbers(first.Output, workload.Ticks, len(at)+5))
 
 	// An image set of a paused container is as good as any, and a paused container can be removed.
 	s.check(first.Pause(s.ctx))
 	dir := s.checkpoint(first, false)
 	s.check(s.engine.EndTask(s.ctx, c))
-	s.exits(c, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.checkExitEvents(c, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)
-	s.status(restored, client.Running)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
+	s.checkStatus(restored, client.Running)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
 }
 
 // sharedAndPrivateMounts: it makes no difference whether mounts in the guest are shared, as systemd makes them, or private.
 func sharedAndPrivateMounts(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.guestMountsAre(c.ID())
-	s.printed(first.Output, workload.Ticks, 5)
+	s.checkGuestMounts(c.ID())
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
+	s.checkOtherVM(first, restored)
 }
 
 // shmAndMemory: every byte of memory and of /dev/shm comes back. The checkpoint is taken as nerdctl does it, without options, which ends a
@@ -107,13 +107,13 @@ func sharedAndPrivateMounts(s *scenario) {
 func shmAndMemory(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "16"}})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 2)
+	s.waitNumbers(first.Output, workload.Rounds, 2)
 	dir := s.dir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, first, dir))
 	s.step("checkpointed as nerdctl does")
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Rounds)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Rounds)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 5)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 5)...))
+	s.checkOtherVM(first, restored)
 }

@@ -54,14 +54,14 @@ func (s *scenario) startKubelet(program string) *kubelet {
 	port := l.Addr().(*net.TCPAddr).Port
 	s.check(l.Close())
 	k := &kubelet{
-		s: s, dir: filepath.Join(s.bed.Dir, "kubelet"), address: fmt.Sprintf("https://127.0.0.1:%d", port),
+		s: s, dir: filepath.Join(s.testbed.Dir, "kubelet"), address: fmt.Sprintf("https://127.0.0.1:%d", port),
 		// Its certificate is its own.
 		http: &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}},
 	}
 	s.check(os.MkdirAll(filepath.Join(k.dir, "manifests"), 0o755))
 	config := filepath.Join(k.dir, "config.yaml")
-	s.check(os.WriteFile(config, fmt.Appendf(nil, kubeletConfig, port, k.dir, s.bed.Address), 0o644))
-	s.daemon(k.dir, program, "--config", config, "--root-dir", k.dir, "--cert-dir", filepath.Join(k.dir, "pki"), "--hostname-override", "node")
+	s.check(os.WriteFile(config, fmt.Appendf(nil, kubeletConfig, port, k.dir, s.testbed.Address), 0o644))
+	s.startDaemon(k.dir, program, "--config", config, "--root-dir", k.dir, "--cert-dir", filepath.Join(k.dir, "pki"), "--hostname-override", "node")
 	if !s.eventually(time.Minute, func() bool {
 		_, err := k.get("/pods")
 		return err == nil
@@ -164,7 +164,7 @@ func kubeletCheckpointAPI(s *scenario) {
 		s.Fatalf("the kubelet answers %s", answer)
 	}
 	latest := len(k.ticks("before", 1))
-	s.consecutive(1, k.ticks("before", latest+5))
+	s.checkConsecutive(1, k.ticks("before", latest+5))
 	s.step("checkpointed to %s", archives.Items[0])
 	k.remove("before")
 
@@ -175,7 +175,7 @@ func kubeletCheckpointAPI(s *scenario) {
 	if at := after[0] - 1; at < earliest || at > latest {
 		s.Errorf("the restored counter goes on after %d, and was checkpointed between %d and %d", at, earliest, latest)
 	}
-	s.consecutive(after[0], after)
+	s.checkConsecutive(after[0], after)
 	s.step("the kubelet runs a pod from the archive")
 	k.remove("after")
 }

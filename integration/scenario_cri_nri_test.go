@@ -12,13 +12,13 @@ import (
 // withoutNRI ends the NRI plugin until the scenario's end.
 func (s *scenario) withoutNRI() {
 	s.Helper()
-	s.check(s.bed.KillNRI(s.ctx))
-	s.later(func() error { return s.bed.StartNRI(context.WithoutCancel(s.ctx)) })
+	s.check(s.testbed.KillNRI(s.ctx))
+	s.afterContainers(func() error { return s.testbed.StartNRI(context.WithoutCancel(s.ctx)) })
 	s.step("the NRI plugin has ended")
 }
 
-// adjusted tells whether the NRI plugin has seen a container: it leaves a marker.
-func (s *scenario) adjusted(c *cri.Container) bool {
+// isAdjusted tells whether the NRI plugin has seen a container: it leaves a marker.
+func (s *scenario) isAdjusted(c *cri.Container) bool {
 	s.Helper()
 	spec := s.specOf(c)
 	_, marked := spec.Annotations["kata-checkpoint.dev/nri"]
@@ -38,13 +38,13 @@ func nriAbsent(s *scenario) {
 	// Its annotations come by containerd's own way.
 	pod := s.runPod("alone", cri.PodSpec{Annotations: map[string]string{"kata-checkpoint.dev/after": "stop"}})
 	c := s.runIn(pod, counterNamed("c"))
-	if s.adjusted(c) {
+	if s.isAdjusted(c) {
 		s.Errorf("the plugin that is gone has adjusted the container")
 	}
-	if !s.logged("not adjusted by the NRI plugin") {
+	if !s.hasLogged("not adjusted by the NRI plugin") {
 		s.Errorf("nothing in the log says that the plugin was missed")
 	}
-	s.ticked(c, 5)
+	s.waitTicks(c, 5)
 	archive := s.archive("c")
 	s.check(c.Checkpoint(s.ctx, archive))
 	code, err := c.Ended(s.ctx)
@@ -52,11 +52,11 @@ func nriAbsent(s *scenario) {
 	if code != 137 {
 		s.Errorf("the container ended with %d", code)
 	}
-	before := s.ticked(c, 5)
+	before := s.waitTicks(c, 5)
 	s.check(pod.Remove(s.ctx))
 
 	pod = s.runPod("after", cri.PodSpec{Annotations: fromArchive(archive)})
-	s.consecutive(1, append(before, s.ticked(s.runIn(pod, counterNamed("c")), 5)...))
+	s.checkConsecutive(1, append(before, s.waitTicks(s.runIn(pod, counterNamed("c")), 5)...))
 }
 
 // nriRestarted: the plugin adjusts containers again once it is there again, and when containerd was started anew.
@@ -69,30 +69,30 @@ func nriRestarted(s *scenario) {
 		return c
 	}
 	first := create("first")
-	if !s.adjusted(first) {
+	if !s.isAdjusted(first) {
 		s.Errorf("the plugin has not adjusted the first container")
 	}
 	if have := s.specOf(first).Annotations["kata-checkpoint.dev/tcp"]; have != "close" {
 		s.Errorf("the pod's annotation is %q in the container", have)
 	}
-	s.check(s.bed.KillNRI(s.ctx))
-	if s.adjusted(create("without")) {
+	s.check(s.testbed.KillNRI(s.ctx))
+	if s.isAdjusted(create("without")) {
 		s.Errorf("the plugin that is gone has adjusted a container")
 	}
-	s.check(s.bed.StartNRI(s.ctx))
-	if !s.adjusted(create("again")) {
+	s.check(s.testbed.StartNRI(s.ctx))
+	if !s.isAdjusted(create("again")) {
 		s.Errorf("the plugin that was started again has not adjusted a container")
 	}
 	s.step("the plugin was started again")
 
 	s.killContainerd()
 	s.startContainerd()
-	s.check(s.bed.cri.Ready(s.ctx))
+	s.check(s.testbed.cri.Ready(s.ctx))
 	s.step("containerd was started again")
 	n := 0
 	if !s.eventually(settleTimeout, func() bool {
 		n++
-		return s.adjusted(create("after-" + strings.Repeat("x", n)))
+		return s.isAdjusted(create("after-" + strings.Repeat("x", n)))
 	}) {
 		s.Errorf("the plugin does not come back to a containerd that was started again")
 	}
@@ -100,16 +100,16 @@ func nriRestarted(s *scenario) {
 
 // nriOtherRuntimeUntouched: a pod of another runtime has nothing of ours.
 func nriOtherRuntimeUntouched(s *scenario) {
-	pod := s.runPodWith(s.bed.cri.With(testbed.DownstreamHandler), "other", cri.PodSpec{Annotations: map[string]string{"kata-checkpoint.dev/after": "stop"}})
+	pod := s.runPodWith(s.testbed.cri.With(testbed.DownstreamHandler), "other", cri.PodSpec{Annotations: map[string]string{"kata-checkpoint.dev/after": "stop"}})
 	c := s.runIn(pod, counterNamed("c"))
-	s.ticked(c, 3)
+	s.waitTicks(c, 3)
 	spec := s.specOf(c)
 	for key := range spec.Annotations {
 		if strings.HasPrefix(key, "kata-checkpoint.dev/") {
 			s.Errorf("the container has the annotation %s", key)
 		}
 	}
-	if s.adjusted(c) {
+	if s.isAdjusted(c) {
 		s.Errorf("the plugin has adjusted a container of another runtime")
 	}
 }

@@ -19,8 +19,8 @@ func podTwoContainers(s *scenario) {
 		s.Fatalf("the init container ended with %d (%v)", code, err)
 	}
 	one, two := s.runIn(pod, counterNamed("one")), s.runIn(pod, counterNamed("two"))
-	s.ticked(one, 5)
-	s.ticked(two, 5)
+	s.waitTicks(one, 5)
+	s.waitTicks(two, 5)
 	boots := func(c *cri.Container) string {
 		lines, err := c.Lines()
 		s.check(err)
@@ -30,23 +30,23 @@ func podTwoContainers(s *scenario) {
 		s.Errorf("the containers of one pod are in the boots %s and %s", boots(one), boots(two))
 	}
 
-	before := len(s.ticked(two, 1))
+	before := len(s.waitTicks(two, 1))
 	s.crictl("checkpoint", "--export="+s.archive("one"), one.ID)
-	during := len(s.ticked(two, 1)) - before
+	during := len(s.waitTicks(two, 1)) - before
 	// It counts ten times a second, and slower beside CRIU on a small machine; it would not count at all if it were frozen.
 	if during < 3 {
 		s.Errorf("the other container counted %d times during the checkpoint", during)
 	}
-	s.consecutive(1, s.ticked(two, before+during+5))
-	s.consecutive(1, s.ticked(one, len(s.ticked(one, 5))+5))
+	s.checkConsecutive(1, s.waitTicks(two, before+during+5))
+	s.checkConsecutive(1, s.waitTicks(one, len(s.waitTicks(one, 5))+5))
 
 	// As the restart policy Always has it.
 	s.check(one.Stop(s.ctx, 0))
 	again := counterNamed("one")
 	again.Attempt = 1
-	s.consecutive(1, s.ticked(s.runIn(pod, again), 5))
+	s.checkConsecutive(1, s.waitTicks(s.runIn(pod, again), 5))
 	s.check(one.Remove(s.ctx))
-	s.consecutive(1, s.ticked(two, len(s.ticked(two, 5))+5))
+	s.checkConsecutive(1, s.waitTicks(two, len(s.waitTicks(two, 5))+5))
 }
 
 // podTwoAtOnce: two containers of a pod are checkpointed at the same time, and go on together in another one. They share a pid namespace, as
@@ -61,7 +61,7 @@ func podTwoAtOnce(s *scenario) {
 	}
 	archives := map[string]string{}
 	for _, name := range names {
-		earlier[name] = len(s.ticked(containers[name], 5))
+		earlier[name] = len(s.waitTicks(containers[name], 5))
 		archives[name] = s.archive(name)
 		annotations["kata-checkpoint.dev/restore."+name] = baseName(archives[name])
 	}
@@ -77,7 +77,7 @@ func podTwoAtOnce(s *scenario) {
 	s.step("checkpointed both")
 	later := map[string]int{}
 	for _, name := range names {
-		later[name] = len(s.ticked(containers[name], 5))
+		later[name] = len(s.waitTicks(containers[name], 5))
 	}
 	s.check(pod.Remove(s.ctx))
 
@@ -86,18 +86,18 @@ func podTwoAtOnce(s *scenario) {
 		containers[name] = s.runIn(after, counterNamed(name))
 	}
 	for _, name := range names {
-		s.proceeds(containers[name], earlier[name], later[name])
+		s.checkContinuesBetween(containers[name], earlier[name], later[name])
 	}
 }
 
-// proceeds checks that a restored counter counts on from where it was checkpointed, which was between two numbers.
-func (s *scenario) proceeds(c *cri.Container, earliest, latest int) []int {
+// checkContinuesBetween checks that a restored counter counts on from where it was checkpointed, which was between two numbers.
+func (s *scenario) checkContinuesBetween(c *cri.Container, earliest, latest int) []int {
 	s.Helper()
-	ticks := s.ticked(c, 5)
+	ticks := s.waitTicks(c, 5)
 	if at := ticks[0] - 1; at < earliest || at > latest {
 		s.Errorf("%s goes on after %d, and was checkpointed between %d and %d", c.Name, at, earliest, latest)
 	}
-	s.consecutive(ticks[0], ticks)
+	s.checkConsecutive(ticks[0], ticks)
 	return ticks
 }
 
@@ -156,7 +156,7 @@ func execProbeOutlivesCheckpoint(s *scenario) {
 func checkpointctlReadsIt(s *scenario) {
 	pod := s.runPod("shown", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))
-	s.ticked(c, 2)
+	s.waitTicks(c, 2)
 	archive := s.archive("c")
 	s.check(c.Checkpoint(s.ctx, archive))
 	s.step("checkpointed")

@@ -47,11 +47,11 @@ func (s *scenario) checkpointctl(args ...string) string {
 	return string(out)
 }
 
-// checkpointed has a container checkpointed in passing, and gives the numbers between which that was.
-func (s *scenario) checkpointed(c *cri.Container, archive string) (earliest, latest int) {
+// checkpointRunning has a container checkpointed in passing, and gives the numbers between which that was.
+func (s *scenario) checkpointRunning(c *cri.Container, archive string) (earliest, latest int) {
 	s.Helper()
 	last := func() int {
-		ticks := s.ticked(c, 5)
+		ticks := s.waitTicks(c, 5)
 		return ticks[len(ticks)-1]
 	}
 	earliest = last()
@@ -78,7 +78,7 @@ func restoreByAnnotation(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))
 	archive := s.archive("c")
-	earliest, latest := s.checkpointed(c, archive)
+	earliest, latest := s.checkpointRunning(c, archive)
 	lines, err := c.Lines()
 	s.check(err)
 	boots := workload.Boots(lines)
@@ -86,13 +86,13 @@ func restoreByAnnotation(s *scenario) {
 
 	pod = s.runPod("after", cri.PodSpec{Annotations: fromArchive(archive)})
 	c = s.runIn(pod, counterNamed("c"))
-	s.proceeds(c, earliest, latest)
+	s.checkContinuesBetween(c, earliest, latest)
 	lines, err = c.Lines()
 	s.check(err)
 	if now := workload.Boots(lines); len(now) != 1 || slices.Equal(now, boots) {
 		s.Errorf("restored in the boots %q, after %q", now, boots)
 	}
-	s.isInPod(c, "after")
+	s.checkInPod(c, "after")
 	stats, err := c.Stats(s.ctx)
 	s.check(err)
 	if stats.GetMemory().GetWorkingSetBytes().GetValue() == 0 {
@@ -101,22 +101,22 @@ func restoreByAnnotation(s *scenario) {
 
 	// The next one is of the restored container.
 	archive = s.archive("again")
-	earliest, latest = s.checkpointed(c, archive)
+	earliest, latest = s.checkpointRunning(c, archive)
 	// A stop and a start in the same pod: nothing is restored twice.
 	s.check(c.Stop(s.ctx, 1))
 	again := counterNamed("c")
 	again.Attempt = 1
-	s.consecutive(1, s.ticked(s.runIn(pod, again), 3))
+	s.checkConsecutive(1, s.waitTicks(s.runIn(pod, again), 3))
 	s.check(pod.Remove(s.ctx))
 
 	pod = s.runPod("third", cri.PodSpec{Annotations: fromArchive(archive)})
 	c = s.runIn(pod, counterNamed("c"))
-	s.proceeds(c, earliest, latest)
-	s.isInPod(c, "third")
+	s.checkContinuesBetween(c, earliest, latest)
+	s.checkInPod(c, "third")
 }
 
-// isInPod checks what a container sees of its pod: host name, name resolution, address.
-func (s *scenario) isInPod(c *cri.Container, pod string) {
+// checkInPod checks what a container sees of its pod: host name, name resolution, address.
+func (s *scenario) checkInPod(c *cri.Container, pod string) {
 	s.Helper()
 	address, err := c.Pod().Address(s.ctx)
 	s.check(err)
@@ -140,7 +140,7 @@ func restoreByAnnotationMissing(s *scenario) {
 	annotations := fromArchive(archive)
 	pod := s.runPod("missing", cri.PodSpec{Annotations: annotations})
 	other := s.runIn(pod, counterNamed("other"))
-	s.checkpointed(other, archive)
+	s.checkpointRunning(other, archive)
 	elsewhere := s.archive("text")
 	s.check(os.Rename(archive, elsewhere))
 
@@ -160,7 +160,7 @@ func restoreByAnnotationMissing(s *scenario) {
 		}
 		s.Logf("refused: %v", err)
 	}
-	refused("there is no archive "+baseName(archive), s.bed.RestoreDir(), "put it there")
+	refused("there is no archive "+baseName(archive), s.testbed.RestoreDir(), "put it there")
 	s.check(os.WriteFile(archive, []byte(strings.Repeat("this is no archive ", 100)), 0o600))
 	refused(baseName(archive), "tar")
 	s.check(os.Remove(archive))
@@ -171,8 +171,8 @@ func restoreByAnnotationMissing(s *scenario) {
 	s.check(os.Rename(elsewhere, archive))
 	refused("does not fit this container", "/dev/shm/other")
 
-	s.consecutive(1, s.ticked(other, len(s.ticked(other, 5))+5))
-	left, err := s.bed.Exchanged("*")
+	s.checkConsecutive(1, s.waitTicks(other, len(s.waitTicks(other, 5))+5))
+	left, err := s.testbed.Exchanged("*")
 	s.check(err)
 	for _, path := range left {
 		if strings.Contains(path, "archive") || strings.Contains(path, "restore/") {
@@ -196,16 +196,16 @@ func rootfsDiffApplied(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, changing("c"))
 	archive := s.archive("c")
-	earliest, latest := s.checkpointed(c, archive)
+	earliest, latest := s.checkpointRunning(c, archive)
 	s.check(pod.Remove(s.ctx))
 	pod = s.runPod("after", cri.PodSpec{Annotations: fromArchive(archive)})
 	c = s.runIn(pod, changing("c"))
-	s.proceeds(c, earliest, latest)
-	s.hasChanged(c)
+	s.checkContinuesBetween(c, earliest, latest)
+	s.checkChangedFiles(c)
 }
 
-// hasChanged checks what a container made by changing has of its files. What a file may do does not come from an archive.
-func (s *scenario) hasChanged(c *cri.Container) {
+// checkChangedFiles checks what a container made by changing has of its files. What a file may do does not come from an archive.
+func (s *scenario) checkChangedFiles(c *cri.Container) {
 	s.Helper()
 	out, err := c.Exec(s.ctx, "sh", "-c", "cat /etc/passwd /etc/added; ls /etc/group 2>/dev/null; stat -c %a /etc/added")
 	s.check(err)
@@ -219,7 +219,7 @@ func restoreArchive(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, changing("c"))
 	archive := s.archive("c")
-	earliest, latest := s.checkpointed(c, archive)
+	earliest, latest := s.checkpointRunning(c, archive)
 	s.check(pod.Remove(s.ctx))
 
 	const image = "checkpoint.test/c:latest"
@@ -227,8 +227,8 @@ func restoreArchive(s *scenario) {
 	f, err := os.Create(layout)
 	s.check(err)
 	s.check(errors.Join(parts.WriteCheckpointImage(f, image, "c", archive), f.Close()))
-	s.check(s.bed.Import(s.ctx, layout))
-	s.later(func() error {
+	s.check(s.testbed.Import(s.ctx, layout))
+	s.afterContainers(func() error {
 		ctx := context.WithoutCancel(s.ctx)
 		return errors.Join(s.engine.Client.ImageService().Delete(ctx, image),
 			s.engine.Client.ImageService().Delete(namespaces.WithNamespace(ctx, testbed.CRINamespace), image))
@@ -241,18 +241,18 @@ func restoreArchive(s *scenario) {
 		s.check(err)
 		s.ids = append(s.ids, c.ID)
 		s.step("started a container from %s", from)
-		s.continues(c, earliest, latest)
-		s.hasChanged(c)
-		s.isInPod(c, name)
+		s.checkContinuedLog(c, earliest, latest)
+		s.checkChangedFiles(c)
+		s.checkInPod(c, name)
 		s.check(pod.Remove(s.ctx))
 	}
 }
 
-// continues checks a restored counter whose log begins with the old one, which containerd has copied after the container went on: what was
+// checkContinuedLog checks a restored counter whose log begins with the old one, which containerd has copied after the container went on: what was
 // printed between checkpoint and copy comes twice.
-func (s *scenario) continues(c *cri.Container, earliest, latest int) {
+func (s *scenario) checkContinuedLog(c *cri.Container, earliest, latest int) {
 	s.Helper()
-	ticks := s.ticked(c, latest+5)
+	ticks := s.waitTicks(c, latest+5)
 	again := 1
 	for again < len(ticks) && ticks[again] == ticks[again-1]+1 {
 		again++
@@ -261,9 +261,9 @@ func (s *scenario) continues(c *cri.Container, earliest, latest int) {
 		if at := ticks[again] - 1; at < earliest || at > latest {
 			s.Errorf("the container goes on after %d, and was checkpointed between %d and %d", at, earliest, latest)
 		}
-		s.consecutive(ticks[again], ticks[again:])
+		s.checkConsecutive(ticks[again], ticks[again:])
 	}
-	s.consecutive(1, ticks[:again])
+	s.checkConsecutive(1, ticks[:again])
 }
 
 // archiveHasNoAuthority: whatever is in an archive, the restored container has the mounts, annotations, devices and rights of its pod, and
@@ -272,7 +272,7 @@ func archiveHasNoAuthority(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))
 	archive := s.archive("c")
-	earliest, latest := s.checkpointed(c, archive)
+	earliest, latest := s.checkpointRunning(c, archive)
 	s.check(pod.Remove(s.ctx))
 	secret := filepath.Join(s.dir(), "secret")
 	s.check(os.WriteFile(secret, []byte("the node's own"), 0o600))
@@ -282,7 +282,7 @@ func archiveHasNoAuthority(s *scenario) {
 	s.check(forge(archive, forged, secret, escape))
 	pod = s.runPod("after", cri.PodSpec{Annotations: fromArchive(forged)})
 	c = s.runIn(pod, counterNamed("c"))
-	s.proceeds(c, earliest, latest)
+	s.checkContinuesBetween(c, earliest, latest)
 	spec := s.specOf(c)
 	for _, m := range spec.Mounts {
 		if strings.Contains(m.Source, "secret") || m.Destination == "/stolen" {
@@ -314,7 +314,7 @@ func archiveHasNoAuthority(s *scenario) {
 	mighty := counterNamed("c")
 	mighty.Capabilities = []string{"SYS_ADMIN"}
 	more := s.archive("mighty")
-	s.checkpointed(s.runIn(pod, mighty), more)
+	s.checkpointRunning(s.runIn(pod, mighty), more)
 	s.check(pod.Remove(s.ctx))
 	pod = s.runPod("modest", cri.PodSpec{Annotations: fromArchive(more)})
 	modest := counterNamed("c")
@@ -322,7 +322,7 @@ func archiveHasNoAuthority(s *scenario) {
 	if _, err := pod.Run(s.ctx, modest); err == nil || !strings.Contains(err.Error(), "has CAP_SYS_ADMIN, which this container has not") {
 		s.Errorf("processes with a capability that the pod does not give: error %v", err)
 	}
-	s.proceeds(s.runIn(pod, withAttempt(mighty, 1)), 1, 1<<30)
+	s.checkContinuesBetween(s.runIn(pod, withAttempt(mighty, 1)), 1, 1<<30)
 	s.check(pod.Remove(s.ctx))
 
 	// Among the images themselves nothing but regular files is taken.

@@ -22,7 +22,7 @@ const podNamespace = "shop"
 // runPod starts a pod with the CRI's client.
 func (s *scenario) runPod(name string, p cri.PodSpec) *cri.Pod {
 	s.Helper()
-	return s.runPodWith(s.bed.cri, name, p)
+	return s.runPodWith(s.testbed.cri, name, p)
 }
 
 func (s *scenario) runPodWith(client *cri.Client, name string, p cri.PodSpec) *cri.Pod {
@@ -35,7 +35,7 @@ func (s *scenario) runPodWith(client *cri.Client, name string, p cri.PodSpec) *c
 	s.check(err)
 	s.pods = append(s.pods, pod)
 	s.ids = append(s.ids, pod.ID)
-	s.bed.ids = append(s.bed.ids, pod.ID)
+	s.testbed.ids = append(s.testbed.ids, pod.ID)
 	s.step("started pod %s", name)
 	return pod
 }
@@ -47,7 +47,7 @@ func (s *scenario) runIn(pod *cri.Pod, c cri.ContainerSpec) *cri.Container {
 	container, err := pod.Run(s.ctx, c)
 	s.check(err)
 	s.ids = append(s.ids, container.ID)
-	s.bed.ids = append(s.bed.ids, container.ID)
+	s.testbed.ids = append(s.testbed.ids, container.ID)
 	s.step("started container %s", c.Name)
 	return container
 }
@@ -56,8 +56,8 @@ func counterNamed(name string) cri.ContainerSpec {
 	return cri.ContainerSpec{Name: name, Args: []string{workload.Path, "counter", "--shm", "/dev/shm/" + name}}
 }
 
-// ticked waits until a container has counted n times, and gives all its numbers by then.
-func (s *scenario) ticked(c *cri.Container, n int) []int {
+// waitTicks waits until a container has counted n times, and gives all its numbers by then.
+func (s *scenario) waitTicks(c *cri.Container, n int) []int {
 	s.Helper()
 	var ticks []int
 	s.check(c.Wait(s.ctx, func(lines []string) (bool, error) {
@@ -71,10 +71,10 @@ func (s *scenario) ticked(c *cri.Container, n int) []int {
 // archive is a path for a checkpoint, in the directory that pods can be restored from.
 func (s *scenario) archive(name string) string {
 	s.Helper()
-	dir := s.bed.RestoreDir()
+	dir := s.testbed.RestoreDir()
 	s.check(os.MkdirAll(dir, 0o700))
 	path := filepath.Join(dir, strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name())+"-"+name+".tar")
-	s.later(func() error { return os.RemoveAll(path) })
+	s.afterContainers(func() error { return os.RemoveAll(path) })
 	return path
 }
 
@@ -82,13 +82,13 @@ func (s *scenario) archive(name string) string {
 func (s *scenario) crictl(args ...string) string {
 	s.Helper()
 	cmd := exec.CommandContext(s.ctx, "crictl", append([]string{"--timeout", "5m"}, args...)...)
-	for dir := range strings.SplitSeq(s.bed.Path, ":") {
+	for dir := range strings.SplitSeq(s.testbed.Path, ":") {
 		if path := filepath.Join(dir, "crictl"); exec.Command(path, "--version").Run() == nil {
 			cmd.Path, cmd.Err = path, nil
 			break
 		}
 	}
-	cmd.Env = append(os.Environ(), "CONTAINER_RUNTIME_ENDPOINT=unix://"+s.bed.Address, "IMAGE_SERVICE_ENDPOINT=unix://"+s.bed.Address)
+	cmd.Env = append(os.Environ(), "CONTAINER_RUNTIME_ENDPOINT=unix://"+s.testbed.Address, "IMAGE_SERVICE_ENDPOINT=unix://"+s.testbed.Address)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		s.Fatalf("crictl %s: %v\n%s", strings.Join(args, " "), err, out)
@@ -97,8 +97,8 @@ func (s *scenario) crictl(args ...string) string {
 	return string(out)
 }
 
-// entries lists what is in an archive.
-func (s *scenario) entries(archive string) []string {
+// archiveEntries lists what is in an archive.
+func (s *scenario) archiveEntries(archive string) []string {
 	s.Helper()
 	f, err := os.Open(archive)
 	s.check(err)
@@ -121,13 +121,13 @@ func crictlCheckpoint(s *scenario) {
 	}
 	pod := s.runPod("counter", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))
-	s.ticked(c, 5)
+	s.waitTicks(c, 5)
 	for n := range 2 { // of one that was checkpointed before, too
 		archive := s.archive(fmt.Sprint(n))
 		s.crictl("checkpoint", "--export="+archive, c.ID)
-		at := s.ticked(c, 5)
-		s.consecutive(1, s.ticked(c, len(at)+5))
-		have := s.entries(archive)
+		at := s.waitTicks(c, 5)
+		s.checkConsecutive(1, s.waitTicks(c, len(at)+5))
+		have := s.archiveEntries(archive)
 		for _, want := range []string{"config.dump", "spec.dump", "rootfs-diff.tar", "checkpoint/kata-checkpoint.json", "checkpoint/inventory.img", "dump.log", "stats-dump"} {
 			if !slices.Contains(have, want) {
 				s.Errorf("there is no %s in the archive, but %q", want, have)

@@ -24,24 +24,24 @@ const cycles = 3
 func threeCycles(s *scenario) {
 	c := s.create(counter("c"))
 	run := s.run(c)
-	s.printed(run.Output, workload.Ticks, 5)
+	s.waitNumbers(run.Output, workload.Ticks, 5)
 	first := run
 	var numbers []int
-	ended := account{after: "after a checkpoint that ended the container", list: s.hostInventory}
-	restored := account{after: "after a restore", list: func() []string { return append(s.hostInventory(), s.guestInventory(c)...) }}
+	ended := inventoryComparison{when: "after a checkpoint that ended the container", list: s.hostInventory}
+	restored := inventoryComparison{when: "after a restore", list: func() []string { return append(s.hostInventory(), s.guestInventory(c)...) }}
 	for i := range cycles {
 		dir := s.checkpoint(run, true)
-		s.ended(run, 137)
-		numbers = append(numbers, s.numbers(run.Output, workload.Ticks)...)
-		ended.of(s, i, 0, cycles-1)
+		s.waitExit(run, 137)
+		numbers = append(numbers, s.printedNumbers(run.Output, workload.Ticks)...)
+		ended.compare(s, i, 0, cycles-1)
 
 		run = s.restore(c, dir)
-		s.consecutive(1, append(slices.Clone(numbers), s.printed(run.Output, workload.Ticks, 5)...))
-		restored.of(s, i, 0, cycles-1)
+		s.checkConsecutive(1, append(slices.Clone(numbers), s.waitNumbers(run.Output, workload.Ticks, 5)...))
+		restored.compare(s, i, 0, cycles-1)
 	}
-	s.exits(c, slices.Repeat([]uint32{137}, cycles)...)
-	s.movedOn(first, run)
-	s.removed(c)
+	s.checkExitEvents(c, slices.Repeat([]uint32{137}, cycles)...)
+	s.checkOtherVM(first, run)
+	s.remove(c)
 }
 
 // thirtyCycles: a container of a pod that is checkpointed and restored thirty times in the same VM goes on counting. What lives as long as the
@@ -49,9 +49,9 @@ func threeCycles(s *scenario) {
 // image set nor the time grows. The first ten are for what is there for good once it is needed: caches, a heap of the size that it works with.
 func thirtyCycles(s *scenario) {
 	const tenth, all = 10, 30
-	pod := s.pod()
+	pod := s.startPod()
 	// A huge page that the kernel gives to a restored heap is in the next image set as a whole, be it ever so empty.
-	s.inGuestOf(pod.sandbox.ID(), "echo never >/sys/kernel/mm/transparent_hugepage/enabled")
+	s.shellInGuestOf(pod.sandbox.ID(), "echo never >/sys/kernel/mm/transparent_hugepage/enabled")
 	counting := counter("c")
 	// Whether virtiofsd has the directory of its file open depends on the moment, where that is in the root file system. How much of a heap is in
 	// use, and so in the image set, does, too.
@@ -59,20 +59,20 @@ func thirtyCycles(s *scenario) {
 	c := pod.create(counting)
 	run := s.run(c)
 	var numbers []int
-	restored := account{after: "after a restore", list: func() []string {
+	restored := inventoryComparison{when: "after a restore", list: func() []string {
 		// What the guest has in its caches of files that are gone, virtiofsd keeps open for it: of a container's root file system as of its exchange.
-		s.inGuestOf(pod.sandbox.ID(), "echo 3 >/proc/sys/vm/drop_caches")
+		s.shellInGuestOf(pod.sandbox.ID(), "echo 3 >/proc/sys/vm/drop_caches")
 		return append(s.hostInventory(), s.guestInventory(pod.sandbox)...)
 	}}
 	drifts := series{}
 	for i := range all {
-		s.printed(run.Output, workload.Ticks, 2)
+		s.waitNumbers(run.Output, workload.Ticks, 2)
 		dir, begin := s.dir(), time.Now()
 		s.check(s.engine.CheckpointTo(s.ctx, run, dir, true))
 		drifts.add(checkpointTime, int(time.Since(begin).Milliseconds()))
 		drifts.add("image set, in KiB", s.size(dir)>>10)
-		s.ended(run, 137)
-		numbers = append(numbers, s.numbers(run.Output, workload.Ticks)...)
+		s.waitExit(run, 137)
+		numbers = append(numbers, s.printedNumbers(run.Output, workload.Ticks)...)
 
 		begin = time.Now()
 		var err error
@@ -80,7 +80,7 @@ func thirtyCycles(s *scenario) {
 		s.check(err)
 		drifts.add(restoreTime, int(time.Since(begin).Milliseconds()))
 		// Long enough for the shim to be at rest again.
-		s.consecutive(1, append(slices.Clone(numbers), s.printed(run.Output, workload.Ticks, 8)...))
+		s.checkConsecutive(1, append(slices.Clone(numbers), s.waitNumbers(run.Output, workload.Ticks, 8)...))
 		for what, n := range s.shimNeeds() {
 			drifts.add("shim: "+what, n)
 		}
@@ -90,10 +90,10 @@ func thirtyCycles(s *scenario) {
 		if i%tenth == tenth-1 {
 			s.step("%d times checkpointed and restored", i+1)
 		}
-		restored.of(s, i, tenth-1, all-1)
+		restored.compare(s, i, tenth-1, all-1)
 	}
 	drifts.check(s, tenth)
-	s.exits(c, slices.Repeat([]uint32{137}, all)...)
+	s.checkExitEvents(c, slices.Repeat([]uint32{137}, all)...)
 }
 
 // series has a number of each cycle, by what it counts.
@@ -148,7 +148,7 @@ func (s *scenario) size(dir string) (bytes int) {
 // shimNeeds gives what the one shim under test needs of the machine.
 func (s *scenario) shimNeeds() map[string]int {
 	s.Helper()
-	pids, err := s.bed.Pids(func(args []string) bool { return filepath.Base(args[0]) == "containerd-shim-kata-checkpoint-v2" })
+	pids, err := s.testbed.Pids(func(args []string) bool { return filepath.Base(args[0]) == "containerd-shim-kata-checkpoint-v2" })
 	s.check(err)
 	if len(pids) != 1 {
 		s.Fatalf("there are %d shims", len(pids))
@@ -161,7 +161,7 @@ func (s *scenario) shimNeeds() map[string]int {
 // agentNeeds gives what the agent needs of its guest.
 func (s *scenario) agentNeeds(sandbox string) map[string]int {
 	s.Helper()
-	return s.needs(s.inGuestOf(sandbox, findAgent+"while read -r line; do echo \"$line\"; done </proc/$agent/status"))
+	return s.needs(s.shellInGuestOf(sandbox, findAgent+"while read -r line; do echo \"$line\"; done </proc/$agent/status"))
 }
 
 // needs reads a process's status.
@@ -181,20 +181,20 @@ func (s *scenario) needs(status string) map[string]int {
 	return out
 }
 
-// account compares what there is after a step of a cycle and after that of a later one.
-type account struct {
-	after string
+// inventoryComparison compares what there is after a step of a cycle and after that of a later one.
+type inventoryComparison struct {
+	when  string
 	list  func() []string
 	first []string
 }
 
-// of looks at the step of a cycle, counted from 0, if it is one of the two.
-func (a *account) of(s *scenario, cycle, first, last int) {
+// compare looks at the step of a cycle, counted from 0, if it is one of the two.
+func (a *inventoryComparison) compare(s *scenario, cycle, first, last int) {
 	s.Helper()
 	switch cycle {
 	case first:
 		a.first = a.list()
-		defer s.step("listed what there is: %s", a.after)
+		defer s.step("listed what there is: %s", a.when)
 		// What is about to go must not stand for what the last cycle leaves.
 		if !s.eventually(settleTimeout, func() bool {
 			before := a.first
@@ -202,7 +202,7 @@ func (a *account) of(s *scenario, cycle, first, last int) {
 			return slices.Equal(before, a.first)
 		}) {
 			now := a.list()
-			s.Logf("%s, things keep changing: %q, %q", a.after, testbed.More(a.first, now), testbed.More(now, a.first))
+			s.Logf("%s, things keep changing: %q, %q", a.when, testbed.More(a.first, now), testbed.More(now, a.first))
 		}
 	case last:
 		var more []string
@@ -211,15 +211,15 @@ func (a *account) of(s *scenario, cycle, first, last int) {
 			return len(more) == 0
 		})
 		for _, item := range more {
-			s.Errorf("%s, there is more in cycle %d than in cycle %d: %s", a.after, last+1, first+1, item)
+			s.Errorf("%s, there is more in cycle %d than in cycle %d: %s", a.when, last+1, first+1, item)
 		}
-		s.Logf("%s, there were %d things", a.after, len(a.first))
+		s.Logf("%s, there were %d things", a.when, len(a.first))
 	}
 }
 
 func (s *scenario) hostInventory() []string {
 	s.Helper()
-	out, err := s.bed.Inventory(s.ids...)
+	out, err := s.testbed.Inventory(s.ids...)
 	s.check(err)
 	return withoutCounter(out)
 }
@@ -233,7 +233,7 @@ func withoutCounter(items []string) []string {
 
 func (s *scenario) guestInventory(sandbox client.Container) []string {
 	s.Helper()
-	out, err := s.bed.GuestInventory(s.ctx, sandbox.ID(), s.ids...)
+	out, err := s.testbed.GuestInventory(s.ctx, sandbox.ID(), s.ids...)
 	s.check(err)
 	return withoutCounter(out)
 }

@@ -17,11 +17,11 @@ func deadline(s *scenario) {
 	remembering := func(id, mib string) (client.Container, *engine.Run) {
 		c := s.create(engine.Container{ID: id, Args: []string{workload.Path, "memory", "--mib", mib, "--shm-mib", "0", "--every", "500ms"}})
 		run := s.run(c)
-		s.printed(run.Output, workload.Rounds, 2)
+		s.waitNumbers(run.Output, workload.Rounds, 2)
 		return c, run
 	}
 	c, run := remembering("large", "256")
-	took, err := s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, s.dir(), false) })
+	took, err := s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(s.ctx, run, s.dir(), false) })
 	s.check(err)
 	s.step("checkpointed, which took %s", took.Round(time.Millisecond))
 
@@ -31,39 +31,39 @@ func deadline(s *scenario) {
 	s.stopAt(written)
 	ctx, cancel := context.WithTimeout(s.ctx, 2*took+5*time.Second)
 	defer cancel()
-	took, err = s.while(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
+	took, err = s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
 	// containerd does not keep the kind of this error when it comes from a shim.
 	if err == nil || !strings.Contains(err.Error(), context.DeadlineExceeded.Error()) {
 		s.Errorf("a checkpoint for which there was no time ended after %s with: %v", took, err)
 	}
-	s.undone(run, dir)
-	if !s.eventually(settleTimeout, func() bool { return s.logged("checkpoint failed") }) {
+	s.checkUndone(run, dir)
+	if !s.eventually(settleTimeout, func() bool { return s.hasLogged("checkpoint failed") }) {
 		s.Error("the log has no word of the checkpoint that failed")
 	}
-	s.removed(c)
+	s.remove(c)
 
 	// The one of the configuration, in an operation that hangs.
 	const limit = 15 * time.Second // covers the start of the container, too
 	s.configure("checkpoint_timeout", limit.String())
 	_, run = remembering("small", "16")
 	s.stopAt("checkpoint-prepare")
-	took, err = s.while(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, true) })
+	took, err = s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, true) })
 	if err == nil || !strings.Contains(err.Error(), "checkpoint_timeout of "+limit.String()+" has run out") {
 		s.Errorf("a checkpoint that hangs ended after %s with: %v", took, err)
 	}
-	s.undone(run, dir)
+	s.checkUndone(run, dir)
 	s.check(s.engine.CheckpointTo(s.ctx, run, dir, true))
 	s.step("checkpointed after all")
-	s.ended(run, 137)
+	s.waitExit(run, 137)
 }
 
-// while asks for the state of a task while something is done, and says how long that took.
-func (s *scenario) while(run *engine.Run, do func() error) (time.Duration, error) {
+// pollStateDuring asks for the state of a task while something is done, and says how long that took.
+func (s *scenario) pollStateDuring(run *engine.Run, do func() error) (time.Duration, error) {
 	s.Helper()
 	begin, done := time.Now(), make(chan error, 1)
 	go func() { done <- do() }()
 	for n := 0; ; n++ {
-		s.calmly("state during a checkpoint", func() {
+		s.checkPrompt("state during a checkpoint", func() {
 			status, err := run.Status(s.ctx)
 			if err != nil || status.Status != client.Running && status.Status != client.Paused && status.Status != client.Stopped {
 				s.Errorf("state during a checkpoint: %v, error %v", status.Status, err)
@@ -80,14 +80,14 @@ func (s *scenario) while(run *engine.Run, do func() error) (time.Duration, error
 	}
 }
 
-// undone checks that a checkpoint that has failed has left nothing, and the container goes on.
-func (s *scenario) undone(run *engine.Run, dir string) {
+// checkUndone checks that a checkpoint that has failed has left nothing, and the container goes on.
+func (s *scenario) checkUndone(run *engine.Run, dir string) {
 	s.Helper()
-	at := len(s.numbers(run.Output, workload.Rounds))
-	s.consecutive(1, s.printed(run.Output, workload.Rounds, at+2))
-	s.status(run, client.Running)
-	s.empty(dir)
-	if left, err := s.bed.Exchanged("checkpoint-*"); err != nil || len(left) > 0 {
+	at := len(s.printedNumbers(run.Output, workload.Rounds))
+	s.checkConsecutive(1, s.waitNumbers(run.Output, workload.Rounds, at+2))
+	s.checkStatus(run, client.Running)
+	s.checkEmpty(dir)
+	if left, err := s.testbed.Exchanged("checkpoint-*"); err != nil || len(left) > 0 {
 		s.Errorf("there is %q, error %v", left, err)
 	}
 	s.step("it goes on")

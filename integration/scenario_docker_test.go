@@ -21,49 +21,49 @@ func dockerLife(s *scenario) {
 	d := s.docker()
 	volume := s.dir()
 	s.check(os.WriteFile(filepath.Join(volume, "healthy"), nil, 0o644))
-	id := d.container("counter", "--volume", volume+":/volume", "--health-cmd", "ls /volume/healthy", "--health-interval", "1s", "--health-timeout", "20s")
-	d.counts("counter", 5)
-	if out := d.ok("exec", "counter", "sh", "-c", "echo hello from $(hostname)"); out != "hello from "+id[:12] {
+	id := d.runCounter("counter", "--volume", volume+":/volume", "--health-cmd", "ls /volume/healthy", "--health-interval", "1s", "--health-timeout", "20s")
+	d.waitCount("counter", 5)
+	if out := d.mustRun("exec", "counter", "sh", "-c", "echo hello from $(hostname)"); out != "hello from "+id[:12] {
 		s.Errorf("exec prints %q", out)
 	}
-	d.healthy()
+	d.waitHealthy()
 	for _, checkpoint := range []string{"one", "two"} { // the second of a restored one
-		d.ok("exec", "counter", "sh", "-c", "echo before >/volume/"+checkpoint)
-		d.ok("checkpoint", "create", "counter", checkpoint)
-		d.is("exited 137")
+		d.mustRun("exec", "counter", "sh", "-c", "echo before >/volume/"+checkpoint)
+		d.mustRun("checkpoint", "create", "counter", checkpoint)
+		d.checkCounter("exited 137")
 		d.startFrom(checkpoint)
-		d.is("running 0")
-		at := d.counts("counter", 5)
-		d.counts("counter", at+5)
-		if out := d.ok("exec", "counter", "cat", "/proc/1/comm", "/volume/"+checkpoint); out != "workload\nbefore" {
+		d.checkCounter("running 0")
+		at := d.waitCount("counter", 5)
+		d.waitCount("counter", at+5)
+		if out := d.mustRun("exec", "counter", "cat", "/proc/1/comm", "/volume/"+checkpoint); out != "workload\nbefore" {
 			s.Errorf("the restored container prints %q", out)
 		}
-		d.healthy()
+		d.waitHealthy()
 		s.step("checkpointed, restored, and counts on")
 	}
 	// docker looks whether a name is taken before it asks for a checkpoint.
-	if out, err := d.try("checkpoint", "create", "counter", "two"); err == nil || !strings.Contains(out, "already exists") {
+	if out, err := d.tryRun("checkpoint", "create", "counter", "two"); err == nil || !strings.Contains(out, "already exists") {
 		s.Errorf("a second checkpoint of one name: %v\n%s", err, out)
 	}
-	d.is("running 0")
-	if out := d.ok("checkpoint", "ls", "counter"); !strings.Contains(out, "one") || !strings.Contains(out, "two") {
+	d.checkCounter("running 0")
+	if out := d.mustRun("checkpoint", "ls", "counter"); !strings.Contains(out, "one") || !strings.Contains(out, "two") {
 		s.Errorf("docker checkpoint ls prints %q", out)
 	}
-	d.ok("stop", "--time", "5", "counter")
-	d.is("exited 2") // Go's way to end a first process by SIGTERM, which no signal kills from within
-	d.ok("rm", "counter")
+	d.mustRun("stop", "--time", "5", "counter")
+	d.checkCounter("exited 2") // Go's way to end a first process by SIGTERM, which no signal kills from within
+	d.mustRun("rm", "counter")
 	s.step("stopped and removed")
 
-	d.container("stays", "--annotation", "kata-checkpoint.dev/after=leave-running")
-	at := d.counts("stays", 5)
-	d.ok("checkpoint", "create", "--leave-running", "stays", "one")
-	d.counts("stays", at+5)
-	if out := d.ok("inspect", "--format", "{{.State.Status}}", "stays"); out != "running" {
+	d.runCounter("stays", "--annotation", "kata-checkpoint.dev/after=leave-running")
+	at := d.waitCount("stays", 5)
+	d.mustRun("checkpoint", "create", "--leave-running", "stays", "one")
+	d.waitCount("stays", at+5)
+	if out := d.mustRun("inspect", "--format", "{{.State.Status}}", "stays"); out != "running" {
 		s.Errorf("after a checkpoint that leaves it running it is %s", out)
 	}
 	s.step("checkpointed, and left running")
-	d.ok("rm", "--force", "stays")
-	if out := d.ok("ps", "--all", "--quiet"); out != "" {
+	d.mustRun("rm", "--force", "stays")
+	if out := d.mustRun("ps", "--all", "--quiet"); out != "" {
 		s.Errorf("there is %q left", out)
 	}
 }
@@ -80,21 +80,21 @@ func (s *scenario) docker() *docker {
 	}
 	program, daemon, err := p.Docker(s.ctx)
 	s.check(err)
-	dir := filepath.Join(s.bed.Dir, "docker")
+	dir := filepath.Join(s.testbed.Dir, "docker")
 	host := "unix://" + filepath.Join(dir, "docker.sock")
 	// Of the machine's network it touches nothing.
-	log := s.daemon(dir, daemon, "--experimental", "--containerd", s.bed.Address, "--host", host, "--data-root", filepath.Join(dir, "data"),
+	log := s.startDaemon(dir, daemon, "--experimental", "--containerd", s.testbed.Address, "--host", host, "--data-root", filepath.Join(dir, "data"),
 		"--exec-root", filepath.Join(dir, "run"), "--pidfile", filepath.Join(dir, "pid"),
 		"--bridge", "none", "--iptables=false", "--ip6tables=false", "--userland-proxy=false")
 	d := &docker{command{scenario: s, program: program, options: []string{"--host", host}}}
 	if !s.eventually(dockerStart, func() bool {
-		_, err := d.try("version")
+		_, err := d.tryRun("version")
 		return err == nil
 	}) {
 		said, _ := os.ReadFile(log)
 		s.Fatalf("dockerd does not serve:\n%s", said)
 	}
-	s.later(func() error {
+	s.afterContainers(func() error {
 		ctx := context.WithoutCancel(s.ctx)
 		left, err := d.run(ctx, "ps", "--all", "--quiet")
 		if ids := strings.Fields(left); err == nil && len(ids) > 0 { // the scenario has failed
@@ -104,17 +104,17 @@ func (s *scenario) docker() *docker {
 	})
 	image, err := p.WorkloadImage(s.ctx, p.Bin("workload"), workload.Path)
 	s.check(err)
-	d.ok("load", "--input", image)
+	d.mustRun("load", "--input", image)
 	s.step("dockerd serves")
 	return d
 }
 
-// container runs a counter and gives its id.
-func (d *docker) container(name string, options ...string) string {
+// runCounter runs a counter and gives its id.
+func (d *docker) runCounter(name string, options ...string) string {
 	d.Helper()
 	args := append([]string{"run", "--detach", "--name", name, "--runtime", testbed.Runtime, "--network", "none", "--pull", "never"}, options...)
-	id := d.ok(append(args, parts.WorkloadImageName, workload.Path, "counter")...)
-	d.owns(id)
+	id := d.mustRun(append(args, parts.WorkloadImageName, workload.Path, "counter")...)
+	d.adopt(id)
 	d.step("docker run %s", name)
 	return id
 }
@@ -123,34 +123,34 @@ func (d *docker) container(name string, options ...string) string {
 // checkpoint is still there: until containerd's next garbage collection.
 func (d *docker) startFrom(checkpoint string) {
 	d.Helper()
-	out, err := d.try("start", "--checkpoint", checkpoint, "counter")
+	out, err := d.tryRun("start", "--checkpoint", checkpoint, "counter")
 	if err != nil && strings.Contains(out, "already exists") {
 		d.ctr("content", "prune", "references")
-		out, err = d.try("start", "--checkpoint", checkpoint, "counter")
+		out, err = d.tryRun("start", "--checkpoint", checkpoint, "counter")
 	}
 	if err != nil {
 		d.Fatalf("docker start --checkpoint %s: %v\n%s", checkpoint, err, out)
 	}
 }
 
-// is checks what docker shows of the counter. That a container has ended docker hears a moment later than who has ended it.
-func (d *docker) is(want string) {
+// checkCounter checks what docker shows of the counter. That a container has ended docker hears a moment later than who has ended it.
+func (d *docker) checkCounter(want string) {
 	d.Helper()
 	var have string
 	if !d.eventually(settleTimeout, func() bool {
-		have = d.ok("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "counter")
+		have = d.mustRun("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "counter")
 		return have == want
 	}) {
 		d.Errorf("docker shows the counter as %q, not %q", have, want)
 	}
 }
 
-// healthy waits until docker's check has found the counter so.
-func (d *docker) healthy() {
+// waitHealthy waits until docker's check has found the counter so.
+func (d *docker) waitHealthy() {
 	d.Helper()
 	var have string
 	if !d.eventually(answerTimeout, func() bool {
-		have = d.ok("inspect", "--format", "{{.State.Health.Status}}", "counter")
+		have = d.mustRun("inspect", "--format", "{{.State.Health.Status}}", "counter")
 		return have == "healthy"
 	}) {
 		d.Errorf("docker shows the counter as %s", have)

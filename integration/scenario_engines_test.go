@@ -21,15 +21,15 @@ import (
 func workPath(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "lock"}})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 2)
+	s.waitNumbers(first.Output, workload.Rounds, 2)
 
 	dir, work := s.dir(), filepath.Join(s.dir(), "work")
-	s.refuses("a file lock", first, s.dir(), "holds a file lock")
-	s.goesOn(first)
+	s.checkRefused("a file lock", first, s.dir(), "holds a file lock")
+	s.checkKeepsRunning(first)
 	options := &runcoptions.CheckpointOptions{Exit: true, WorkPath: work, FileLocks: true, ExternalUnixSockets: true, CgroupsMode: "ignore"}
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, options))
 	s.step("checkpointed with a work path")
-	s.ended(first, 137)
+	s.waitExit(first, 137)
 	for _, name := range []string{"dump.log", "stats-dump"} {
 		if info, err := os.Stat(filepath.Join(work, name)); err != nil || info.Size() == 0 {
 			s.Errorf("%s in the work path: %v", name, err)
@@ -46,15 +46,15 @@ func workPath(s *scenario) {
 		s.Errorf("the manifest has the options %v", o)
 	}
 
-	before := s.numbers(first.Output, workload.Rounds)
+	before := s.printedNumbers(first.Output, workload.Rounds)
 	restored := s.restore(c, dir)
 	// The program ends when its lock is gone.
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 5)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 5)...))
+	s.checkOtherVM(first, restored)
 
 	// By the binary, and without an end.
 	work = s.dir()
-	s.ctr("task", "checkpoint", "--image-path", s.dir(), "--work-path", work, s.counting().ID())
+	s.ctr("task", "checkpoint", "--image-path", s.dir(), "--work-path", work, s.startCounter().ID())
 	if _, err := os.Stat(filepath.Join(work, "dump.log")); err != nil {
 		s.Error(err)
 	}
@@ -66,25 +66,25 @@ func annotationLeaveRunning(s *scenario) {
 	c.Annotations = map[string]string{annotations.AfterKey: "leave-running"}
 	container := s.create(c)
 	run := s.run(container)
-	s.printed(run.Output, workload.Ticks, 5)
+	s.waitNumbers(run.Output, workload.Ticks, 5)
 	s.check(s.engine.CheckpointByDefault(s.ctx, run, s.dir()))
 	s.step("checkpointed as nerdctl does")
-	s.goesOn(run)
+	s.checkKeepsRunning(run)
 	dir := s.dir()
 	s.ctr("task", "checkpoint", "--exit", "--image-path", dir, container.ID())
-	s.goesOn(run)
-	s.life(container, "paused", "checkpointed", "resumed", "paused", "checkpointed "+dir, "resumed")
-	s.exits(container)
-	s.removed(container)
+	s.checkKeepsRunning(run)
+	s.checkStateEvents(container, "paused", "checkpointed", "resumed", "paused", "checkpointed "+dir, "resumed")
+	s.checkExitEvents(container)
+	s.remove(container)
 
 	// The CRI sends no options either, and its containers go on without an annotation.
-	container = s.pod().create(counter("cri"))
+	container = s.startPod().create(counter("cri"))
 	run = s.run(container)
-	s.printed(run.Output, workload.Ticks, 5)
+	s.waitNumbers(run.Output, workload.Ticks, 5)
 	s.check(s.engine.CheckpointByDefault(s.ctx, run, s.dir()))
-	s.goesOn(run)
-	s.life(container, "paused", "checkpointed", "resumed")
-	s.exits(container)
+	s.checkKeepsRunning(run)
+	s.checkStateEvents(container, "paused", "checkpointed", "resumed")
+	s.checkExitEvents(container)
 }
 
 // nerdctlDefaultStops: `nerdctl checkpoint create` without a flag stops a container, and `nerdctl start --checkpoint` brings it back, again and
@@ -95,23 +95,23 @@ func nerdctlDefaultStops(s *scenario) {
 	run := s.run(c)
 	var all []int
 	for _, name := range []string{"one", "two"} {
-		s.printed(run.Output, workload.Ticks, 5)
+		s.waitNumbers(run.Output, workload.Ticks, 5)
 		dir := filepath.Join(checkpoints, name)
 		s.check(os.Mkdir(dir, 0o700))
 		s.check(s.engine.CheckpointByDefault(s.ctx, run, dir))
 		s.step("checkpointed as nerdctl does")
 		// It is shown as exited until nerdctl deletes the task, when the container starts again.
-		s.status(run, client.Stopped)
-		s.ended(run, 137)
-		all = append(all, s.numbers(run.Output, workload.Ticks)...)
+		s.checkStatus(run, client.Stopped)
+		s.waitExit(run, 137)
+		all = append(all, s.printedNumbers(run.Output, workload.Ticks)...)
 		before := run
 		run = s.restore(c, dir)
-		s.printed(run.Output, workload.Ticks, 3)
-		s.movedOn(before, run)
+		s.waitNumbers(run.Output, workload.Ticks, 3)
+		s.checkOtherVM(before, run)
 	}
-	s.consecutive(1, append(all, s.printed(run.Output, workload.Ticks, 5)...))
-	s.life(c, "paused", "checkpointed", "paused", "checkpointed")
-	s.exits(c, 137, 137)
+	s.checkConsecutive(1, append(all, s.waitNumbers(run.Output, workload.Ticks, 5)...))
+	s.checkStateEvents(c, "paused", "checkpointed", "paused", "checkpointed")
+	s.checkExitEvents(c, 137, 137)
 }
 
 // ctrImageRoundtrip: a checkpoint by the binary into an image of containerd's store survives its container, and a container of another name
@@ -119,13 +119,13 @@ func nerdctlDefaultStops(s *scenario) {
 func ctrImageRoundtrip(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 	const reference = "checkpoint.test/roundtrip:latest"
 	s.ctr("containers", "checkpoint", "--rw", "--task", c.ID(), reference)
-	s.goesOn(first)
-	s.life(c, "paused", "checkpointed", "resumed")
-	at := len(s.numbers(first.Output, workload.Ticks))
-	s.removed(c)
+	s.checkKeepsRunning(first)
+	s.checkStateEvents(c, "paused", "checkpointed", "resumed")
+	at := len(s.printedNumbers(first.Output, workload.Ticks))
+	s.remove(c)
 
 	id := s.id("other")
 	s.ctr("containers", "restore", "--rw", "--live", id, reference)
@@ -135,33 +135,33 @@ func ctrImageRoundtrip(s *scenario) {
 	task, err := restored.Task(s.ctx, cio.NewAttach(cio.WithStreams(nil, out, nil)))
 	s.check(err)
 	run := &engine.Run{Task: task, Output: out}
-	s.status(run, client.Running)
+	s.checkStatus(run, client.Running)
 	// The counter ends when the numbers in its memory and in its files do not agree.
-	after := s.printed(out, workload.Ticks, 5)
-	s.consecutive(after[0], after)
+	after := s.waitNumbers(out, workload.Ticks, 5)
+	s.checkConsecutive(after[0], after)
 	if last := after[0] - 1; last < 5 || last > at {
 		s.Errorf("the restored counter goes on after %d; the first one had come to %d", last, at)
 	}
-	if boot := s.sh(run, "cat /proc/sys/kernel/random/boot_id"); boot[0] == s.boot(first) {
+	if boot := s.shell(run, "cat /proc/sys/kernel/random/boot_id"); boot[0] == s.bootID(first) {
 		s.Errorf("restored in the same boot %s", boot)
 	}
 	s.check(task.Kill(s.ctx, 9))
 	_, err = task.Delete(s.ctx, client.WithProcessKill) // with the named pipes that ctr made
 	s.check(err)
-	s.exits(restored, 137)
+	s.checkExitEvents(restored, 137)
 	s.ctr("images", "rm", reference)
 }
 
-// counting runs another counter.
-func (s *scenario) counting() client.Container {
+// startCounter runs another counter.
+func (s *scenario) startCounter() client.Container {
 	s.Helper()
 	c := s.create(counter("counting"))
-	s.printed(s.run(c).Output, workload.Ticks, 2)
+	s.waitNumbers(s.run(c).Output, workload.Ticks, 2)
 	return c
 }
 
-// life checks what containerd has reported of a container but its exits, in order. A path that is not given may be any.
-func (s *scenario) life(c client.Container, want ...string) {
+// checkStateEvents checks what containerd has reported of a container but its exits, in order. A path that is not given may be any.
+func (s *scenario) checkStateEvents(c client.Container, want ...string) {
 	s.Helper()
 	fits := func(have, want string) bool {
 		return have == want || want == "checkpointed" && strings.HasPrefix(have, "checkpointed /")

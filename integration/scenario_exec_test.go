@@ -22,83 +22,83 @@ func lifecycleAfterRestore(s *scenario) {
 	stderr := engine.NewOutput()
 	first, err := s.engine.With(engine.Streams{Stderr: stderr}).Start(s.ctx, c)
 	s.check(err)
-	s.printed(first.Output, workload.Rounds, 3)
-	view := s.view(first)
+	s.waitNumbers(first.Output, workload.Rounds, 3)
+	view := s.execView(first)
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Rounds)
-	errorsBefore := s.numbers(stderr, workload.Rounds)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Rounds)
+	errorsBefore := s.printedNumbers(stderr, workload.Rounds)
 
 	// One that gets all execs, and then a SIGTERM, which the workload handles. All are in the VM of one pod, next to each other.
-	pod := s.pod()
+	pod := s.startPod()
 	c = pod.create(engine.Container{ID: "handles", Args: []string{workload.Path, "obedient"}})
 	stderr = engine.NewOutput()
 	restored, err := s.engine.With(engine.Streams{Stderr: stderr}).Restore(s.ctx, c, dir)
 	s.check(err)
 	s.step("restored")
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 3)...))
-	s.consecutive(1, append(errorsBefore, s.printed(stderr, workload.Rounds, 3)...))
-	s.status(restored, client.Running)
-	s.statistics(restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 3)...))
+	s.checkConsecutive(1, append(errorsBefore, s.waitNumbers(stderr, workload.Rounds, 3)...))
+	s.checkStatus(restored, client.Running)
+	s.checkStatistics(restored)
 	if pids, err := restored.Pids(s.ctx); err != nil || len(pids) == 0 {
 		s.Errorf("pids: %v, error %v", pids, err)
 	}
-	if have := s.view(restored); !slices.Equal(have, view) {
+	if have := s.execView(restored); !slices.Equal(have, view) {
 		s.Errorf("an exec sees\n%s\nafter the restore, and before the checkpoint\n%s", strings.Join(have, "\n"), strings.Join(view, "\n"))
 	}
-	s.execStreams(restored)
+	s.checkExecStreams(restored)
 	s.step("streams of execs")
-	s.execIdentity(restored)
+	s.checkExecIdentity(restored)
 	s.step("identity of execs")
-	s.execNamespaces(restored)
-	s.execTerminal(restored)
+	s.checkExecNamespaces(restored)
+	s.checkExecTerminal(restored)
 	s.step("terminal of an exec")
 	s.check(restored.Kill(s.ctx, syscall.SIGTERM))
-	s.says(restored.Output, 0, workload.TerminatedLine)
-	s.ended(restored, workload.TerminatedStatus)
-	s.exits(c, workload.TerminatedStatus)
+	s.waitLine(restored.Output, 0, workload.TerminatedLine)
+	s.waitExit(restored, workload.TerminatedStatus)
+	s.checkExitEvents(c, workload.TerminatedStatus)
 
 	// One that comes to ignore SIGTERM. Kata kills a first process that does not catch it.
 	c = pod.create(engine.Container{ID: "ignores", Args: []string{workload.Path, "obedient"}})
 	restored = s.restore(c, dir)
-	s.tell(restored, "ignore")
-	s.says(restored.Output, 0, workload.IgnoringLine)
+	s.sendCommand(restored, "ignore")
+	s.waitLine(restored.Output, 0, workload.IgnoringLine)
 	s.check(restored.Kill(s.ctx, syscall.SIGTERM))
-	s.ended(restored, 137)
-	s.exits(c, 137)
+	s.waitExit(restored, 137)
+	s.checkExitEvents(c, 137)
 
 	c = pod.create(engine.Container{ID: "killed", Args: []string{workload.Path, "obedient"}})
 	restored = s.restore(c, dir)
-	s.printed(restored.Output, workload.Rounds, 1)
+	s.waitNumbers(restored.Output, workload.Rounds, 1)
 	s.check(restored.Kill(s.ctx, syscall.SIGKILL))
 	status, err := restored.Exit(s.ctx)
 	s.check(err)
-	s.status(restored, client.Stopped)
+	s.checkStatus(restored, client.Stopped)
 	if status != 137 {
 		s.Errorf("killed, and the status is %d", status)
 	}
 	_, err = restored.Delete(s.ctx)
 	s.check(err)
-	s.exits(c, 137)
+	s.checkExitEvents(c, 137)
 
 	c = pod.create(engine.Container{ID: "ends", Args: []string{workload.Path, "obedient"}})
 	restored = s.restore(c, dir)
-	s.tell(restored, "exit 44")
-	s.ended(restored, 44)
-	s.exits(c, 44)
+	s.sendCommand(restored, "exit 44")
+	s.waitExit(restored, 44)
+	s.checkExitEvents(c, 44)
 }
 
-// tell gives a command to obedient.
-func (s *scenario) tell(run *engine.Run, command string) {
+// sendCommand gives a command to obedient.
+func (s *scenario) sendCommand(run *engine.Run, command string) {
 	s.Helper()
-	s.sh(run, fmt.Sprintf("echo %s >/var/tmp/command.new && mv /var/tmp/command.new /var/tmp/command", command))
+	s.shell(run, fmt.Sprintf("echo %s >/var/tmp/command.new && mv /var/tmp/command.new /var/tmp/command", command))
 }
 
-// view gives what an exec sees of a container that no restore may change. No-new-privileges is not in it: Kata's Go shim loses it
+// execView gives what an exec sees of a container that no restore may change. No-new-privileges is not in it: Kata's Go shim loses it
 // (src/runtime/virtcontainers/kata_agent.go, cmdToKataProcess), and an exec into a restored container has what was asked for.
-func (s *scenario) view(run *engine.Run) []string {
+func (s *scenario) execView(run *engine.Run) []string {
 	s.Helper()
-	lines := s.sh(run, `
+	lines := s.shell(run, `
 		ps -o pid,user,args | grep -v -e ' ps ' -e ' sh ' -e ' grep ' -e ' tr ' | tr -s ' '
 		echo limits $(tail -n +2 /proc/1/limits | md5sum)
 		grep -e Cap -e Groups /proc/self/status
@@ -110,8 +110,8 @@ func (s *scenario) view(run *engine.Run) []string {
 	return lines
 }
 
-// statistics checks that containerd gets them, and that they are of the restored processes.
-func (s *scenario) statistics(run *engine.Run) {
+// checkStatistics checks that containerd gets them, and that they are of the restored processes.
+func (s *scenario) checkStatistics(run *engine.Run) {
 	s.Helper()
 	memory := func() (cpu, memory, pids uint64) {
 		metric, err := run.Metrics(s.ctx)
@@ -141,32 +141,32 @@ func (s *scenario) statistics(run *engine.Run) {
 	}
 }
 
-// execStreams checks exit statuses, signals, stdin, stdout and stderr of execs.
-func (s *scenario) execStreams(run *engine.Run) {
+// checkExecStreams checks exit statuses, signals, stdin, stdout and stderr of execs.
+func (s *scenario) checkExecStreams(run *engine.Run) {
 	s.Helper()
-	p := s.begin(run, engine.Command{Args: []string{"sh", "-c", "echo out; echo err >&2; exit 7"}})
-	s.exit(p, 7)
-	s.prints("stdout", p.Stdout, "out")
-	s.prints("stderr", p.Stderr, "err")
+	p := s.startExec(run, engine.Command{Args: []string{"sh", "-c", "echo out; echo err >&2; exit 7"}})
+	s.waitExecExit(p, 7)
+	s.checkOutput("stdout", p.Stdout, "out")
+	s.checkOutput("stderr", p.Stderr, "err")
 
-	p = s.begin(run, engine.Command{Args: []string{"cat"}, Stdin: strings.NewReader("one\ntwo\n")})
-	s.exit(p, 0)
-	s.prints("cat", p.Stdout, "one", "two")
+	p = s.startExec(run, engine.Command{Args: []string{"cat"}, Stdin: strings.NewReader("one\ntwo\n")})
+	s.waitExecExit(p, 0)
+	s.checkOutput("cat", p.Stdout, "one", "two")
 
-	p = s.begin(run, engine.Command{Args: []string{"sh", "-c", "kill -9 $$"}})
-	s.exit(p, 137)
+	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "kill -9 $$"}})
+	s.waitExecExit(p, 137)
 
-	p = s.begin(run, engine.Command{Args: []string{"sh", "-c", `trap "exit 9" TERM; echo ready; while :; do sleep 0.05; done`}})
-	s.says(p.Stdout, 0, "ready")
+	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", `trap "exit 9" TERM; echo ready; while :; do sleep 0.05; done`}})
+	s.waitLine(p.Stdout, 0, "ready")
 	s.check(p.Kill(s.ctx, syscall.SIGTERM))
-	s.exit(p, 9)
+	s.waitExecExit(p, 9)
 
-	p = s.begin(run, engine.Command{Args: []string{"sh", "-c", `echo $$; exec sleep 1000`}})
+	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", `echo $$; exec sleep 1000`}})
 	s.check(p.Stdout.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) == 1, nil }))
 	pid := p.Stdout.Lines()[0]
 	s.check(p.Kill(s.ctx, syscall.SIGKILL))
-	s.exit(p, 137)
-	s.sh(run, "while [ -e /proc/"+pid+" ]; do sleep 0.05; done") // ended, and reaped
+	s.waitExecExit(p, 137)
+	s.shell(run, "while [ -e /proc/"+pid+" ]; do sleep 0.05; done") // ended, and reaped
 
 	p, err := s.engine.Add(s.ctx, run, engine.Command{ID: "no-such-program", Args: []string{"/no/such/program"}})
 	s.check(err)
@@ -179,10 +179,10 @@ func (s *scenario) execStreams(run *engine.Run) {
 	s.check(err)
 }
 
-// execIdentity checks all that an exec's caller can say of its process.
-func (s *scenario) execIdentity(run *engine.Run) {
+// checkExecIdentity checks all that an exec's caller can say of its process.
+func (s *scenario) checkExecIdentity(run *engine.Run) {
 	s.Helper()
-	p := s.begin(run, engine.Command{
+	p := s.startExec(run, engine.Command{
 		Args: []string{"sh", "-c", `
 			echo user $(id -u) group $(id -g) groups $(id -G)
 			echo cwd $(pwd) env $GREETING
@@ -198,41 +198,41 @@ func (s *scenario) execIdentity(run *engine.Run) {
 			p.Capabilities = &specs.LinuxCapabilities{Bounding: []string{"CAP_CHOWN", "CAP_KILL"}, Effective: one, Permitted: one, Inheritable: one, Ambient: one}
 		},
 	})
-	s.exit(p, 0)
-	s.prints("identity", p.Stdout, "user 1000 group 1000 groups 1000 2000", "cwd /home/user env hello there", "files 123",
+	s.waitExecExit(p, 0)
+	s.checkOutput("identity", p.Stdout, "user 1000 group 1000 groups 1000 2000", "cwd /home/user env hello there", "files 123",
 		"CapInh:\t0000000000000001", "CapPrm:\t0000000000000001", "CapEff:\t0000000000000001", "CapBnd:\t0000000000000021",
 		"CapAmb:\t0000000000000001", "NoNewPrivs:\t1")
 }
 
-// execNamespaces checks that an exec is in the workload's own namespaces, and not in those that Kata knows.
-func (s *scenario) execNamespaces(run *engine.Run) {
+// checkExecNamespaces checks that an exec is in the workload's own namespaces, and not in those that Kata knows.
+func (s *scenario) checkExecNamespaces(run *engine.Run) {
 	s.Helper()
-	for _, line := range s.sh(run, `cd /proc/1/ns; for n in cgroup ipc mnt net pid time user uts; do echo $n $(readlink $n) $(readlink /proc/self/ns/$n); done`) {
+	for _, line := range s.shell(run, `cd /proc/1/ns; for n in cgroup ipc mnt net pid time user uts; do echo $n $(readlink $n) $(readlink /proc/self/ns/$n); done`) {
 		if f := strings.Fields(line); len(f) != 3 || f[1] != f[2] {
 			s.Errorf("an exec's namespaces: %q", line)
 		}
 	}
 	// Each container sees its own cgroup as the root, restored or not.
-	if have := s.sh(run, "cat /proc/1/cgroup /proc/self/cgroup | sort -u"); !slices.Equal(have, []string{"0::/"}) {
+	if have := s.shell(run, "cat /proc/1/cgroup /proc/self/cgroup | sort -u"); !slices.Equal(have, []string{"0::/"}) {
 		s.Errorf("an exec and the first process are in the cgroups %q", have)
 	}
-	if have := s.sh(run, "tr '\\0' ' ' </proc/1/cmdline"); !slices.Equal(have, []string{workload.Path + " obedient "}) {
+	if have := s.shell(run, "tr '\\0' ' ' </proc/1/cmdline"); !slices.Equal(have, []string{workload.Path + " obedient "}) {
 		s.Errorf("an exec's process 1 is %q", have)
 	}
 }
 
-// execTerminal checks a terminal: its size, that it is the controlling one, and what is typed.
-func (s *scenario) execTerminal(run *engine.Run) {
+// checkExecTerminal checks a terminal: its size, that it is the controlling one, and what is typed.
+func (s *scenario) checkExecTerminal(run *engine.Run) {
 	s.Helper()
-	keyboard := newKeyboard()
+	keyboard := newTerminalInput()
 	defer keyboard.Close()
-	p := s.begin(run, engine.Command{
+	p := s.startExec(run, engine.Command{
 		Args: []string{"sh", "-c", "echo ready >/dev/tty; read line; echo line $line; stty size; exit 5"}, Terminal: true, Stdin: keyboard,
 	})
-	s.says(p.Stdout, 0, "ready")
+	s.waitLine(p.Stdout, 0, "ready")
 	s.check(p.Resize(s.ctx, 132, 43))
-	keyboard.typed("hello\n")
-	s.says(p.Stdout, 0, "line hello")
-	s.says(p.Stdout, 0, "43 132")
-	s.exit(p, 5)
+	keyboard.send("hello\n")
+	s.waitLine(p.Stdout, 0, "line hello")
+	s.waitLine(p.Stdout, 0, "43 132")
+	s.waitExecExit(p, 5)
 }

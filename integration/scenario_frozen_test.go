@@ -17,28 +17,28 @@ import (
 func execRunningDuringCheckpoint(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 3)
-	p := s.begin(first, engine.Command{Args: []string{"sh", "-c", `i=0; while :; do i=$((i+1)); echo round $i; sleep 0.1; done`}})
-	s.printed(p.Stdout, workload.Rounds, 3)
+	s.waitNumbers(first.Output, workload.Ticks, 3)
+	p := s.startExec(first, engine.Command{Args: []string{"sh", "-c", `i=0; while :; do i=$((i+1)); echo round $i; sleep 0.1; done`}})
+	s.waitNumbers(p.Stdout, workload.Rounds, 3)
 
 	s.checkpoint(first, false)
-	at := len(s.numbers(p.Stdout, workload.Rounds))
-	s.consecutive(1, s.printed(p.Stdout, workload.Rounds, at+5))
-	ticks := len(s.numbers(first.Output, workload.Ticks))
-	s.printed(first.Output, workload.Ticks, ticks+3)
+	at := len(s.printedNumbers(p.Stdout, workload.Rounds))
+	s.checkConsecutive(1, s.waitNumbers(p.Stdout, workload.Rounds, at+5))
+	ticks := len(s.printedNumbers(first.Output, workload.Ticks))
+	s.waitNumbers(first.Output, workload.Ticks, ticks+3)
 	s.step("both go on")
 
 	dir := s.checkpoint(first, true)
 	// With the container, of which it is no part. Kata's shims end the VM without waiting until they know how an exec
 	// has ended: then nobody does.
-	s.exit(p, 137, client.UnknownExitStatus)
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExecExit(p, 137, client.UnknownExitStatus)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 3)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 3)...))
+	s.checkOtherVM(first, restored)
 	// The workload, and the script that counts.
-	if have := s.sh(restored, `cd /proc; for p in [0-9]*; do [ $p = $$ ] || tr '\0' ' ' <$p/cmdline; done 2>/dev/null; echo`); len(have) != 1 ||
+	if have := s.shell(restored, `cd /proc; for p in [0-9]*; do [ $p = $$ ] || tr '\0' ' ' <$p/cmdline; done 2>/dev/null; echo`); len(have) != 1 ||
 		strings.TrimSpace(have[0]) != workload.Path+" counter" {
 		s.Errorf("beside the exec that looks, there run %q", have)
 	}
@@ -48,26 +48,26 @@ func execRunningDuringCheckpoint(s *scenario) {
 func execWhileFrozen(s *scenario) {
 	const wait = 3 * time.Second
 	s.configure("exec_wait_timeout", wait.String())
-	pod := s.pod()
+	pod := s.startPod()
 	c := pod.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "0"}})
 	run := s.run(c)
 	other := pod.create(counter("other"))
 	next := s.run(other)
-	s.printed(run.Output, workload.Rounds, 1)
-	s.printed(next.Output, workload.Ticks, 1)
+	s.waitNumbers(run.Output, workload.Rounds, 1)
+	s.waitNumbers(next.Output, workload.Ticks, 1)
 
 	// One that comes during a pause starts with its end.
 	s.check(run.Pause(s.ctx))
 	started := make(chan error, 1)
-	p := s.add(run, "early", "echo", "done")
+	p := s.createExec(run, "early", "echo", "done")
 	go func() { started <- p.Start(s.ctx) }()
-	s.calmly("state of the paused container", func() { s.status(run, client.Paused) })
-	s.calmly("state of the other container", func() { s.status(next, client.Running) })
-	s.calmly("statistics of the other container", func() {
+	s.checkPrompt("state of the paused container", func() { s.checkStatus(run, client.Paused) })
+	s.checkPrompt("state of the other container", func() { s.checkStatus(next, client.Running) })
+	s.checkPrompt("statistics of the other container", func() {
 		_, err := next.Metrics(s.ctx)
 		s.check(err)
 	})
-	s.calmly("an exec in the other container", func() { s.sh(next, "true") })
+	s.checkPrompt("an exec in the other container", func() { s.shell(next, "true") })
 	select {
 	case err := <-started:
 		s.Fatalf("an exec was started in a frozen container (error %v)", err)
@@ -75,26 +75,26 @@ func execWhileFrozen(s *scenario) {
 	}
 	s.check(run.Resume(s.ctx))
 	s.check(<-started)
-	s.exit(p, 0)
-	s.prints("echo", p.Stdout, "done")
+	s.waitExecExit(p, 0)
+	s.checkOutput("echo", p.Stdout, "done")
 	s.step("an exec waited for the end of a pause")
 
 	// Those that start while a pause begins have started before it, or start after it.
 	for i := range 5 {
-		p := s.add(run, fmt.Sprintf("meanwhile-%d", i), "echo", "done")
+		p := s.createExec(run, fmt.Sprintf("meanwhile-%d", i), "echo", "done")
 		go func() { started <- p.Start(s.ctx) }()
 		s.check(run.Pause(s.ctx))
-		s.status(run, client.Paused)
+		s.checkStatus(run, client.Paused)
 		s.check(run.Resume(s.ctx))
 		s.check(<-started)
-		s.exit(p, 0)
-		s.prints("echo", p.Stdout, "done")
+		s.waitExecExit(p, 0)
+		s.checkOutput("echo", p.Stdout, "done")
 	}
 	s.step("execs started around pauses")
 
 	// One for which the pause is too long fails, and leaves nothing that is in the way of others.
 	s.check(run.Pause(s.ctx))
-	p = s.add(run, "late", "echo", "done")
+	p = s.createExec(run, "late", "echo", "done")
 	begin := time.Now()
 	err := p.Start(s.ctx)
 	took := time.Since(begin)
@@ -109,7 +109,7 @@ func execWhileFrozen(s *scenario) {
 	_, err = p.Delete(s.ctx, client.WithProcessKill)
 	s.check(err)
 	s.check(run.Resume(s.ctx))
-	s.sh(run, "true")
+	s.shell(run, "true")
 	s.step("an exec gave up")
 
 	// Probes, one after the other, while a checkpoint is made.
@@ -138,24 +138,24 @@ func execWhileFrozen(s *scenario) {
 	if n == 0 {
 		s.Error("there was no probe during the checkpoint")
 	}
-	s.printed(run.Output, workload.Rounds, len(s.numbers(run.Output, workload.Rounds))+2)
+	s.waitNumbers(run.Output, workload.Rounds, len(s.printedNumbers(run.Output, workload.Rounds))+2)
 	s.step("%d probes outlived a checkpoint", n)
 
 	// A paused container can be killed and deleted, with an exec that waits.
 	s.check(run.Pause(s.ctx))
-	p = s.add(run, "waiting", "true")
+	p = s.createExec(run, "waiting", "true")
 	go func() { started <- p.Start(s.ctx) }()
 	s.check(run.Kill(s.ctx, syscall.SIGKILL))
-	s.ended(run, 137)
+	s.waitExit(run, 137)
 	if err := <-started; err == nil {
 		s.Error("an exec was started in a container that was killed")
 	}
-	s.status(next, client.Running)
-	s.consecutive(1, s.printed(next.Output, workload.Ticks, len(s.numbers(next.Output, workload.Ticks))+3))
+	s.checkStatus(next, client.Running)
+	s.checkConsecutive(1, s.waitNumbers(next.Output, workload.Ticks, len(s.printedNumbers(next.Output, workload.Ticks))+3))
 }
 
-// add makes an exec that is not started yet.
-func (s *scenario) add(run *engine.Run, id string, args ...string) *engine.Process {
+// createExec makes an exec that is not started yet.
+func (s *scenario) createExec(run *engine.Run, id string, args ...string) *engine.Process {
 	s.Helper()
 	p, err := s.engine.Add(s.ctx, run, engine.Command{ID: id, Args: args})
 	s.check(err)
@@ -175,8 +175,8 @@ func (s *scenario) probe(run *engine.Run, n int) error {
 	return err
 }
 
-// calmly checks that something does not wait for a frozen container.
-func (s *scenario) calmly(what string, do func()) {
+// checkPrompt checks that something does not wait for a frozen container.
+func (s *scenario) checkPrompt(what string, do func()) {
 	s.Helper()
 	begin := time.Now()
 	do()

@@ -46,24 +46,24 @@ func hooksInSpec(s *scenario) {
 	container := s.create(c)
 	first := s.run(container)
 	hooks("createRuntime")
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 	images := s.dir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, first, images))
 	s.step("checkpointed as nerdctl does")
-	s.ended(first, 137)
+	s.waitExit(first, 137)
 	hooks("createRuntime", "poststop")
-	before := s.numbers(first.Output, workload.Ticks)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 
 	// nerdctl writes it anew at every start: the address is another.
 	write("10.4.0.33 restored\n")
 	restored := s.restore(container, images)
 	hooks("createRuntime", "poststop", "createRuntime")
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
-	s.movedOn(first, restored)
-	if lines := s.sh(restored, "cat /etc/hosts"); !slices.Equal(lines, []string{"10.4.0.33 restored"}) {
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
+	s.checkOtherVM(first, restored)
+	if lines := s.shell(restored, "cat /etc/hosts"); !slices.Equal(lines, []string{"10.4.0.33 restored"}) {
 		s.Errorf("/etc/hosts has %q", lines)
 	}
-	s.removed(container)
+	s.remove(container)
 	hooks("createRuntime", "poststop", "createRuntime", "poststop")
-	s.exits(container, 137, 137)
+	s.checkExitEvents(container, 137, 137)
 }

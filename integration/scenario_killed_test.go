@@ -68,8 +68,8 @@ func (t trial) String() string {
 	return phase + " " + t.victim
 }
 
-// lives says whether the container is to outlive the victim.
-func (t trial) lives() bool { return t.victim == "agent" || t.victim == "criu" }
+// containerSurvives says whether the container is to outlive the victim.
+func (t trial) containerSurvives() bool { return t.victim == "agent" || t.victim == "criu" }
 
 func trials(operation string, way testbed.Way) []trial {
 	var out []trial
@@ -104,37 +104,37 @@ type killer struct {
 // the next one works.
 func killed(s *scenario) {
 	k := &killer{scenario: s, targets: s.dir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
-	k.alive()
+	k.ensureRunning()
 	k.whole = filepath.Join(k.targets, "whole")
 	s.check(os.Mkdir(k.whole, 0o700))
-	s.check(s.ask(k.run, k.whole))
+	s.check(s.requestCheckpoint(k.run, k.whole))
 
-	for i, t := range trials("checkpoint", s.bed.Way) {
+	for i, t := range trials("checkpoint", s.testbed.Way) {
 		k.checkpoint(i, t)
 	}
 	if k.run != nil {
-		k.end()
+		k.endTask()
 	}
-	for _, t := range trials("restore", s.bed.Way) {
+	for _, t := range trials("restore", s.testbed.Way) {
 		k.restore(t)
 	}
 	restored := s.restore(k.c, k.whole)
-	s.printed(restored.Output, workload.Rounds, 2)
+	s.waitNumbers(restored.Output, workload.Rounds, 2)
 	s.step("what was checkpointed before all that is restored")
 }
 
-// alive makes sure that the container runs.
-func (k *killer) alive() {
+// ensureRunning makes sure that the container runs.
+func (k *killer) ensureRunning() {
 	k.Helper()
 	if k.run == nil {
 		k.run = k.scenario.run(k.c)
-		k.printed(k.run.Output, workload.Rounds, 1)
+		k.waitNumbers(k.run.Output, workload.Rounds, 1)
 	}
 }
 
 // checkpoint is one with a kill in between.
 func (k *killer) checkpoint(i int, t trial) {
-	k.alive()
+	k.ensureRunning()
 	dir := k.whole
 	if i%2 == 1 {
 		dir = filepath.Join(k.targets, fmt.Sprint(i))
@@ -148,40 +148,40 @@ func (k *killer) checkpoint(i int, t trial) {
 			answer <- k.engine.CheckpointTo(k.ctx, k.run, dir, false) // with a pause of its own
 			return
 		}
-		answer <- k.ask(k.run, dir)
+		answer <- k.requestCheckpoint(k.run, dir)
 	}()
 	k.reach(t, answer)
 	k.kill(t)
-	err := k.answered(t, answer)
-	if t.lives() {
-		k.livesOn(t, err)
+	err := k.waitAnswer(t, answer)
+	if t.containerSurvives() {
+		k.checkSurvives(t, err)
 	} else {
-		k.ends(t, ours)
+		k.checkTaskEnds(t, ours)
 	}
-	k.holdsNoHalf(t, dir, err == nil || dir == k.whole)
+	k.checkWholeOrNothing(t, dir, err == nil || dir == k.whole)
 	k.step("%s: %v", t, err)
 }
 
-// livesOn checks a container of which only a helper was killed.
-func (k *killer) livesOn(t trial, err error) {
+// checkSurvives checks a container of which only a helper was killed.
+func (k *killer) checkSurvives(t trial, err error) {
 	if err != nil && !strings.Contains(strings.ToLower(err.Error()), t.victim) {
 		k.Errorf("%s: the error does not name it: %v", t, err)
 	}
 	if err == nil && t.victim == "criu" {
 		k.Errorf("%s: the checkpoint was made without it", t)
 	}
-	k.goesOn(k.run)
+	k.checkKeepsRunning(k.run)
 	if t.midway { // elsewhere the next trial sees to it
-		if err := k.ask(k.run, k.whole); err != nil {
+		if err := k.requestCheckpoint(k.run, k.whole); err != nil {
 			k.Errorf("%s: the next checkpoint: %v", t, err)
 		}
-		k.goesOn(k.run)
+		k.checkKeepsRunning(k.run)
 	}
 	// An agent that is started again has a container of its own for a while.
 	var left []string
 	if !k.eventually(settleTimeout, func() bool {
 		var err error
-		left, err = filepath.Glob(filepath.Join(k.bed.Dir, "state/*/*/[^.]*"))
+		left, err = filepath.Glob(filepath.Join(k.testbed.Dir, "state/*/*/[^.]*"))
 		k.check(err)
 		return len(left) == 0
 	}) {
@@ -189,8 +189,8 @@ func (k *killer) livesOn(t trial, err error) {
 	}
 }
 
-// ends checks that the task is over and leaves nothing, and that containerd can delete it.
-func (k *killer) ends(t trial, sockets []string) {
+// checkTaskEnds checks that the task is over and leaves nothing, and that containerd can delete it.
+func (k *killer) checkTaskEnds(t trial, sockets []string) {
 	if k.run != nil {
 		var status client.Status
 		var err error
@@ -216,7 +216,7 @@ func (k *killer) ends(t trial, sockets []string) {
 		k.Errorf("%s: delete the task: %v", t, err)
 	}
 	k.run = nil
-	left := k.bedResidue()
+	left := k.settledResidue()
 	for _, path := range sockets {
 		if _, err := os.Lstat(path); err == nil {
 			left = append(left, "socket "+path)
@@ -226,13 +226,13 @@ func (k *killer) ends(t trial, sockets []string) {
 		k.Errorf("%s: there is left %q", t, left)
 	}
 	// What the killed one could not take away itself.
-	for _, path := range k.stops() {
+	for _, path := range k.stopFiles() {
 		k.check(os.Remove(path))
 	}
 }
 
-// end ends the container in peace.
-func (k *killer) end() {
+// endTask ends the container in peace.
+func (k *killer) endTask() {
 	k.Helper()
 	k.check(k.engine.EndTask(k.ctx, k.c))
 	k.run = nil
@@ -251,14 +251,14 @@ func (k *killer) restore(t trial) {
 	k.reach(t, answer)
 	ours := k.sockets()
 	k.kill(t)
-	err := k.answered(t, answer)
+	err := k.waitAnswer(t, answer)
 	switch {
 	case err == nil && t.victim == "agent":
 		// It came too late to do harm, or was started again.
 		k.run = run
-		rounds := k.printed(run.Output, workload.Rounds, 2)
-		k.consecutive(rounds[0], rounds)
-		if err := k.ask(run, k.whole); err != nil {
+		rounds := k.waitNumbers(run.Output, workload.Rounds, 2)
+		k.checkConsecutive(rounds[0], rounds)
+		if err := k.requestCheckpoint(run, k.whole); err != nil {
 			k.Errorf("%s: the next checkpoint: %v", t, err)
 		}
 		k.check(k.engine.EndTask(k.ctx, k.c))
@@ -267,16 +267,16 @@ func (k *killer) restore(t trial) {
 		k.run = run
 	case err == nil:
 		k.run = run
-	case t.lives() && !strings.Contains(strings.ToLower(err.Error()), t.victim):
+	case t.containerSurvives() && !strings.Contains(strings.ToLower(err.Error()), t.victim):
 		k.Errorf("%s: the error does not name it: %v", t, err)
 	}
-	k.ends(t, ours)
-	k.holdsNoHalf(t, k.whole, true)
+	k.checkTaskEnds(t, ours)
+	k.checkWholeOrNothing(t, k.whole, true)
 	k.step("%s: %v", t, err)
 }
 
-// answered waits for the answer to the call that was under way.
-func (k *killer) answered(t trial, answer <-chan error) error {
+// waitAnswer waits for the answer to the call that was under way.
+func (k *killer) waitAnswer(t trial, answer <-chan error) error {
 	k.Helper()
 	select {
 	case err := <-answer:
@@ -289,8 +289,8 @@ func (k *killer) answered(t trial, answer <-chan error) error {
 	return nil
 }
 
-// holdsNoHalf checks that a directory holds a whole image set, or nothing if it may.
-func (k *killer) holdsNoHalf(t trial, dir string, must bool) {
+// checkWholeOrNothing checks that a directory holds a whole image set, or nothing if it may.
+func (k *killer) checkWholeOrNothing(t trial, dir string, must bool) {
 	k.Helper()
 	entries, err := os.ReadDir(dir)
 	k.check(err)

@@ -20,8 +20,8 @@ func memory256(s *scenario) {
 	const mib = 256
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 2)
-	cached := s.cached(first, math.MaxInt)
+	s.waitNumbers(first.Output, workload.Rounds, 2)
+	cached := s.checkPageCache(first, math.MaxInt)
 
 	stop, probes, n := make(chan struct{}), make(chan error, 1), 0
 	go func() {
@@ -39,10 +39,10 @@ func memory256(s *scenario) {
 			}
 		}
 	}()
-	guest, host := s.written(c.ID(), "virtiofsd"), s.written(c.ID(), "containerd-shim-kata-checkpoint-v2")
+	guest, host := s.bytesWritten(c.ID(), "virtiofsd"), s.bytesWritten(c.ID(), "containerd-shim-kata-checkpoint-v2")
 	dir := s.checkpoint(first, false)
-	guest, host = s.written(c.ID(), "virtiofsd")-guest, s.written(c.ID(), "containerd-shim-kata-checkpoint-v2")-host
-	s.printed(first.Output, workload.Rounds, len(s.numbers(first.Output, workload.Rounds))+2)
+	guest, host = s.bytesWritten(c.ID(), "virtiofsd")-guest, s.bytesWritten(c.ID(), "containerd-shim-kata-checkpoint-v2")-host
+	s.waitNumbers(first.Output, workload.Rounds, len(s.printedNumbers(first.Output, workload.Rounds))+2)
 	close(stop)
 	for err := range probes {
 		s.Errorf("a liveness probe failed: %v", err)
@@ -50,28 +50,28 @@ func memory256(s *scenario) {
 	if n < 2 {
 		s.Errorf("there were %d liveness probes", n)
 	}
-	s.costs(dir, guest, host)
-	s.cached(first, cached+mib/4)
+	s.checkCosts(dir, guest, host)
+	s.checkPageCache(first, cached+mib/4)
 
-	s.removed(c)
+	s.remove(c)
 	c = s.create(engine.Container{ID: "again", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
 	restored := s.restore(c, dir)
-	rounds := s.printed(restored.Output, workload.Rounds, 2)
-	s.consecutive(rounds[0], rounds)
-	s.movedOn(first, restored)
-	s.cached(restored, cached+mib/4)
+	rounds := s.waitNumbers(restored.Output, workload.Rounds, 2)
+	s.checkConsecutive(rounds[0], rounds)
+	s.checkOtherVM(first, restored)
+	s.checkPageCache(restored, cached+mib/4)
 	// The workload, and the exec itself: the agent does without huge pages, they do not.
 	const huge = "THP_enabled:\t1"
-	if lines := s.sh(restored, "cat /proc/[0-9]*/status | grep THP_enabled: | sort -u"); len(lines) != 1 || lines[0] != huge {
+	if lines := s.shell(restored, "cat /proc/[0-9]*/status | grep THP_enabled: | sort -u"); len(lines) != 1 || lines[0] != huge {
 		s.Errorf("huge pages of what was restored, and of an exec into it: %q, not %q", lines, huge)
 	}
 }
 
-// cached is how much of files the guest has in memory, in MiB, after a moment not more than limit: image sets that are of no more use do
+// checkPageCache is how much of files the guest has in memory, in MiB, after a moment not more than limit: image sets that are of no more use do
 // not stay there.
-func (s *scenario) cached(run *engine.Run, limit int) int {
+func (s *scenario) checkPageCache(run *engine.Run, limit int) int {
 	s.Helper()
-	lines := s.sh(run, fmt.Sprintf(`for i in $(seq 50); do c=$(awk '/^Cached:/ { print int($2/1024) }' /proc/meminfo); [ $c -gt %d ] || break; sleep 0.2; done; echo $c`, limit))
+	lines := s.shell(run, fmt.Sprintf(`for i in $(seq 50); do c=$(awk '/^Cached:/ { print int($2/1024) }' /proc/meminfo); [ $c -gt %d ] || break; sleep 0.2; done; echo $c`, limit))
 	mib, err := strconv.Atoi(strings.Join(lines, ""))
 	s.check(err)
 	if mib > limit {
@@ -80,8 +80,8 @@ func (s *scenario) cached(run *engine.Run, limit int) int {
 	return mib
 }
 
-// costs prints what the checkpoint in a directory took.
-func (s *scenario) costs(dir string, guest, host int64) {
+// checkCosts prints what the checkpoint in a directory took.
+func (s *scenario) checkCosts(dir string, guest, host int64) {
 	s.Helper()
 	data, err := os.ReadFile(filepath.Join(dir, imageset.ManifestName))
 	s.check(err)
@@ -106,10 +106,10 @@ func (s *scenario) costs(dir string, guest, host int64) {
 	}
 }
 
-// written gives how many bytes a container's processes of a program have written to files.
-func (s *scenario) written(id, program string) (sum int64) {
+// bytesWritten gives how many bytes a container's processes of a program have written to files.
+func (s *scenario) bytesWritten(id, program string) (sum int64) {
 	s.Helper()
-	residue, err := s.bed.Residue(id)
+	residue, err := s.testbed.Residue(id)
 	s.check(err)
 	for _, line := range residue {
 		var pid int

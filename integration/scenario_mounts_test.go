@@ -39,9 +39,9 @@ func volumesAndFiles(s *scenario) {
 		},
 	})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 5)
+	s.waitNumbers(first.Output, workload.Rounds, 5)
 	s.check(first.Pause(s.ctx))
-	rounds := s.numbers(first.Output, workload.Rounds)
+	rounds := s.printedNumbers(first.Output, workload.Rounds)
 	mapped, err := os.ReadFile(filepath.Join(volume, "mapped"))
 	s.check(err)
 	if n := binary.LittleEndian.Uint64(mapped); n < uint64(rounds[len(rounds)-1]) {
@@ -49,8 +49,8 @@ func volumesAndFiles(s *scenario) {
 	}
 	s.check(first.Resume(s.ctx))
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Rounds)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Rounds)
 
 	records := filepath.Join(volume, "records")
 	info, err := os.Stat(records)
@@ -78,8 +78,8 @@ func volumesAndFiles(s *scenario) {
 
 	s.check(os.Truncate(records, info.Size()))
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 5)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 5)...))
+	s.checkOtherVM(first, restored)
 }
 
 // exchangeWithdrawn: a container sees the same mounts and files, from its first instruction on, as on Kata alone. Kata's Rust shim treats
@@ -88,15 +88,15 @@ func exchangeWithdrawn(s *scenario) {
 	args := []string{workload.Path, "first-instruction"}
 	hook := []specs.Hook{{Path: "/bin/true", Args: []string{"true"}}}
 	kata := *s.engine
-	kata.Runtime = s.bed.Downstream
-	kataOptions, err := typeurl.MarshalAny(&runtimeoptions.Options{ConfigPath: s.bed.KataConfig()})
+	kata.Runtime = s.testbed.Downstream
+	kataOptions, err := typeurl.MarshalAny(&runtimeoptions.Options{ConfigPath: s.testbed.KataConfig()})
 	s.check(err)
-	want := s.seen(&kata, engine.Container{ID: "kata-alone", Args: args, RuntimeOptions: kataOptions})
+	want := s.visibleFiles(&kata, engine.Container{ID: "kata-alone", Args: args, RuntimeOptions: kataOptions})
 	for _, c := range []engine.Container{
 		{ID: "without-hooks", Args: args},
 		{ID: "with-hooks", Args: args, Hooks: &specs.Hooks{CreateRuntime: hook, Poststop: hook}},
 	} {
-		have := s.seen(s.engine, c)
+		have := s.visibleFiles(s.engine, c)
 		for _, what := range want {
 			if !slices.Contains(have, what) {
 				s.Errorf("%s: there is no %s, but with Kata alone there is", c.ID, what)
@@ -110,8 +110,8 @@ func exchangeWithdrawn(s *scenario) {
 	}
 }
 
-// seen runs first-instruction and lists the mounts and the files in / that it saw, and what is in the writable layer afterwards.
-func (s *scenario) seen(e *engine.Engine, c engine.Container) []string {
+// visibleFiles runs first-instruction and lists the mounts and the files in / that it saw, and what is in the writable layer afterwards.
+func (s *scenario) visibleFiles(e *engine.Engine, c engine.Container) []string {
 	s.Helper()
 	c.ID, c.Image = s.id(c.ID), parts.WorkloadImageName
 	container, err := e.Create(s.ctx, c)
@@ -139,14 +139,14 @@ func (s *scenario) seen(e *engine.Engine, c engine.Container) []string {
 	for _, name := range layer {
 		out = append(out, "file in the writable layer: "+name)
 	}
-	s.removed(container)
+	s.remove(container)
 	return out
 }
 
-// guestMountsAre checks that the guest is what the variant says: the mounts of its first process are shared, or none is.
-func (s *scenario) guestMountsAre(sandbox string) {
+// checkGuestMounts checks that the guest is what the variant says: the mounts of its first process are shared, or none is.
+func (s *scenario) checkGuestMounts(sandbox string) {
 	s.Helper()
-	out, _, err := s.bed.GuestExec(s.ctx, sandbox, "grep -c ' shared:' /proc/1/mountinfo")
+	out, _, err := s.testbed.GuestExec(s.ctx, sandbox, "grep -c ' shared:' /proc/1/mountinfo")
 	s.check(err)
 	shared := strings.TrimSpace(string(out)) != "0"
 	if private := strings.HasSuffix(s.Name(), "-"+testbed.Private); shared == private {

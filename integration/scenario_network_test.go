@@ -14,56 +14,56 @@ import (
 // networked: a container that is given a network namespace with an interface in it reaches the node and is reached from there. The same after
 // a restore in another VM, for which the namespace is made anew, with another address, as for a new pod. No connection is open meanwhile.
 func networked(s *scenario) {
-	path := wirePath()
-	before := s.wire(path)
+	path := linkPath()
+	before := s.connectedLink(path)
 	c := s.create(engine.Container{ID: "c", Args: relay, Network: path})
 	first := s.run(c)
-	s.interfaceIs(first, before)
-	s.talks(first, before, 1)
+	s.checkInterface(first, before)
+	s.checkTraffic(first, before, 1)
 
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
+	s.waitExit(first, 137)
 	s.check(before.remove())
 
-	after := s.wire(path)
+	after := s.connectedLink(path)
 	restored := s.restore(c, dir)
-	s.talks(restored, after, 3)
-	s.interfaceIs(restored, after)
-	s.movedOn(first, restored)
-	s.removed(c)
+	s.checkTraffic(restored, after, 3)
+	s.checkInterface(restored, after)
+	s.checkOtherVM(first, restored)
+	s.remove(c)
 }
 
 // networkHotplugged: the same for a container whose hooks bring the interface when the VM runs already, as nerdctl's do, before the restore as well.
 func networkHotplugged(s *scenario) {
-	w := s.loose()
+	w := s.unconnectedLink()
 	c := s.create(engine.Container{ID: "c", Args: relay, Hooks: w.hooks()})
 	first := s.run(c)
-	s.interfaceIs(first, w)
-	s.talks(first, w, 1)
+	s.checkInterface(first, w)
+	s.checkTraffic(first, w, 1)
 
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
+	s.waitExit(first, 137)
 	s.check(w.remove())
 
-	s.check(w.make())
+	s.check(w.create())
 	restored := s.restore(c, dir)
-	s.talks(restored, w, 3)
-	s.interfaceIs(restored, w)
-	s.movedOn(first, restored)
-	s.removed(c)
+	s.checkTraffic(restored, w, 3)
+	s.checkInterface(restored, w)
+	s.checkOtherVM(first, restored)
+	s.remove(c)
 }
 
 const relayPort = "8080"
 
 var relay = []string{workload.Path, "relay", "-listen", ":" + relayPort}
 
-// talks checks that traffic goes both ways between a relay and the node. The answers are numbered from first on.
-func (s *scenario) talks(run *engine.Run, w *wire, first int) {
+// checkTraffic checks that traffic goes both ways between a relay and the node. The answers are numbered from first on.
+func (s *scenario) checkTraffic(run *engine.Run, w *podLink, first int) {
 	s.Helper()
 	// It listens before it prints.
 	s.check(run.Output.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) > 0, nil }))
 	address := net.JoinHostPort(w.pod.String(), relayPort)
-	s.answers(address, "say in", fmt.Sprintf("%d in", first))
+	s.checkAnswer(address, "say in", fmt.Sprintf("%d in", first))
 	s.step("reached %s from the node", address)
 
 	l, err := net.Listen("tcp", net.JoinHostPort(w.node.String(), "0"))
@@ -71,13 +71,13 @@ func (s *scenario) talks(run *engine.Run, w *wire, first int) {
 	defer l.Close()
 	heard := make(chan error, 1)
 	go func() { heard <- answerOnce(l, w.pod) }()
-	s.answers(address, fmt.Sprintf("ask %s out", l.Addr()), fmt.Sprintf("%d heard out", first+1))
+	s.checkAnswer(address, fmt.Sprintf("ask %s out", l.Addr()), fmt.Sprintf("%d heard out", first+1))
 	l.Close()
 	s.check(<-heard)
 	s.step("reached %s from the container", l.Addr())
 }
 
-func (s *scenario) answers(address, question, want string) {
+func (s *scenario) checkAnswer(address, question, want string) {
 	s.Helper()
 	answer, err := workload.Ask(address, question)
 	s.check(err)
@@ -107,10 +107,10 @@ func answerOnce(l net.Listener, from net.IP) error {
 	return err
 }
 
-// interfaceIs checks what a container sees of its interface.
-func (s *scenario) interfaceIs(run *engine.Run, w *wire) {
+// checkInterface checks what a container sees of its interface.
+func (s *scenario) checkInterface(run *engine.Run, w *podLink) {
 	s.Helper()
-	lines := s.sh(run, "cd /sys/class/net/eth0; cat address mtu; ip -4 -o address show eth0 | awk '{print $4}'; ip route show | awk '/^default/ {print $3}'")
+	lines := s.shell(run, "cd /sys/class/net/eth0; cat address mtu; ip -4 -o address show eth0 | awk '{print $4}'; ip route show | awk '/^default/ {print $3}'")
 	want := []string{w.mac.String(), fmt.Sprint(mtu), w.pod.String() + "/30", w.node.String()}
 	if !slices.Equal(lines, want) {
 		s.Errorf("the container's interface is %q, not %q", lines, want)

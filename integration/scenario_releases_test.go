@@ -29,10 +29,10 @@ func containerdRelease(s *scenario) {
 	exitAndRestore(s)
 
 	// A shim's start gets the options of its container, which the first one had none of; a pod's containers share the shim of its sandbox.
-	sandbox := s.named(engine.Container{
+	sandbox := s.withID(engine.Container{
 		ID: "pod", Args: []string{workload.Path, "idle"}, Annotations: map[string]string{"io.kubernetes.cri.container-type": "sandbox"},
 	})
-	sandbox.RuntimeOptions, err = typeurl.MarshalAny(&runtimeoptions.Options{ConfigPath: s.bed.KataConfig()})
+	sandbox.RuntimeOptions, err = typeurl.MarshalAny(&runtimeoptions.Options{ConfigPath: s.testbed.KataConfig()})
 	s.check(err)
 	container, err := s.engine.Create(s.ctx, sandbox)
 	s.check(err)
@@ -49,22 +49,22 @@ func containerdRelease(s *scenario) {
 
 	s.killContainerd()
 	s.startContainerd(run, other)
-	s.countsOn(run)
+	s.checkKeepsCounting(run)
 
 	// From 2.4 on a shim is told to shut down with each container that is deleted.
 	s.check(other.Kill(s.ctx, syscall.SIGKILL))
-	s.ended(other, 137)
-	s.status(run, client.Running)
-	s.countsOn(run)
+	s.waitExit(other, 137)
+	s.checkStatus(run, client.Running)
+	s.checkKeepsCounting(run)
 	dir := s.checkpoint(run, true)
-	s.ended(run, 137)
-	before := s.numbers(run.Output, workload.Ticks)
-	s.consecutive(1, append(before, s.printed(s.restore(first, dir).Output, workload.Ticks, 3)...))
-	s.removed(first)
-	s.removed(second)
-	s.removed(container)
+	s.waitExit(run, 137)
+	before := s.printedNumbers(run.Output, workload.Ticks)
+	s.checkConsecutive(1, append(before, s.waitNumbers(s.restore(first, dir).Output, workload.Ticks, 3)...))
+	s.remove(first)
+	s.remove(second)
+	s.remove(container)
 	for _, complaint := range []string{"failed to invoke shutdown", "failed to shutdown shim", "failed to delete shim"} {
-		if s.logged(complaint) {
+		if s.hasLogged(complaint) {
 			s.Errorf("containerd says: %s", complaint)
 		}
 	}
@@ -73,7 +73,7 @@ func containerdRelease(s *scenario) {
 // bootstrap gives the address at which containerd reaches a container's shim, and checks how.
 func (s *scenario) bootstrap(id string) string {
 	s.Helper()
-	data, err := os.ReadFile(filepath.Join(s.bed.Dir, "run/io.containerd.runtime.v2.task", testbed.Namespace, id, "bootstrap.json"))
+	data, err := os.ReadFile(filepath.Join(s.testbed.Dir, "run/io.containerd.runtime.v2.task", testbed.Namespace, id, "bootstrap.json"))
 	s.check(err)
 	var b struct {
 		Version  int

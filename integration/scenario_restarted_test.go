@@ -17,10 +17,10 @@ import (
 // killContainerd ends containerd at once, and makes sure that the scenario ends with one that runs.
 func (s *scenario) killContainerd() {
 	s.Helper()
-	s.check(s.bed.KillContainerd(s.ctx))
-	away := s.bed.Containerd
+	s.check(s.testbed.KillContainerd(s.ctx))
+	away := s.testbed.Containerd
 	s.Cleanup(func() {
-		if s.bed.Containerd == away {
+		if s.testbed.Containerd == away {
 			s.startContainerd()
 		}
 	})
@@ -30,7 +30,7 @@ func (s *scenario) killContainerd() {
 // startContainerd starts containerd again, and has the runs that go on waited for.
 func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.Helper()
-	s.check(s.bed.StartContainerd(s.ctx))
+	s.check(s.testbed.StartContainerd(s.ctx))
 	s.check(s.engine.Reconnect())
 	s.events.Rejoin(s.ctx, s.engine)
 	for _, run := range runs {
@@ -39,84 +39,84 @@ func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.step("started containerd again")
 }
 
-// countsOn checks that a counter goes on, none of its numbers lost.
-func (s *scenario) countsOn(run *engine.Run) {
+// checkKeepsCounting checks that a counter goes on, none of its numbers lost.
+func (s *scenario) checkKeepsCounting(run *engine.Run) {
 	s.Helper()
-	at := len(s.numbers(run.Output, workload.Ticks))
-	s.consecutive(1, s.printed(run.Output, workload.Ticks, at+5))
+	at := len(s.printedNumbers(run.Output, workload.Ticks))
+	s.checkConsecutive(1, s.waitNumbers(run.Output, workload.Ticks, at+5))
 }
 
 // containerdKilledIdle: containers of a pod run on while containerd is away, and one ends. The next containerd finds all of it, and goes on from there.
 func containerdKilledIdle(s *scenario) {
-	pod := s.pod()
+	pod := s.startPod()
 	c := pod.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 	input, press := io.Pipe()
 	defer press.Close()
 	ending, err := s.engine.With(engine.Streams{Stdin: input}).Start(s.ctx, pod.create(engine.Container{ID: "ending", Args: []string{
 		"sh", "-c", `echo round 1; read line; echo round 2; exit 7`,
 	}}))
 	s.check(err)
-	s.printed(ending.Output, workload.Rounds, 1)
+	s.waitNumbers(ending.Output, workload.Rounds, 1)
 
 	s.killContainerd()
 	_, err = press.Write([]byte("\n"))
 	s.check(err)
-	s.printed(ending.Output, workload.Rounds, 2)
-	s.countsOn(first)
+	s.waitNumbers(ending.Output, workload.Rounds, 2)
+	s.checkKeepsCounting(first)
 	s.startContainerd(first, ending)
-	s.status(first, client.Running)
-	s.countsOn(first)
-	s.status(ending, client.Stopped)
-	s.ended(ending, 7)
-	s.sh(first, "true")
+	s.checkStatus(first, client.Running)
+	s.checkKeepsCounting(first)
+	s.checkStatus(ending, client.Stopped)
+	s.waitExit(ending, 7)
+	s.shell(first, "true")
 	s.step("both are what they were")
 
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	s.exits(c, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	s.checkExitEvents(c, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
 
 	// A restored one is found like any other.
 	s.killContainerd()
 	s.startContainerd(restored)
-	s.status(restored, client.Running)
+	s.checkStatus(restored, client.Running)
 	s.check(restored.Kill(s.ctx, syscall.SIGKILL))
-	s.ended(restored, 137)
-	s.exits(c, 137, 137)
+	s.waitExit(restored, 137)
+	s.checkExitEvents(c, 137, 137)
 }
 
 // containerdKilledPaused: a pause outlives containerd.
 func containerdKilledPaused(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 
 	s.check(first.Pause(s.ctx))
 	s.killContainerd()
-	s.silent(first.Output)
+	s.checkSilent(first.Output)
 	s.startContainerd(first)
-	s.status(first, client.Paused)
-	s.silent(first.Output)
+	s.checkStatus(first, client.Paused)
+	s.checkSilent(first.Output)
 	s.check(first.Resume(s.ctx))
-	s.status(first, client.Running)
-	s.countsOn(first)
+	s.checkStatus(first, client.Running)
+	s.checkKeepsCounting(first)
 	s.step("resumed by the next containerd")
 
 	s.check(first.Pause(s.ctx))
 	s.killContainerd()
 	s.startContainerd(first)
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	s.exits(c, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	s.checkExitEvents(c, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)
-	s.status(restored, client.Running)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
-	s.movedOn(first, restored)
+	s.checkStatus(restored, client.Running)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
+	s.checkOtherVM(first, restored)
 }
 
 // containerdKilledMidCheckpoint: a checkpoint ends with the containerd that has asked for it. Its container goes on, nothing of the image set is
@@ -124,7 +124,7 @@ func containerdKilledPaused(s *scenario) {
 func containerdKilledMidCheckpoint(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 	dir, other := s.dir(), s.dir()
 	for _, checkpoint := range []struct {
 		phase string
@@ -139,35 +139,35 @@ func containerdKilledMidCheckpoint(s *scenario) {
 		s.stopAt(checkpoint.phase)
 		answer := make(chan error, 1)
 		go func() { answer <- checkpoint.ask() }()
-		s.stopped(checkpoint.phase, answer)
-		s.silent(first.Output)
+		s.waitStoppedAt(checkpoint.phase, answer)
+		s.checkSilent(first.Output)
 		s.killContainerd()
 		if err := <-answer; err == nil {
 			s.Error("a checkpoint has succeeded without containerd")
 		}
-		s.countsOn(first)
+		s.checkKeepsCounting(first)
 		s.startContainerd(first)
-		s.status(first, client.Running)
-		s.countsOn(first)
+		s.checkStatus(first, client.Running)
+		s.checkKeepsCounting(first)
 		if !checkpoint.whole {
-			s.empty(dir)
+			s.checkEmpty(dir)
 		}
 		s.step("it goes on")
 	}
 	for _, words := range []string{"checkpoint failed", "whoever paused it for a checkpoint has given up"} {
-		if !s.eventually(settleTimeout, func() bool { return s.logged(words) }) {
+		if !s.eventually(settleTimeout, func() bool { return s.hasLogged(words) }) {
 			s.Errorf("the log does not say: %s", words)
 		}
 	}
 
 	s.check(s.engine.CheckpointTo(s.ctx, first, dir, true))
 	s.step("checkpointed")
-	s.ended(first, 137)
-	s.exits(c, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	s.checkExitEvents(c, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
+	s.checkOtherVM(first, restored)
 }
 
 // containerdKilledMidRestore: a restore ends with the containerd that has asked for it. What there is of its container can be removed by the next
@@ -181,10 +181,10 @@ func containerdKilledMidRestore(s *scenario) {
 	counting.Mounts = []specs.Mount{{Type: "bind", Source: volume, Destination: "/data", Options: []string{"rbind", "rw"}}}
 	c := s.create(counting)
 	first := s.run(c)
-	s.printed(first.Output, workload.Ticks, 5)
+	s.waitNumbers(first.Output, workload.Ticks, 5)
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Ticks)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Ticks)
 
 	for _, phase := range []string{"restore-stage-images", "restore-create", "restore-start"} {
 		s.stopAt(phase)
@@ -193,28 +193,28 @@ func containerdKilledMidRestore(s *scenario) {
 			_, err := s.engine.Restore(s.ctx, c, dir)
 			answer <- err
 		}()
-		s.stopped(phase, answer)
+		s.waitStoppedAt(phase, answer)
 		s.killContainerd()
 		if err := <-answer; err == nil {
 			s.Error("a restore has succeeded without containerd")
 		}
 		s.startContainerd()
-		s.notRunning(c)
+		s.checkNotRunning(c)
 		s.check(s.engine.EndTask(s.ctx, c))
 		s.step("removed what there was of it")
-		s.nothingRuns()
+		s.checkNothingRuns()
 		if data, err := os.ReadFile(kept); err != nil || string(data) != "data" {
 			s.Fatalf("the volume's file: %q, %v", data, err)
 		}
 	}
 
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Ticks, 5)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
+	s.checkOtherVM(first, restored)
 }
 
-// notRunning checks that a container has no task, or one that does not run.
-func (s *scenario) notRunning(c client.Container) {
+// checkNotRunning checks that a container has no task, or one that does not run.
+func (s *scenario) checkNotRunning(c client.Container) {
 	s.Helper()
 	task, err := c.Task(s.ctx, nil)
 	if errdefs.IsNotFound(err) {
@@ -228,13 +228,13 @@ func (s *scenario) notRunning(c client.Container) {
 	}
 }
 
-// nothingRuns checks that without tasks there is nothing of them.
-func (s *scenario) nothingRuns() {
+// checkNothingRuns checks that without tasks there is nothing of them.
+func (s *scenario) checkNothingRuns() {
 	s.Helper()
 	var left []string
 	if !s.eventually(settleTimeout, func() bool {
 		var err error
-		left, err = s.bed.Residue(s.ids...)
+		left, err = s.testbed.Residue(s.ids...)
 		s.check(err)
 		return len(left) == 0
 	}) {

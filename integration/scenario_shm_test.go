@@ -17,44 +17,44 @@ func podShmTwoRestores(s *scenario) {
 	slots := func(id string, slot int) engine.Container {
 		return engine.Container{ID: id, Args: []string{workload.Path, "slots", "--slot", fmt.Sprint(slot), "--own", fmt.Sprintf("/dev/shm/own-%d", slot)}}
 	}
-	pod := s.podNamed("from")
+	pod := s.startPodNamed("from")
 	c, d := pod.create(slots("a", 0)), pod.create(slots("b", 1))
 	a, b := s.run(c), s.run(d)
-	s.sh(a, "cd /dev/shm; echo of the old pod >note; echo of the old pod >left; mkdir dir; echo of the old pod >dir/file; ln -s left link")
-	s.printed(a.Output, workload.Rounds, 5)
-	s.printed(b.Output, workload.Rounds, 5)
+	s.shell(a, "cd /dev/shm; echo of the old pod >note; echo of the old pod >left; mkdir dir; echo of the old pod >dir/file; ln -s left link")
+	s.waitNumbers(a.Output, workload.Rounds, 5)
+	s.waitNumbers(b.Output, workload.Rounds, 5)
 	// At one instant, as they share a file.
 	s.check(a.Pause(s.ctx))
 	s.check(b.Pause(s.ctx))
 	dirA, dirB := s.checkpoint(a, false), s.checkpoint(b, false)
-	atA, atB := s.numbers(a.Output, workload.Rounds), s.numbers(b.Output, workload.Rounds)
+	atA, atB := s.printedNumbers(a.Output, workload.Rounds), s.printedNumbers(b.Output, workload.Rounds)
 	s.check(b.Resume(s.ctx))
 	s.check(a.Resume(s.ctx))
-	s.consecutive(1, s.printed(a.Output, workload.Rounds, len(atA)+3))
-	s.consecutive(1, s.printed(b.Output, workload.Rounds, len(atB)+3))
+	s.checkConsecutive(1, s.waitNumbers(a.Output, workload.Rounds, len(atA)+3))
+	s.checkConsecutive(1, s.waitNumbers(b.Output, workload.Rounds, len(atB)+3))
 	for _, c := range []client.Container{c, d, pod.sandbox} {
-		s.removed(c)
+		s.remove(c)
 	}
 
-	pod = s.podNamed("to")
+	pod = s.startPodNamed("to")
 	other := s.run(pod.create(engine.Container{ID: "other", Args: []string{workload.Path, "idle"}}))
-	s.sh(other, "cd /dev/shm; printf new >note; mkdir dir; echo of the new pod >dir/new")
+	s.shell(other, "cd /dev/shm; printf new >note; mkdir dir; echo of the new pod >dir/new")
 	c = pod.create(slots("c", 0))
 	restoredA := s.restore(c, dirA)
 	// It lost nothing, and went on where it was: what it printed before its last number was printed before, too.
-	s.goesOnAfter(restoredA, len(atA))
-	s.inShm(other, "dir/file of the old pod", "dir/new of the new pod", "left of the old pod", "link of the old pod", "note new")
-	at := len(s.numbers(restoredA.Output, workload.Rounds))
+	s.checkContinuesAfter(restoredA, len(atA))
+	s.checkShm(other, "dir/file of the old pod", "dir/new of the new pod", "left of the old pod", "link of the old pod", "note new")
+	at := len(s.printedNumbers(restoredA.Output, workload.Rounds))
 	restoredB := s.restore(pod.create(slots("d", 1)), dirB)
-	s.goesOnAfter(restoredB, len(atB))
-	s.printed(restoredA.Output, workload.Rounds, at+5)
-	s.movedOn(a, restoredA)
-	s.inShm(other, "dir/file of the old pod", "dir/new of the new pod", "left of the old pod", "link of the old pod", "note new")
+	s.checkContinuesAfter(restoredB, len(atB))
+	s.waitNumbers(restoredA.Output, workload.Rounds, at+5)
+	s.checkOtherVM(a, restoredA)
+	s.checkShm(other, "dir/file of the old pod", "dir/new of the new pod", "left of the old pod", "link of the old pod", "note new")
 	s.step("both are restored")
 
 	// Without one of them, which has left its files in the pod.
-	s.removed(c)
-	s.sh(other, "cd /dev/shm; echo more >>own-0; head -c 4096 /dev/zero >>slots; rm left link")
+	s.remove(c)
+	s.shell(other, "cd /dev/shm; echo more >>own-0; head -c 4096 /dev/zero >>slots; rm left link")
 	c = pod.create(slots("refused", 0))
 	_, err := s.engine.Restore(s.ctx, c, dirA)
 	if err == nil {
@@ -67,26 +67,26 @@ func podShmTwoRestores(s *scenario) {
 			}
 		}
 	}
-	s.inShm(other, "dir/file of the old pod", "dir/new of the new pod", "note new") // nothing was brought
-	at = len(s.numbers(restoredB.Output, workload.Rounds))
-	s.printed(restoredB.Output, workload.Rounds, at+3)
-	s.removed(c)
+	s.checkShm(other, "dir/file of the old pod", "dir/new of the new pod", "note new") // nothing was brought
+	at = len(s.printedNumbers(restoredB.Output, workload.Rounds))
+	s.waitNumbers(restoredB.Output, workload.Rounds, at+3)
+	s.remove(c)
 }
 
-// goesOnAfter checks that a restored workload goes on after the number that it had at the checkpoint.
-func (s *scenario) goesOnAfter(run *engine.Run, at int) {
+// checkContinuesAfter checks that a restored workload goes on after the number that it had at the checkpoint.
+func (s *scenario) checkContinuesAfter(run *engine.Run, at int) {
 	s.Helper()
-	after := s.printed(run.Output, workload.Rounds, 5)
+	after := s.waitNumbers(run.Output, workload.Rounds, 5)
 	if after[0] != at+1 {
 		s.Errorf("%s goes on with %d, and was at %d", run.ID(), after[0], at)
 	}
-	s.consecutive(after[0], after)
+	s.checkConsecutive(after[0], after)
 }
 
-// inShm checks the small files of a pod's /dev/shm: name and content a line. Those of the workloads are left out.
-func (s *scenario) inShm(run *engine.Run, want ...string) {
+// checkShm checks the small files of a pod's /dev/shm: name and content a line. Those of the workloads are left out.
+func (s *scenario) checkShm(run *engine.Run, want ...string) {
 	s.Helper()
-	have := s.sh(run, `cd /dev/shm; find . -type f -o -type l | while read f; do case $f in ./own-*|./slots) ;; *) echo ${f#./} $(cat $f);; esac; done`)
+	have := s.shell(run, `cd /dev/shm; find . -type f -o -type l | while read f; do case $f in ./own-*|./slots) ;; *) echo ${f#./} $(cat $f);; esac; done`)
 	slices.Sort(have)
 	if !slices.Equal(have, want) {
 		s.Errorf("in /dev/shm there are %q, not %q", have, want)

@@ -19,86 +19,86 @@ import (
 func tcpListen(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "relay", "-listen", "127.0.0.1:8080"}})
 	first := s.run(c)
-	s.says(first.Output, 0, "boot ") // it listens before it prints
+	s.waitLine(first.Output, 0, "boot ") // it listens before it prints
 	ask := func(run *engine.Run, question, want string) {
 		s.Helper()
-		if have := s.sh(run, "echo say "+question+" | nc 127.0.0.1 8080"); len(have) != 1 || have[0] != want {
+		if have := s.shell(run, "echo say "+question+" | nc 127.0.0.1 8080"); len(have) != 1 || have[0] != want {
 			s.Fatalf("the answer to %q is %q, not %q", question, have, want)
 		}
 	}
 	ask(first, "here", "1 here")
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
+	s.waitExit(first, 137)
 	restored := s.restore(c, dir)
 	ask(restored, "there", "2 there")
-	s.movedOn(first, restored)
+	s.checkOtherVM(first, restored)
 }
 
 // tcpEstablishedRefused: an open connection is refused in one sentence, which says what to do; where the container's annotation says that
 // connections are to be closed, they are, and the program hears of it.
 func tcpEstablishedRefused(s *scenario) {
-	w := s.wire(wirePath())
+	w := s.connectedLink(linkPath())
 	peer := s.answering(w)
 	caller := engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path}
 	c := s.create(caller)
 	run := s.run(c)
-	s.printed(run.Output, workload.Rounds, 3)
+	s.waitNumbers(run.Output, workload.Rounds, 3)
 	const sentence = "has an open TCP connection from"
-	s.refuses("an open connection", run, s.dir(), sentence, peer.Addr().String(), "kata-checkpoint.dev/tcp")
+	s.checkRefused("an open connection", run, s.dir(), sentence, peer.Addr().String(), "kata-checkpoint.dev/tcp")
 	err := s.engine.CheckpointByDefault(s.ctx, run, s.dir())
 	if err == nil || !strings.Contains(err.Error(), sentence) || strings.Contains(err.Error(), "\n") {
 		s.Errorf("the refusal is not one sentence: %v", err)
 	}
-	s.goesOn(run)
-	s.exits(c)
-	s.removed(c)
-	s.renew(w)
+	s.checkKeepsRunning(run)
+	s.checkExitEvents(c)
+	s.remove(c)
+	s.recreateLink(w)
 
 	caller.ID, caller.Annotations = "closing", map[string]string{"kata-checkpoint.dev/tcp": "close"}
 	c = s.create(caller)
 	run = s.run(c)
-	s.printed(run.Output, workload.Rounds, 3)
+	s.waitNumbers(run.Output, workload.Rounds, 3)
 	dir := s.dir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, run, dir))
-	s.ended(run, 137)
+	s.waitExit(run, 137)
 	path := w.namespace.Path
 	s.check(w.remove())
-	s.wire(path) // with another address
+	s.connectedLink(path) // with another address
 	restored := s.restore(c, dir)
-	s.says(restored.Output, 0, "the connection is lost")
-	s.ended(restored, 1)
+	s.waitLine(restored.Output, 0, "the connection is lost")
+	s.waitExit(restored, 1)
 }
 
 // tcpEstablished: with open_tcp and the same address, connections to the world outside of the VM go on, in the same VM and in another, and the
 // peers notice nothing. Nothing is on its way when the container stops: what a peer sends again later, the new VM answers with a reset.
 func tcpEstablished(s *scenario) {
-	w := s.wire(wirePath())
+	w := s.connectedLink(linkPath())
 	peer := s.answering(w)
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String(), "-every", "5s"}, Network: w.namespace.Path})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 2)
+	s.waitNumbers(first.Output, workload.Rounds, 2)
 	s.check(s.engine.CheckpointWith(s.ctx, first, s.dir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
 	s.step("checkpointed %s, which goes on", c.ID())
-	s.goesOn(first)
+	s.checkKeepsRunning(first)
 
 	dir := s.dir()
-	s.printed(first.Output, workload.Rounds, len(s.numbers(first.Output, workload.Rounds))+1) // the next one is five seconds away
+	s.waitNumbers(first.Output, workload.Rounds, len(s.printedNumbers(first.Output, workload.Rounds))+1) // the next one is five seconds away
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, &runcoptions.CheckpointOptions{OpenTcp: true, Exit: true}))
 	s.step("checkpointed %s", c.ID())
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Rounds)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Rounds)
 	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
 		s.Errorf("while the container is away, the peer has had %d connections, and ends: %v", opened, ended)
 	}
 
-	s.renew(w)
+	s.recreateLink(w)
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 3)...))
-	s.movedOn(first, restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 3)...))
+	s.checkOtherVM(first, restored)
 	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
 		s.Errorf("after the restore, the peer has had %d connections, and ends: %v", opened, ended)
 	}
-	s.removed(c)
+	s.remove(c)
 }
 
 // answering is a server on the node that sends every line back.
@@ -112,13 +112,13 @@ type answering struct {
 }
 
 // answering starts one, which ends with the scenario.
-func (s *scenario) answering(w *wire) *answering {
+func (s *scenario) answering(w *podLink) *answering {
 	s.Helper()
 	l, err := net.Listen("tcp", net.JoinHostPort(w.node.String(), "0"))
 	s.check(err)
 	a := &answering{Listener: l}
 	a.done.Go(a.accept)
-	s.later(func() error {
+	s.afterContainers(func() error {
 		err := a.Close()
 		a.mu.Lock()
 		for _, c := range a.opened {

@@ -160,7 +160,7 @@ func TestScenario(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("scenarios mount, make network namespaces and start containerd: only as root")
 	}
-	beds := newBeds(t)
+	beds := newTestbeds(t)
 	for _, s := range scenarios {
 		t.Run(s.name, func(t *testing.T) {
 			if s.way != "" {

@@ -28,45 +28,45 @@ const plant = `
 func waysIn(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "intruder"}})
 	first := s.run(c)
-	s.printed(first.Output, workload.Rounds, 3)
-	s.dialsInVain(first)
+	s.waitNumbers(first.Output, workload.Rounds, 3)
+	s.checkAgentUnreachable(first)
 	s.step("vsock")
-	s.sh(first, plant)
+	s.shell(first, plant)
 	dir := s.checkpoint(first, true)
-	s.ended(first, 137)
-	before := s.numbers(first.Output, workload.Rounds)
-	s.removed(c)
+	s.waitExit(first, 137)
+	before := s.printedNumbers(first.Output, workload.Rounds)
+	s.remove(c)
 
-	pod := s.pod()
+	pod := s.startPod()
 	c = pod.create(engine.Container{ID: "restored", Args: []string{workload.Path, "intruder"}})
 	restored := s.restore(c, dir)
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, 3)...))
-	s.dialsInVain(restored)
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 3)...))
+	s.checkAgentUnreachable(restored)
 	s.step("vsock, from a restored container")
 
 	// What was planted before the checkpoint is in the image set. It is planted again, over whatever came in its place.
-	s.execsAreTrue(restored, pod)
-	if have := s.sh(restored, plant); len(have) == 0 || have[0] != "planted" {
+	s.checkExecsGenuine(restored, pod)
+	if have := s.shell(restored, plant); len(have) == 0 || have[0] != "planted" {
 		s.Errorf("nothing was planted, and so nothing is tried: %q", have)
 	}
-	s.execsAreTrue(restored, pod)
+	s.checkExecsGenuine(restored, pod)
 	s.step("the helper's place")
 
 	// An exec's process is a child of the agent until it becomes the command.
-	spy := s.begin(restored, engine.Command{Args: []string{workload.Path, "spy"}})
-	s.says(spy.Stdout, 0, workload.SpyingLine)
+	spy := s.startExec(restored, engine.Command{Args: []string{workload.Path, "spy"}})
+	s.waitLine(spy.Stdout, 0, workload.SpyingLine)
 	for range 10 {
-		s.sh(restored, "true")
+		s.shell(restored, "true")
 	}
 	s.check(spy.Kill(s.ctx, syscall.SIGKILL))
-	s.exit(spy, 137)
+	s.waitExecExit(spy, 137)
 	for _, line := range spy.Stdout.Lines()[1:] {
 		s.Error(line)
 	}
 	s.step("a spy")
 
 	// Descriptors can be sent to whom one can connect to: the agent has no socket that has a name.
-	if have := s.inGuest(pod, `
+	if have := s.shellInGuest(pod, `
 		for pid in $(cat /sys/fs/cgroup/cgroup.procs); do
 			readlink /proc/$pid/exe | grep -q kata-checkpoint-agent || continue
 			echo agent
@@ -78,15 +78,15 @@ func waysIn(s *scenario) {
 		s.Errorf("the agent can be sent descriptors: %q", have)
 	}
 	// No poser got anything: the intruder would have ended.
-	after := len(s.numbers(restored.Output, workload.Rounds))
-	s.consecutive(1, append(before, s.printed(restored.Output, workload.Rounds, after+3)...))
+	after := len(s.printedNumbers(restored.Output, workload.Rounds))
+	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, after+3)...))
 }
 
-// dialsInVain has a container call the agent in its guest.
-func (s *scenario) dialsInVain(run *engine.Run) {
+// checkAgentUnreachable has a container call the agent in its guest.
+func (s *scenario) checkAgentUnreachable(run *engine.Run) {
 	s.Helper()
 	dial := func(port int) []string {
-		return s.sh(run, fmt.Sprintf("%s dial-agent --port %d", workload.Path, port))
+		return s.shell(run, fmt.Sprintf("%s dial-agent --port %d", workload.Path, port))
 	}
 	// There is a way: a service of the guest that serves everybody is reached by the loopback. It understands nothing of what it is sent.
 	if have := dial(consolePort); !strings.HasPrefix(have[0], fmt.Sprintf("%s 1:%d connected", workload.DialedLine, consolePort)) {
@@ -104,16 +104,16 @@ func (s *scenario) dialsInVain(run *engine.Run) {
 	}
 }
 
-// execsAreTrue checks that an exec runs what it is asked to, in the container, and that nothing else came to run in its place.
-func (s *scenario) execsAreTrue(run *engine.Run, p *pod) {
+// checkExecsGenuine checks that an exec runs what it is asked to, in the container, and that nothing else came to run in its place.
+func (s *scenario) checkExecsGenuine(run *engine.Run, p *pod) {
 	s.Helper()
-	exec := s.begin(run, engine.Command{Args: []string{"sh", "-c", "echo true; exit 3"}})
-	s.exit(exec, 3)
-	s.prints("exec", exec.Stdout, "true")
-	if have := s.inGuest(p, "find / -xdev -name stolen 2>/dev/null; true"); have != "" {
+	exec := s.startExec(run, engine.Command{Args: []string{"sh", "-c", "echo true; exit 3"}})
+	s.waitExecExit(exec, 3)
+	s.checkOutput("exec", exec.Stdout, "true")
+	if have := s.shellInGuest(p, "find / -xdev -name stolen 2>/dev/null; true"); have != "" {
 		s.Errorf("outside of the container there is %q", have)
 	}
-	if have := s.sh(run, "ls /run/stolen /tmp/stolen /var/tmp/stolen 2>/dev/null; true"); len(have) > 0 {
+	if have := s.shell(run, "ls /run/stolen /tmp/stolen /var/tmp/stolen 2>/dev/null; true"); len(have) > 0 {
 		s.Errorf("the program in the helper's place has run: %q", have)
 	}
 }

@@ -13,7 +13,7 @@ const stopTimeout = time.Minute
 // stopAt has the shim's next operation stop at a phase, such as checkpoint-prepare, until it is called off or released.
 func (s *scenario) stopAt(phase string) {
 	s.Helper()
-	path := filepath.Join(s.bed.StopDir(), phase)
+	path := filepath.Join(s.testbed.StopDir(), phase)
 	s.check(os.WriteFile(path, nil, 0o600))
 	s.Cleanup(func() {
 		for _, left := range []string{path, path + ".reached"} {
@@ -24,10 +24,10 @@ func (s *scenario) stopAt(phase string) {
 	})
 }
 
-// stopped waits until the operation has stopped there. One that has answered instead fails the scenario.
-func (s *scenario) stopped(phase string, answer <-chan error) {
+// waitStoppedAt waits until the operation has stopped there. One that has answered instead fails the scenario.
+func (s *scenario) waitStoppedAt(phase string, answer <-chan error) {
 	s.Helper()
-	if !s.eventually(stopTimeout, func() bool { return len(answer) > 0 || s.stops(phase) }) {
+	if !s.eventually(stopTimeout, func() bool { return len(answer) > 0 || s.isStoppedAt(phase) }) {
 		s.Fatalf("%s is not reached", phase)
 	}
 	if len(answer) > 0 {
@@ -36,15 +36,15 @@ func (s *scenario) stopped(phase string, answer <-chan error) {
 	s.step("stopped at %s", phase)
 }
 
-// stops says whether an operation is at a phase.
-func (s *scenario) stops(phase string) bool {
+// isStoppedAt says whether an operation is at a phase.
+func (s *scenario) isStoppedAt(phase string) bool {
 	s.Helper()
-	_, err := os.Lstat(filepath.Join(s.bed.StopDir(), phase+".reached"))
+	_, err := os.Lstat(filepath.Join(s.testbed.StopDir(), phase+".reached"))
 	return err == nil
 }
 
-// empty checks that nothing is below a directory.
-func (s *scenario) empty(dir string) {
+// checkEmpty checks that nothing is below a directory.
+func (s *scenario) checkEmpty(dir string) {
 	s.Helper()
 	s.check(filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 		if path != dir {

@@ -18,21 +18,21 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 )
 
-// wire is what a network plugin makes for a pod: a network namespace with an interface, eth0, whose other end is on the node.
-type wire struct {
+// podLink is what a network plugin makes for a pod: a network namespace with an interface, eth0, whose other end is on the node.
+type podLink struct {
 	namespace *netns.Namespace
 	link      string // the node's end
 	node, pod net.IP
 	mac       net.HardwareAddr
 }
 
-var wireMask = net.CIDRMask(30, 32)
+var linkMask = net.CIDRMask(30, 32)
 
-// mtu of a wire is not the usual one, so that it tells whether the guest has been told.
+// mtu of a link is not the usual one, so that it tells whether the guest has been told.
 const mtu = 1420
 
-// wirePath is a path for a wire's namespace that nobody else has.
-func wirePath() string {
+// linkPath is a path for a link's namespace that nobody else has.
+func linkPath() string {
 	return filepath.Join(netns.Dir, "kata-checkpoint-test-"+hex.EncodeToString(random(4)))
 }
 
@@ -42,10 +42,10 @@ func random(n int) []byte {
 	return out
 }
 
-// wire makes one with addresses of its own, which goes with the scenario if not before.
-func (s *scenario) wire(path string) *wire {
+// connectedLink makes one with addresses of its own, which goes with the scenario if not before.
+func (s *scenario) connectedLink(path string) *podLink {
 	s.Helper()
-	w := s.loose()
+	w := s.unconnectedLink()
 	var err error
 	w.namespace, err = netns.Make(path)
 	s.check(err)
@@ -54,29 +54,29 @@ func (s *scenario) wire(path string) *wire {
 	return w
 }
 
-// loose makes a wire whose second end is on the node, too, until somebody takes it.
-func (s *scenario) loose() *wire {
+// unconnectedLink makes a link whose second end is on the node, too, until somebody takes it.
+func (s *scenario) unconnectedLink() *podLink {
 	s.Helper()
 	// One of the 32768 nets of four addresses in 198.18.0.0/15, which is for tests and nobody's.
 	net4 := 198<<24 | 18<<16 | uint32(binary.BigEndian.Uint16(random(2))>>1)<<2
 	address := func(n uint32) net.IP { return binary.BigEndian.AppendUint32(nil, net4+n) }
-	w := &wire{node: address(1), pod: address(2), link: "kct" + hex.EncodeToString(random(4)), mac: append(net.HardwareAddr{0x02}, random(5)...)}
-	s.later(w.remove)
-	s.check(w.make())
+	w := &podLink{node: address(1), pod: address(2), link: "kct" + hex.EncodeToString(random(4)), mac: append(net.HardwareAddr{0x02}, random(5)...)}
+	s.afterContainers(w.remove)
+	s.check(w.create())
 	return w
 }
 
 // peer is the second end before it is in its namespace.
-func (w *wire) peer() string { return w.link + "p" }
+func (w *podLink) peer() string { return w.link + "p" }
 
-func (w *wire) make() error {
+func (w *podLink) create() error {
 	err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: w.link, MTU: mtu}, PeerName: w.peer(), PeerHardwareAddr: w.mac})
 	if err != nil {
 		return fmt.Errorf("make a veth pair: %w", err)
 	}
 	node, err := netlink.LinkByName(w.link)
 	if err == nil {
-		err = netlink.AddrAdd(node, &netlink.Addr{IPNet: &net.IPNet{IP: w.node, Mask: wireMask}})
+		err = netlink.AddrAdd(node, &netlink.Addr{IPNet: &net.IPNet{IP: w.node, Mask: linkMask}})
 	}
 	if err == nil {
 		err = netlink.LinkSetUp(node)
@@ -88,7 +88,7 @@ func (w *wire) make() error {
 }
 
 // connect moves the second end into the namespace.
-func (w *wire) connect() error {
+func (w *podLink) connect() error {
 	namespace, err := os.Open(w.namespace.Path)
 	if err != nil {
 		return err
@@ -112,7 +112,7 @@ func (w *wire) connect() error {
 		if err := netlink.LinkSetMTU(peer, mtu); err != nil {
 			return err
 		}
-		if err := netlink.AddrAdd(peer, &netlink.Addr{IPNet: &net.IPNet{IP: w.pod, Mask: wireMask}}); err != nil {
+		if err := netlink.AddrAdd(peer, &netlink.Addr{IPNet: &net.IPNet{IP: w.pod, Mask: linkMask}}); err != nil {
 			return err
 		}
 		if err := netlink.LinkSetUp(peer); err != nil {
@@ -122,21 +122,21 @@ func (w *wire) connect() error {
 	})
 }
 
-// renew makes the wire anew, with the same addresses: what Kata did to its namespace it does not take back.
-func (s *scenario) renew(w *wire) {
+// recreateLink makes the link anew, with the same addresses: what Kata did to its namespace it does not take back.
+func (s *scenario) recreateLink(w *podLink) {
 	s.Helper()
 	path := w.namespace.Path
 	s.check(w.remove())
 	var err error
 	w.namespace, err = netns.Make(path)
 	s.check(err)
-	s.check(w.make())
+	s.check(w.create())
 	s.check(w.connect())
 	s.step("made %s anew", path)
 }
 
-// hooks connect the wire as those of nerdctl do: once there is a VMM, to the network namespace that it is in.
-func (w *wire) hooks() *specs.Hooks {
+// hooks connect the link as those of nerdctl do: once there is a VMM, to the network namespace that it is in.
+func (w *podLink) hooks() *specs.Hooks {
 	inside := []string{
 		fmt.Sprintf("link set %s name eth0 mtu %d", w.peer(), mtu), fmt.Sprintf("addr add %s/30 dev eth0", w.pod), "link set eth0 up",
 		"route add default via " + w.node.String(),
@@ -155,7 +155,7 @@ func (w *wire) hooks() *specs.Hooks {
 }
 
 // remove may be called again.
-func (w *wire) remove() error {
+func (w *podLink) remove() error {
 	var errs []error
 	// The namespace keeps its end for as long as a VM is in it.
 	if node, err := netlink.LinkByName(w.link); err == nil {

@@ -2,16 +2,16 @@ package integration
 
 import "io"
 
-// keyboard is a stdin that a scenario types on.
-type keyboard struct {
+// terminalInput is a stdin that a scenario types on.
+type terminalInput struct {
 	*io.PipeReader
 	keys    *io.PipeWriter
 	pending chan string
 }
 
-func newKeyboard() *keyboard {
+func newTerminalInput() *terminalInput {
 	r, w := io.Pipe()
-	k := &keyboard{PipeReader: r, keys: w, pending: make(chan string, 64)}
+	k := &terminalInput{PipeReader: r, keys: w, pending: make(chan string, 64)}
 	go func() {
 		defer w.Close()
 		for text := range k.pending {
@@ -23,11 +23,11 @@ func newKeyboard() *keyboard {
 	return k
 }
 
-// typed does not wait for somebody to read it.
-func (k *keyboard) typed(text string) { k.pending <- text }
+// send does not wait for somebody to read it.
+func (k *terminalInput) send(text string) { k.pending <- text }
 
 // Close lets nobody read any more.
-func (k *keyboard) Close() error {
+func (k *terminalInput) Close() error {
 	close(k.pending)
 	return k.PipeReader.Close()
 }

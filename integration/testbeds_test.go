@@ -18,27 +18,27 @@ import (
 // keepEnv leaves the testbed of a failed scenario up, containers included, for a look at it by hand.
 const keepEnv = "TESTBED_KEEP"
 
-// bed is a testbed that scenarios of the same variant share.
-type bed struct {
+// sharedTestbed is a testbed that scenarios of the same variant share.
+type sharedTestbed struct {
 	*testbed.Testbed
 	engine *engine.Engine
 	cri    *cri.Client // where there are pods
 	ids    []string    // of all containers that there have been
 }
 
-// beds makes testbeds when they are first needed, and takes them away in the end. Scenarios of different variants use it at once.
-type beds struct {
+// testbeds makes testbeds when they are first needed, and takes them away in the end. Scenarios of different variants use it at once.
+type testbeds struct {
 	parts *parts.Parts
 	dir   string
 
 	mu   sync.Mutex
-	up   map[variant]*bed
+	up   map[variant]*sharedTestbed
 	keep bool
 	// busy has a lock for each testbed: one scenario at a time, since each looks for what it has left.
 	busy map[variant]*sync.Mutex
 }
 
-func newBeds(t *testing.T) *beds {
+func newTestbeds(t *testing.T) *testbeds {
 	t.Helper()
 	p, err := parts.Find()
 	if err != nil {
@@ -49,7 +49,7 @@ func newBeds(t *testing.T) *beds {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &beds{parts: p, dir: dir, up: map[variant]*bed{}, busy: map[variant]*sync.Mutex{}}
+	b := &testbeds{parts: p, dir: dir, up: map[variant]*sharedTestbed{}, busy: map[variant]*sync.Mutex{}}
 	t.Cleanup(func() {
 		for v := range b.up {
 			b.down(t, v)
@@ -61,8 +61,8 @@ func newBeds(t *testing.T) *beds {
 	return b
 }
 
-// reserve waits for the variant's testbed, and keeps it until the end of the test.
-func (b *beds) reserve(t *testing.T, v variant) {
+// lock waits for the variant's testbed, and keeps it until the end of the test.
+func (b *testbeds) lock(t *testing.T, v variant) {
 	t.Helper()
 	b.mu.Lock()
 	if b.busy[v] == nil {
@@ -75,7 +75,7 @@ func (b *beds) reserve(t *testing.T, v variant) {
 }
 
 // get gives the variant's testbed.
-func (b *beds) get(t *testing.T, v variant) *bed {
+func (b *testbeds) get(t *testing.T, v variant) *sharedTestbed {
 	t.Helper()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -98,7 +98,7 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.up[v] = &bed{Testbed: tb, engine: &engine.Engine{Client: client, Runtime: testbed.Runtime, FIFOs: filepath.Join(tb.Dir, "tmp/fifos")}}
+	b.up[v] = &sharedTestbed{Testbed: tb, engine: &engine.Engine{Client: client, Runtime: testbed.Runtime, FIFOs: filepath.Join(tb.Dir, "tmp/fifos")}}
 	if v.cri {
 		if b.up[v].cri, err = cri.Dial(tb.Address, testbed.Handler, filepath.Join(tb.Dir, "log/pods")); err != nil {
 			t.Fatal(err)
@@ -115,7 +115,7 @@ func (b *beds) get(t *testing.T, v variant) *bed {
 }
 
 // leave leaves the variant's testbed up, for people.
-func (b *beds) leave(v variant) {
+func (b *testbeds) leave(v variant) {
 	b.take(v)
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -123,7 +123,7 @@ func (b *beds) leave(v variant) {
 }
 
 // take gives the variant's testbed to somebody who takes it away.
-func (b *beds) take(v variant) *bed {
+func (b *testbeds) take(v variant) *sharedTestbed {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	bed := b.up[v]
@@ -132,7 +132,7 @@ func (b *beds) take(v variant) *bed {
 }
 
 // down takes the variant's testbed away and checks that it is gone.
-func (b *beds) down(t *testing.T, v variant) {
+func (b *testbeds) down(t *testing.T, v variant) {
 	t.Helper()
 	bed := b.take(v)
 	bed.engine.Client.Close()

@@ -9,8 +9,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 )
 
-// begin starts a command in a task, and leaves it running.
-func (s *scenario) begin(run *engine.Run, c engine.Command) *engine.Process {
+// startExec starts a command in a task, and leaves it running.
+func (s *scenario) startExec(run *engine.Run, c engine.Command) *engine.Process {
 	s.Helper()
 	s.execs++
 	c.ID = fmt.Sprintf("exec-%d", s.execs)
@@ -19,8 +19,8 @@ func (s *scenario) begin(run *engine.Run, c engine.Command) *engine.Process {
 	return p
 }
 
-// exit checks the status that a command ends with: one of those wanted.
-func (s *scenario) exit(p *engine.Process, want ...uint32) {
+// waitExecExit checks the status that a command ends with: one of those wanted.
+func (s *scenario) waitExecExit(p *engine.Process, want ...uint32) {
 	s.Helper()
 	status, err := p.Exit(s.ctx)
 	s.check(err)
@@ -29,10 +29,10 @@ func (s *scenario) exit(p *engine.Process, want ...uint32) {
 	}
 }
 
-// sh runs a script in a task, and gives the lines that it prints. One that fails ends the scenario.
-func (s *scenario) sh(run *engine.Run, script string) []string {
+// shell runs a script in a task, and gives the lines that it prints. One that fails ends the scenario.
+func (s *scenario) shell(run *engine.Run, script string) []string {
 	s.Helper()
-	p := s.begin(run, engine.Command{Args: []string{"sh", "-c", script}})
+	p := s.startExec(run, engine.Command{Args: []string{"sh", "-c", script}})
 	status, err := p.Exit(s.ctx)
 	s.check(err)
 	if status != 0 {
@@ -41,16 +41,16 @@ func (s *scenario) sh(run *engine.Run, script string) []string {
 	return p.Stdout.Lines()
 }
 
-// prints checks what a command has printed to one of its streams.
-func (s *scenario) prints(what string, out *engine.Output, want ...string) {
+// checkOutput checks what a command has printed to one of its streams.
+func (s *scenario) checkOutput(what string, out *engine.Output, want ...string) {
 	s.Helper()
 	if have := out.Lines(); !slices.Equal(have, want) {
 		s.Errorf("%s: printed %q, not %q", what, have, want)
 	}
 }
 
-// says waits until a line with the text is printed, after the first `after` lines.
-func (s *scenario) says(out *engine.Output, after int, text string) {
+// waitLine waits until a line with the text is printed, after the first `after` lines.
+func (s *scenario) waitLine(out *engine.Output, after int, text string) {
 	s.Helper()
 	s.check(out.Wait(s.ctx, func(lines []string) (bool, error) {
 		return len(lines) > after && slices.ContainsFunc(lines[after:], func(line string) bool { return strings.Contains(line, text) }), nil

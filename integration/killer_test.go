@@ -46,12 +46,12 @@ func afterAnswer(commands string) string {
 	return "{ while [ -e /proc/$PPID/exe ]; do sleep 0.02; done; " + commands + "; } </dev/null >/dev/null 2>&1 &"
 }
 
-// inGuestOf runs a script in a sandbox's guest.
-func (s *scenario) inGuestOf(id, script string) string {
+// shellInGuestOf runs a script in a sandbox's guest.
+func (s *scenario) shellInGuestOf(id, script string) string {
 	s.Helper()
 	ctx, cancel := context.WithTimeout(s.ctx, answerTimeout)
 	defer cancel()
-	out, status, err := s.bed.GuestExec(ctx, id, script)
+	out, status, err := s.testbed.GuestExec(ctx, id, script)
 	if err != nil {
 		s.Fatalf("in the guest: %s: %v", script, err)
 	}
@@ -61,10 +61,10 @@ func (s *scenario) inGuestOf(id, script string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// stops are the files by which the shims were told to stop.
-func (k *killer) stops() []string {
+// stopFiles are the files by which the shims were told to stop.
+func (k *killer) stopFiles() []string {
 	k.Helper()
-	found, err := filepath.Glob(filepath.Join(k.bed.StopDir(), "*"))
+	found, err := filepath.Glob(filepath.Join(k.testbed.StopDir(), "*"))
 	k.check(err)
 	return found
 }
@@ -74,22 +74,22 @@ func (k *killer) arm(t trial) {
 	k.Helper()
 	switch {
 	case !t.guest:
-		k.stop(t.operation + "-" + t.phase)
+		k.stopShimAt(t.operation + "-" + t.phase)
 	case t.operation == "checkpoint":
-		k.stopInGuest(t)
+		k.stopAgentAt(t)
 	default:
-		k.stop("restore-adopt")
+		k.stopShimAt("restore-adopt")
 	}
 }
 
-func (k *killer) stop(name string) {
+func (k *killer) stopShimAt(name string) {
 	k.Helper()
-	k.check(os.WriteFile(filepath.Join(k.bed.StopDir(), name), nil, 0o600))
+	k.check(os.WriteFile(filepath.Join(k.testbed.StopDir(), name), nil, 0o600))
 }
 
-func (k *killer) stopInGuest(t trial) {
+func (k *killer) stopAgentAt(t trial) {
 	k.Helper()
-	k.inGuestOf(k.c.ID(), fmt.Sprintf("mkdir -p %[1]s && : >%[1]s/%[2]s-%[3]s", guestStops, t.operation, t.phase))
+	k.shellInGuestOf(k.c.ID(), fmt.Sprintf("mkdir -p %[1]s && : >%[1]s/%[2]s-%[3]s", guestStops, t.operation, t.phase))
 }
 
 // reach waits until the operation has stopped.
@@ -97,12 +97,12 @@ func (k *killer) reach(t trial, answer <-chan error) {
 	k.Helper()
 	name := t.operation + "-" + t.phase
 	if t.guest && t.operation == "restore" {
-		k.reached("restore-adopt", answer)
-		k.stopInGuest(t)
-		k.check(os.Remove(filepath.Join(k.bed.StopDir(), "restore-adopt.reached")))
+		k.waitReached("restore-adopt", answer)
+		k.stopAgentAt(t)
+		k.check(os.Remove(filepath.Join(k.testbed.StopDir(), "restore-adopt.reached")))
 	}
 	if !t.guest {
-		k.reached(name, answer)
+		k.waitReached(name, answer)
 		return
 	}
 	reached := guestStops + "/" + name + ".reached"
@@ -110,13 +110,13 @@ func (k *killer) reach(t trial, answer <-chan error) {
 	if t.midway {
 		script += findAgent + "rm " + reached + "\n" + findCRIU + midway[t.operation] + "kill -STOP $criu\n"
 	}
-	k.inGuestOf(k.c.ID(), script)
+	k.shellInGuestOf(k.c.ID(), script)
 }
 
-func (k *killer) reached(name string, answer <-chan error) {
+func (k *killer) waitReached(name string, answer <-chan error) {
 	k.Helper()
 	arrived := k.eventually(answerTimeout, func() bool {
-		_, err := os.Lstat(filepath.Join(k.bed.StopDir(), name+".reached"))
+		_, err := os.Lstat(filepath.Join(k.testbed.StopDir(), name+".reached"))
 		return err == nil || len(answer) > 0
 	})
 	select {
@@ -134,7 +134,7 @@ func (k *killer) kill(t trial) {
 	k.Helper()
 	switch t.victim {
 	case "criu":
-		k.inGuestOf(k.c.ID(), findAgent+findCRIU+afterAnswer("kill -9 $criu"))
+		k.shellInGuestOf(k.c.ID(), findAgent+findCRIU+afterAnswer("kill -9 $criu"))
 	case "agent":
 		script := findAgent
 		switch kill := "kill -9 $agent"; {
@@ -145,12 +145,12 @@ func (k *killer) kill(t trial) {
 		default:
 			script += kill
 		}
-		k.inGuestOf(k.c.ID(), script)
+		k.shellInGuestOf(k.c.ID(), script)
 	default:
 		k.check(syscall.Kill(k.pid(t.victim), syscall.SIGKILL))
 	}
 	if !t.guest && t.victim != "shim" {
-		err := os.Remove(filepath.Join(k.bed.StopDir(), t.operation+"-"+t.phase+".reached"))
+		err := os.Remove(filepath.Join(k.testbed.StopDir(), t.operation+"-"+t.phase+".reached"))
 		if !errors.Is(err, fs.ErrNotExist) { // the operation has ended, and its stop
 			k.check(err)
 		}
@@ -161,7 +161,7 @@ func (k *killer) kill(t trial) {
 func (k *killer) pid(victim string) int {
 	k.Helper()
 	program := map[string]string{"shim": "containerd-shim-kata-checkpoint-v2", "kata": "containerd-shim-kata-v2", "vm": "qemu-system-x86_64"}[victim]
-	pids, err := k.bed.Pids(func(args []string) bool {
+	pids, err := k.testbed.Pids(func(args []string) bool {
 		return filepath.Base(args[0]) == program && strings.Contains(strings.Join(args, " "), k.c.ID())
 	})
 	k.check(err)
@@ -174,7 +174,7 @@ func (k *killer) pid(victim string) int {
 // sockets are those of the shim under test: its address, as containerd has it, and what else is named after it.
 func (k *killer) sockets() []string {
 	k.Helper()
-	data, err := os.ReadFile(filepath.Join(k.bed.Dir, "run/io.containerd.runtime.v2.task", testbed.Namespace, k.c.ID(), "bootstrap.json"))
+	data, err := os.ReadFile(filepath.Join(k.testbed.Dir, "run/io.containerd.runtime.v2.task", testbed.Namespace, k.c.ID(), "bootstrap.json"))
 	k.check(err)
 	var bootstrap struct{ Address string }
 	k.check(json.Unmarshal(data, &bootstrap))

@@ -33,44 +33,44 @@ func (c *command) run(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(out.String()), err
 }
 
-// try is run as long as the scenario lasts.
-func (c *command) try(args ...string) (string, error) { return c.run(c.ctx, args...) }
+// tryRun is run as long as the scenario lasts.
+func (c *command) tryRun(args ...string) (string, error) { return c.run(c.ctx, args...) }
 
-func (c *command) ok(args ...string) string {
+func (c *command) mustRun(args ...string) string {
 	c.Helper()
-	out, err := c.try(args...)
+	out, err := c.tryRun(args...)
 	if err != nil {
 		c.Fatalf("%s %s: %v\n%s", filepath.Base(c.program), strings.Join(args, " "), err, out)
 	}
 	return out
 }
 
-// owns says that a container is the scenario's.
-func (c *command) owns(id string) {
-	c.ids, c.bed.ids = append(c.ids, id), append(c.bed.ids, id)
+// adopt says that a container is the scenario's.
+func (c *command) adopt(id string) {
+	c.ids, c.testbed.ids = append(c.ids, id), append(c.testbed.ids, id)
 }
 
-// counts waits until a container's log has so many numbers, and checks that none is lost or doubled.
-func (c *command) counts(container string, atLeast int) int {
+// waitCount waits until a container's log has so many numbers, and checks that none is lost or doubled.
+func (c *command) waitCount(container string, atLeast int) int {
 	c.Helper()
 	var numbers []int
 	if !c.eventually(settleTimeout, func() bool {
 		var err error
-		numbers, err = workload.Ticks(slices.Collect(strings.Lines(c.ok("logs", container))))
+		numbers, err = workload.Ticks(slices.Collect(strings.Lines(c.mustRun("logs", container))))
 		c.check(err)
 		return len(numbers) >= atLeast
 	}) {
 		c.Fatalf("the log has %d numbers, not %d", len(numbers), atLeast)
 	}
-	c.consecutive(1, numbers)
+	c.checkConsecutive(1, numbers)
 	return len(numbers)
 }
 
-// daemon runs a program in a directory of its own until the scenario's end, and gives the name of its log.
-func (s *scenario) daemon(dir, program string, args ...string) (log string) {
+// startDaemon runs a program in a directory of its own until the scenario's end, and gives the name of its log.
+func (s *scenario) startDaemon(dir, program string, args ...string) (log string) {
 	s.Helper()
 	s.check(os.MkdirAll(dir, 0o700))
-	log = filepath.Join(s.bed.Dir, "log", filepath.Base(program))
+	log = filepath.Join(s.testbed.Dir, "log", filepath.Base(program))
 	out, err := os.Create(log)
 	s.check(err)
 	defer out.Close()
@@ -83,7 +83,7 @@ func (s *scenario) daemon(dir, program string, args ...string) (log string) {
 		_ = cmd.Wait()
 		close(ended)
 	}()
-	s.later(func() error {
+	s.afterContainers(func() error {
 		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
 		select {
 		case <-ended:

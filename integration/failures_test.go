@@ -9,7 +9,7 @@ import (
 )
 
 // complaints are what scenarios failed for, in the order in which it was said.
-var complaints struct {
+var failures struct {
 	mu   sync.Mutex
 	said []string
 }
@@ -17,50 +17,50 @@ var complaints struct {
 // TestMain repeats at the very end why scenarios failed: their logs are thousands of lines, of which the last ones are all that a reader may have.
 func TestMain(m *testing.M) {
 	code := m.Run()
-	complaints.mu.Lock()
-	defer complaints.mu.Unlock()
-	for _, what := range complaints.said {
+	failures.mu.Lock()
+	defer failures.mu.Unlock()
+	for _, what := range failures.said {
 		fmt.Println("FAILED", what)
 	}
 	os.Exit(code)
 }
 
-// complain notes what a scenario fails for.
-func (s *scenario) complain(what string) {
+// noteFailure notes what a scenario fails for.
+func (s *scenario) noteFailure(what string) {
 	const longest = 2000 // characters
 	what = strings.TrimSpace(what)
 	if len(what) > longest {
 		what = what[:longest] + " …"
 	}
-	complaints.mu.Lock()
-	defer complaints.mu.Unlock()
-	complaints.said = append(complaints.said, s.Name()+": "+what)
+	failures.mu.Lock()
+	defer failures.mu.Unlock()
+	failures.said = append(failures.said, s.Name()+": "+what)
 }
 
 // Error is [testing.T]'s, and noted for the end.
 func (s *scenario) Error(args ...any) {
 	s.Helper()
-	s.complain(fmt.Sprintln(args...))
+	s.noteFailure(fmt.Sprintln(args...))
 	s.T.Error(args...)
 }
 
 // Errorf is [testing.T]'s, and noted for the end.
 func (s *scenario) Errorf(format string, args ...any) {
 	s.Helper()
-	s.complain(fmt.Sprintf(format, args...))
+	s.noteFailure(fmt.Sprintf(format, args...))
 	s.T.Errorf(format, args...)
 }
 
 // Fatal is [testing.T]'s, and noted for the end.
 func (s *scenario) Fatal(args ...any) {
 	s.Helper()
-	s.complain(fmt.Sprintln(args...))
+	s.noteFailure(fmt.Sprintln(args...))
 	s.T.Fatal(args...)
 }
 
 // Fatalf is [testing.T]'s, and noted for the end.
 func (s *scenario) Fatalf(format string, args ...any) {
 	s.Helper()
-	s.complain(fmt.Sprintf(format, args...))
+	s.noteFailure(fmt.Sprintf(format, args...))
 	s.T.Fatalf(format, args...)
 }
