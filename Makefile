@@ -10,7 +10,10 @@ LDFLAGS := -s -w -X $(MODULE)/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 # The guest's binary has an entry point of its own (guestagent/internal/entry).
 ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-E $(MODULE)/guestagent/internal/entry.start)
-GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) $(ENTRY)' -o bin/ ./cmd/kata-checkpoint-agent
+GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) $(ENTRY)'
+# What the tests run can be stopped at each phase (internal/stopat). What is installed cannot: see the target release.
+HOOKS   := -tags testhooks
+RELEASE := build/release
 
 # Go modules with packages of their own: the product, what tests it, the stand-in for Kata.
 MODULES  := . integration integration/standin
@@ -42,11 +45,11 @@ bootstrap: ## install what is missing on a Debian 12 machine, Go included (as ro
 	packaging/bootstrap test
 
 .PHONY: build
-build: ## build all binaries into bin/
-	$(GOBUILD) -o bin/ $(addprefix ./,$(filter cmd/%,$(COMMANDS)))
+build: ## build all binaries into bin/, for tests: with test hooks
+	$(GOBUILD) $(HOOKS) -o bin/ $(addprefix ./,$(filter cmd/%,$(COMMANDS)))
 	cd integration && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration)
 	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration/standin)
-	$(GUESTBIN)
+	$(GUESTBIN) $(HOOKS) -o bin/ ./cmd/kata-checkpoint-agent
 	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/standin/go/ $(STANDIN:integration/standin/%=./%)
 	mkdir -p bin/standin/rust && ln -f bin/standin/go/containerd-shim-kata-v2 bin/standin/rust/
 
@@ -55,16 +58,26 @@ build/criu/MANIFEST: $(wildcard internal/cmd/criu-bundle/*.go internal/debian/*)
 	go run ./internal/cmd/criu-bundle -cache build/apt/forky -out build/criu
 
 .PHONY: guest-bundle
-guest-bundle: build/criu/MANIFEST ## build what an operator installs as /opt/kata-checkpoint/guest into build/guest-bundle
-	$(GUESTBIN)
+guest-bundle: build/criu/MANIFEST ## build the guest bundle into build/guest-bundle, for tests: with test hooks
+	$(GUESTBIN) $(HOOKS) -o bin/ ./cmd/kata-checkpoint-agent
 	packaging/guest-bundle bin/kata-checkpoint-agent build/criu build/guest-bundle
+
+.PHONY: release
+release: hooks build/criu/MANIFEST ## build what is installed, without test hooks: build/release/bin and build/release/guest-bundle
+	$(GOBUILD) -o $(RELEASE)/bin/ ./cmd/containerd-shim-kata-checkpoint-v2 ./cmd/kata-checkpoint-nri
+	$(GUESTBIN) -o $(RELEASE)/bin/ ./cmd/kata-checkpoint-agent
+	packaging/guest-bundle $(RELEASE)/bin/kata-checkpoint-agent build/criu $(RELEASE)/guest-bundle
+
+.PHONY: hooks
+hooks: ## check that what is installed has no test hooks
+	go test -count=1 -run TestReleaseHasNoHooks ./internal/stopat
 
 .PHONY: test
 test: bootstrap build guest-bundle unit e2e ## from nothing: install, build, run all tests (what CI runs)
 
 .PHONY: unit
 unit: ## run the tests of the packages
-	for module in $(MODULES); do (cd $$module && go test $(RACE) $$(go list ./... | grep -vx '$(MODULE)/integration')) || exit; done
+	for module in $(MODULES); do (cd $$module && go test $(RACE) $(HOOKS) $$(go list ./... | grep -vx '$(MODULE)/integration')) || exit; done
 
 .PHONY: testbed
 testbed: build guest-bundle ## make what VMs are started from; DIR=D starts a testbed in D: eval its output (KATA= as for e2e)
@@ -99,7 +112,7 @@ notice: build/criu/MANIFEST ## write NOTICE: the licences of what the binaries a
 SCRIPTS := $(shell git ls-files | xargs grep -lIE '^\#!/bin/(ba)?sh' 2>/dev/null)
 
 .PHONY: lint
-lint: bootstrap style drift vulnerabilities ## run every static check: style, imports, links, drift of generated files, known vulnerabilities
+lint: bootstrap style drift hooks vulnerabilities ## run every static check: style, imports, links, drift of generated files, test hooks, known vulnerabilities
 
 .PHONY: style
 style: ## check style, imports, shell scripts and the links of the documentation
@@ -120,12 +133,12 @@ vulnerabilities: ## check dependencies for known vulnerabilities, where the data
 
 .PHONY: check
 check: build style ## what a contributor runs before a push: no root, no VM, two minutes
-	for module in $(MODULES); do (cd $$module && CGO_ENABLED=0 go test -short ./...) || exit; done
+	for module in $(MODULES); do (cd $$module && CGO_ENABLED=0 go test -short $(HOOKS) ./...) || exit; done
 
 .PHONY: cover
 cover: ## run the unit tests and show their coverage: build/coverage.html
 	mkdir -p build
-	CGO_ENABLED=0 go test -short -coverprofile=build/coverage.out ./...
+	CGO_ENABLED=0 go test -short $(HOOKS) -coverprofile=build/coverage.out ./...
 	go tool cover -func=build/coverage.out | tail -n 1
 	go tool cover -html=build/coverage.out -o build/coverage.html
 
@@ -133,10 +146,10 @@ PREFIX      ?= /usr/local
 GUESTBUNDLE ?= /opt/kata-checkpoint/guest
 
 .PHONY: install
-install: build guest-bundle ## install the shim, the NRI plugin and the guest bundle: PREFIX=/usr/local, DESTDIR= for packages
+install: release ## install the shim, the NRI plugin and the guest bundle: PREFIX=/usr/local, DESTDIR= for packages
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(GUESTBUNDLE)
-	install bin/containerd-shim-kata-checkpoint-v2 bin/kata-checkpoint-nri $(DESTDIR)$(PREFIX)/bin/
-	cp -a build/guest-bundle/. $(DESTDIR)$(GUESTBUNDLE)/
+	install $(RELEASE)/bin/containerd-shim-kata-checkpoint-v2 $(RELEASE)/bin/kata-checkpoint-nri $(DESTDIR)$(PREFIX)/bin/
+	cp -a $(RELEASE)/guest-bundle/. $(DESTDIR)$(GUESTBUNDLE)/
 	install -d $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint
 	cp -R configs README.md LICENSE NOTICE $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint/
 
@@ -149,4 +162,4 @@ proto: ## generate the protocols' Go code
 
 .PHONY: clean
 clean: ## remove what was built; downloads stay (remove build/ for those)
-	rm -rf bin build/guest-bundle build/criu build/tools
+	rm -rf bin $(RELEASE) build/guest-bundle build/criu build/tools

@@ -19,8 +19,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // Stat is a part of /proc/PID/stat.
@@ -165,7 +163,7 @@ func WorksIn(pid int, dir string) bool {
 
 // FirstLine returns the first line of a file, "" where it cannot be read.
 func FirstLine(file string) string {
-	data, err := rawfile.Read(file)
+	data, err := os.ReadFile(file)
 	if err != nil {
 		return ""
 	}
@@ -179,7 +177,7 @@ func path(pid int, elem ...string) string {
 
 // read returns [fs.ErrNotExist] for a process that exits meanwhile, too.
 func read(pid int, file string) ([]byte, error) {
-	data, err := rawfile.Read(path(pid, file))
+	data, err := os.ReadFile(path(pid, file))
 	if errors.Is(err, unix.ESRCH) {
 		return nil, &fs.PathError{Op: "read", Path: path(pid, file), Err: fs.ErrNotExist}
 	}

@@ -1,56 +1,51 @@
 package stopat
 
 import (
-	"context"
+	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
-	"time"
 )
 
-func TestWaitStopsWhereAFileSaysSo(t *testing.T) {
-	dir := t.TempDir()
-	name := filepath.Join(dir, "checkpoint-save-devshm")
-	for title, release := range map[string]func(cancel func()){
-		"the file is removed": func(func()) { os.Remove(name + ".reached") },
-		"the operation ends":  func(cancel func()) { cancel() },
+func TestFileName(t *testing.T) {
+	for in, want := range map[[2]string]string{
+		{"checkpoint", "freeze"}:        "checkpoint-freeze",
+		{"checkpoint", "save /dev/shm"}: "checkpoint-save-devshm",
 	} {
-		t.Run(title, func(t *testing.T) {
-			if err := os.WriteFile(name, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-			defer cancel()
-			Dir(dir).Wait(ctx, "checkpoint", "freeze") // another phase
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				Dir(dir).Wait(ctx, "checkpoint", "save /dev/shm")
-			}()
-			for {
-				if _, err := os.Lstat(name + ".reached"); err == nil {
-					break
-				}
-				if ctx.Err() != nil {
-					t.Fatal("the phase is not reached")
-				}
-				time.Sleep(time.Millisecond) //nolint:forbidigo // between two looks at a file
-			}
-			select {
-			case <-done:
-				t.Fatal("it did not wait")
-			default:
-			}
-			release(cancel)
-			<-done
-			if left, _ := os.ReadDir(dir); len(left) > 0 {
-				t.Errorf("left: %v", left)
-			}
-		})
+		if got := FileName(in[0], in[1]); got != want {
+			t.Errorf("%v: %s, want %s", in, got, want)
+		}
 	}
 }
 
-func TestWaitDoesNothingUnlessAsked(t *testing.T) {
-	Dir("").Wait(t.Context(), "checkpoint", "freeze")
-	Dir(t.TempDir()).Wait(t.Context(), "checkpoint", "freeze")
+// Nothing that an operator installs can be stopped by a file: the text that the
+// hooks need is in none of the binaries without the tag, and in those with it.
+func TestReleaseHasNoHooks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("links the product twice")
+	}
+	const module = "github.com/kata-checkpoint/kata-checkpoint"
+	for command, needles := range map[string][]string{
+		"containerd-shim-kata-checkpoint-v2": {"KATA_CHECKPOINT_STOP_DIR", ".reached", "stopped by a test"},
+		"kata-checkpoint-agent":              {"/run/kata-checkpoint/stop", ".reached", "stopped by a test"},
+	} {
+		for _, tags := range []string{"", "testhooks"} {
+			out := filepath.Join(t.TempDir(), command)
+			build := exec.Command("go", "build", "-buildvcs=false", "-tags", tags, "-o", out, module+"/cmd/"+command)
+			build.Env = append(os.Environ(), "CGO_ENABLED=0")
+			if output, err := build.CombinedOutput(); err != nil {
+				t.Fatalf("build %s: %v\n%s", command, err, output)
+			}
+			binary, err := os.ReadFile(out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, needle := range needles {
+				if has, want := bytes.Contains(binary, []byte(needle)), tags != ""; has != want {
+					t.Errorf("%s, built with tags %q, has %q: %t", command, tags, needle, has)
+				}
+			}
+		}
+	}
 }

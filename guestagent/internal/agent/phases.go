@@ -20,7 +20,7 @@ type phases struct {
 
 // stops has a file for each phase at which a test wants to stop an operation.
 // Only root in the guest can write there.
-const stops = stopat.Dir(api.StateDir + "/stop")
+var stops = stopat.In(api.StateDir + "/stop")
 
 func newPhases(ctx context.Context, operation, id string) *phases {
 	return &phases{ctx: log.WithLogger(ctx, log.G(ctx).WithField("container", id)), operation: operation, last: time.Now()}

@@ -14,7 +14,6 @@ package task
 import (
 	"context"
 	"fmt"
-	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -63,9 +62,6 @@ type Options struct {
 	ProtectShare func() error
 }
 
-// stopEnv names the directory by which tests stop operations at their phases.
-const stopEnv = "KATA_CHECKPOINT_STOP_DIR"
-
 // Service serves one sandbox.
 type Service struct {
 	cfg       *config.Config
@@ -110,7 +106,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, containers: make(map[string]*container),
-		stops: stopat.Dir(os.Getenv(stopEnv)), restarting: make(chan struct{}, 1),
+		stops: stopat.FromEnv(), restarting: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.idleTimer = time.AfterFunc(idleDelay, debug.FreeOSMemory)
