@@ -2,11 +2,19 @@
 // restores containers beside the kata-agent, at the request of the shim
 // (package plugin) on the host.
 //
-// It is started once a VM by Kata's guest hook, as root in the guest's root
-// namespaces, and serves the protocol of package api over AF_VSOCK to the host
-// alone. The order of calls for a container is Adopt (between Kata's Create
-// and Start), then Freeze, Checkpoint and Thaw any number of times, or
-// CheckRestore, Kata's Start, and Restore once; Forget at the end.
+// Kata's guest hook starts it once in each VM, as root in the guest's root
+// namespaces. It serves the protocol of package api over AF_VSOCK to the host
+// only. The order of calls for a container is Adopt (between Kata's Create and
+// Start), then Freeze, Checkpoint and Thaw any number of times, or CheckRestore,
+// Kata's Start, and Restore once; Forget at the end.
+//
+// A file serves a call or a concern: checkpoint.go and restore.go drive package
+// criu, lease.go keeps track of which shims are there, takeover.go cleans up
+// after an agent that has died. What only looks at processes is in package
+// inspect.
+//
+// The package relies on Kata 4.1.0 (the kata-agent's files and cgroups), CRIU
+// 4.2 and Linux 6.18.
 package agent
 
 import (
@@ -29,9 +37,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
-// holdGrace is how long a frozen container waits for another owner after the
-// connection of its owner broke.
-const holdGrace = 3 * time.Second
+// leaseGrace is how long containers stay frozen after the lease of their owner
+// has ended, so that it can reconnect.
+const leaseGrace = 3 * time.Second
 
 // Agent implements the service of package api.
 type Agent struct {
@@ -41,7 +49,7 @@ type Agent struct {
 	// ops serialises Freeze, Thaw, Checkpoint and Restore of a container.
 	ops keyedMutex
 
-	hold holders
+	leases leases
 
 	criu *toolchain
 
@@ -49,11 +57,11 @@ type Agent struct {
 	spawner enter.Spawner
 }
 
-// New prepares the agent's directory. CRIU is taken from the guest bundle when
+// New prepares the agent's directory. CRIU is loaded from the guest bundle when
 // it is first needed.
 func New(bundle string) (*Agent, error) {
 	a := &Agent{dir: api.StateDir, criu: newToolchain(bundle)}
-	a.hold.expired = a.thawAll
+	a.leases.expired = a.thawAll
 	a.spawner.Command = a.spawnCommand
 	if err := a.prepare(); err != nil {
 		return nil, err
@@ -61,7 +69,7 @@ func New(bundle string) (*Agent, error) {
 	return a, nil
 }
 
-// prepare mounts the agent's directory, unless an earlier agent did.
+// prepare mounts the agent's directory, unless an earlier agent has.
 func (a *Agent) prepare() error {
 	if err := os.MkdirAll(a.dir, 0o700); err != nil {
 		return err
@@ -75,7 +83,7 @@ func (a *Agent) prepare() error {
 			return fmt.Errorf("mount %s: %w", a.dir, err)
 		}
 	}
-	// What is mounted below must not reach containers that Kata sets up later.
+	// Mounts below it must not propagate to containers that Kata creates later.
 	if err := unix.Mount("", a.dir, "", unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make %s private: %w", a.dir, err)
 	}
@@ -117,7 +125,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	// What a container of the same id left behind, should it have had no Forget.
+	// What an earlier container of the same id has left, if it was never forgotten.
 	if err := errors.Join(a.release(id), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup))); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
@@ -127,7 +135,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if err := a.save(c); err != nil {
 		return nil, errclass.ToRPC(errors.Join(err, a.release(id)))
 	}
-	log.G(ctx).WithFields(log.Fields{"container": id, "pid": c.Init.PID, "cgroup": c.Cgroup}).Info("adopted")
+	log.G(ctx).WithFields(log.Fields{"container": id, "pid": c.Init.PID, "cgroup": c.Cgroup}).Info("container adopted")
 	return &api.AdoptResponse{Pid: int32(c.Init.PID)}, nil //nolint:gosec // a pid
 }
 
@@ -138,25 +146,25 @@ func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 		return nil, errclass.ToRPC(err)
 	}
 	defer a.ops.lock(id)()
-	a.hold.thawed(id)
-	var spoke error
+	a.leases.thawed(id)
+	var left error
 	if c, err := a.load(id); err == nil {
-		spoke = errors.Join(a.speak(c), c.forgetCgroup(ctx))
+		left = errors.Join(a.unlockNetwork(c), c.forgetCgroup(ctx))
 	}
 	err := os.Remove(a.recordPath(id))
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}
-	if err := errors.Join(spoke, err, a.release(id)); err != nil {
+	if err := errors.Join(left, err, a.release(id)); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
 	return &emptypb.Empty{}, nil
 }
 
-// Hold implements the service: it answers when its connection has ended.
+// Hold implements the service: a lease that lasts as long as the connection.
 func (a *Agent) Hold(ctx context.Context, _ *api.HoldRequest) (*emptypb.Empty, error) {
-	a.hold.enter()
-	defer a.hold.leave(holdGrace)
+	a.leases.begin()
+	defer a.leases.end(leaseGrace)
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
@@ -174,7 +182,7 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	if err := c.writeOut(ctx); err != nil {
 		return nil, errclass.ToRPC(errors.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
 	}
-	a.hold.frozen(c.ID)
+	a.leases.frozen(c.ID)
 	return &emptypb.Empty{}, nil
 }
 
@@ -189,21 +197,21 @@ func (a *Agent) thaw(id string) error {
 	if err != nil {
 		return err
 	}
-	a.hold.thawed(id)
-	if err := errors.Join(a.speak(c), cgroup.Thaw(c.tree())); err != nil {
+	a.leases.thawed(id)
+	if err := errors.Join(a.unlockNetwork(c), cgroup.Thaw(c.tree())); err != nil {
 		return fmt.Errorf("container %s: %w", id, err)
 	}
 	return nil
 }
 
-// thawAll is called when frozen containers have no owner any more.
+// thawAll thaws the containers whose owner is gone.
 func (a *Agent) thawAll(ids []string) {
 	for _, id := range ids {
 		unlock := a.ops.lock(id)
 		if err := a.thaw(id); err != nil {
-			log.L.WithError(err).WithField("container", id).Warn("thaw a container without an owner")
+			log.L.WithError(err).WithField("container", id).Error("failed to thaw a container whose shim is gone")
 		} else {
-			log.L.WithField("container", id).Warn("thawed: the shim that froze it is gone")
+			log.L.WithField("container", id).Warn("container thawed: the shim that froze it is gone")
 		}
 		unlock()
 	}

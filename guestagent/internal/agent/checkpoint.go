@@ -25,8 +25,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// ghostLimit is the largest file without a name that goes into an image set,
-// in bytes. CRIU's own default of 1 MiB refuses many a database.
+// ghostLimit is the size in bytes of the largest unlinked file that an image set
+// may contain. CRIU's default, 1 MiB, is too small for many databases.
 const ghostLimit = 1 << 30
 
 // CheckCheckpoint implements the service.
@@ -41,8 +41,8 @@ func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	return &emptypb.Empty{}, nil
 }
 
-// inspect looks at a container's processes. It returns an error with everything
-// that a checkpoint cannot be made with, and logs what is worth knowing besides.
+// inspect looks at a container's processes. Its error names everything that
+// forbids a checkpoint; what is only worth knowing is logged.
 func (c *container) inspect(ctx context.Context, o *api.CheckpointOptions) (*inspect.Container, error) {
 	pids, err := c.pids()
 	if err != nil {
@@ -79,7 +79,7 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		return nil, errclass.ToRPC(errors.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
 	}
 	if err := os.Mkdir(images, 0o700); err != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("directory for the images: %w", err))
+		return nil, errclass.ToRPC(fmt.Errorf("make the directory for the images: %w", err))
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
@@ -88,8 +88,8 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	return out, nil
 }
 
-// Discard implements the service. What the container's other operations are
-// about is not touched, and none waits for it.
+// Discard implements the service. It takes no lock: it neither disturbs nor waits
+// for the container's other operations.
 func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
 	c, err := a.load(r.GetContainerId())
 	if errdefs.IsNotFound(err) {
@@ -103,17 +103,17 @@ func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empt
 		err = os.RemoveAll(images)
 	}
 	if err != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("discard images of container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(fmt.Errorf("discard the images of container %s: %w", c.ID, err))
 	}
 	return &emptypb.Empty{}, nil
 }
 
-// stayFrozen freezes a container again that a CRIU was at work on that ended
-// unexpectedly: CRIU thaws what it dumps, and freezes it when it is done.
+// stayFrozen freezes a container again after a dump that failed: CRIU thaws what
+// it dumps and freezes it again at the end, unless it is killed.
 func stayFrozen(ctx context.Context, c *container) error {
 	frozen, err := cgroup.Frozen(c.tree())
 	if err != nil || frozen {
-		return nil //nolint:nilerr // the container has ended
+		return nil //nolint:nilerr // the container has exited
 	}
 	return cgroup.Freeze(ctx, c.tree())
 }
@@ -136,10 +136,10 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, a.speak(c))
+			err = errors.Join(err, a.unlockNetwork(c))
 		}
 	}()
-	if err := a.silence(c, tcp); err != nil {
+	if err := a.lockNetwork(c, tcp); err != nil {
 		return nil, err
 	}
 	opts := dumpOptions(op, c, r.GetOptions(), out, images)
@@ -148,12 +148,12 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	ph.done("inspect")
 
-	// The two write different files of what is frozen.
+	// Both write files of their own and only read what is frozen.
 	shm := make(chan error, 1)
 	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()
 	err = op.Dump(opts)
 	ph.done("criu dump")
-	// CRIU cannot be stopped half way without harm to what it dumps. A caller who
+	// CRIU cannot be stopped halfway without harm to what it dumps. A caller that
 	// has given up meanwhile gets no image set.
 	err = errors.Join(err, <-shm, ctx.Err())
 	ph.done("save /dev/shm")
@@ -174,20 +174,20 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	return out, nil
 }
 
-// describe fills in what the restore has to know and prepares CRIU's run.
+// describe records what the restore needs to know and prepares the run of CRIU.
 func (a *Agent) describe(c *container, look *inspect.Container, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
 	root := c.root().PID
 	mounts, err := inspect.Mounts(root)
 	if err != nil {
-		return nil, fmt.Errorf("mounts of the container: %w", err)
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
 	}
 	guest, err := inspect.Mounts(os.Getpid())
 	if err != nil {
-		return nil, fmt.Errorf("mounts of the guest: %w", err)
+		return nil, fmt.Errorf("read the mounts of the guest: %w", err)
 	}
 	out.Externals = inspect.Externals(mounts, guest, r.GetExternals())
 	if out.OpenFiles, err = inspect.OpenFiles(look.Processes, mounts); err != nil {
-		return nil, fmt.Errorf("open files of the container: %w", err)
+		return nil, fmt.Errorf("list the open files of the container: %w", err)
 	}
 	if out.Hostname, err = inspect.Hostname(root); err != nil {
 		return nil, err
@@ -198,14 +198,14 @@ func (a *Agent) describe(c *container, look *inspect.Container, r *api.Checkpoin
 	if out.CriuVersion, err = a.criu.version(); err != nil {
 		return nil, err
 	}
-	// Where these are CRIU's own they stay out of the image set: they are the
-	// sandbox's, not the container's. Its cgroup namespace is not joined: cgroup2
-	// is mounted nsdelegate, and from inside nothing can be frozen.
+	// CRIU leaves namespaces that it is in itself out of the image set: these are
+	// the sandbox's, not the container's. The cgroup namespace is not joined:
+	// cgroup2 is mounted with nsdelegate, and nothing can be frozen from inside.
 	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: []string{"ipc", "uts"}}, 0)
 }
 
-// shareNamespace tells CRIU of a pid namespace that is not the container's own,
-// of which it takes no notice then: at the restore it is to be given one.
+// shareNamespace marks a PID namespace that is not the container's own as
+// external: CRIU leaves it out, and is given one at the restore.
 func shareNamespace(opts *rpc.CriuOpts, root int) error {
 	own, err := inspect.OwnPIDNamespace(root)
 	if err != nil || own {
@@ -223,9 +223,9 @@ func shareNamespace(opts *rpc.CriuOpts, root int) error {
 func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) *rpc.CriuOpts {
 	opts := op.Options(images)
 	opts.Pid = proto.Int32(int32(c.root().PID)) //nolint:gosec // a pid
-	// The shim ends the container, if it is to end, once the image set is safe.
+	// The shim kills the container, if it is to stop, once the image set is safe.
 	opts.LeaveRunning = proto.Bool(true)
-	// Without it CRIU waits for ever for tasks that are frozen already.
+	// Without it CRIU waits forever for tasks that are already frozen.
 	opts.FreezeCgroup = proto.String(c.tree())
 	opts.GhostLimit = proto.Uint32(ghostLimit)
 	applyOptions(opts, o)
@@ -240,7 +240,7 @@ func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.C
 	return opts
 }
 
-// applyOptions sets what a restore has to be told again.
+// applyOptions sets the options that a dump and its restore must agree on.
 func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
 	opts.TcpEstablished = proto.Bool(o.GetTcpEstablished())
 	opts.TcpClose = proto.Bool(o.GetTcpClose())

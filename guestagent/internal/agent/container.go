@@ -18,27 +18,29 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
-// restoredCgroup is the child of a container's cgroup that a restored tree
-// lives in, so that it can be frozen without its placeholder.
+// restoredCgroup is the child of a container's cgroup with the restored
+// processes, which are frozen without their placeholder.
 const restoredCgroup = "restored"
 
-// container is what the agent knows of a container. It is kept as a file, too:
-// an agent that is started again goes on with it.
+// container is the agent's record of a container. It is also kept in a file, for
+// an agent that is restarted.
 type container struct {
 	ID string `json:"id"`
-	// Init is the first process that Kata started.
+	// Init is the process that Kata started: the container's init, or its
+	// placeholder.
 	Init process `json:"init"`
 	// Cgroup is the directory of the container's cgroup.
 	Cgroup string `json:"cgroup"`
-	// Stdio are the descriptors that Kata gave to Init.
+	// Stdio are the descriptors 0 to 2 that Kata gave to Init.
 	Stdio []*api.Stdio `json:"stdio"`
-	// Restored is the root of the tree below the placeholder, when there is one.
+	// Restored is the root of the restored processes, if there are any.
 	Restored *process `json:"restored,omitempty"`
-	// Silent: its TCP connections may be cut off, see [Agent.silence].
-	Silent bool `json:"silent,omitempty"`
+	// NetworkLocked reports that its TCP connections may be locked, see
+	// [Agent.lockNetwork].
+	NetworkLocked bool `json:"networkLocked,omitempty"`
 }
 
-// root is the process that the container's own program runs in.
+// root is the first of the container's own processes.
 func (c *container) root() process {
 	if c.Restored != nil {
 		return *c.Restored
@@ -46,7 +48,7 @@ func (c *container) root() process {
 	return c.Init
 }
 
-// tree is the cgroup that holds the container's own processes.
+// tree is the cgroup with the container's own processes.
 func (c *container) tree() string {
 	if c.Restored != nil {
 		return filepath.Join(c.Cgroup, restoredCgroup)
@@ -54,7 +56,7 @@ func (c *container) tree() string {
 	return c.Cgroup
 }
 
-// pids are the container's own processes.
+// pids lists the container's own processes.
 func (c *container) pids() ([]int, error) {
 	pids, err := cgroup.Procs(c.tree(), true)
 	if err != nil {
@@ -63,13 +65,13 @@ func (c *container) pids() ([]int, error) {
 	return pids, nil
 }
 
-// forgetCgroup removes what Kata's agent has left of a container's cgroup: it
-// tries once, and does not while a process of it is about to go. The next
-// container of this id would get it as it is, frozen perhaps. One that is another
-// container's by now has processes and is left alone.
+// forgetCgroup removes a container's cgroup if the kata-agent has left it: the
+// kata-agent tries once, and fails while a process is still exiting. The next
+// container of this id would inherit it as it is, possibly frozen. A cgroup with
+// processes is that next container's and is left alone.
 func (c *container) forgetCgroup(ctx context.Context) error {
 	if c.Init.alive() {
-		return nil // it has not ended
+		return nil // still running
 	}
 	if err := cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)); err != nil {
 		return err
@@ -80,7 +82,7 @@ func (c *container) forgetCgroup(ctx context.Context) error {
 	return cgroup.Remove(ctx, c.Cgroup)
 }
 
-// A container id becomes part of paths: what it may be is what Kata takes
+// validID is what Kata accepts as a container id, which becomes part of paths
 // (src/libs/kata-sys-util/src/validate.rs).
 var validID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 
@@ -91,17 +93,17 @@ func checkID(id string) error {
 	return nil
 }
 
-// kataContainers is where Kata's agent keeps the guest's side of each
-// container, its final OCI spec among it (src/agent/src/rpc.rs, setup_bundle).
+// kataContainers is where the kata-agent keeps its bundle of each container,
+// with the final OCI spec (src/agent/src/rpc.rs, setup_bundle).
 const kataContainers = "/run/kata-containers"
 
-// find looks up a container that Kata has created. It is to be called before
-// the container starts, when its init is its only process.
+// find looks up a container that Kata has created and not started: init is its
+// only process.
 func find(id string) (*container, error) {
 	path := filepath.Join(kataContainers, id, "config.json")
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("container %s is not known to Kata's agent: %w", id, err)
+		return nil, fmt.Errorf("container %s is unknown to the kata-agent: %w", id, err)
 	}
 	var spec struct {
 		Linux struct {
@@ -117,7 +119,7 @@ func find(id string) (*container, error) {
 	}
 	pids, err := cgroup.Procs(dir, false)
 	if err != nil {
-		return nil, fmt.Errorf("processes of container %s: %w", id, err)
+		return nil, fmt.Errorf("list the processes of container %s: %w", id, err)
 	}
 	init, err := oldest(pids)
 	if err != nil {
@@ -130,7 +132,7 @@ func find(id string) (*container, error) {
 	return &container{ID: id, Init: init, Cgroup: dir, Stdio: stdio}, nil
 }
 
-// load reads the record of a container whose processes still live.
+// load reads the record of a container, whether or not it still runs.
 func (a *Agent) load(id string) (*container, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
@@ -146,7 +148,7 @@ func (a *Agent) load(id string) (*container, error) {
 	}
 	c := &container{}
 	if err := json.Unmarshal(data, c); err != nil {
-		return nil, fmt.Errorf("record of container %s: %w", id, err)
+		return nil, fmt.Errorf("read the record of container %s: %w", id, err)
 	}
 	return c, nil
 }
@@ -158,7 +160,7 @@ func (a *Agent) running(id string) (*container, error) {
 		return nil, err
 	}
 	if !c.root().alive() {
-		return nil, fmt.Errorf("the process of container %s has ended: %w", id, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("the process of container %s has exited: %w", id, errdefs.ErrNotFound)
 	}
 	return c, nil
 }

@@ -11,11 +11,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// checkRights refuses an image set whose processes may do more than the
-// container that they are restored into: an image set can have been made of
-// another container, or by anybody. Each thread has an image of its own, with
+// checkCredentials refuses an image set with a process whose credentials exceed
+// those of the container that it is restored into: an image set may come from
+// another container, or from anybody. Each thread has an image of its own with
 // its credentials.
-func checkRights(images string, r *api.Rights) error {
+func checkCredentials(images string, r *api.Rights) error {
 	if r == nil {
 		return nil
 	}
@@ -44,12 +44,12 @@ func checkRights(images string, r *api.Rights) error {
 			}
 		}
 		if more := have &^ allowed; more != 0 {
-			return fmt.Errorf("the process %s has %s, which this container has not: give the container the capabilities of the one that was checkpointed",
+			return fmt.Errorf("the process %s has %s, which this container lacks: give the container the capabilities of the one that was checkpointed",
 				name, strings.Join(capabilityNames(more), ", "))
 		}
 		uids := []uint32{creds.GetUid(), creds.GetEuid(), creds.GetSuid(), creds.GetFsuid()}
 		if r.GetNoNewPrivs() && r.GetUid() != 0 && slices.ContainsFunc(uids, func(id uint32) bool { return id != r.GetUid() }) {
-			return fmt.Errorf("the process %s is another user's (%d) than this container's (%d), which allows no new privileges: run it as the user of the one that was checkpointed",
+			return fmt.Errorf("the process %s runs as another user (%d) than this container (%d), which allows no new privileges: run it as the user of the one that was checkpointed",
 				name, creds.GetEuid(), r.GetUid())
 		}
 	}

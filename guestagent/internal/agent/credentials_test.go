@@ -34,7 +34,7 @@ func image(t *testing.T, comm string, c *creds.CredsEntry) []byte {
 	return append(data, message...)
 }
 
-func TestRights(t *testing.T) {
+func TestCredentials(t *testing.T) {
 	const chown, sysAdmin = 1 << 0, 1 << 21
 	plain := &creds.CredsEntry{CapBnd: []uint32{chown, 0}, CapEff: []uint32{chown, 0}}
 	user := func(id uint32) *creds.CredsEntry {
@@ -54,7 +54,7 @@ func TestRights(t *testing.T) {
 		"what nobody knows":                {&creds.CredsEntry{CapInh: []uint32{0, 1 << 31}}, &api.Rights{}, "0x8000000000000000"},
 		"nothing is bound":                 {plain, nil, ""},
 		"the container's user":             {user(1000), asUser, ""},
-		"another user, no new privileges":  {user(0), asUser, "another user's (0)"},
+		"another user, no new privileges":  {user(0), asUser, "another user (0)"},
 		"another user, who may become one": {user(0), &api.Rights{Uid: 1000}, ""},
 		"one that root became":             {user(33), &api.Rights{NoNewPrivs: true}, ""},
 	} {
@@ -65,7 +65,7 @@ func TestRights(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			err := checkRights(dir, tc.rights)
+			err := checkCredentials(dir, tc.rights)
 			if tc.err == "" && err != nil || tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)) {
 				t.Errorf("error %v, want %q", err, tc.err)
 			}
@@ -73,14 +73,14 @@ func TestRights(t *testing.T) {
 	}
 }
 
-func TestImagesThatAreNone(t *testing.T) {
+func TestFilesThatAreNotImages(t *testing.T) {
 	good := image(t, "work", &creds.CredsEntry{})
 	for name, data := range map[string][]byte{"empty": nil, "text": []byte("this is no image at all"), "cut short": good[:len(good)-1], "another one's": append([]byte{1}, good[1:]...)} {
 		dir := t.TempDir()
 		if err := os.WriteFile(filepath.Join(dir, "core-1.img"), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := checkRights(dir, &api.Rights{}); err == nil || !strings.Contains(err.Error(), "core-1.img") {
+		if err := checkCredentials(dir, &api.Rights{}); err == nil || !strings.Contains(err.Error(), "core-1.img") {
 			t.Errorf("%s: error %v", name, err)
 		}
 	}

@@ -31,7 +31,7 @@ const (
 	FirstMode  = "first"
 )
 
-// lockPath is locked by the one daemon of a guest. It is outside of
+// lockPath is locked by the guest's only daemon. It is outside of
 // api.StateDir, which is mounted over.
 const lockPath = "/run/kata-checkpoint.lock"
 
@@ -41,11 +41,11 @@ type settings struct {
 	VsockPort uint32 `json:"vsock_port"`
 }
 
-// Hook is what Kata runs for every container, with its OCI state on stdin: it
-// leaves one daemon in the guest and returns at once. executable is the hook's
-// own path, BUNDLE/hooks/prestart/NAME.
+// Hook is Kata's prestart hook, run for every container with its OCI state on
+// stdin: it makes sure that the daemon runs and returns at once. executable is
+// the hook's own path, BUNDLE/hooks/prestart/NAME.
 func Hook(executable string, state io.Reader) error {
-	// Kata's agent waits until somebody has read what it writes.
+	// The kata-agent waits until the state has been read.
 	if _, err := io.Copy(io.Discard, state); err != nil {
 		return fmt.Errorf("read state: %w", err)
 	}
@@ -56,13 +56,13 @@ func Hook(executable string, state io.Reader) error {
 	if err != nil {
 		return err
 	}
-	lock.Close() // for the daemon to take; should two start, one finds it taken
+	lock.Close() // the daemon locks it; if two start, the second one exits
 	bundle := filepath.Dir(filepath.Dir(filepath.Dir(executable)))
 	cmd := exec.Command(filepath.Join(bundle, api.AgentBinary), DaemonMode)
 	cmd.Dir = "/"
-	// Kata's agent waits for the end of the hook's output: the daemon has none.
+	// The kata-agent waits until the hook's output is closed: the daemon has none.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// For the daemon, see smallPages. Where it fails the daemon is larger.
+	// The daemon inherits it, see smallPages. If it fails, the daemon uses more memory.
 	_ = unix.Prctl(unix.PR_SET_THP_DISABLE, 1, 0, 0, 0)
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the agent: %w", err)
@@ -82,7 +82,7 @@ func takeLock() (*os.File, error) {
 	return f, nil
 }
 
-// Daemon serves until the guest ends. executable is BUNDLE/bin/NAME.
+// Daemon serves until the guest shuts down. executable is BUNDLE/bin/NAME.
 func Daemon(ctx context.Context, executable string) error {
 	lock, err := takeLock()
 	if errors.Is(err, unix.EWOULDBLOCK) {
@@ -92,12 +92,12 @@ func Daemon(ctx context.Context, executable string) error {
 		return err
 	}
 	defer lock.Close()
-	// Small when idle: what an operation took goes back soon.
+	// The idle daemon is small: memory that an operation used is freed soon.
 	debug.SetGCPercent(50)
 	if err := smallPages(); err != nil {
-		log.G(ctx).WithError(err).Warn("huge pages for the heap")
+		log.G(ctx).WithError(err).Warn("failed to disable huge pages for the heap")
 	}
-	settle()
+	configureGuest()
 
 	bundle := filepath.Dir(filepath.Dir(executable))
 	set, err := readSettings(filepath.Join(bundle, "agent.json"))
@@ -112,7 +112,7 @@ func Daemon(ctx context.Context, executable string) error {
 		log.L.Logger.SetOutput(f)
 	}
 	if err := a.takeOver(); err != nil {
-		log.G(ctx).WithError(err).Error("what an earlier agent left")
+		log.G(ctx).WithError(err).Error("failed to clean up after an earlier agent")
 	}
 	listener, err := vsock.Listen(set.VsockPort, nil)
 	if err != nil {
@@ -123,13 +123,14 @@ func Daemon(ctx context.Context, executable string) error {
 		return err
 	}
 	api.RegisterAgentService(server, a)
-	log.G(ctx).WithFields(log.Fields{"version": version.Version, "port": set.VsockPort, "bundle": bundle}).Info("agent serves")
+	log.G(ctx).WithFields(log.Fields{"version": version.Version, "port": set.VsockPort, "bundle": bundle}).Info("agent is serving")
 	return server.Serve(ctx, hostOnly{listener})
 }
 
-// smallPages has the kernel use no huge pages for the heap: each is in memory
-// as a whole for the little of it that an idle agent needs. Until now the hook's
-// word was for that. It ends here: what the agent starts would inherit it.
+// smallPages excludes the heap from transparent huge pages: an idle agent needs
+// only a little of each, and each is resident as a whole. Until here the setting
+// that the hook made has had that effect. It is reset, as processes that the
+// agent starts would inherit it.
 func smallPages() (err error) {
 	defer func() { err = errors.Join(err, unix.Prctl(unix.PR_SET_THP_DISABLE, 0, 0, 0, 0)) }()
 	maps, err := os.ReadFile("/proc/self/maps")
@@ -141,13 +142,13 @@ func smallPages() (err error) {
 		var perms, offset, device string
 		var inode uint64
 		if _, err := fmt.Sscanf(line, "%x-%x %s %s %s %d", &begin, &end, &perms, &offset, &device, &inode); err != nil {
-			return fmt.Errorf("read own mappings: %q: %w", line, err)
+			return fmt.Errorf("parse own mappings: %q: %w", line, err)
 		}
 		if perms != "rw-p" || inode != 0 {
 			continue
 		}
 		_, _, errno := unix.Syscall(unix.SYS_MADVISE, begin, end-begin, unix.MADV_NOHUGEPAGE)
-		if errno != 0 && errno != unix.EINVAL { // a kernel that has none
+		if errno != 0 && errno != unix.EINVAL { // a kernel without huge pages
 			return fmt.Errorf("advise %x-%x: %w", begin, end, errno)
 		}
 	}
@@ -169,25 +170,25 @@ func readSettings(path string) (settings, error) {
 	return s, nil
 }
 
-// settle takes the daemon out of whatever cgroup the hook ran in, and out of
-// the reach of the OOM killer; and it switches MPTCP off in the guest's network
-// namespace, which all containers are in: CRIU cannot dump its sockets, and
-// programs that ask for one (Go's servers do from 1.24 on) take TCP without it.
-// None of it is vital.
-func settle() {
+// configureGuest moves the daemon out of the cgroup of the hook, makes it the
+// last victim of the OOM killer, and disables MPTCP in the guest's network
+// namespace, which all containers share: CRIU cannot dump MPTCP sockets, and
+// programs that request one (Go's servers do since 1.24) fall back to TCP. None
+// of it is vital.
+func configureGuest() {
 	for path, value := range map[string]string{
 		"/sys/fs/cgroup/cgroup.procs": "0",
 		"/proc/self/oom_score_adj":    "-999",
 		"/proc/sys/net/mptcp/enabled": "0",
 	} {
 		if err := os.WriteFile(path, []byte(value), 0); err != nil {
-			log.L.WithError(err).Debugf("write %s", path)
+			log.L.WithError(err).Debugf("failed to write %s", path)
 		}
 	}
 }
 
-// hostOnly takes connections from the host and closes all others: a process
-// in a container shares the guest's network and could dial the port itself.
+// hostOnly accepts connections from the host and closes all others: a process in
+// a container shares the guest's network and could dial the port itself.
 type hostOnly struct{ net.Listener }
 
 func (l hostOnly) Accept() (net.Conn, error) {
@@ -199,7 +200,7 @@ func (l hostOnly) Accept() (net.Conn, error) {
 		if peer, ok := c.RemoteAddr().(*vsock.Addr); ok && peer.ContextID == vsock.Host {
 			return c, nil
 		}
-		log.L.WithField("peer", c.RemoteAddr()).Warn("refused a connection that is not the host's")
+		log.L.WithField("peer", c.RemoteAddr()).Warn("refused a connection that is not from the host")
 		c.Close()
 	}
 }

@@ -17,16 +17,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 )
 
-// An external mount's files are in no image of CRIU's, and a file that is open
-// in /dev/shm makes the restore fail when it is missing: so they travel as a
-// tar archive. GNU tar writes it, which knows holes; this package reads it,
-// and makes nothing from it but plain files, directories, links and FIFOs.
+// CRIU's images do not contain the files of external mounts, and a restore fails
+// if a file that is open in /dev/shm is missing. So these files travel in a tar
+// archive. GNU tar writes it, which supports sparse files; this package reads it
+// and creates only regular files, directories, links and FIFOs from it.
 
 // saveShm archives the /dev/shm of a frozen process.
 func saveShm(ctx context.Context, pid int, archive string) error {
 	dir := fmt.Sprintf("/proc/%d/root/dev/shm", pid)
 	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
-		// No /dev/shm, or an image without one: an empty archive says so.
+		// The container has no /dev/shm: the archive is empty.
 		return os.WriteFile(archive, make([]byte, 1024), 0o600)
 	}
 	cmd := criu.Command(ctx, "tar", "--create", "--file", archive, "--format=pax", "--sparse", "--numeric-owner", "--xattrs", "--one-file-system",
@@ -36,16 +36,16 @@ func saveShm(ctx context.Context, pid int, archive string) error {
 	if err := criu.Start(cmd); err != nil {
 		return fmt.Errorf("save /dev/shm: %w", err)
 	}
-	// 1: a file or the directory changed meanwhile. It is another container's: the
-	// pod has one /dev/shm, and only this container stands still.
+	// 1: a file or directory changed meanwhile. It belongs to another container: the
+	// pod has one /dev/shm, and only this container is frozen.
 	if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() != 1 {
 		return fmt.Errorf("save /dev/shm: %w: %s", err, strings.TrimSpace(stderr.String()))
 	}
 	return nil
 }
 
-// restoreShm puts the files of an archive into a /dev/shm. A file that is
-// there already is another container's of the pod, and stays.
+// restoreShm extracts an archive into a /dev/shm. A file that exists belongs to
+// another container of the pod and is kept.
 func restoreShm(dir, archive string) error {
 	f, err := os.Open(archive)
 	if err != nil {
@@ -72,7 +72,7 @@ func restoreShm(dir, archive string) error {
 		}
 		name := filepath.Clean(h.Name)
 		if name == "." {
-			continue // the mount's own, not the files'
+			continue // the root directory belongs to the mount
 		}
 		h.Name = name
 		made, err := unpack(root, h, r)
@@ -83,7 +83,7 @@ func restoreShm(dir, archive string) error {
 			directories = append(directories, h)
 		}
 	}
-	// After their content, which changes their times.
+	// Last: creating their content changes their times.
 	for _, h := range directories {
 		if err := root.Chtimes(h.Name, h.AccessTime, h.ModTime); err != nil {
 			return fmt.Errorf("restore /dev/shm: %w", err)
@@ -92,7 +92,7 @@ func restoreShm(dir, archive string) error {
 	return nil
 }
 
-// unpack makes one entry below root, which no name in it can leave.
+// unpack creates one entry below root, which no name can escape.
 func unpack(root *os.Root, h *tar.Header, content io.Reader) (made bool, err error) {
 	switch h.Typeflag {
 	case tar.TypeReg:
@@ -106,7 +106,7 @@ func unpack(root *os.Root, h *tar.Header, content io.Reader) (made bool, err err
 	case tar.TypeFifo:
 		err = unpackFIFO(root, h.Name)
 	default:
-		return false, nil // devices and the like have no place in /dev/shm
+		return false, nil // devices and the like do not belong in /dev/shm
 	}
 	if errors.Is(err, fs.ErrExist) {
 		return false, nil
@@ -123,7 +123,7 @@ func unpack(root *os.Root, h *tar.Header, content io.Reader) (made bool, err err
 	if h.Typeflag == tar.TypeSymlink {
 		return true, nil
 	}
-	// Set-id bits have no effect there (Kata mounts it nosuid) and get no chance.
+	// Without set-id bits, which have no effect anyway: Kata mounts it nosuid.
 	if err := root.Chmod(h.Name, h.FileInfo().Mode()&(fs.ModePerm|fs.ModeSticky)); err != nil {
 		return false, err
 	}
@@ -139,7 +139,7 @@ func unpackFile(root *os.Root, h *tar.Header, content io.Reader) (err error) {
 	if err := f.Truncate(h.Size); err != nil {
 		return err
 	}
-	// Holes stay holes: a segment of shared memory is often larger than its use.
+	// Holes stay holes: shared memory segments are often sparse.
 	buf := make([]byte, 1<<16)
 	zero := make([]byte, len(buf))
 	for off := int64(0); off < h.Size; {

@@ -15,12 +15,12 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// maxToken bounds what is read of a marker file, in bytes.
+// maxToken bounds what is read from a marker file, in bytes.
 const maxToken = 256
 
-// withdraw takes the exchange mount out of the mount namespace of a container
-// that has not started, with its mount point, and attaches it at target in the
-// guest's root namespace. The token proves that it is the right mount.
+// withdraw moves the exchange mount from the mount namespace of a container that
+// has not started to target in the guest's root namespace, and removes its mount
+// point. The token proves that it is the right mount.
 func withdraw(init process, destination, token, target string) error {
 	if !path.IsAbs(destination) || path.Clean(destination) != destination || destination == "/" {
 		return fmt.Errorf("exchange mount: destination %q is not a clean absolute path", destination)
@@ -32,11 +32,11 @@ func withdraw(init process, destination, token, target string) error {
 	mount := -1
 	pidfd, err := unix.PidfdOpen(init.PID, 0)
 	if err != nil {
-		return fmt.Errorf("withdraw the exchange mount: the container's process: %w", err)
+		return fmt.Errorf("withdraw the exchange mount: open the container's process: %w", err)
 	}
 	defer unix.Close(pidfd)
 	if !init.alive() {
-		return errors.New("withdraw the exchange mount: the container's process has ended")
+		return errors.New("withdraw the exchange mount: the container's process has exited")
 	}
 	err = thread.Do(func() (err error) {
 		if err := unix.Setns(pidfd, unix.CLONE_NEWNS); err != nil {
@@ -73,18 +73,18 @@ func withdraw(init process, destination, token, target string) error {
 	return nil
 }
 
-// takeMount clones the mount at destination, in the calling thread's mount
-// namespace, if it has the token in its marker file.
+// takeMount clones the mount at destination in the calling thread's mount
+// namespace, if its marker file has the token.
 func takeMount(destination, token string) (int, error) {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, destination, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
-		return -1, fmt.Errorf("no mount at %s: %w", destination, err)
+		return -1, fmt.Errorf("clone the mount at %s: %w", destination, err)
 	}
 	if err := checkMarker(fd, token); err != nil {
 		unix.Close(fd)
-		return -1, fmt.Errorf("what is mounted at %s is not the exchange mount: %w", destination, err)
+		return -1, fmt.Errorf("the mount at %s is not the exchange mount: %w", destination, err)
 	}
-	// Out of the container's peer group: what is mounted below is nobody else's.
+	// It leaves the container's peer group: mounts below it must not propagate.
 	attr := unix.MountAttr{Propagation: unix.MS_PRIVATE}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
 		unix.Close(fd)
@@ -105,13 +105,13 @@ func checkMarker(dir int, token string) error {
 		return fmt.Errorf("read marker: %w", err)
 	}
 	if token == "" || string(got) != token {
-		return errors.New("its marker is another one's")
+		return errors.New("marker token mismatch")
 	}
 	return nil
 }
 
-// removeMountPoint removes the directory that Kata made for the mount, by a
-// writable clone of the container's root where that is read-only.
+// removeMountPoint removes the directory that Kata created for the mount, through
+// a writable clone of the container's root if that is read-only.
 func removeMountPoint(destination string) error {
 	err := unix.Rmdir(destination)
 	if errors.Is(err, unix.EROFS) {
@@ -142,7 +142,7 @@ func removeReadOnly(destination string) error {
 // exchangePath is where the agent keeps a container's exchange mount.
 func (a *Agent) exchangePath(id string) string { return filepath.Join(a.dir, "exchange", id) }
 
-// release drops a container's exchange mount.
+// release unmounts a container's exchange mount.
 func (a *Agent) release(id string) error {
 	target := a.exchangePath(id)
 	for {
@@ -160,11 +160,11 @@ func (a *Agent) release(id string) error {
 	return nil
 }
 
-// inExchange is the path of a directory in a container's exchange mount; the
-// name comes from the shim and is one element.
+// inExchange returns the path of a directory in a container's exchange mount. The
+// name comes from the shim and must be a single path element.
 func (a *Agent) inExchange(id, name string) (string, error) {
 	if name == "" || name[0] == '.' || path.Base(name) != name {
-		return "", fmt.Errorf("directory name %q is not allowed", name)
+		return "", fmt.Errorf("invalid directory name %q", name)
 	}
 	target := a.exchangePath(id)
 	var st unix.Statx_t

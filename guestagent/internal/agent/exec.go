@@ -136,7 +136,7 @@ func awaitHelper(ctx context.Context, c *container, token string, watch int, pau
 }
 
 // watchReady gives a descriptor that tells when somebody has opened and closed
-// the agent's copy in memory, which [quickenHelper] has made the helper's: a
+// the agent's copy in memory, which [remountHelper] has made the helper's: a
 // helper does when it has all that is to be taken from it. This is no more
 // than a reason to look: where the helper is another file, nothing is told.
 func watchReady() (int, error) {
@@ -215,10 +215,10 @@ func placeholderPath(placeholder int) (string, error) {
 	return path, nil
 }
 
-// quickenHelper mounts the copy of the agent's binary that is in memory over
+// remountHelper mounts the copy of the agent's binary that is in memory over
 // the one from the share that the placeholder was started from: each exec
 // opens the file, and virtiofs would read it anew each time.
-func quickenHelper(placeholder int) error {
+func remountHelper(placeholder int) error {
 	path, err := placeholderPath(placeholder)
 	if err != nil {
 		return err

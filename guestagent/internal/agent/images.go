@@ -14,21 +14,21 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Magic numbers at the beginning of an image (criu/include/magic.h).
+// Magic numbers at the beginning of CRIU's images (criu/include/magic.h).
 const (
 	imageMagic = 0x54564319
 	coreMagic  = 0x55053847
 )
 
-// readCore reads the image of a process or thread: two magic numbers, and one
-// message behind its size.
+// readCore reads the image of a process or thread: two magic numbers, a size and
+// one protobuf message.
 func readCore(path string) (*criu_core.CoreEntry, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
 	const head = 12
-	wrong := fmt.Errorf("%s is no image of CRIU's", filepath.Base(path))
+	wrong := fmt.Errorf("%s is not an image of CRIU", filepath.Base(path))
 	if len(data) < head || binary.LittleEndian.Uint32(data) != imageMagic || binary.LittleEndian.Uint32(data[4:]) != coreMagic {
 		return nil, wrong
 	}
@@ -37,22 +37,22 @@ func readCore(path string) (*criu_core.CoreEntry, error) {
 		return nil, wrong
 	}
 	core := &criu_core.CoreEntry{}
-	// What else a newer CRIU requires of it is nothing to this.
+	// Fields that a newer CRIU requires do not matter here.
 	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data[head:head+size], core); err != nil {
 		return nil, errors.Join(wrong, err)
 	}
 	return core, nil
 }
 
-// sharedNamespace says whether the processes of an image set shared a pid
-// namespace. CRIU has an image of one only when it was told that it is external.
+// sharedNamespace reports whether the processes of an image set shared their
+// pod's PID namespace: only for an external one does CRIU write this image.
 func sharedNamespace(images string) (bool, error) {
 	found, err := filepath.Glob(filepath.Join(images, "pidns-*.img"))
 	return len(found) > 0, err
 }
 
-// imagePIDs are the pids of the processes and threads in an image set: each has
-// an image that is named after it.
+// imagePIDs lists the PIDs of the processes and threads in an image set, each of
+// which has an image named after it.
 func imagePIDs(images string) ([]int, error) {
 	found, err := filepath.Glob(filepath.Join(images, "core-*.img"))
 	var pids []int

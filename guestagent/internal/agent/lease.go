@@ -5,10 +5,10 @@ import (
 	"time"
 )
 
-// holders counts the shims that are there, and knows what they have frozen.
-// When the last one has gone and none has come within a grace time, expired is
-// called with the frozen containers.
-type holders struct {
+// leases counts the connected shims and remembers what is frozen. When the last
+// lease has ended and none begins within a grace period, expired is called with
+// the frozen containers.
+type leases struct {
 	expired func(ids []string)
 
 	mu     sync.Mutex
@@ -17,73 +17,73 @@ type holders struct {
 	expiry *time.Timer
 }
 
-func (h *holders) enter() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.count++
-	if h.expiry != nil {
-		h.expiry.Stop()
-		h.expiry = nil
+func (l *leases) begin() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.count++
+	if l.expiry != nil {
+		l.expiry.Stop()
+		l.expiry = nil
 	}
 }
 
-func (h *holders) leave(grace time.Duration) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.count--; h.count == 0 {
-		h.arm(grace)
+func (l *leases) end(grace time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.count--; l.count == 0 {
+		l.arm(grace)
 	}
 }
 
-// frozen notes a container. Where nobody holds, the clock runs already.
-func (h *holders) frozen(id string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.ids == nil {
-		h.ids = make(map[string]bool)
+// frozen records a container. If there is no lease, the grace period begins.
+func (l *leases) frozen(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ids == nil {
+		l.ids = make(map[string]bool)
 	}
-	h.ids[id] = true
-	if h.count == 0 {
-		h.arm(holdGrace)
+	l.ids[id] = true
+	if l.count == 0 {
+		l.arm(leaseGrace)
 	}
 }
 
-func (h *holders) thawed(id string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	delete(h.ids, id)
+func (l *leases) thawed(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.ids, id)
 }
 
-func (h *holders) arm(grace time.Duration) {
-	if h.expiry != nil {
-		h.expiry.Stop()
+func (l *leases) arm(grace time.Duration) {
+	if l.expiry != nil {
+		l.expiry.Stop()
 	}
 	var timer *time.Timer
 	timer = time.AfterFunc(grace, func() {
-		h.mu.Lock()
-		if h.expiry != timer || h.count > 0 {
-			h.mu.Unlock()
+		l.mu.Lock()
+		if l.expiry != timer || l.count > 0 {
+			l.mu.Unlock()
 			return
 		}
-		h.expiry = nil
-		ids := make([]string, 0, len(h.ids))
-		for id := range h.ids {
+		l.expiry = nil
+		ids := make([]string, 0, len(l.ids))
+		for id := range l.ids {
 			ids = append(ids, id)
 		}
-		h.mu.Unlock()
-		h.expired(ids)
+		l.mu.Unlock()
+		l.expired(ids)
 	})
-	h.expiry = timer
+	l.expiry = timer
 }
 
-// keyedMutex is one mutex a key. Keys are container ids: few, and short-lived
-// as the VM is.
+// keyedMutex has a mutex for each key. Keys are container ids: few, and gone
+// with the VM.
 type keyedMutex struct {
 	mu    sync.Mutex
 	locks map[string]*sync.Mutex
 }
 
-// lock takes the key's mutex and returns its release.
+// lock locks the key's mutex and returns the function that unlocks it.
 func (k *keyedMutex) lock(key string) func() {
 	k.mu.Lock()
 	if k.locks == nil {

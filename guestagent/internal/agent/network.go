@@ -10,32 +10,33 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 )
 
-// lockName names a container's lock among nftables' tables.
+// lockName is the name of a container's network lock.
 func lockName(id string) string { return "kata-checkpoint-" + id }
 
-// silence cuts a container's TCP connections off: from now on nothing that
-// happens here, not even the end of the container, reaches a peer, nor is
-// anything that a peer sends acknowledged. It comes before a dump.
-func (a *Agent) silence(c *container, list []inspect.Connection) error {
+// lockNetwork drops the packets of a container's TCP connections before a dump:
+// from now on its peers notice nothing, not even that the container exits, and
+// nothing that they send is acknowledged.
+func (a *Agent) lockNetwork(c *container, list []inspect.Connection) error {
 	if len(list) == 0 {
 		return nil
 	}
-	// Noted first: whatever comes then, Thaw and Forget undo it.
-	c.Silent = true
+	// Recorded first, so that Thaw and Forget undo it whatever happens next.
+	c.NetworkLocked = true
 	if err := a.save(c); err != nil {
 		return err
 	}
 	return netlock.Lock(lockName(c.ID), list)
 }
 
-// speak undoes silence. The processes are still frozen, or gone.
-func (a *Agent) speak(c *container) error {
-	if !c.Silent {
+// unlockNetwork undoes lockNetwork, and repair mode. The processes are still
+// frozen, or gone.
+func (a *Agent) unlockNetwork(c *container) error {
+	if !c.NetworkLocked {
 		return nil
 	}
 	pids, err := cgroup.Procs(c.tree(), true)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("processes of the container: %w", err)
+		return fmt.Errorf("list the processes of the container: %w", err)
 	}
 	processes, err := inspect.Processes(pids)
 	if err != nil {
@@ -48,6 +49,6 @@ func (a *Agent) speak(c *container) error {
 	if err := errors.Join(netlock.LeaveRepair(list), netlock.Unlock(lockName(c.ID))); err != nil {
 		return err
 	}
-	c.Silent = false
+	c.NetworkLocked = false
 	return a.save(c)
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 )
 
-// phases measures the steps of an operation and logs each as it ends.
+// phases measures the steps of an operation and logs each when it is done.
 type phases struct {
 	ctx       context.Context
 	operation string
@@ -18,7 +18,7 @@ type phases struct {
 	list      []*api.Phase
 }
 
-// stops has a file for each phase at which a test wants to stop an operation.
+// stops has a file for each phase after which a test wants to stop an operation.
 // Only root in the guest can write there.
 var stops = stopat.In(api.StateDir + "/stop")
 

@@ -6,7 +6,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
-// process tells one process from a later one of the same pid.
+// process identifies a process, as opposed to a later one with the same PID.
 type process struct {
 	PID int `json:"pid"`
 	// Start is the process's start time in clock ticks since boot (proc(5), stat field 22).

@@ -25,7 +25,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
-// cleanupTimeout bounds the end of what a failed restore left alive.
+// cleanupTimeout bounds the kill of what a failed restore has left running.
 const cleanupTimeout = 10 * time.Second
 
 // CheckRestore implements the service.
@@ -46,8 +46,8 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if err != nil {
 		return err
 	}
-	if !own { // its placeholder would not be the one to reap the restored root
-		return errors.New("its placeholder has no pid namespace of its own, which the shim asks Kata for: install the guest bundle and the shim of the same release")
+	if !own { // the placeholder would not reap the restored root
+		return errors.New("its placeholder has no PID namespace of its own, which the shim requests from Kata: install the guest bundle and the shim of the same release")
 	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
@@ -55,10 +55,10 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	}
 	for _, name := range []string{imageset.InventoryName, imageset.DevShmName} {
 		if _, err := os.Stat(filepath.Join(images, name)); err != nil {
-			return fmt.Errorf("the image set does not arrive in the guest: %w", err)
+			return fmt.Errorf("the image set is not visible in the guest: %w", err)
 		}
 	}
-	if err := checkRights(images, r.GetRights()); err != nil {
+	if err := checkCredentials(images, r.GetRights()); err != nil {
 		return err
 	}
 	version, err := a.criu.version()
@@ -66,7 +66,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if version/10000 < r.GetCriuVersion()/10000 {
-		return fmt.Errorf("the checkpoint was made by CRIU %s and the guest has %s: install a guest bundle as new as the one that made it",
+		return fmt.Errorf("the checkpoint was made by CRIU %s and the guest has %s: install a guest bundle that is at least as new",
 			criu.FormatVersion(r.GetCriuVersion()), criu.FormatVersion(version))
 	}
 	have, err := cpuFeatures()
@@ -74,7 +74,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if lost := missing(r.GetCpuFeatures(), have); len(lost) > 0 {
-		return fmt.Errorf("the checkpoint was made on a processor with %s, which this guest's has not: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
+		return fmt.Errorf("the checkpoint was made on a processor with %s, which the processor of this guest lacks: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
 	}
 	root := fmt.Sprintf("/proc/%d/root", c.Init.PID)
 	mounts, err := inspect.Mounts(c.Init.PID)
@@ -99,14 +99,14 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if len(changed) > 0 {
-		return fmt.Errorf("files that its processes hold open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
+		return fmt.Errorf("files that its processes have open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
 	}
 	changed, err = inspect.ChangedShm(root+inspect.ShmDir, r.GetOpenFiles())
 	if err != nil {
 		return err
 	}
 	if len(changed) > 0 {
-		return fmt.Errorf("files that its processes hold open are other ones in the pod's /dev/shm than at the checkpoint: %s: remove them, or restore it in another pod", strings.Join(changed, ", "))
+		return fmt.Errorf("files that its processes have open differ in the pod's /dev/shm from those at the checkpoint: %s: remove them, or restore it in another pod", strings.Join(changed, ", "))
 	}
 	return nil
 }
@@ -119,7 +119,7 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("container %s has been restored already: %w", c.ID, errdefs.ErrFailedPrecondition))
+		return nil, errclass.ToRPC(fmt.Errorf("container %s has already been restored: %w", c.ID, errdefs.ErrFailedPrecondition))
 	}
 	out, err := a.restore(ctx, c, r)
 	if err != nil {
@@ -150,8 +150,8 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
 	}
-	// The placeholder's: what CRIU does not join it would make from the
-	// guest's root namespaces, or from the image set's old pod.
+	// CRIU joins the placeholder's namespaces. Others it would create from the
+	// guest's root namespaces, or as the image set's old pod had them.
 	pids, err := procfs.NSPIDs(c.Init.PID)
 	if err != nil {
 		return nil, err
@@ -178,7 +178,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 			return nil, err
 		}
 		op.Avoid(taken)
-		ph.done("make a pid namespace")
+		ph.done("make a PID namespace")
 	}
 	if err := op.Restore(opts); err != nil {
 		return nil, err
@@ -191,12 +191,12 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err := a.save(c); err != nil {
 		return nil, err
 	}
-	// Execs work without it, only more slowly.
-	if err := quickenHelper(c.Init.PID); err != nil {
-		log.G(ctx).WithError(err).Warn("put the exec helper into memory")
+	// Execs work without either, only more slowly.
+	if err := remountHelper(c.Init.PID); err != nil {
+		log.G(ctx).WithError(err).Warn("failed to remount the exec helper from memory")
 	}
 	if err := a.spawner.Prepare(); err != nil {
-		log.G(ctx).WithError(err).Warn("start the spawner")
+		log.G(ctx).WithError(err).Warn("failed to start the spawner")
 	}
 	ph.done("prepare for execs")
 	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
@@ -212,7 +212,7 @@ func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.Criu
 	}
 	done := make(map[string]bool)
 	for _, s := range r.GetStdio() {
-		// A terminal is one file under three descriptors, and one entry for CRIU.
+		// A terminal is one file with three descriptors, and one entry for CRIU.
 		if key := s.GetKey(); key != "" && !done[key] {
 			done[key] = true
 			opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: proto.String(key), Fd: proto.Int32(op.Inherit(int(s.GetFd())))})
@@ -221,12 +221,12 @@ func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.Criu
 	return opts
 }
 
-// waitPlaceholder waits until Kata's init has become the placeholder. Kata's
-// Start answers before the execve that its init was waiting for.
+// waitPlaceholder waits until Kata's init has become the placeholder: Kata's
+// Start returns before init has called execve.
 func waitPlaceholder(ctx context.Context, init process) error {
 	for {
 		if !init.alive() {
-			return errors.New("the placeholder has ended")
+			return errors.New("the placeholder has exited")
 		}
 		if cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", init.PID)); err == nil && isPlaceholder(string(cmd)) {
 			return nil
@@ -244,12 +244,12 @@ func isPlaceholder(cmdline string) bool {
 	return len(args) == 2 && args[1] == api.PlaceholderMode
 }
 
-// restoredRoot finds the root of a restored tree: its parent, CRIU, has ended,
-// and its placeholder has it.
+// restoredRoot finds the root of a restored tree: its parent, CRIU, has exited,
+// and it has become the placeholder's child.
 func restoredRoot(tree string, placeholder int) (*process, error) {
 	pids, err := cgroup.Procs(tree, false)
 	if err != nil {
-		return nil, fmt.Errorf("processes of the restored tree: %w", err)
+		return nil, fmt.Errorf("list the restored processes: %w", err)
 	}
 	for _, pid := range pids {
 		if stat, err := procfs.ReadStat(pid); err != nil || stat.Parent != placeholder {
@@ -259,7 +259,7 @@ func restoredRoot(tree string, placeholder int) (*process, error) {
 			return &root, nil
 		}
 	}
-	return nil, errors.New("the restored process has ended already")
+	return nil, errors.New("the restored process has already exited")
 }
 
 // missing returns the elements of want that are not in have.

@@ -16,15 +16,15 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
-// orphanWait is how long an agent that was started again waits for a CRIU
-// whose agent has died, in all. One that dumps is better left to finish than killed.
-const orphanWait = 5 * time.Second
+// criuTimeout is how long a restarted agent waits for a CRIU whose agent has died
+// to finish, before it kills it.
+const criuTimeout = 5 * time.Second
 
-// takeOver deals with what an agent that has died left: a CRIU at work, which
-// freezes its container once more when it is done, directories of operations,
-// and frozen containers, which are thawed unless a shim claims them.
+// takeOver cleans up after an agent that has died: it waits for a running CRIU,
+// which freezes its container again when it is done, removes the directories of
+// operations, and has frozen containers thawed unless a shim claims them.
 func (a *Agent) takeOver() error {
-	deadline := time.Now().Add(orphanWait)
+	deadline := time.Now().Add(criuTimeout)
 	for _, pid := range criu.Running() {
 		if err := outlive(pid, deadline); err != nil {
 			return err
@@ -48,18 +48,17 @@ func (a *Agent) takeOver() error {
 		}
 		c, err := a.running(id)
 		if err != nil {
-			continue // it has ended
+			continue // exited
 		}
 		if frozen, err := cgroup.Frozen(c.tree()); err == nil && frozen {
-			log.L.WithField("container", id).Warn("frozen by an agent that has died")
-			a.hold.frozen(id)
+			log.L.WithField("container", id).Warn("container was frozen by an agent that has died")
+			a.leases.frozen(id)
 		}
 	}
 	return nil
 }
 
-// outlive waits for the end of a process, and kills it if that does not come
-// in time.
+// outlive waits until a process has exited, and kills it at the deadline.
 func outlive(pid int, deadline time.Time) error {
 	fd, err := pidfd.Open(pid)
 	if errors.Is(err, os.ErrProcessDone) {
@@ -69,17 +68,17 @@ func outlive(pid int, deadline time.Time) error {
 		return err
 	}
 	defer unix.Close(fd)
-	log.L.WithField("pid", pid).Warn("the CRIU of an agent that has died is at work")
-	ended, err := pidfd.Wait(fd, time.Until(deadline))
-	if err != nil || ended {
+	log.L.WithField("pid", pid).Warn("waiting for the CRIU of an agent that has died")
+	exited, err := pidfd.Wait(fd, time.Until(deadline))
+	if err != nil || exited {
 		return err
 	}
-	log.L.WithField("pid", pid).Warn("it does not end and is killed")
+	log.L.WithField("pid", pid).Warn("killing the CRIU of an agent that has died")
 	if err := pidfd.Kill(fd); err != nil {
 		return err
 	}
-	if ended, err = pidfd.Wait(fd, orphanWait); err == nil && !ended {
-		err = fmt.Errorf("process %d, a CRIU without an agent, does not end", pid)
+	if exited, err = pidfd.Wait(fd, criuTimeout); err == nil && !exited {
+		err = fmt.Errorf("process %d, the CRIU of an agent that has died, does not exit", pid)
 	}
 	return err
 }

@@ -14,12 +14,12 @@ import (
 // checkTimeout bounds `criu check`, which takes about a second without KVM.
 const checkTimeout = time.Minute
 
-// toolchain is the guest's CRIU: loaded, asked and checked once, and not
-// before somebody needs it, as most guests never do.
+// toolchain is the guest's CRIU, loaded and checked once, when it is first needed:
+// most guests never need it.
 type toolchain struct {
-	// version loads CRIU and says which it is.
+	// version loads CRIU and returns its version.
 	version func() (uint32, error)
-	// check says what `criu check` found amiss.
+	// check returns what `criu check` complained about.
 	check func() error
 }
 
@@ -34,10 +34,10 @@ func newToolchain(bundle string) *toolchain {
 	return t
 }
 
-// load returns an error, each a sentence that says what to do, when no
-// checkpoint can work in this guest.
+// load loads CRIU. Its errors mean that no checkpoint can work in this guest, and
+// say what to do.
 func load(bundle string) (uint32, error) {
-	// A file that only kernels with the option have (kernel/pid_namespace.c).
+	// This file exists only with the option (kernel/pid_namespace.c).
 	if _, err := os.Stat("/proc/sys/kernel/ns_last_pid"); err != nil {
 		return 0, errclass.Precondition("the guest kernel %s was built without CONFIG_CHECKPOINT_RESTORE: give Kata a kernel with the options of configs/kernel", kernelRelease())
 	}
@@ -54,9 +54,9 @@ func load(bundle string) (uint32, error) {
 	return v, nil
 }
 
-// inspect returns what Info says of CRIU: its version, the words of `criu
-// check`, and an error when no checkpoint can work. It does not wait longer
-// than ctx; the work goes on for who asks next.
+// inspect returns what Info reports about CRIU: its version, the output of `criu
+// check`, and an error if no checkpoint can work. It waits no longer than ctx; the
+// check itself continues for the next caller.
 func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, err error) {
 	done := make(chan struct{})
 	go func() {

@@ -12,20 +12,20 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-// writeOut brings what a frozen container has written to where the host sees
-// it: engines diff its root file system there, some of them before they
-// checkpoint it (`ctr containers checkpoint --rw --task`).
+// writeOut makes what a frozen container has written visible to the host, where
+// engines diff its root file system, some of them before they checkpoint it
+// (`ctr containers checkpoint --rw --task`).
 //
-// A root on the guest's own disk is synced. One that the host shares is not:
-// the host would write out to its disk what anybody on it has written to that
-// file system, for as long as the disk takes, and the container stands still
-// meanwhile. There the guest keeps back what processes have mapped, and,
-// where the share is mounted with a writeback cache, what they have open.
+// A root on a disk of the guest's own is synced. One that the host shares is
+// not: the host would write back everything that anyone has written to that file
+// system, while the container is frozen. There the guest only caches what
+// processes have mapped and, if the share is mounted with a writeback cache,
+// what they have open.
 func (c *container) writeOut(ctx context.Context) error {
 	root := c.root().PID
 	mounts, err := inspect.Mounts(root)
 	if err != nil {
-		return fmt.Errorf("mounts of the container: %w", err)
+		return fmt.Errorf("read the mounts of the container: %w", err)
 	}
 	shares := inspect.Shares(mounts)
 	var st unix.Stat_t
@@ -68,19 +68,19 @@ func syncRoot(path string) error {
 	return nil
 }
 
-// writeOutFile has the guest's kernel send to the host what it holds of a file
-// of a share: it does when one closes it who has opened it (fs/fuse/file.c,
-// fuse_flush). A file that cannot be opened is none that can be diffed: one of a
-// network file system that trusts no root, for one.
+// writeOutFile has the guest's kernel send what it caches of a shared file to the
+// host, which it does when the file is closed (fs/fuse/file.c, fuse_flush). A
+// file that cannot be opened cannot be diffed either, such as one on a network
+// file system that does not trust root.
 func writeOutFile(ctx context.Context, path string) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		log.G(ctx).WithError(err).WithField("file", path).Warn("what the guest holds of a file is not written out")
+		log.G(ctx).WithError(err).WithField("file", path).Warn("failed to write out a file")
 		return nil
 	}
 	err = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
 	if err = errors.Join(err, unix.Close(fd)); err != nil {
-		return fmt.Errorf("write out a file of the container, %s: %w", path, err)
+		return fmt.Errorf("write out file %s of the container: %w", path, err)
 	}
 	return nil
 }

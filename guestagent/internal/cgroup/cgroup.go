@@ -1,6 +1,11 @@
-// Package cgroup finds and freezes the cgroups of containers in the guest,
-// which has cgroup v2 (Kata's kernel parameters ask for it,
+// Package cgroup finds, freezes and kills the cgroups of containers in the guest,
+// which has cgroup v2 (by Kata's kernel parameters,
 // src/runtime/arch/amd64-options.mk). Only the guest agent uses it.
+//
+// containerd/cgroups is not used: its Freeze returns once cgroup.freeze reads 1,
+// which only means that freezing has been requested.
+//
+// The package relies on Kata 4.1.0 and Linux 6.18.
 package cgroup
 
 import (
@@ -21,11 +26,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
-// Root is where the guest has cgroup v2.
+// Root is where cgroup v2 is mounted in the guest.
 const Root = "/sys/fs/cgroup"
 
-// Find returns the directory of a container's cgroup from the cgroupsPath of
-// its OCI spec, by the rules of Kata's agent (src/agent/src/rpc.rs and
+// Find returns the directory of a container's cgroup from the cgroupsPath of its
+// OCI spec, by the rules of the kata-agent (src/agent/src/rpc.rs and
 // rustjail/src/container.rs): slice:prefix:name for systemd, or a path.
 func Find(root, cgroupsPath, id string) (string, error) {
 	for _, c := range candidates(cgroupsPath, id) {
@@ -34,7 +39,7 @@ func Find(root, cgroupsPath, id string) (string, error) {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("cgroup of container %s (cgroupsPath %q): %w", id, cgroupsPath, fs.ErrNotExist)
+	return "", fmt.Errorf("find the cgroup of container %s (cgroupsPath %q): %w", id, cgroupsPath, fs.ErrNotExist)
 }
 
 func candidates(path, id string) []string {
@@ -50,7 +55,7 @@ func candidates(path, id string) []string {
 	return []string{path}
 }
 
-// expandSlice turns a-b.slice into a.slice/a-b.slice, as systemd nests slices.
+// expandSlice turns a-b.slice into a.slice/a-b.slice, as systemd does.
 func expandSlice(slice string) string {
 	name, ok := strings.CutSuffix(slice, ".slice")
 	if !ok || name == "-" || name == "" {
@@ -101,7 +106,7 @@ func Procs(dir string, deep bool) ([]int, error) {
 	return pids, err
 }
 
-// Frozen says whether the cgroup has been told to freeze.
+// Frozen reports whether freezing has been requested for a cgroup.
 func Frozen(dir string) (bool, error) {
 	data, err := os.ReadFile(filepath.Join(dir, "cgroup.freeze"))
 	if err != nil {
@@ -110,8 +115,8 @@ func Frozen(dir string) (bool, error) {
 	return strings.TrimSpace(string(data)) == "1", nil
 }
 
-// Freeze stops all processes of a cgroup and returns when they have stopped.
-// When ctx ends first, the cgroup is thawed again.
+// Freeze freezes all processes of a cgroup and returns once they are frozen. If
+// ctx ends first, the cgroup is thawed again.
 func Freeze(ctx context.Context, dir string) error {
 	events, err := os.Open(filepath.Join(dir, "cgroup.events"))
 	if err != nil {
@@ -130,12 +135,12 @@ func Freeze(ctx context.Context, dir string) error {
 			return nil
 		}
 		if !populated {
-			return errors.Join(fmt.Errorf("freeze: no process is left: %w", fs.ErrNotExist), Thaw(dir))
+			return errors.Join(fmt.Errorf("freeze: no processes are left: %w", fs.ErrNotExist), Thaw(dir))
 		}
 		if err := ctx.Err(); err != nil {
-			return errors.Join(fmt.Errorf("freeze: processes did not stop in time: %w", err), Thaw(dir))
+			return errors.Join(fmt.Errorf("freeze: processes were not frozen in time: %w", err), Thaw(dir))
 		}
-		// The kernel signals a change of cgroup.events as POLLPRI.
+		// A change of cgroup.events is reported as POLLPRI.
 		fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}} //nolint:gosec // a descriptor
 		if _, err := unix.Poll(fds, 50); err != nil && !errors.Is(err, unix.EINTR) {
 			return errors.Join(fmt.Errorf("freeze: %w", err), Thaw(dir))
@@ -143,7 +148,7 @@ func Freeze(ctx context.Context, dir string) error {
 	}
 }
 
-// Thaw lets the processes of a cgroup go on. A cgroup that is gone is no error.
+// Thaw resumes the processes of a cgroup. A cgroup that is gone is no error.
 func Thaw(dir string) error {
 	err := write(dir, "cgroup.freeze", "0")
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
@@ -155,8 +160,8 @@ func Thaw(dir string) error {
 	return nil
 }
 
-// Kill ends every process of a cgroup and of those below it, and waits until
-// they are gone or ctx ends.
+// Kill kills every process of a cgroup and of those below it, and waits until
+// they have exited or ctx ends.
 func Kill(ctx context.Context, dir string) error {
 	if err := write(dir, "cgroup.kill", "1"); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -180,8 +185,8 @@ func Kill(ctx context.Context, dir string) error {
 	}
 }
 
-// Remove ends every process of a cgroup, as Kill does, and removes it with those
-// below it. That it is not there is no error.
+// Remove kills every process of a cgroup, as Kill does, and removes it and those
+// below it. A cgroup that is gone is no error.
 func Remove(ctx context.Context, dir string) error {
 	if err := Kill(ctx, dir); err != nil {
 		return err

@@ -1,9 +1,11 @@
-// Package criu runs CRIU in the guest by its RPC, through go-criu.
+// Package criu runs CRIU in the guest over its RPC, through go-criu.
 //
 // go-criu starts "PATH swrk FD" and talks to it over FD. PATH is the agent's
 // own binary: in that mode ([Launch]) it reads the operation's [Job] from the
-// directory that it was started from, moves into the namespaces, lays out
-// mounts and inherited descriptors, and becomes CRIU.
+// directory that it was started from, joins namespaces, sets up mounts and
+// inherited descriptors, and executes CRIU.
+//
+// The package relies on CRIU 4.2 (its options, file names and log) and Linux 6.18.
 package criu
 
 import (
@@ -24,31 +26,31 @@ import (
 )
 
 const (
-	// home is where the relocatable CRIU's programs expect themselves: their
-	// ELF interpreter lies in its lib directory.
+	// home is where the programs of the relocatable CRIU have to be: their ELF
+	// interpreter is in its lib directory.
 	home    = api.StateDir + "/criu"
 	binary  = home + "/bin/criu"
 	pathEnv = "PATH=" + home + "/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-	// Agent is the copy in the guest's memory of the agent's own binary.
+	// Agent is the copy of the agent's own binary in the guest's memory.
 	Agent = api.StateDir + "/" + api.AgentBinary
 )
 
-// MinVersion is the oldest CRIU whose RPC has what is used here: image
-// directories by name, and NETWORK_LOCK by nftables (CRIU 4.0).
+// MinVersion is the oldest CRIU whose RPC supports image directories by name and
+// a network lock by nftables, CRIU 4.0.
 const MinVersion = 40000
 
-// Load copies the CRIU of a guest bundle to where its programs expect
-// themselves, and the agent's binary beside it. Copies, because virtiofs drops
-// a file's pages from the guest's memory whenever it is opened again
-// (FOPEN_KEEP_CACHE is not set with cache=auto): started from the share, each
-// run of CRIU would read its 16 MiB anew, while the container is frozen.
+// Load copies the CRIU of a guest bundle to where its programs have to be, and
+// the agent's binary beside it. They are copied because virtiofs drops a file's
+// pages from the guest's memory whenever the file is opened again
+// (FOPEN_KEEP_CACHE is not set with cache=auto): from the share, each run of CRIU
+// would read its 16 MiB again while the container is frozen.
 func Load(bundle string) error {
 	src := filepath.Join(bundle, "criu")
 	if _, err := os.Stat(filepath.Join(src, "bin", "criu")); err != nil {
 		return fmt.Errorf("the guest bundle has no CRIU: %w", err)
 	}
-	// An agent that was killed half way leaves a part; nothing runs from it.
+	// An agent that was killed here has left an incomplete copy that nothing uses.
 	if err := errors.Join(os.RemoveAll(home), os.RemoveAll(filepath.Dir(Agent))); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
@@ -79,8 +81,8 @@ func copyExecutable(from, to string) error {
 	return errors.Join(err, dst.Close())
 }
 
-// start guards the start of processes: go-criu makes its socket pair without
-// close-on-exec, and no other child may inherit it.
+// start serialises the start of processes: go-criu creates its socket pair
+// without close-on-exec, and no other child may inherit it.
 var start sync.Mutex
 
 // Version asks CRIU for its version: major*10000 + minor*100 + sublevel.
@@ -95,13 +97,13 @@ func Version() (uint32, error) {
 	}
 	v, err := c.GetCriuVersion()
 	if err = errors.Join(err, c.Cleanup()); err != nil {
-		return 0, fmt.Errorf("ask CRIU for its version: %w", err)
+		return 0, fmt.Errorf("get the version of CRIU: %w", err)
 	}
 	return uint32(v), nil //nolint:gosec // a version number
 }
 
-// Check runs `criu check`, which go-criu has no call for. The error carries
-// what CRIU found amiss.
+// Check runs `criu check`, which go-criu has no call for. The error contains what
+// CRIU complained about.
 func Check(ctx context.Context) error {
 	out, err := Command(ctx, "criu", "check").CombinedOutput()
 	if err != nil {
@@ -110,8 +112,8 @@ func Check(ctx context.Context) error {
 	return nil
 }
 
-// Running lists the processes in the guest that are the loaded CRIU. What a
-// container calls by its name is another file.
+// Running lists the processes in the guest that run the loaded CRIU, as opposed
+// to another file of that name.
 func Running() []int {
 	own, err := os.Stat(binary)
 	if err != nil {
@@ -130,15 +132,15 @@ func Running() []int {
 	return out
 }
 
-// Command is one of the programs of the bundle: criu, tar or gzip. The
-// caller starts it with [Start] or waits for it whole.
+// Command returns one of the bundle's programs: criu, tar or gzip. The caller
+// starts it with [Start], or runs it to its end.
 func Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, filepath.Join(home, "bin", name), args...)
 	cmd.Env = []string{pathEnv}
 	return cmd
 }
 
-// Start starts a command without the descriptors of a CRIU that is being started.
+// Start starts a command that does not inherit go-criu's sockets.
 func Start(cmd *exec.Cmd) error {
 	start.Lock()
 	defer start.Unlock()
@@ -154,7 +156,7 @@ func prepare(c *gocriu.Criu) error {
 	return nil
 }
 
-// FormatVersion turns CRIU's number into what people write.
+// FormatVersion formats CRIU's version number, such as 40201, as 4.2.1.
 func FormatVersion(v uint32) string {
 	s := fmt.Sprintf("%d.%d", v/10000, v/100%100)
 	if v%100 != 0 {

@@ -8,15 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// IsOp says whether a path is that of an operation's launcher.
+// IsOp reports whether a path is that of an operation's launcher.
 func IsOp(path string) bool {
 	_, err := os.Lstat(filepath.Join(filepath.Dir(path), jobName))
 	return err == nil
 }
 
-// Host becomes the CRIU of the guest bundle that this binary lies in, on a
-// machine where nothing is bound on [home]: containerd's CRI wants a CRIU of
-// the host before it asks any runtime for a checkpoint.
+// Host executes the CRIU of the guest bundle that this binary is in, on a host,
+// where CRIU is not copied to [home]: containerd's CRI requires a CRIU on the
+// host before it asks any runtime for a checkpoint.
 func Host(args []string) error {
 	self, err := os.Executable()
 	if err != nil {

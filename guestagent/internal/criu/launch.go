@@ -13,15 +13,15 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// launchErrorName is where the launcher leaves its error: nobody reads its stderr.
+// launchErrorName is the file with the launcher's error: its stderr is not read.
 const launchErrorName = "launch-error"
 
-// IsLaunch says whether the arguments are those that go-criu starts its CRIU with.
+// IsLaunch reports whether the arguments are those that go-criu passes to CRIU.
 func IsLaunch(args []string) bool { return len(args) == 3 && args[1] == "swrk" }
 
-// Launch does the job that lies beside args[0] and becomes CRIU; it returns
+// Launch does the job in the directory of args[0] and executes CRIU. It returns
 // only on an error. The calling goroutine is locked to the main thread, whose
-// namespaces the process keeps through execve.
+// namespaces execve preserves.
 func Launch(args []string) error {
 	dir := filepath.Dir(args[0])
 	err := launch(dir, args)
@@ -38,13 +38,13 @@ func launch(dir string, args []string) error {
 	}
 	var job Job
 	if err := json.Unmarshal(data, &job); err != nil {
-		return fmt.Errorf("read job: %w", err)
+		return fmt.Errorf("parse %s: %w", jobName, err)
 	}
 	if slices.Contains(job.Avoid, os.Getpid()) {
 		return errPIDTaken
 	}
 	if job.Cgroup != "" {
-		// "0" is the writer itself, whatever pid namespace it is in.
+		// "0" is the writer, in any PID namespace.
 		if err := os.WriteFile(filepath.Join(job.Cgroup, "cgroup.procs"), []byte("0"), 0); err != nil {
 			return fmt.Errorf("enter cgroup %s: %w", job.Cgroup, err)
 		}
@@ -58,20 +58,21 @@ func launch(dir string, args []string) error {
 	if err := inheritPIDNamespace(job); err != nil {
 		return err
 	}
-	if err := layMounts(dir, job); err != nil {
+	if err := setUpMounts(dir, job); err != nil {
 		return err
 	}
 	if err := thread.Enter(job.Target, job.Join...); err != nil {
 		return err
 	}
 	if job.Cgroup != "" {
-		// What CRIU restores inherits this view: its own cgroup is the root, as it was before the checkpoint.
+		// The restored processes inherit it: they see their own cgroup as the root, as
+		// before the checkpoint.
 		if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 			return fmt.Errorf("make a cgroup namespace: %w", err)
 		}
 	}
 	if job.FreshProc {
-		// Last: until here pids are those of the guest's root pid namespace.
+		// Last: until here, PIDs are those of the guest's root PID namespace.
 		if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 			return fmt.Errorf("mount /proc: %w", err)
 		}
@@ -82,27 +83,26 @@ func launch(dir string, args []string) error {
 	return nil
 }
 
-// takeOOMScore makes this process as likely a victim of the OOM killer as
-// another. The agent is hardly one, and all that it starts inherits that,
-// restored containers included.
+// takeOOMScore copies the OOM score adjustment of another process. Without it
+// restored containers would inherit the agent's, which protects them.
 func takeOOMScore(from int) error {
 	score, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", from))
 	if err != nil {
-		return fmt.Errorf("OOM score of the placeholder: %w", err)
+		return fmt.Errorf("read the OOM score of the placeholder: %w", err)
 	}
 	if err := os.WriteFile("/proc/self/oom_score_adj", score, 0); err != nil {
-		return fmt.Errorf("take the OOM score of the placeholder: %w", err)
+		return fmt.Errorf("set the OOM score of the placeholder: %w", err)
 	}
 	return nil
 }
 
-// inherit takes descriptors of the target, to stay open in CRIU.
+// inherit duplicates descriptors of the target for CRIU.
 func inherit(job Job) error {
 	if len(job.Inherit) == 0 {
 		return nil
 	}
-	// /proc is still the guest's root one, but system calls take the pids of the
-	// namespace that this process is in.
+	// /proc is still the guest's, but system calls use the PIDs of the namespace
+	// that this process is in.
 	target := job.Target
 	if job.FreshProc {
 		target = job.TargetInside
@@ -115,7 +115,7 @@ func inherit(job Job) error {
 	for _, fd := range job.Inherit {
 		got, err := unix.PidfdGetfd(pidfd, fd, 0)
 		if err != nil {
-			return fmt.Errorf("take descriptor %d of process %d: %w", fd, job.Target, err)
+			return fmt.Errorf("duplicate descriptor %d of process %d: %w", fd, job.Target, err)
 		}
 		if err := unix.Dup3(got, InheritBase+fd, 0); err != nil {
 			return fmt.Errorf("place descriptor %d: %w", fd, err)
@@ -125,25 +125,25 @@ func inherit(job Job) error {
 	return nil
 }
 
-// inheritPIDNamespace opens a pid namespace for CRIU, by the guest's root /proc.
+// inheritPIDNamespace opens a PID namespace for CRIU, in the guest's /proc.
 func inheritPIDNamespace(job Job) error {
 	if job.PIDNamespaceOf == 0 {
 		return nil
 	}
 	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/pid", job.PIDNamespaceOf), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("open the pid namespace of process %d: %w", job.PIDNamespaceOf, err)
+		return fmt.Errorf("open the PID namespace of process %d: %w", job.PIDNamespaceOf, err)
 	}
 	if err := unix.Dup3(fd, pidNamespaceFD, 0); err != nil {
-		return fmt.Errorf("place the pid namespace: %w", err)
+		return fmt.Errorf("place the PID namespace: %w", err)
 	}
 	return unix.Close(fd)
 }
 
-// layMounts gives this process a mount namespace of its own, with the clones
-// that the job asks for. Its propagation is slave: CRIU copies the sharing of
-// external mounts, which fails for private ones where the guest's are shared.
-func layMounts(dir string, job Job) error {
+// setUpMounts gives this process a mount namespace of its own with the clones that
+// the job lists. Its propagation is slave: CRIU copies the sharing of external
+// mounts, which fails for private ones in guests whose mounts are shared.
+func setUpMounts(dir string, job Job) error {
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("make a mount namespace: %w", err)
 	}
@@ -166,14 +166,14 @@ func layMounts(dir string, job Job) error {
 	}
 	for i, m := range job.Mounts {
 		if err := attach(clones[i], m); err != nil {
-			return fmt.Errorf("lay out mount %s: %w", m.Path, err)
+			return fmt.Errorf("set up mount %s: %w", m.Path, err)
 		}
 	}
 	return nil
 }
 
-// cloneMounts copies mounts of the target's mount namespace. They stay
-// detached, held by descriptors, on the way back to this one.
+// cloneMounts clones mounts of the target's mount namespace and returns to this
+// one. The clones are detached, with a descriptor each.
 func cloneMounts(job Job) ([]int, error) {
 	own, err := unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -204,8 +204,8 @@ func cloneMounts(job Job) ([]int, error) {
 	return clones, nil
 }
 
-// cloneMount copies the mount whose root is at path. A path that is no
-// mount's root is an error: its clone would show another part of a file system.
+// cloneMount clones the mount whose root is at path. A path that is not the root
+// of a mount is an error: the clone would show another part of a file system.
 func cloneMount(path string) (int, error) {
 	var st unix.Statx_t
 	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, 0, &st); err != nil {

@@ -7,17 +7,17 @@ import (
 	"strings"
 )
 
-// Error is a dump or restore that CRIU failed.
+// Error is the failure of a dump or restore.
 type Error struct {
 	What string
 	Err  error
-	// Log has the lines of CRIU's log that matter.
+	// Log has the relevant lines of CRIU's log.
 	Log []string
 }
 
 func (e *Error) Error() string {
 	if len(e.Log) == 0 {
-		return fmt.Sprintf("criu %s: %v (it left no log)", e.What, e.Err)
+		return fmt.Sprintf("criu %s: %v (without a log)", e.What, e.Err)
 	}
 	text := strings.Join(e.Log, "\n")
 	for sign, advice := range advices {
@@ -28,8 +28,7 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("criu %s: %v; its log says:\n%s", e.What, e.Err, strings.Join(e.Log, "\n"))
 }
 
-// advices say what to do about what CRIU finds in the workload, by what its log
-// has then.
+// advices say what to do about a failure, by a message in CRIU's log.
 var advices = map[string]string{
 	"External socket is used":  "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint",
 	"Some file locks are hold": "a process holds a file lock: have the engine include file locks, as nerdctl and docker do, or release it before the checkpoint",
@@ -38,14 +37,14 @@ var advices = map[string]string{
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// Bounds of what is quoted of a log.
+// Bounds of what is quoted from a log.
 const (
 	contextLines = 3
 	maxQuoted    = 40
 )
 
-// Tail returns the lines of CRIU's log that say why it failed: each error
-// with a few lines before it, or, where there is none, the last lines.
+// Tail returns the lines of CRIU's log that explain a failure: each error with a
+// few lines before it, or the last lines if there is no error.
 func Tail(path string) []string {
 	f, err := os.Open(path)
 	if err != nil {
@@ -70,7 +69,7 @@ func Tail(path string) []string {
 		out = before
 	}
 	if len(out) > maxQuoted {
-		// The first error is the cause, what follows its consequences.
+		// The first error is the cause; the others are its consequences.
 		out = append(out[:maxQuoted], fmt.Sprintf("(%d more lines)", len(out)-maxQuoted))
 	}
 	return out

@@ -36,11 +36,11 @@ func Mounts(pid int) ([]*mountinfo.Info, error) {
 func PartialMounts(pid int) ([]string, error) {
 	container, err := Mounts(pid)
 	if err != nil {
-		return nil, fmt.Errorf("mounts of the container: %w", err)
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
 	}
 	guest, err := Mounts(os.Getpid())
 	if err != nil {
-		return nil, fmt.Errorf("mounts of the guest: %w", err)
+		return nil, fmt.Errorf("read the mounts of the guest: %w", err)
 	}
 	return partial(container, Externals(container, guest, nil)), nil
 }
@@ -49,7 +49,7 @@ func partial(container []*mountinfo.Info, external []*api.External) []string {
 	var out []string
 	for _, e := range external {
 		if e.GetDevice() {
-			continue // all of them show the same node
+			continue // they all show the same node
 		}
 		for _, m := range container {
 			if m.Mountpoint == e.GetDestination() && m.Root != "/" {
@@ -60,14 +60,13 @@ func partial(container []*mountinfo.Info, external []*api.External) []string {
 	return out
 }
 
-// Externals picks the mounts of a container that cannot be in an image set:
-// those of file systems that CRIU does not know (virtiofs above all), those
-// whose superblock belongs to the guest, not to the container (the sandbox's
+// Externals returns the mounts of a container that cannot be in an image set:
+// those of file systems that CRIU does not support (virtiofs above all), those
+// whose superblock belongs to the guest and not to the container (the sandbox's
 // /dev/shm, tmpfs volumes, masks bound from the guest's /dev), and the
-// container's cgroup. CRIU would mount that of the restored processes, a child
-// of the container's which no limits are set in: Go's runtime for one holds
-// cpu.max open.
-// Marked destinations are external, too. The root mount never is.
+// container's cgroup: CRIU would mount that of the restored processes, a child
+// without limits, while Go's runtime, for one, keeps cpu.max open. Marked
+// destinations are external as well. The root mount never is.
 func Externals(container, guest []*mountinfo.Info, marked []string) []*api.External {
 	shared := make(map[[2]int]bool, len(guest))
 	for _, m := range guest {
@@ -90,13 +89,13 @@ func Externals(container, guest []*mountinfo.Info, marked []string) []*api.Exter
 		if !external {
 			continue
 		}
-		// A destination mounted over is not seen by anybody but the kernel;
-		// CRIU's key is the path, so the last mount there counts.
+		// A mount that is covered by another one is not visible, and CRIU's key is the
+		// path: the last mount counts.
 		out = slices.DeleteFunc(out, func(e *api.External) bool { return e.Destination == m.Mountpoint })
 		out = append(out, &api.External{Destination: m.Mountpoint, Fstype: m.FSType, Device: device})
 	}
 	for i, e := range out {
-		// A name of ours, because a path may hold what CRIU takes for syntax.
+		// Not the path, which may contain characters that CRIU parses.
 		e.Name = fmt.Sprintf("m%d", i)
 	}
 	return out

@@ -9,8 +9,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// OwnPIDNamespace says whether a process is the first of its pid namespace. If
-// not, the namespace is another container's, or was.
+// OwnPIDNamespace reports whether a process is the init of its PID namespace. If
+// not, the namespace is, or was, another container's.
 func OwnPIDNamespace(pid int) (bool, error) {
 	pids, err := procfs.NSPIDs(pid)
 	if err != nil {
@@ -19,7 +19,7 @@ func OwnPIDNamespace(pid int) (bool, error) {
 	return pids[len(pids)-1] == 1, nil
 }
 
-// Hostname is the one that a process sees.
+// Hostname returns the host name in a process's uts namespace.
 func Hostname(pid int) (string, error) {
 	var name unix.Utsname
 	err := thread.Do(func() error {
@@ -29,7 +29,7 @@ func Hostname(pid int) (string, error) {
 		return unix.Uname(&name)
 	})
 	if err != nil {
-		return "", fmt.Errorf("hostname of the container: %w", err)
+		return "", fmt.Errorf("read the host name of the container: %w", err)
 	}
 	return unix.ByteSliceToString(name.Nodename[:]), nil
 }

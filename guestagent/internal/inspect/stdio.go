@@ -10,9 +10,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// Stdio says by which keys CRIU knows the descriptors 0 to 2 of a process
-// whose far ends are outside of its container: pipes that Kata's agent made,
-// or a terminal of the guest's devpts (src/agent/rustjail/src/process.rs).
+// Stdio returns CRIU's keys of the descriptors 0 to 2 of a process whose other
+// ends are outside of its container: pipes that the kata-agent created, or a
+// terminal of the guest's devpts (src/agent/rustjail/src/process.rs).
 func Stdio(pid int) ([]*api.Stdio, error) {
 	var out []*api.Stdio
 	for fd := range uint32(3) {
@@ -33,7 +33,7 @@ func Stdio(pid int) ([]*api.Stdio, error) {
 			if err := unix.Stat(path, &st); err != nil {
 				return nil, &os.PathError{Op: "stat", Path: path, Err: err}
 			}
-			// CRIU prints both numbers in hexadecimal (criu/tty.c).
+			// CRIU formats both numbers in hexadecimal (criu/tty.c).
 			s.Key = fmt.Sprintf("tty[%x:%x]", st.Rdev, st.Dev)
 		}
 		out = append(out, s)
@@ -41,4 +41,5 @@ func Stdio(pid int) ([]*api.Stdio, error) {
 	return out, nil
 }
 
+// IsTTY reports whether a key is that of a terminal.
 func IsTTY(key string) bool { return strings.HasPrefix(key, "tty[") }

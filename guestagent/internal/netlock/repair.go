@@ -9,20 +9,19 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-// EnterRepair has the kernel drop the sockets of a silent container
-// without a farewell when their process ends. Else it would go on sending one
-// to the peers for minutes, and keep the addresses of the connections. It
-// comes after a dump: CRIU itself changes the sockets back at its end.
+// EnterRepair enables repair mode, in which a socket is closed without sending a
+// FIN or RST. Otherwise the kernel would retransmit these for minutes and keep
+// the connections' addresses in use. It is called after a dump, at the end of
+// which CRIU disables repair mode.
 func EnterRepair(list []inspect.Connection) error {
 	return repair(list, unix.TCP_REPAIR_ON)
 }
 
-// repair sets sockets' repair mode, in which they are closed without a packet
-// (net/ipv4/tcp.c, __tcp_close).
+// repair sets the repair mode of sockets (net/ipv4/tcp.c, __tcp_close).
 func repair(list []inspect.Connection, mode int) error {
 	for _, c := range list {
 		if err := setRepair(c, mode); err != nil {
-			return fmt.Errorf("the TCP connection from %s to %s: %w", c.Local, c.Remote, err)
+			return fmt.Errorf("set the repair mode of the TCP connection from %s to %s: %w", c.Local, c.Remote, err)
 		}
 	}
 	return nil
@@ -42,7 +41,7 @@ func setRepair(c inspect.Connection, mode int) error {
 	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, mode))
 }
 
-// LeaveRepair undoes EnterRepair.
+// LeaveRepair disables repair mode without sending a window probe.
 func LeaveRepair(list []inspect.Connection) error {
 	return repair(list, unix.TCP_REPAIR_OFF_NO_WP)
 }

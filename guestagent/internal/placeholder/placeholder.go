@@ -1,10 +1,12 @@
-// Package placeholder is the first process of a restored container: Kata
-// started it in place of the container's own program, and CRIU restores the
-// container's processes below it, in a pid namespace nested in its own. It
-// reaps, passes signals on, and ends with the status of the restored root
-// process, so that Wait, Kill and the exit code stay Kata's.
+// Package placeholder is the init of a restored container: Kata starts it in
+// place of the container's own program, and CRIU restores the container's
+// processes below it, in a nested PID namespace. It reaps children, forwards
+// signals, and exits with the status of the restored root, so that Wait, Kill
+// and the exit code remain Kata's.
 //
-// It trusts nothing: it takes no input but signals and the ends of children.
+// It trusts nothing: its only inputs are signals and the exits of its children.
+//
+// It relies on how the kata-agent of Kata 4.1.0 delivers signals.
 package placeholder
 
 import (
@@ -19,16 +21,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
-// Run does not return before the restored root process has ended; it returns
-// the status to exit with: the process's own, or 128 plus its signal.
+// Run returns when the restored root has exited. It returns the status to exit
+// with: that of the root, or 128 plus the signal that killed it.
 func Run() int {
-	// The terminal has to be free for the restored session to take as its own.
-	// Giving it up sends SIGHUP and SIGCONT to this process's group.
+	// The restored session needs the terminal as its controlling one. Giving it up
+	// sends SIGHUP and SIGCONT to this process's group.
 	signal.Ignore(unix.SIGHUP)
-	_ = unix.IoctlSetInt(0, unix.TIOCNOTTY, 0) // fails where there is no terminal
+	_ = unix.IoctlSetInt(0, unix.TIOCNOTTY, 0) // fails without a terminal
 	signals := make(chan os.Signal, 64)
 	signal.Notify(signals)
-	// A child that ended before Notify sent no signal that is seen.
+	// The SIGCHLD of a child that exited before Notify was missed: reap first.
 	for {
 		if status, done := reap(); done {
 			return status
@@ -37,7 +39,7 @@ func Run() int {
 	}
 }
 
-// reap collects the children that have ended. It says done when the restored
+// reap waits for the children that have exited. It reports done if the restored
 // root was among them.
 func reap() (status int, done bool) {
 	for {
@@ -62,8 +64,8 @@ func reap() (status int, done bool) {
 	}
 }
 
-// peek returns the pid of a child that has ended and leaves it to be waited
-// for: until then /proc still tells what it was.
+// peek returns the PID of a child that has exited, without reaping it: until then
+// /proc still describes it.
 func peek() (int, error) {
 	for {
 		var info unix.Siginfo
@@ -75,9 +77,9 @@ func peek() (int, error) {
 	}
 }
 
-// isRoot says whether a child is in a nested pid namespace, as only a restored
-// root is: the others there are the root's children, or those of the
-// namespace's first process.
+// isRoot reports whether a child is in a nested PID namespace, as only a restored
+// root is: the other processes there are children of the root or of the
+// namespace's init.
 func isRoot(pid int) bool {
 	own, err := procfs.NSPIDs(os.Getpid())
 	if err != nil {
@@ -87,11 +89,11 @@ func isRoot(pid int) bool {
 	return err == nil && len(pids) > len(own)
 }
 
-// forward passes a signal on to the restored root.
+// forward forwards a signal to the restored root.
 func forward(sig unix.Signal) {
 	switch sig {
 	case unix.SIGCHLD, unix.SIGURG:
-		return // about this process only; Go's runtime sends itself SIGURG
+		return // meant for this process only; Go's runtime sends itself SIGURG
 	}
 	pid, ok := findRoot()
 	if !ok {
@@ -107,8 +109,8 @@ func forward(sig unix.Signal) {
 	_ = unix.Kill(pid, sig)
 }
 
-// findRoot looks for the restored root among this process's children. Right
-// after the restore it is still on its way here from CRIU's hands.
+// findRoot looks for the restored root among this process's children. Right after
+// the restore, CRIU may not have exited yet and still be its parent.
 func findRoot() (int, bool) {
 	for range 50 {
 		entries, err := os.ReadDir("/proc")
