@@ -1,0 +1,120 @@
+package inspect
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+)
+
+func TestProcessesAreReadAsTheyAre(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	written, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer written.Close()
+	read, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+	cmd.ExtraFiles = []*os.File{written, read}
+	testproc.Ready(t, cmd)
+
+	p := processes(t, cmd.Process.Pid)[0]
+	if p.Name != "sh" || p.Parent != os.Getpid() || p.PIDs[0] != p.PID || p.NetNS == "" {
+		t.Errorf("%+v", p)
+	}
+	for fd, writable := range map[int]bool{3: true, 4: false} {
+		i := slices.IndexFunc(p.Files, func(f File) bool { return f.FD == fd })
+		if i < 0 || p.Files[i].Name != path || p.Files[i].MountID == 0 || p.Files[i].writable() != writable {
+			t.Errorf("descriptor %d among %+v", fd, p.Files)
+		}
+	}
+	if i := slices.IndexFunc(p.Files, func(f File) bool { return f.FD == 3 }); p.Files[i].Flags&unix.O_APPEND == 0 {
+		t.Errorf("flags %o", p.Files[i].Flags)
+	}
+	shell, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	self := processes(t, os.Getpid())[0]
+	if !slices.ContainsFunc(self.Mappings, func(m Mapping) bool { return m.Path == shell && !m.Shared }) {
+		t.Errorf("%s is not among the mappings", shell)
+	}
+}
+
+// A process that has exited is left out, be it reaped or not, and one that is
+// the root is an error.
+func TestProcessesThatHaveExited(t *testing.T) {
+	cmd := exec.Command("true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	var info unix.Siginfo
+	if err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range processes(t, pid) { // a zombie
+		if len(p.Files) > 0 || len(p.Mappings) > 0 {
+			t.Errorf("a zombie has %+v", p)
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if p := processes(t, pid, os.Getpid()); len(p) != 1 || p[0].PID != os.Getpid() {
+		t.Errorf("got %+v", p)
+	}
+	if _, err := Look(pid, []int{pid, os.Getpid()}); err == nil {
+		t.Error("a container without its root")
+	}
+}
+
+func TestParseMapping(t *testing.T) {
+	for line, want := range map[string]Mapping{
+		"00400000-0040b000 r--p 00000000 fe:01 1234    /usr/bin/a file":   {"400000-40b000", false, "fe:01", "/usr/bin/a file"},
+		"7f0000000000-7f0000001000 rw-s 00000000 00:1c 7 /dev/shm/x":      {"7f0000000000-7f0000001000", true, "00:1c", "/dev/shm/x"},
+		"7ffd1c000000-7ffd1c021000 rw-p 00000000 00:00 0         [stack]": {},
+		"00000000-00001000 r--p 00000000 fe:01 1234 /zero":                {"0-1000", false, "fe:01", "/zero"},
+		"": {},
+	} {
+		if got, ok := parseMapping(line); got != want || ok != (want != Mapping{}) {
+			t.Errorf("%q is %+v, %t", line, got, ok)
+		}
+	}
+}
+
+// BenchmarkLook is a look at 100 processes and the check of what it has read.
+func BenchmarkLook(b *testing.B) {
+	pids := make([]int, 0, 100)
+	for range cap(pids) {
+		cmd := exec.Command("sleep", "1000")
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		})
+		pids = append(pids, cmd.Process.Pid)
+	}
+	for b.Loop() {
+		c, err := Look(pids[0], pids)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := c.Check(nil, &api.CheckpointOptions{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
