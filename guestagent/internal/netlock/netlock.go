@@ -8,6 +8,7 @@
 package netlock
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -140,7 +141,7 @@ func (f family) keys(list []inspect.Connection) []nftables.SetElement {
 // endpoint is an address and a port, which a register's four bytes are filled
 // up for with zeros.
 func endpoint(a netip.AddrPort) []byte {
-	return append(a.Addr().AsSlice(), byte(a.Port()>>8), byte(a.Port()), 0, 0)
+	return append(binary.BigEndian.AppendUint16(a.Addr().AsSlice(), a.Port()), 0, 0)
 }
 
 // drop is a rule: a packet of TCP whose endpoints are in the set is dropped.

@@ -81,8 +81,8 @@ func start(t *testing.T, cmd *exec.Cmd) int {
 	}
 	t.Cleanup(func() {
 		stdin.Close()
-		cmd.Process.Kill()
-		cmd.Wait()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
 	})
 	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "ready\n" {
 		t.Fatalf("the program printed %q, error %v", line, err)
