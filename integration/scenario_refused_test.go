@@ -108,7 +108,7 @@ func refused(s *scenario) {
 	}
 	go func() { second <- s.requestCheckpoint(run, s.dir()) }()
 	err = <-second
-	if err == nil || !strings.Contains(err.Error(), "under way") {
+	if err == nil || !strings.Contains(err.Error(), "in progress") {
 		s.Errorf("a second checkpoint meanwhile: %v", err)
 	}
 	s.Logf("a second checkpoint meanwhile: %v", err)

@@ -37,15 +37,18 @@ type Kata struct {
 
 	mu         sync.Mutex
 	containers map[string]*task.StateResponse
-	calls      []string
-	requests   map[string]proto.Message
-	before     map[string]func(context.Context) error
+	// killed are execs, by "container exec".
+	killed   map[string]bool
+	calls    []string
+	requests map[string]proto.Message
+	before   map[string]func(context.Context) error
 }
 
 // NewTasks is a service that somebody else serves.
 func NewTasks() *Kata {
 	return &Kata{
 		containers: make(map[string]*task.StateResponse),
+		killed:     make(map[string]bool),
 		requests:   make(map[string]proto.Message),
 		before:     make(map[string]func(context.Context) error),
 	}
@@ -204,6 +207,11 @@ func (k *Kata) State(ctx context.Context, r *task.StateRequest) (*task.StateResp
 	err := k.with(r.ID, func(s *task.StateResponse) { out = proto.Clone(s).(*task.StateResponse) })
 	if err == nil {
 		out.ExecID = r.ExecID
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if k.killed[r.ID+" "+r.ExecID] {
+			out.Status = tasktypes.Status_STOPPED
+		}
 	}
 	return out, err
 }
@@ -214,8 +222,12 @@ func (k *Kata) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, e
 		return nil, err
 	}
 	return empty, k.with(r.ID, func(s *task.StateResponse) {
-		if r.Signal == 9 && r.ExecID == "" {
+		switch {
+		case r.Signal != 9:
+		case r.ExecID == "":
 			s.Status, s.ExitStatus = tasktypes.Status_STOPPED, 137
+		default:
+			k.killed[r.ID+" "+r.ExecID] = true
 		}
 	})
 }

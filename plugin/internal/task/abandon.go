@@ -11,51 +11,83 @@ import (
 	"github.com/containerd/containerd/v2/pkg/protobuf"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // statusNotStarted is the exit status of a container that never ran; engines
 // show it for processes whose status is not known.
 const statusNotStarted = 255
 
-// abandoned is the end of a container whose Start was refused. Kata has it as
-// created for ever then: its Go shim kills no container that has not started
-// ("Sandbox not running"), its Rust shim does and lets nobody know, and no
-// engine deletes a task that has not stopped. So Kata deletes it at once, and
-// State, Wait, Kill and Delete are answered here, as runc's shim answers them
-// for a process that has ended.
-type abandoned struct {
-	pid  uint32
-	at   time.Time
-	done chan struct{}
+// abandonedState is a container that was never started and never will be: its
+// Start was refused, or it was killed before. In Kata it would remain created:
+// the Go shim kills no container that has not started ("Sandbox not running"),
+// the Rust shim does and reports no exit, and no engine deletes a task that has
+// not stopped. So it is deleted in Kata at once, and State, Wait, Kill and
+// Delete are answered here, as runc's shim answers them for a process that has
+// exited.
+type abandonedState struct {
+	stoppedState
+	pid uint32
+	at  time.Time
 }
 
-// abandon ends a container that Kata has not been asked to start.
+func (abandonedState) name() string { return "abandoned" }
+
+func (s abandonedState) kill(context.Context) (bool, error) {
+	return true, errclass.NotFound("container %s was never started: it has no process to signal", s.c.id)
+}
+
+func (abandonedState) forwardsKill(uint32) bool { return false }
+
+func (s abandonedState) response() *task.StateResponse {
+	out := &task.StateResponse{}
+	if last, ok := s.c.stateCache.Load(""); ok {
+		out = proto.Clone(last.(*task.StateResponse)).(*task.StateResponse)
+	}
+	out.ID, out.Bundle, out.Status = s.c.id, s.c.bundle, statusStopped
+	out.ExitStatus, out.ExitedAt = statusNotStarted, protobuf.ToTimestamp(s.at)
+	return out
+}
+
+// wait answers a Wait for init.
+func (s abandonedState) wait() *task.WaitResponse {
+	return &task.WaitResponse{ExitStatus: statusNotStarted, ExitedAt: protobuf.ToTimestamp(s.at)}
+}
+
+// delete answers for the deletion that abandon has made in Kata.
+func (s abandonedState) delete(ctx context.Context) *task.DeleteResponse {
+	out := &task.DeleteResponse{Pid: s.pid, ExitStatus: statusNotStarted, ExitedAt: protobuf.ToTimestamp(s.at)}
+	s.c.publish(ctx, runtime.TaskDeleteEventTopic, &eventsapi.TaskDelete{ContainerID: s.c.id, Pid: out.Pid, ExitStatus: out.ExitStatus, ExitedAt: out.ExitedAt})
+	return out
+}
+
+// abandon gives up a container that Kata has not been asked to start.
 func (c *container) abandon(ctx context.Context) {
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
+	logger := log.G(ctx).WithField("container", c.id)
 	c.s.events.Hide(c.id) // Kata's TaskDelete would come before the exit
-	// Kata's Go shim refuses it, which its Delete makes up for.
+	// Kata's Go shim refuses it, and its Delete makes up for that.
 	if err := c.s.down.kill(uctx, &task.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Debug("kill a container that has not started")
+		logger.WithError(err).Debug("failed to kill a container that was never started")
 	}
 	resp := &task.DeleteResponse{}
 	if err := c.s.down.callNative(uctx, "Delete", &task.DeleteRequest{ID: c.id}, resp); err != nil && !isGone(err) {
-		log.G(ctx).WithError(err).WithField("container", c.id).Error("delete a container that could not be started")
+		logger.WithError(err).Error("failed to delete a container that was never started")
 	}
-	a := &abandoned{pid: resp.GetPid(), at: time.Now(), done: c.abandonedDone}
-	c.abandoned.Store(a)
+	s := abandonedState{stoppedState: stoppedState{c: c}, pid: resp.GetPid(), at: time.Now()}
 	c.s.hasAbandoned.Store(true)
-	c.stopped()
-	close(a.done)
+	c.transition(s)
 	c.publish(ctx, runtime.TaskExitEventTopic, &eventsapi.TaskExit{
-		ContainerID: c.id, ID: c.id, Pid: a.pid, ExitStatus: statusNotStarted, ExitedAt: protobuf.ToTimestamp(a.at),
+		ContainerID: c.id, ID: c.id, Pid: s.pid, ExitStatus: statusNotStarted, ExitedAt: protobuf.ToTimestamp(s.at),
 	})
 }
 
-// endPlaceholder ends a container whose restore was refused the way in which
-// Kata ends any other, VM included: its placeholder, which does nothing by
-// itself, is started and killed.
-func (c *container) endPlaceholder(ctx context.Context, r *task.StartRequest) {
+// stopPlaceholder ends a container whose restore was refused in the way in
+// which Kata ends any other, VM included: it starts the placeholder, which does
+// nothing on its own, and kills it.
+func (c *container) stopPlaceholder(ctx context.Context, r *task.StartRequest) {
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
 	err := c.s.down.callNative(uctx, "Start", r, &task.StartResponse{})
@@ -63,24 +95,7 @@ func (c *container) endPlaceholder(ctx context.Context, r *task.StartRequest) {
 		err = c.killAndWait(uctx)
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Warn("end a placeholder")
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to stop placeholder")
 		c.abandon(ctx)
 	}
-}
-
-func (a *abandoned) state(c *container) *task.StateResponse {
-	out := &task.StateResponse{}
-	if last, ok := c.stateCache.Load(""); ok {
-		out = proto.Clone(last.(*task.StateResponse)).(*task.StateResponse)
-	}
-	out.ID, out.Bundle, out.Status = c.id, c.bundle, statusStopped
-	out.ExitStatus, out.ExitedAt = statusNotStarted, protobuf.ToTimestamp(a.at)
-	return out
-}
-
-// delete answers what Kata has done already.
-func (a *abandoned) delete(ctx context.Context, c *container) *task.DeleteResponse {
-	out := &task.DeleteResponse{Pid: a.pid, ExitStatus: statusNotStarted, ExitedAt: protobuf.ToTimestamp(a.at)}
-	c.publish(ctx, runtime.TaskDeleteEventTopic, &eventsapi.TaskDelete{ContainerID: c.id, Pid: out.Pid, ExitStatus: out.ExitStatus, ExitedAt: out.ExitedAt})
-	return out
 }

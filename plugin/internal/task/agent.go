@@ -158,11 +158,12 @@ func (s *Service) onAgentLost() {
 			// The agent has to know that it is ours. Not beside an operation, which
 			// may be about to thaw.
 			err := c.do(ctx, func(st state) error {
+				paused, ok := st.(pausedState)
 				switch {
-				case !st.frozen():
+				case !ok:
 					return nil
-				case c.thawOwed.Load():
-					return st.resume(ctx)
+				case paused.thawOwed:
+					return paused.resume(ctx)
 				}
 				return c.freeze(ctx)
 			})

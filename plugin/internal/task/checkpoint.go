@@ -105,7 +105,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 		checkpointRequest: r, c: c, images: "checkpoint-" + strings.ToLower(rand.Text()),
 		phases: &phases{ctx: ctx, id: c.id, last: begin, stops: c.s.stops},
 	}
-	c.become(checkpointingState{c: c, isFrozen: before.frozen()})
+	c.transition(checkpointingState{c: c, isFrozen: before.frozen()})
 	m, err := j.run(ctx, before)
 	// First the container, then the files: the agent may still be writing some.
 	c.leaveCheckpoint(ctx, before, err)
@@ -113,7 +113,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	if j.target != nil {
 		err = c.explainLostAgent(ctx, err)
 	}
-	c.resumeIfWanted(ctx)
+	c.resumeIfPending(ctx)
 	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin), "path": r.path})
 	if err != nil {
 		err = fmt.Errorf("checkpoint container %s: %w", c.id, errors.Join(err, cleanErr))
@@ -141,7 +141,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 			return nil, err
 		}
-		c.become(checkpointingState{c: c, isFrozen: true})
+		c.transition(checkpointingState{c: c, isFrozen: true})
 		if err := c.freeze(ctx); err != nil {
 			return nil, err
 		}
@@ -229,7 +229,7 @@ func (j *checkpointJob) clean(failed bool) (err error) {
 
 // afterwards brings a container back into the state before its checkpoint.
 func (c *container) leaveCheckpoint(ctx context.Context, before state, failed error) {
-	if _, ended := c.current().(stoppedState); ended {
+	if hasStopped(c.current()) {
 		return
 	}
 	if c.s.down.ended() {
@@ -240,7 +240,7 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	// more: then a container that it has paused goes on, too.
 	abandoned := failed != nil && ctx.Err() != nil
 	if before.frozen() && !abandoned {
-		c.become(before)
+		c.transition(before)
 		return
 	}
 	uctx, cancel := cleanupContext(ctx)
@@ -248,13 +248,11 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	if c.isFrozen() {
 		if err := c.thaw(uctx); err != nil {
 			log.G(ctx).WithError(err).WithField("container", c.id).Error("after a checkpoint")
-			c.thawOwed.Store(true)
-			c.become(pausedState{c}) // a Resume may have more luck, or an agent that comes back
+			c.transition(pausedState{c: c, thawOwed: true})
 			return
 		}
 	}
-	c.become(runningState{c})
-	c.execGate.open()
+	c.transition(runningState{c: c})
 	if before.frozen() {
 		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
 		log.G(ctx).WithField("container", c.id).Warn("resumed: whoever paused it for a checkpoint has given up")
@@ -264,7 +262,7 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 // explainLostAgent says what to do about a checkpoint that failed because the agent
 // died.
 func (c *container) explainLostAgent(ctx context.Context, err error) error {
-	if _, ended := c.current().(stoppedState); ended || !guest.IsGone(err) {
+	if hasStopped(c.current()) || !guest.IsGone(err) {
 		return err
 	}
 	uctx, cancel := cleanupContext(ctx)

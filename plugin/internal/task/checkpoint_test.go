@@ -330,7 +330,7 @@ func TestCheckpointRefused(t *testing.T) {
 		go func() { first <- h.checkpoint(path, nil) }()
 		<-reached
 		err := h.checkpoint(t.TempDir(), nil)
-		wantError(t, err, "under way")
+		wantError(t, err, "in progress")
 		if status.Code(err) != codes.FailedPrecondition {
 			t.Errorf("code %s", status.Code(err))
 		}

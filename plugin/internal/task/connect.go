@@ -13,8 +13,8 @@ import (
 // nobody before its Create has ended. Its place is taken by this process until
 // then: a container without one is not kept either.
 func (c *container) connect(ctx context.Context, r *task.ConnectRequest) (*task.ConnectResponse, error) {
-	if created := c.creating.Load(); created != nil {
-		return &task.ConnectResponse{ShimPid: created.GetPid(), TaskPid: created.GetPid()}, nil
+	if s, ok := c.current().(creatingState); ok {
+		return &task.ConnectResponse{ShimPid: s.answer.GetPid(), TaskPid: s.answer.GetPid()}, nil
 	}
 	resp := &task.ConnectResponse{}
 	return resp, c.s.forward(ctx, "Connect", r, resp)
@@ -22,8 +22,8 @@ func (c *container) connect(ctx context.Context, r *task.ConnectRequest) (*task.
 
 // pids lists a container's processes on the host, of which Kata has one.
 func (c *container) pids(ctx context.Context, r *task.PidsRequest) (*task.PidsResponse, error) {
-	if created := c.creating.Load(); created != nil {
-		return &task.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: created.GetPid()}}}, nil
+	if s, ok := c.current().(creatingState); ok {
+		return &task.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: s.answer.GetPid()}}}, nil
 	}
 	resp := &task.PidsResponse{}
 	return resp, c.s.forward(ctx, "Pids", r, resp)

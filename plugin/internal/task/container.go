@@ -31,30 +31,14 @@ type container struct {
 	// agentErr is why the agent could not be reached after Create.
 	agentErr error
 
-	// restored: the container's processes are below a placeholder.
-	restored atomic.Bool
-	// abandoned is set once the container's Start was refused, and
-	// abandonedDone closed.
-	abandoned     atomic.Pointer[abandoned]
-	abandonedDone chan struct{}
-	// thawWanted: a Resume gave up waiting for the operation under way.
-	thawWanted atomic.Bool
-	// thawOwed: a checkpoint has ended, and its thaw could not be made.
-	thawOwed atomic.Bool
+	lifecycle
 
 	execGate execGate
 	starts   startBarrier
-	// ops is held by what changes the state; see [container.do].
-	ops chan struct{}
+	waiter   waiter
 
-	mu    sync.Mutex
-	state state
-
-	waiter waiter
 	// answers are the last that Kata gave to State, by exec id.
 	stateCache sync.Map
-	// creating is what State says as long as Kata creates the container.
-	creating atomic.Pointer[task.StateResponse]
 	// runningAt is when Kata last said that the first process runs, in
 	// nanoseconds since 1970.
 	runningAt atomic.Int64
@@ -67,9 +51,7 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 		s: s, id: r.ID, bundle: r.Bundle, kind: kind,
 		annotations: spec.Annotations,
 		terminal:    r.Terminal,
-		ops:         make(chan struct{}, 1),
-
-		abandonedDone: make(chan struct{}),
+		lifecycle:   newLifecycle(),
 	}
 	if h := spec.Hooks; h != nil {
 		//nolint:staticcheck // prestart hooks are deprecated and nerdctl's older versions write them
@@ -78,7 +60,6 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 	if spec.Process != nil {
 		c.args = spec.Process.Args
 	}
-	c.state = createdState{c: c}
 	c.starts.expect("")
 	return c
 }

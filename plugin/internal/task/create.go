@@ -41,11 +41,12 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 			err = errors.Join(err, c.exchange.remove())
 		}
 	}()
+	next := state(createdState{c: c})
 	switch {
 	case kind == annotations.Sandbox && r.Checkpoint != "":
 		return nil, errclass.Invalid("container %s is its pod's sandbox: only the other containers of a pod can be restored", r.ID)
 	case kind == annotations.Sandbox:
-		c.state = unmanagedState{c: c, reason: errors.New("it is its pod's sandbox, without a workload")}
+		next = unmanagedState{c: c, reason: errors.New("it is its pod's sandbox, without a workload")}
 	default:
 		if err := c.prepare(ctx, r, spec); err != nil {
 			return nil, fmt.Errorf("create container %s: %w", r.ID, err)
@@ -55,11 +56,12 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	s.events.Expect(r.ID, "")
 	// A containerd that was started again may ask for the container before this
 	// has ended.
-	c.ops <- struct{}{}
-	defer func() { <-c.ops }()
-	c.creating.Store(createdAnswer(r, uint32(os.Getpid()))) //nolint:gosec // pids are positive
-	defer c.creating.Store(nil)
-	s.add(c) // before Kata's events for it come
+	c.slot <- struct{}{}
+	defer func() { <-c.slot }()
+	// Until then its place is taken by this process: containerd keeps no
+	// container without one.
+	c.state = creatingState{c: c, answer: createdResponse(r, uint32(os.Getpid())), next: next} //nolint:gosec // PIDs are positive
+	s.add(c)                                                                                   // before Kata's events for it come
 	resp := &task.CreateTaskResponse{}
 	err = s.forwardDetached(ctx, "Create", r, resp)
 	s.protectShare(ctx, r.ID)
@@ -67,8 +69,8 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		s.remove(r.ID)
 		return nil, err
 	}
-	c.stateCache.Store("", createdAnswer(r, resp.GetPid()))
-	c.creating.Store(nil)
+	c.stateCache.Store("", createdResponse(r, resp.GetPid()))
+	c.transition(next)
 	if r.ID == s.sandbox {
 		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
 			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("note the VM's process")
@@ -149,8 +151,8 @@ func (s *Service) normalizeOptions(r *task.CreateTaskRequest) error {
 	return nil
 }
 
-// createdAnswer is what State would say right after Create.
-func createdAnswer(r *task.CreateTaskRequest, pid uint32) *task.StateResponse {
+// createdResponse is what State would answer right after Create.
+func createdResponse(r *task.CreateTaskRequest, pid uint32) *task.StateResponse {
 	return &task.StateResponse{
 		ID: r.ID, Bundle: r.Bundle, Pid: pid, Status: statusCreated,
 		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal, ExitedAt: protobuf.ToTimestamp(time.Time{}),

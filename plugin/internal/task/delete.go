@@ -16,14 +16,12 @@ import (
 
 // delete removes an exec or a container, and what we kept of it.
 func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
-	resp := &task.DeleteResponse{}
-	if r.ExecID == "" {
-		if a := c.abandoned.Load(); a != nil {
-			resp = a.delete(ctx, c)
-			c.forget(ctx)
-			return resp, nil
-		}
+	if s, ok := c.current().(abandonedState); ok && r.ExecID == "" {
+		resp := s.delete(ctx)
+		c.forget(ctx)
+		return resp, nil
 	}
+	resp := &task.DeleteResponse{}
 	err := c.s.forward(ctx, "Delete", r, resp)
 	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return resp, err

@@ -30,7 +30,7 @@ type restoredExec struct {
 
 // exec adds an exec to a container; Start starts it.
 func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
-	if !c.restored.Load() {
+	if !c.restored() {
 		resp, err := c.s.forwardEmpty(ctx, "Exec", r)
 		if err == nil {
 			c.starts.expect(r.ExecID)

@@ -38,10 +38,9 @@ func (c *container) thaw(ctx context.Context) error {
 		return err
 	})
 	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
-		c.thawOwed.Store(false)
 		return nil
 	}
-	if _, ended := c.current().(stoppedState); ended {
+	if hasStopped(c.current()) {
 		return nil // with its VM, perhaps
 	}
 	return fmt.Errorf("thaw container %s: %w", c.id, err)

@@ -8,8 +8,6 @@ import (
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"google.golang.org/protobuf/types/known/emptypb"
-
-	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // kill is forwarded, unless there is nothing left to kill. A container that has
@@ -18,18 +16,13 @@ func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Emp
 	if c.forwardsKill(r) {
 		return c.s.forwardEmpty(ctx, "Kill", r)
 	}
-	ended := false
-	err := c.do(ctx, func(st state) error {
-		if _, ended = st.(createdState); ended {
-			c.abandon(ctx)
-		}
-		return nil
+	done := false
+	err := c.do(ctx, func(st state) (err error) {
+		done, err = st.kill(ctx)
+		return err
 	})
-	switch {
-	case err != nil || ended:
+	if err != nil || done {
 		return &emptypb.Empty{}, err
-	case c.abandoned.Load() != nil:
-		return nil, errclass.NotFound("container %s has not been started: its process has ended", r.ID)
 	}
 	return c.s.forwardEmpty(ctx, "Kill", r)
 }
@@ -40,8 +33,7 @@ func (c *container) forwardsKill(r *task.KillRequest) bool {
 	if c == nil || r.ExecID != "" {
 		return true
 	}
-	_, created := c.current().(createdState)
-	return c.abandoned.Load() == nil && (!created || r.Signal != uint32(syscall.SIGKILL))
+	return c.current().forwardsKill(r.Signal)
 }
 
 // killAndWait ends a container, frozen or not, and waits until Kata has noticed. It

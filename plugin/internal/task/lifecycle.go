@@ -2,8 +2,10 @@ package task
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
+	"sync"
+	"syscall"
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
@@ -15,24 +17,191 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// state is where a container is in its life. What a state does not offer is an
-// error there, so that no call can be made at the wrong time.
+// state is a point in a container's life. A call that a state does not allow
+// is an error there, so that none can be made at the wrong time.
 type state interface {
-	// start is the first process's; execs start in [Service.startExec].
+	name() string
+	// start starts init; execs start in [container.startExec].
 	start(context.Context, *task.StartRequest) (*task.StartResponse, error)
 	pause(context.Context) error
 	resume(context.Context) error
 	checkpoint(context.Context, *checkpointRequest) error
-	// frozen: Kata says that the container runs, and it does not.
+	// kill does what a signal for init needs here, and reports whether that was
+	// all: if not, Kata is to deliver it.
+	kill(context.Context) (done bool, err error)
+	// forwardsKill reports whether a signal for init is Kata's to deliver, even
+	// while an operation is in progress.
+	forwardsKill(signal uint32) bool
+	// response is what State answers for init without asking Kata, or nil.
+	response() *task.StateResponse
+	// frozen reports whether Kata takes the container for running while its
+	// processes are frozen.
 	frozen() bool
 }
 
-// The order is created, running, then paused and running again any number of
-// times, checkpointing from either of the two, and stopped. A container
-// without an agent is unmanaged from Start on, or always if it is the sandbox's.
+// transitions lists the states that may follow each state. Any but the last two
+// may be followed by stopped. A container without an agent is unmanaged from
+// Start on, a pod's sandbox always.
+var transitions = map[string][]string{
+	"creating":      {"creating", "created", "unmanaged", "stopped"},
+	"created":       {"running", "unmanaged", "stopped", "abandoned"},
+	"running":       {"paused", "checkpointing", "stopped"},
+	"paused":        {"running", "checkpointing", "stopped"},
+	"checkpointing": {"checkpointing", "running", "paused", "stopped"},
+	"unmanaged":     {"stopped"},
+	// Kata may report the end of a container that is being abandoned.
+	"stopped":   {"abandoned"},
+	"abandoned": {},
+}
 
-// createdState waits for Start.
-type createdState struct{ c *container }
+// lifecycle is a container's state and what guards it.
+//
+// Operations, which are the calls that change the state, are made one at a
+// time. An exit is none: it is reported at any time, from the relay of events
+// or in an answer of Kata's, and the state is stopped from then on, whatever an
+// operation in progress makes of it. So are calls that only read the state.
+type lifecycle struct {
+	// slot is held by the operation in progress; see [container.do].
+	slot chan struct{}
+	// abandoned is closed when the state becomes abandonedState.
+	abandoned chan struct{}
+
+	mu    sync.Mutex
+	state state
+	// resumePending: a Resume gave up waiting for the operation in progress,
+	// which makes up for it when it ends. It may be any operation in any state.
+	resumePending bool
+}
+
+func newLifecycle() lifecycle {
+	return lifecycle{slot: make(chan struct{}, 1), abandoned: make(chan struct{})}
+}
+
+// do runs an operation, once the one in progress has ended.
+func (c *container) do(ctx context.Context, operation func(state) error) error {
+	select {
+	case c.slot <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("container %s: wait for the operation in progress: %w", c.id, context.Cause(ctx))
+	}
+	defer func() {
+		<-c.slot
+		c.resumeIfIdle(ctx)
+	}()
+	return operation(c.current())
+}
+
+func (c *container) current() state {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state
+}
+
+// transition is the one place where the state changes. It reports whether it
+// did: a container that has stopped remains so, and a transition that is not in
+// the table is a programming error and refused. The exec gate opens with every
+// state but a frozen one.
+func (c *container) transition(next state) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if creating, ok := c.state.(creatingState); ok {
+		switch _, exited := next.(stoppedState); {
+		case exited:
+			// State is answered here until Kata's Create has ended.
+			next = creating.exited()
+		case creating.next.name() == "stopped":
+			next = creating.next
+		}
+	}
+	allowed := slices.Contains(transitions[c.state.name()], next.name())
+	if allowed {
+		c.state = next
+		if next.name() == "abandoned" {
+			close(c.abandoned)
+		}
+	} else if !hasStopped(c.state) {
+		log.L.WithFields(log.Fields{"container": c.id, "from": c.state.name(), "to": next.name()}).Error("refused an illegal state transition")
+	}
+	if !c.state.frozen() {
+		c.execGate.open()
+	}
+	return allowed
+}
+
+// stopped records that init has exited.
+func (c *container) stopped() { c.transition(stoppedState{c: c}) }
+
+// hasStopped reports whether a state is one of the last.
+func hasStopped(s state) bool { return s.name() == "stopped" || s.name() == "abandoned" }
+
+// isFrozen reports whether State shows the container as paused by this shim.
+func (c *container) isFrozen() bool { return c.current().frozen() }
+
+// managed reports whether the agent in the guest knows the container.
+func (c *container) managed() bool {
+	switch c.current().(type) {
+	case runningState, pausedState, checkpointingState:
+		return true
+	}
+	return false
+}
+
+// restored reports whether the container's processes are below a placeholder.
+func (c *container) restored() bool {
+	return c.source != nil && (c.managed() || hasStopped(c.current()))
+}
+
+// usual is what most states do.
+type usual struct{}
+
+func (usual) kill(context.Context) (bool, error) { return false, nil }
+func (usual) forwardsKill(uint32) bool           { return true }
+func (usual) response() *task.StateResponse      { return nil }
+func (usual) frozen() bool                       { return false }
+
+// creatingState lasts until Kata's Create has ended. Create is an operation, so
+// its methods that change the state are reached only after one that failed.
+type creatingState struct {
+	usual
+	c *container
+	// answer is what State answers, for Kata's Go shim answers nobody meanwhile.
+	answer *task.StateResponse
+	// next is the state after Create.
+	next state
+}
+
+func (creatingState) name() string { return "creating" }
+
+func (s creatingState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
+	return nil, s.failed()
+}
+func (s creatingState) pause(context.Context) error  { return s.failed() }
+func (s creatingState) resume(context.Context) error { return s.failed() }
+func (s creatingState) checkpoint(context.Context, *checkpointRequest) error {
+	return s.failed()
+}
+
+func (s creatingState) failed() error {
+	return errclass.Precondition("container %s could not be created", s.c.id)
+}
+
+func (s creatingState) forwardsKill(signal uint32) bool { return s.next.forwardsKill(signal) }
+func (s creatingState) response() *task.StateResponse   { return s.answer }
+
+// exited is the state once the container's exit was reported.
+func (s creatingState) exited() creatingState {
+	s.next = stoppedState{c: s.c}
+	return s
+}
+
+// createdState lasts until Start has succeeded. When a restore fails, or is
+// undone, its placeholder may be running.
+type createdState struct {
+	usual
+	c *container
+}
+
+func (createdState) name() string { return "created" }
 
 func (s createdState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	return s.c.startInit(ctx, r)
@@ -47,16 +216,31 @@ func (s createdState) resume(context.Context) error {
 }
 
 func (s createdState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s has not been started: only what runs can be checkpointed", s.c.id)
+	return errclass.Precondition("container %s has not been started: only a running container can be checkpointed", s.c.id)
 }
 
-func (createdState) frozen() bool { return false }
+// kill abandons the container: Kata would not report its end.
+func (s createdState) kill(ctx context.Context) (bool, error) {
+	s.c.abandon(ctx)
+	return true, nil
+}
+
+func (createdState) forwardsKill(signal uint32) bool { return signal != uint32(syscall.SIGKILL) }
 
 // runningState is a container that the agent in the guest knows.
-type runningState struct{ c *container }
+type runningState struct {
+	usual
+	c *container
+}
+
+func (runningState) name() string { return "running" }
 
 func (s runningState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
-	return nil, errclass.Precondition("container %s has been started already", s.c.id)
+	return nil, errStarted(s.c)
+}
+
+func errStarted(c *container) error {
+	return errclass.Precondition("container %s has already been started", c.id)
 }
 
 func (s runningState) pause(ctx context.Context) error {
@@ -72,13 +256,13 @@ func (s runningState) pause(ctx context.Context) error {
 	if err := c.freeze(ctx); err != nil {
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
-		err = errors.Join(err, c.thaw(uctx))
+		err = errclass.Join(err, c.thaw(uctx))
 		c.execGate.open()
 		return err
 	}
-	c.become(pausedState(s))
+	c.transition(pausedState{c: c})
 	c.publish(ctx, runtime.TaskPausedEventTopic, &eventsapi.TaskPaused{ContainerID: c.id})
-	log.G(ctx).WithField("container", c.id).WithField("duration", time.Since(begin)).Info("paused")
+	log.G(ctx).WithField("container", c.id).WithField("duration", time.Since(begin)).Info("paused container")
 	return nil
 }
 
@@ -89,17 +273,23 @@ func (s runningState) checkpoint(ctx context.Context, r *checkpointRequest) erro
 	return s.c.runCheckpoint(ctx, s, r)
 }
 
-func (runningState) frozen() bool { return false }
-
 // pausedState is a container that was paused by a call.
-type pausedState struct{ c *container }
+type pausedState struct {
+	usual
+	c *container
+	// thawOwed: a checkpoint that froze the container has ended and could not
+	// thaw it. An agent that comes back does so, or a Resume.
+	thawOwed bool
+}
 
-func (s pausedState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	return runningState(s).start(ctx, r)
+func (pausedState) name() string { return "paused" }
+
+func (s pausedState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
+	return nil, errStarted(s.c)
 }
 
 func (s pausedState) pause(context.Context) error {
-	return errclass.Precondition("container %s is paused already", s.c.id)
+	return errclass.Precondition("container %s is already paused", s.c.id)
 }
 
 func (s pausedState) resume(ctx context.Context) error {
@@ -107,10 +297,9 @@ func (s pausedState) resume(ctx context.Context) error {
 	if err := c.thaw(ctx); err != nil {
 		return err
 	}
-	c.become(runningState(s))
-	c.execGate.open()
+	c.transition(runningState{c: c})
 	c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
-	log.G(ctx).WithField("container", c.id).Info("resumed")
+	log.G(ctx).WithField("container", c.id).Info("resumed container")
 	return nil
 }
 
@@ -120,16 +309,21 @@ func (s pausedState) checkpoint(ctx context.Context, r *checkpointRequest) error
 
 func (pausedState) frozen() bool { return true }
 
-// checkpointingState lasts as long as a checkpoint. Calls that change the
-// state wait for its end before they see one, so the methods are hardly called.
+// checkpointingState lasts as long as a checkpoint. A checkpoint is an
+// operation, so that its methods are reached only by a second checkpoint, which
+// does not wait for the first.
 type checkpointingState struct {
+	usual
 	c *container
-	// isFrozen: the processes stand still.
+	// isFrozen: the processes are frozen, by this checkpoint or by a Pause
+	// before it.
 	isFrozen bool
 }
 
-func (s checkpointingState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
-	return runningState{s.c}.start(ctx, r)
+func (checkpointingState) name() string { return "checkpointing" }
+
+func (s checkpointingState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
+	return nil, errStarted(s.c)
 }
 
 func (s checkpointingState) pause(context.Context) error  { return s.busy() }
@@ -139,13 +333,18 @@ func (s checkpointingState) checkpoint(context.Context, *checkpointRequest) erro
 }
 
 func (s checkpointingState) busy() error {
-	return errclass.Precondition("a checkpoint of container %s is under way: wait for its end", s.c.id)
+	return errclass.Precondition("a checkpoint of container %s is in progress: wait for it to finish", s.c.id)
 }
 
 func (s checkpointingState) frozen() bool { return s.isFrozen }
 
-// stoppedState is the end.
-type stoppedState struct{ c *container }
+// stoppedState is a container whose init has exited.
+type stoppedState struct {
+	usual
+	c *container
+}
+
+func (stoppedState) name() string { return "stopped" }
 
 func (s stoppedState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
 	return nil, errclass.Precondition("container %s has stopped", s.c.id)
@@ -159,17 +358,18 @@ func (s stoppedState) pause(context.Context) error {
 func (stoppedState) resume(context.Context) error { return nil }
 
 func (s stoppedState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s has stopped: only what runs can be checkpointed", s.c.id)
+	return errclass.Precondition("container %s has stopped: only a running container can be checkpointed", s.c.id)
 }
 
-func (stoppedState) frozen() bool { return false }
-
-// unmanagedState is a container that Kata alone looks after.
+// unmanagedState is a container that only Kata manages.
 type unmanagedState struct {
+	usual
 	c *container
-	// reason says why it cannot be checkpointed.
+	// reason is why it cannot be checkpointed.
 	reason error
 }
+
+func (unmanagedState) name() string { return "unmanaged" }
 
 func (s unmanagedState) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	resp := &task.StartResponse{}
@@ -188,44 +388,8 @@ func (s unmanagedState) checkpoint(context.Context, *checkpointRequest) error {
 	return errclass.Precondition("container %s cannot be checkpointed: %w", s.c.id, s.reason)
 }
 
-// frozen: what Kata has paused it says itself.
-func (unmanagedState) frozen() bool { return false }
-
 func (c *container) publish(ctx context.Context, topic string, event any) {
 	if err := c.s.events.Publish(ctx, topic, event); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Error("publish event")
+		log.G(ctx).WithError(err).WithFields(log.Fields{"container": c.id, "topic": topic}).Error("failed to publish event")
 	}
-}
-
-func (c *container) current() state {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.state
-}
-
-// become sets the next state, unless the container has stopped meanwhile.
-func (c *container) become(next state) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, ended := c.state.(stoppedState); !ended {
-		c.state = next
-	}
-}
-
-// stopped notes that the first process has ended.
-func (c *container) stopped() {
-	c.become(stoppedState{c: c})
-	c.execGate.open()
-}
-
-// isFrozen says whether the container is to be shown as paused by us.
-func (c *container) isFrozen() bool { return c.current().frozen() }
-
-// managed says whether the agent in the guest knows the container.
-func (c *container) managed() bool {
-	switch c.current().(type) {
-	case runningState, pausedState, checkpointingState:
-		return true
-	}
-	return false
 }

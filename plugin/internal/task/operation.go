@@ -36,20 +36,3 @@ func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
 
 // cleanupTimeout bounds each step of taking back.
 const cleanupTimeout = 10 * time.Second
-
-// do runs a change of state, one at a time for each container. Calls that read
-// do not come here, nor does what Kata does by itself.
-func (c *container) do(ctx context.Context, change func(state) error) error {
-	select {
-	case c.ops <- struct{}{}:
-	case <-ctx.Done():
-		return fmt.Errorf("container %s: wait for the operation under way: %w", c.id, context.Cause(ctx))
-	}
-	defer func() {
-		<-c.ops
-		if c.thawWanted.Load() {
-			c.settle(ctx)
-		}
-	}()
-	return change(c.current())
-}

@@ -20,33 +20,55 @@ func (c *container) resume(ctx context.Context) error {
 		return st.resume(ctx)
 	})
 	if err != nil && !entered {
-		// An engine resumes once: what is under way does it at its end.
-		c.thawWanted.Store(true)
-		c.settle(ctx)
+		// An engine resumes once: the operation in progress does it when it ends.
+		c.setResumePending()
+		c.resumeIfIdle(ctx)
 	}
 	return err
 }
 
-// settle does the Resume that gave up waiting, unless an operation is still
-// under way, which calls it at its end.
-func (c *container) settle(ctx context.Context) {
+func (c *container) setResumePending() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.resumePending = true
+}
+
+// takeResumePending reports whether a Resume is pending, and that it is no
+// longer.
+func (c *container) takeResumePending() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	pending := c.resumePending
+	c.resumePending = false
+	return pending
+}
+
+// resumeIfIdle does a Resume that is pending, unless an operation is in
+// progress, which calls this when it has ended.
+func (c *container) resumeIfIdle(ctx context.Context) {
+	c.mu.Lock()
+	pending := c.resumePending
+	c.mu.Unlock()
+	if !pending {
+		return
+	}
 	select {
-	case c.ops <- struct{}{}:
+	case c.slot <- struct{}{}:
 	default:
 		return
 	}
-	defer func() { <-c.ops }()
-	c.resumeIfWanted(ctx)
+	defer func() { <-c.slot }()
+	c.resumeIfPending(ctx)
 }
 
-// resumeIfWanted is called with the right to change the state.
-func (c *container) resumeIfWanted(ctx context.Context) {
-	if !c.thawWanted.Swap(false) {
+// resumeIfPending does a Resume that is pending. The caller holds the slot.
+func (c *container) resumeIfPending(ctx context.Context) {
+	if !c.takeResumePending() {
 		return
 	}
 	ctx, cancel := cleanupContext(ctx)
 	defer cancel()
 	if err := c.current().resume(ctx); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Error("resume")
+		log.G(ctx).WithError(err).WithField("container", c.id).Error("failed to resume container")
 	}
 }

@@ -36,7 +36,7 @@ func TestPauseStaysHere(t *testing.T) {
 		t.Errorf("paused: State of an exec says %s, %v", st.GetStatus(), err)
 	}
 	_, err = h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
-	wantError(t, err, "paused already")
+	wantError(t, err, "already paused")
 	h.resume()
 	if got := h.status(); got != "RUNNING" {
 		t.Errorf("resumed: State says %s", got)

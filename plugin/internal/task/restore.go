@@ -196,7 +196,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		err = context.Cause(ctx)
 	}
 	if err != nil {
-		c.endPlaceholder(ctx, r)
+		c.stopPlaceholder(ctx, r)
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}
 	resp := &task.StartResponse{}
@@ -218,8 +218,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		}
 		return nil, err
 	}
-	c.restored.Store(true)
-	c.become(runningState{c})
+	c.transition(runningState{c: c})
 	if c.source.done != nil {
 		if err := c.source.done(); err != nil {
 			log.G(ctx).WithError(err).WithField("container", c.id).Warn("note that the container was restored")

@@ -55,7 +55,7 @@ func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.
 	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
-	c.become(runningState{c})
+	c.transition(runningState{c: c})
 	return resp, nil
 }
 
@@ -76,6 +76,6 @@ func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest,
 	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
-	c.become(unmanagedState{c: c, reason: c.explain(reason)})
+	c.transition(unmanagedState{c: c, reason: c.explain(reason)})
 	return resp, nil
 }

@@ -31,13 +31,10 @@ const runningTTL = 2 * time.Second
 // costs no second hop and waits for nobody; else it asks Kata, and takes the
 // last answer when that takes too long.
 func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
-	if created := c.creating.Load(); created != nil && r.ExecID == "" {
-		return created, nil
-	}
-	if a := c.abandoned.Load(); a != nil && r.ExecID == "" {
-		return a.state(c), nil
-	}
 	if r.ExecID == "" {
+		if resp := c.current().response(); resp != nil {
+			return resp, nil
+		}
 		if last := c.cachedRunning(); last != nil {
 			return c.overlayStatus(last), nil
 		}

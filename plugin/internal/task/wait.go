@@ -6,7 +6,6 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
-	"github.com/containerd/containerd/v2/pkg/protobuf"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -36,8 +35,8 @@ func (c *container) wait(ctx context.Context, r *task.WaitRequest) (*task.WaitRe
 	call := c.joinWait(ctx, r)
 	select {
 	case <-call.done:
-	case <-c.abandonedDone:
-		return &task.WaitResponse{ExitStatus: statusNotStarted, ExitedAt: protobuf.ToTimestamp(c.abandoned.Load().at)}, nil
+	case <-c.abandoned:
+		return c.current().(abandonedState).wait(), nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
