@@ -502,9 +502,9 @@ func TestDelete(t *testing.T) {
 			n.mustStart(dir)
 			exchange := adjust.ExchangeDir(n.state, "ns", "c1")
 			unfinished := filepath.Join(t.TempDir(), ".kata-checkpoint-0123")
-			starter := filepath.Join(n.state, "bootstrap", "ns--c1--x")
+			bootstrap := filepath.Join(n.state, "bootstrap", "ns--c1--x")
 			unpacked := filepath.Join(n.dir, "ctrd-checkpoint0123")
-			for _, d := range []string{exchange, unfinished, starter, unpacked} {
+			for _, d := range []string{exchange, unfinished, bootstrap, unpacked} {
 				if err := os.MkdirAll(d, 0o700); err != nil {
 					t.Fatal(err)
 				}
@@ -524,7 +524,7 @@ func TestDelete(t *testing.T) {
 				t.Errorf("answer %v", resp)
 			}
 			n.wantNothing()
-			left := []string{exchange, unfinished, starter, unpacked}
+			left := []string{exchange, unfinished, bootstrap, unpacked}
 			if noRecord == nil {
 				left = append(left, socket) // Kata's Rust shim does not start where there is one
 			}

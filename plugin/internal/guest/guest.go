@@ -101,7 +101,7 @@ func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive fun
 				continue
 			}
 			if rerr := revive(ctx); rerr != nil {
-				return errors.Join(err, rerr)
+				return errclass.Join(err, rerr)
 			}
 		case <-time.After(dialPause):
 		case <-ctx.Done():
@@ -131,8 +131,8 @@ type goneError struct{ error }
 // Unwrap gives the error its class.
 func (e goneError) Unwrap() error { return e.error }
 
-// IsGone says whether an error means that no agent has answered: one that does
-// and refuses gives errors of its own, of whatever class.
+// IsGone reports whether an error means that no agent has answered: one that
+// answers and refuses returns errors of its own, of any class.
 func IsGone(err error) bool {
 	var gone goneError
 	return errors.As(err, &gone)
@@ -219,8 +219,8 @@ func (a *Agent) hold(c *connection) {
 	})
 }
 
-// CallIdempotent calls the agent. A call that found a broken connection is made once more
-// on a new one: it must be one that may arrive twice.
+// CallIdempotent makes a call that may reach the agent twice: it is repeated once
+// on a new connection if the first was found broken.
 func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	for attempt := 0; ; attempt++ {
 		c, err := a.connection(ctx)
@@ -236,7 +236,7 @@ func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, a
 	}
 }
 
-// Call calls the agent with a call that must not arrive twice.
+// Call makes a call that must not reach the agent twice.
 func (a *Agent) Call(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.connection(ctx)
 	if err != nil {
@@ -245,7 +245,7 @@ func (a *Agent) Call(ctx context.Context, call func(context.Context, api.AgentSe
 	return native(call(ctx, c.agent))
 }
 
-// Notify calls the agent if there is a connection, and does nothing if not.
+// Notify makes a call if there is a connection, and does nothing otherwise.
 func (a *Agent) Notify(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	select {
 	case a.sem <- struct{}{}:
@@ -260,14 +260,24 @@ func (a *Agent) Notify(ctx context.Context, call func(context.Context, api.Agent
 	return native(call(ctx, c.agent))
 }
 
-// CallDedicated makes a long call on a connection of its own. When ctx ends the
-// connection is closed, which is how the agent learns of it: ttrpc tells a
-// server of a deadline, and nothing of a caller that went away.
+// CallDedicated makes a long call on a connection of its own. When ctx is done the
+// connection is closed, by which the agent notices: ttrpc passes a deadline on to
+// the server, but no cancellation.
 func (a *Agent) CallDedicated(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.alone(ctx)
 	if err == nil {
 		err = native(call(ctx, c.agent))
 		c.client.Close()
+	}
+	return Cause(ctx, err)
+}
+
+// Cause returns why ctx is done, if it is, and otherwise the error of a call
+// that was made with it. The agent has the same deadline, and its answer may
+// arrive before the timer of ctx has fired.
+func Cause(ctx context.Context, err error) error {
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		<-ctx.Done()
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

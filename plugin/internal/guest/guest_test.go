@@ -233,3 +233,48 @@ func TestNoGuest(t *testing.T) {
 		t.Errorf("after Close: %v", err)
 	}
 }
+
+// lateContext is past its deadline, and its timer has not fired yet.
+type lateContext struct {
+	context.Context
+	fired <-chan struct{}
+}
+
+func (c lateContext) Done() <-chan struct{} { return c.fired }
+
+func (c lateContext) Err() error {
+	select {
+	case <-c.fired:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
+// An agent that answers at the deadline is not the reason for the failure.
+func TestCauseAtTheDeadline(t *testing.T) {
+	passed, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
+	defer cancel()
+	fired := make(chan struct{})
+	got := make(chan error)
+	answer := errors.New("the agent's answer")
+	go func() { got <- Cause(lateContext{passed, fired}, answer) }()
+	select {
+	case err := <-got:
+		t.Fatalf("did not wait for the timer: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(fired)
+	if err := <-got; !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+
+	if err := Cause(t.Context(), answer); !errors.Is(err, answer) {
+		t.Errorf("without a deadline: %v", err)
+	}
+	later, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	if err := Cause(later, answer); !errors.Is(err, answer) {
+		t.Errorf("before the deadline: %v", err)
+	}
+}

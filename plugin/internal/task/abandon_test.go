@@ -9,7 +9,7 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 )
 
-func TestKillOfWhatHasNotStartedEndsIt(t *testing.T) {
+func TestKillBeforeStart(t *testing.T) {
 	h := newHarness(t)
 	h.create(nil)
 	waited := make(chan error, 1)
@@ -21,7 +21,7 @@ func TestKillOfWhatHasNotStartedEndsIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := h.status(); got != "STOPPED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	if err := <-waited; err != nil {
 		t.Error(err)
@@ -31,8 +31,8 @@ func TestKillOfWhatHasNotStartedEndsIt(t *testing.T) {
 	}
 }
 
-// Kata's Go shim tells an exit before the container can be deleted, and engines
-// delete at once.
+// Kata's Go shim reports an exit before the container can be deleted, and
+// engines delete at once.
 func TestDeleteWaitsForKatasTearDown(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)

@@ -19,15 +19,15 @@ import (
 )
 
 const (
-	// hookGrace is how long a guest hook may take to start the agent before the
-	// throw-away container is tried.
+	// hookGrace is how long a guest hook may take to start the agent before a
+	// bootstrap container is tried.
 	hookGrace = time.Second
-	// lostGrace is for an agent that went away with its VM: then nothing is to
-	// be started any more.
+	// lostGrace is the time between losing the agent and restarting it: if it
+	// went away with its VM, there is nothing to restart.
 	lostGrace = time.Second
 )
 
-// locate asks Kata's shim once where the guest is.
+// locate returns the guest's address, for which it asks Kata's shim once.
 func (s *Service) locate(ctx context.Context) (*kata.Guest, error) {
 	s.mu.RLock()
 	g := s.location
@@ -57,13 +57,13 @@ func (s *Service) dialAgent(ctx context.Context) (net.Conn, error) {
 	return conn, err
 }
 
-// vmEnded says whether the VM has ended, as far as anybody can tell.
+// vmEnded reports whether the VM is known to have ended.
 func (s *Service) vmEnded() bool {
 	dir := s.vmBundle.Load()
 	return dir != nil && bundle.VMEnded(*dir)
 }
 
-// awaitAgent waits for the agent after a container was created.
+// awaitAgent waits until the agent is reachable after a container was created.
 func (s *Service) awaitAgent(ctx context.Context, c *container) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.AgentTimeout)
 	defer cancel()
@@ -81,27 +81,28 @@ func (s *Service) awaitAgent(ctx context.Context, c *container) error {
 	return s.agent.WaitConnect(ctx, grace, s.restartAgent)
 }
 
-// inspect has the agent find out whether CRIU can work in its guest, and load
-// it, which takes a second or more the first time without KVM: better before a
-// container is frozen than while it is. What it found is said at the checkpoint.
+// checkCRIU has the agent load CRIU and check whether it works in the guest.
+// The first time takes a second or more without KVM, which is better spent
+// before a container is frozen than while it is. Checkpoint reports what was
+// found.
 func (s *Service) checkCRIU(ctx context.Context) {
 	err := s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Info(ctx, &api.InfoRequest{Check: true})
 		return err
 	})
 	if err != nil {
-		log.G(ctx).WithError(err).Debug("ask the agent for CRIU")
+		log.G(ctx).WithError(err).Debug("failed to have the agent check CRIU")
 	}
 }
 
-// ensureAgent makes sure that the agent is there, and starts one that has died.
+// ensureAgent connects to the agent, and restarts it if it has died.
 func (s *Service) ensureAgent(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.AgentTimeout)
 	defer cancel()
 	return s.agent.WaitConnect(ctx, 0, s.restartAgent)
 }
 
-// revive starts the agent, unless another call has just done it.
+// restartAgent starts the agent, unless a concurrent call has just done so.
 func (s *Service) restartAgent(ctx context.Context) error {
 	select {
 	case s.restarting <- struct{}{}:
@@ -115,8 +116,8 @@ func (s *Service) restartAgent(ctx context.Context) error {
 	return s.startAgent(ctx)
 }
 
-// callAgent calls the agent with what may arrive twice. That an agent has died
-// may show only by the call: then it is started again, and called again.
+// callAgent makes an idempotent call to the agent. If the call shows that the
+// agent has died, the agent is restarted and the call repeated.
 func (s *Service) callAgent(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	if err := s.ensureAgent(ctx); err != nil {
 		return err
@@ -131,8 +132,9 @@ func (s *Service) callAgent(ctx context.Context, call func(context.Context, api.
 	return s.agent.CallIdempotent(ctx, call)
 }
 
-// agentLost is called when the connection to the agent broke. What is frozen
-// must get its owner back before the agent thaws it.
+// onAgentLost is called when the connection to the agent has broken. The agent
+// thaws containers without an owner, so that those that are to remain frozen
+// need one in time.
 func (s *Service) onAgentLost() {
 	if len(s.frozen()) == 0 {
 		return
@@ -142,21 +144,21 @@ func (s *Service) onAgentLost() {
 		defer s.wg.Done()
 		ctx, cancel := context.WithTimeout(s.base, s.cfg.AgentTimeout)
 		defer cancel()
-		revive := func(ctx context.Context) error {
+		restart := func(ctx context.Context) error {
 			if len(s.frozen()) == 0 {
-				return errors.New("nothing is frozen any more")
+				return errors.New("no container is frozen any longer")
 			}
 			return s.restartAgent(ctx)
 		}
-		if err := s.agent.WaitConnect(ctx, min(lostGrace, s.cfg.AgentTimeout/2), revive); err != nil {
+		if err := s.agent.WaitConnect(ctx, min(lostGrace, s.cfg.AgentTimeout/2), restart); err != nil {
 			if len(s.frozen()) > 0 && s.base.Err() == nil {
-				log.L.WithError(err).Error("the agent in the guest is gone and containers are frozen")
+				log.L.WithError(err).Error("failed to reconnect to the agent in the guest: containers are frozen without an owner")
 			}
 			return
 		}
 		for _, c := range s.frozen() {
-			// The agent has to know that it is ours. Not beside an operation, which
-			// may be about to thaw.
+			// Freezing it again makes this shim its owner. Not concurrently with an
+			// operation, which may be about to thaw it.
 			err := c.do(ctx, func(st state) error {
 				paused, ok := st.(pausedState)
 				switch {
@@ -168,12 +170,13 @@ func (s *Service) onAgentLost() {
 				return c.freeze(ctx)
 			})
 			if err != nil {
-				log.L.WithError(err).WithField("container", c.id).Warn("keep frozen")
+				log.L.WithError(err).WithField("container", c.id).Warn("failed to keep container frozen")
 			}
 		}
 	}()
 }
 
+// frozen returns the containers that the agent holds frozen for this shim.
 func (s *Service) frozen() []*container {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -186,7 +189,7 @@ func (s *Service) frozen() []*container {
 	return out
 }
 
-// explain says what to do about an agent that cannot be used.
+// explain adds to the reason why the agent cannot be used what to do about it.
 func (c *container) explain(reason error) error {
 	var other *guest.ProtocolError
 	if errors.As(reason, &other) || errors.Is(reason, guest.ErrNoVM) || c.agentErr == nil {

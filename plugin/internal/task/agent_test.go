@@ -10,8 +10,8 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 )
 
-// Every engine pauses before it checkpoints: an agent that has died is started
-// again there, not only once the checkpoint comes.
+// Every engine pauses before it checkpoints: an agent that has died is
+// restarted by Pause already.
 func TestPauseStartsAnAgentThatHasDied(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)
@@ -22,12 +22,12 @@ func TestPauseStartsAnAgentThatHasDied(t *testing.T) {
 	})
 	h.pause()
 	if got := h.status(); got != "PAUSED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 }
 
-// An agent that dies at its work is started again, to thaw what is frozen, and
-// the engine is told.
+// An agent that dies during a checkpoint is restarted, to thaw the container,
+// and the error says so.
 func TestCheckpointWhoseAgentDies(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)
@@ -39,16 +39,16 @@ func TestCheckpointWhoseAgentDies(t *testing.T) {
 		h.guest.SetThere(true)
 		return nil
 	})
-	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "started again", "repeat the checkpoint")
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "has been restarted", "repeat the checkpoint")
 	if got := h.status(); got != "RUNNING" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	if calls := h.guest.Calls(); !slices.Contains(calls, "Thaw c1") {
 		t.Errorf("calls to the agent: %q", calls)
 	}
 }
 
-// Where it cannot be started again at once, the container is thawed when it is
+// If it cannot be restarted at once, the container is thawed when an agent is
 // there, or by the engine's Resume.
 func TestThawThatHasToWaitForTheAgent(t *testing.T) {
 	h := newHarness(t)
@@ -58,16 +58,16 @@ func TestThawThatHasToWaitForTheAgent(t *testing.T) {
 		return errors.New("nobody hears this")
 	})
 	h.kata.Before("Create", func(context.Context) error { return errors.New("no room") })
-	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "could not be started again")
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "could not be restarted")
 	if got := h.status(); got != "PAUSED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	h.guest.SetThere(true)
 	if _, err := h.task.Resume(t.Context(), &task.ResumeRequest{ID: "c1"}); err != nil {
 		t.Fatal(err)
 	}
 	if got := h.status(); got != "RUNNING" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 }
 
@@ -86,7 +86,7 @@ func TestCheckpointDuringWhichKataDies(t *testing.T) {
 		return ctx.Err()
 	})
 	begin := time.Now()
-	wantError(t, h.checkpoint(t.TempDir(), nil), "the shim of Kata has ended")
+	wantError(t, h.checkpoint(t.TempDir(), nil), "Kata's shim has exited")
 	if took := time.Since(begin); took > cleanupTimeout/2 {
 		t.Errorf("it took %s", took)
 	}

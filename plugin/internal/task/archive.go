@@ -20,10 +20,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
-// archiveName is the archive from which the container is to start, empty where
-// it starts as any other: where its pod names none, and once it was restored.
-// A container that ends and is started again by its pod's restart policy starts
-// afresh, like one that never was in an archive.
+// archiveName returns the archive that the container is to be restored from, or
+// an empty name if its pod names none or it has been restored before: a
+// container that the pod's restart policy restarts begins afresh.
 func (c *container) archiveName() (string, error) {
 	name := annotations.RestoreArchive(c.annotations)
 	if name == "" || c.kind != annotations.InPod {
@@ -36,9 +35,9 @@ func (c *container) archiveName() (string, error) {
 	return "", err
 }
 
-// restoredRecord is a file that is there once the container of that name was
-// restored in its pod. A pod's UID never comes again; a new sandbox of the same
-// pod, after a node's crash, has the same.
+// restoredRecord is the file that records that the container of this name was
+// restored in its pod. A pod's UID is never reused; a new sandbox of the same
+// pod, as after a node's crash, has the same.
 func (c *container) restoredRecord() string {
 	pod := annotations.PodUID(c.annotations)
 	if pod == "" {
@@ -50,40 +49,42 @@ func (c *container) restoredRecord() string {
 const (
 	// restoredDir is below the state directory.
 	restoredDir = "restored"
-	// restoredFor is how long a note is kept: longer than pods live.
+	// restoredFor is how long a record is kept: longer than pods live.
 	restoredFor = 366 * 24 * time.Hour
 )
 
-// recordRestored makes the note, and removes those of pods that are long gone.
+// recordRestored writes the record, and removes those of pods that are long
+// gone.
 func (c *container) recordRestored() error {
-	note := c.restoredRecord()
-	if err := os.MkdirAll(filepath.Dir(note), 0o700); err != nil {
+	record := c.restoredRecord()
+	if err := os.MkdirAll(filepath.Dir(record), 0o700); err != nil {
 		return err
 	}
-	if err := os.WriteFile(note, nil, 0o600); err != nil {
+	if err := os.WriteFile(record, nil, 0o600); err != nil {
 		return err
 	}
-	notes, err := os.ReadDir(filepath.Dir(note))
-	for _, n := range notes {
+	records, err := os.ReadDir(filepath.Dir(record))
+	for _, n := range records {
 		if info, statErr := n.Info(); statErr == nil && time.Since(info.ModTime()) > restoredFor {
-			err = errors.Join(err, os.Remove(filepath.Join(filepath.Dir(note), n.Name())))
+			err = errclass.Join(err, os.Remove(filepath.Join(filepath.Dir(record), n.Name())))
 		}
 	}
 	return err
 }
 
-// unpackDir is where an archive is unpacked, in the exchange directory, which
-// goes with the container. Nobody has mounted that yet.
+// unpackDir is the directory in the exchange directory in which an archive is
+// unpacked. It is removed with the container at the latest, and before Create
+// nobody has mounted it.
 const unpackDir = "archive"
 
-// prepareArchive makes of an ordinary Create the restore of an archive.
+// prepareArchive turns an ordinary Create into the restore of an archive.
 func (c *container) prepareArchive(ctx context.Context, name string, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	begin := time.Now()
 	cfg := c.s.cfg
 	ctx, end := c.s.operation(ctx)
 	defer end()
 	fail := func(err error) error {
-		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore the container %s as annotation %s%s of its pod says: %w",
+		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore container %s as requested by annotation %s%s of its pod: %w",
 			annotations.ContainerName(c.annotations), annotations.RestorePrefix, annotations.ContainerName(c.annotations), err))
 	}
 	dir := c.exchange.path(unpackDir)
@@ -92,7 +93,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	}
 	defer func() {
 		if err := os.RemoveAll(dir); err != nil {
-			log.G(ctx).WithError(err).WithField("container", c.id).Warn("remove the unpacked archive")
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to remove unpacked archive")
 		}
 	}()
 	err := archive.Extract(ctx, cfg.RestoreDir, name, dir, imageset.Limits{Files: cfg.MaxImageFiles, Bytes: cfg.MaxImageBytes})
@@ -103,7 +104,8 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 		return fail(err)
 	}
 	manifest, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec, func(m *imageset.Manifest) error {
-		// Whoever may make pods in one namespace has no claim to another one's memory.
+		// Whoever may create pods in one namespace may not read the memory of pods in
+		// another.
 		if have := annotations.PodNamespace(c.annotations); m.Container.PodNamespace != have {
 			return fmt.Errorf("it was made of a container of the namespace %q, and this pod is in %q: archives are restored in their own namespace", m.Container.PodNamespace, have)
 		}

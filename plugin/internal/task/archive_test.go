@@ -15,7 +15,8 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// podContainer is the container web of a pod in the namespace shop, with more annotations, given as key and value in turns.
+// podContainer is the container web of a pod in the namespace shop, with more
+// annotations, given as key and value in turns.
 func podContainer(annotations ...string) func(*specs.Spec) {
 	return func(s *specs.Spec) {
 		for key, value := range map[string]string{
@@ -32,7 +33,8 @@ func podContainer(annotations ...string) func(*specs.Spec) {
 
 const restoreWeb = "kata-checkpoint.dev/restore.web"
 
-// archived makes a checkpoint of the container and an archive of that, of the name x.tar.
+// archived makes a checkpoint of the container and an archive of that, of the
+// name x.tar.
 func archived(t *testing.T, change func(*specs.Spec)) (dir string) {
 	t.Helper()
 	h := newHarness(t)
@@ -69,7 +71,7 @@ func archived(t *testing.T, change func(*specs.Spec)) (dir string) {
 	return dir
 }
 
-func TestRestoreAsThePodSays(t *testing.T) {
+func TestRestoreByAnnotationOfThePod(t *testing.T) {
 	h := newHarness(t)
 	h.cfg.RestoreDir = archived(t, podContainer())
 	spec := readSpec(t, h.create(podContainer(restoreWeb, "x.tar")))
@@ -85,7 +87,8 @@ func TestRestoreAsThePodSays(t *testing.T) {
 	}
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckRestore c1", "Restore c1")
 
-	// The next of the name begins afresh, in this sandbox and in another one of the same pod.
+	// The next of the name begins afresh, in this sandbox and in another one of
+	// the same pod.
 	next := newHarness(t)
 	next.cfg.StateDir, next.cfg.RestoreDir = h.cfg.StateDir, h.cfg.RestoreDir
 	spec = readSpec(t, next.create(podContainer(restoreWeb, "x.tar")))
@@ -101,7 +104,7 @@ func TestRestoreAsThePodSays(t *testing.T) {
 	}
 }
 
-func TestARestoreThatFailedIsTriedAgain(t *testing.T) {
+func TestFailedRestoreIsRepeated(t *testing.T) {
 	h := newHarness(t)
 	h.cfg.RestoreDir = archived(t, podContainer())
 	h.create(podContainer(restoreWeb, "x.tar"))
@@ -117,7 +120,7 @@ func TestARestoreThatFailedIsTriedAgain(t *testing.T) {
 	}
 }
 
-func TestWhatIsNoRestore(t *testing.T) {
+func TestNoRestoreByAnnotation(t *testing.T) {
 	for name, change := range map[string]func(*specs.Spec){
 		"another container of the pod": podContainer("kata-checkpoint.dev/restore.db", "x.tar"),
 		"an empty name":                podContainer(restoreWeb, ""),
@@ -134,7 +137,7 @@ func TestWhatIsNoRestore(t *testing.T) {
 	}
 }
 
-func TestArchivesThatAreRefused(t *testing.T) {
+func TestRefusedArchives(t *testing.T) {
 	good := archived(t, podContainer())
 	broken := t.TempDir()
 	if err := os.WriteFile(filepath.Join(broken, "x.tar"), []byte("no archive"), 0o600); err != nil {
@@ -157,7 +160,7 @@ func TestArchivesThatAreRefused(t *testing.T) {
 			h := newHarness(t)
 			h.cfg.RestoreDir = tc.dir
 			_, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(tc.change)})
-			wantError(t, err, append(tc.want, "restore the container web as annotation "+restoreWeb+" of its pod says")...)
+			wantError(t, err, append(tc.want, "restore container web as requested by annotation "+restoreWeb+" of its pod: ")...)
 			h.wantCalls("Kata", h.kata.Calls())
 			if exists(h.exchange()) {
 				t.Error("the exchange directory is left")
@@ -166,7 +169,7 @@ func TestArchivesThatAreRefused(t *testing.T) {
 	}
 }
 
-func TestNotesOfPodsThatAreLongGone(t *testing.T) {
+func TestRecordsOfOldPodsAreRemoved(t *testing.T) {
 	h := newHarness(t)
 	h.cfg.RestoreDir = archived(t, podContainer())
 	dir := filepath.Join(h.cfg.StateDir, restoredDir)

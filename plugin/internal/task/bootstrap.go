@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -16,19 +15,21 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// startAgent starts the agent where Kata has run no guest hook for the user's
-// containers: by a throw-away container in the same sandbox, whose spec has no
-// hooks. Its creation alone runs the guest hook. containerd never hears of it.
+// startAgent starts the agent where Kata runs no guest hook for the user's
+// containers, or where it has died: by a bootstrap container in the same
+// sandbox, whose spec has no hooks. Its creation runs the guest hook.
+// containerd does not see it.
 func (s *Service) startAgent(ctx context.Context) error {
 	begin := time.Now()
 	id := "kata-checkpoint-" + rand.Text()
 	dir := bundle.BootstrapDir(s.cfg.StateDir, s.namespace, s.sandbox, id)
 	if err := writeBootstrapBundle(dir, id, s.sandbox, filepath.Join(s.cfg.GuestBundle, api.AgentBinary)); err != nil {
-		return errors.Join(err, os.RemoveAll(dir))
+		return errclass.Join(err, os.RemoveAll(dir))
 	}
 	s.events.Hide(id)
 	err := s.down.callNative(ctx, "Create", &task.CreateTaskRequest{ID: id, Bundle: dir}, &task.CreateTaskResponse{})
@@ -37,30 +38,30 @@ func (s *Service) startAgent(ctx context.Context) error {
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
 		if derr := s.runBootstrap(uctx, id); derr != nil && !isGone(derr) {
-			err = errors.Join(err, derr)
+			err = errclass.Join(err, derr)
 		}
 	}
-	err = errors.Join(err, os.RemoveAll(dir))
+	err = errclass.Join(err, os.RemoveAll(dir))
 	switch {
 	case err == nil:
 	case s.agent.Connect(ctx) == nil:
-		// It has done what it was for: Kata's Go shim may fail to delete it while
-		// it ends.
-		log.G(ctx).WithError(err).Warn("remove the container that started the agent")
+		// The agent is there. Kata's Go shim may fail to delete a container that is
+		// exiting.
+		log.G(ctx).WithError(err).WithField("container", id).Warn("failed to delete bootstrap container")
 	default:
-		return fmt.Errorf("start the agent by a container of its own: %w", err)
+		return fmt.Errorf("start the agent with a bootstrap container: %w", err)
 	}
-	log.G(ctx).WithField("duration", time.Since(begin)).Info("started the agent by a container of its own")
+	log.G(ctx).WithField("duration", time.Since(begin)).Info("started the agent with a bootstrap container")
 	return nil
 }
 
-// bootstrapTimeout bounds the life of a throw-away container.
+// bootstrapTimeout bounds the run time of a bootstrap container.
 const bootstrapTimeout = 10 * time.Second
 
-// runBootstrap lets a throw-away container run, which does nothing, and deletes
-// it. It has to have run: Kata's Rust shim unmounts what it has shared for a
-// container when its process ends, not when it is deleted, and cannot remove
-// the sandbox's share otherwise
+// runBootstrap runs a bootstrap container, whose process does nothing, and
+// deletes it. It must run: Kata's Rust shim unmounts a container's part of the
+// share when its process exits, not when it is deleted, and cannot remove the
+// sandbox's share otherwise
 // (src/runtime-rs/crates/runtimes/virt_container/src/container_manager/container_inner.rs).
 func (s *Service) runBootstrap(ctx context.Context, id string) error {
 	rctx, cancel := context.WithTimeout(ctx, bootstrapTimeout)
@@ -78,27 +79,27 @@ func (s *Service) runBootstrap(ctx context.Context, id string) error {
 		}
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("run the container that starts the agent")
+		log.G(ctx).WithError(err).WithField("container", id).Warn("failed to run bootstrap container")
 	}
-	return errors.Join(s.down.callNative(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, api.HelperPath))
+	return errclass.Join(s.down.callNative(ctx, "Delete", &task.DeleteRequest{ID: id}, &task.DeleteResponse{}), kata.SweepMount(s.sandbox, id, api.HelperPath))
 }
 
-// writeBootstrapBundle makes the bundle of a throw-away container: a spec with as
-// little as Kata takes, over an empty root file system. Its process is our
-// static binary, which says its version.
+// writeBootstrapBundle writes the bundle of a bootstrap container: the smallest
+// spec that Kata accepts, with an empty root file system. Its process is the
+// agent's static binary, which prints its version.
 func writeBootstrapBundle(dir, id, sandbox, binary string) error {
 	rootfs := filepath.Join(dir, "rootfs")
 	if err := os.MkdirAll(rootfs, 0o700); err != nil {
-		return fmt.Errorf("start the agent: %w", err)
+		return fmt.Errorf("write the bundle of the bootstrap container: %w", err)
 	}
 	spec := specs.Spec{
 		Version: specs.Version,
 		Root:    &specs.Root{Path: rootfs},
-		// Kata's agent insists that the capabilities are named (rustjail/src/container.rs).
+		// kata-agent requires capabilities (rustjail/src/container.rs).
 		Process: &specs.Process{Args: []string{api.HelperPath, "--version"}, Cwd: "/", Env: []string{"PATH=/bin"}, Capabilities: &specs.LinuxCapabilities{}},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
-			// For device nodes: nobody can open those on virtiofs.
+			// For device nodes, which cannot be opened on virtiofs.
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=64k"}},
 			{Destination: api.HelperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}},
 		},
@@ -113,10 +114,10 @@ func writeBootstrapBundle(dir, id, sandbox, binary string) error {
 	}
 	data, err := json.Marshal(spec)
 	if err != nil {
-		return fmt.Errorf("start the agent: %w", err)
+		return fmt.Errorf("write the bundle of the bootstrap container: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "config.json"), data, 0o600); err != nil {
-		return fmt.Errorf("start the agent: %w", err)
+		return fmt.Errorf("write the bundle of the bootstrap container: %w", err)
 	}
 	return nil
 }

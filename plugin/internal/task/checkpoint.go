@@ -26,27 +26,27 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
-// maxCRIULog bounds what is kept of CRIU's log and statistics, in bytes.
+// maxCRIULog bounds how much of CRIU's log and statistics is copied, in bytes.
 const maxCRIULog = 64 << 20
 
-// checkpointRequest is a checkpoint that is to be made.
+// checkpointRequest is a validated request for a checkpoint.
 type checkpointRequest struct {
 	path string
-	// work is where CRIU's log and statistics go, empty for nowhere.
+	// work is the directory for CRIU's log and statistics, or empty.
 	work    string
 	options *api.CheckpointOptions
-	// stop: the container ends once the image set is safe.
+	// stop: the container is killed once the image set is complete.
 	stop bool
 }
 
-// checkpoint writes the image set of a container into the directory that the
-// engine names. The container goes on running, or stays paused, if it fails.
+// checkpoint writes an image set of a container into the directory that the
+// engine names. If it fails, the container keeps running, or remains paused.
 func (c *container) checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) error {
 	req, err := c.checkpointRequest(r)
 	if err != nil {
 		return fmt.Errorf("checkpoint container %s: %w", r.ID, err)
 	}
-	// Another one is not waited for.
+	// A second checkpoint does not wait for the first.
 	if st, busy := c.current().(checkpointingState); busy {
 		return st.busy()
 	}
@@ -54,8 +54,8 @@ func (c *container) checkpoint(ctx context.Context, r *task.CheckpointTaskReques
 	defer end()
 	if err := c.do(ctx, func(st state) error { return st.checkpoint(ctx, req) }); err != nil {
 		if ctx.Err() != nil {
-			// containerd, which has made it, may not be there to do it.
-			err = errors.Join(err, bundle.RemoveTemporary(req.path))
+			// containerd has created it, but may not be there to remove it.
+			err = errclass.Join(err, bundle.RemoveTemporary(req.path))
 		}
 		return err
 	}
@@ -87,7 +87,7 @@ func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpoin
 	return req, nil
 }
 
-// checkpointJob is a checkpoint under way.
+// checkpointJob is a checkpoint in progress.
 type checkpointJob struct {
 	*checkpointRequest
 	c      *container
@@ -97,8 +97,8 @@ type checkpointJob struct {
 	target *imageset.Target
 }
 
-// runCheckpoint runs from the state before, running or paused, which comes again
-// unless the container is to stop.
+// runCheckpoint makes a checkpoint of a running or paused container. Afterwards
+// the container is in the same state again, unless it is to be stopped.
 func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpointRequest) error {
 	begin := time.Now()
 	j := &checkpointJob{
@@ -107,7 +107,8 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	}
 	c.transition(checkpointingState{c: c, isFrozen: before.frozen()})
 	m, err := j.run(ctx, before)
-	// First the container, then the files: the agent may still be writing some.
+	// The container comes before the files, because the agent may still be writing
+	// some.
 	c.leaveCheckpoint(ctx, before, err)
 	cleanErr := j.clean(err != nil)
 	if j.target != nil {
@@ -116,18 +117,18 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	c.resumeIfPending(ctx)
 	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin), "path": r.path})
 	if err != nil {
-		err = fmt.Errorf("checkpoint container %s: %w", c.id, errors.Join(err, cleanErr))
-		logger.WithError(err).Error("checkpoint failed")
+		err = fmt.Errorf("checkpoint container %s: %w", c.id, errclass.Join(err, cleanErr))
+		logger.WithError(err).Error("failed to checkpoint container")
 		return err
 	}
 	if cleanErr != nil {
-		logger.WithError(cleanErr).Warn("after a checkpoint")
+		logger.WithError(cleanErr).Warn("failed to clean up after checkpoint")
 	}
-	logger.WithField("bytes", m.Bytes()).Info("checkpointed")
+	logger.WithField("bytes", m.Bytes()).Info("checkpointed container")
 	return nil
 }
 
-// run leaves the container frozen, or stopped.
+// run makes the checkpoint and leaves the container frozen or stopped.
 func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manifest, error) {
 	c := j.c
 	if err := j.openTarget(); err != nil {
@@ -177,28 +178,28 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	}
 	j.phases.done("commit")
 	if j.stop {
-		// Whoever has given up may not keep the image set: containerd removes its
-		// own copy. Then the container is all that there is.
+		// A caller that has given up may not keep the image set, as containerd, which
+		// removes its own copy. Then the container is all that is left.
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("the image set in %s is whole, and the container is not stopped: %w", j.path, context.Cause(ctx))
+			return nil, fmt.Errorf("the image set in %s is complete, but the container was not stopped: %w", j.path, context.Cause(ctx))
 		}
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
 		if err := c.killAndWait(uctx); err != nil {
-			return nil, fmt.Errorf("the image set in %s is whole, and the container could not be stopped: %w", j.path, err)
+			return nil, fmt.Errorf("the image set in %s is complete, but the container could not be stopped: %w", j.path, err)
 		}
 		j.phases.done("stop")
 	}
 	return m, nil
 }
 
-// request is what the agent is asked to write.
+// request is the request to the agent.
 func (j *checkpointJob) request() *api.CheckpointRequest {
 	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop}
 }
 
-// openTarget opens the directory for the image set, and notes what `delete`
-// has to remove should this process be killed.
+// openTarget opens the directory for the image set, and records what `delete`
+// has to remove if this process is killed.
 func (j *checkpointJob) openTarget() (err error) {
 	if j.target, err = imageset.NewTarget(j.path); err != nil {
 		return err
@@ -206,15 +207,15 @@ func (j *checkpointJob) openTarget() (err error) {
 	return bundle.SetStaging(j.c.bundle, j.target.Dir().Name())
 }
 
-// explainFull says what to do where an error is that of a full file system.
+// explainFull adds to the error of a full file system what to do about it.
 func (j *checkpointJob) explainFull(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("there is no room for the image set in %s: make room there, or name a directory of another file system: %w", j.path, err))
+		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the image set in %s: free some, or use a directory on another file system: %w", j.path, err))
 	}
 	return err
 }
 
-// clean removes all but the finished image set.
+// clean removes everything but the finished image set.
 func (j *checkpointJob) clean(failed bool) (err error) {
 	if failed || j.stop {
 		err = os.RemoveAll(j.c.exchange.path(j.images))
@@ -222,22 +223,22 @@ func (j *checkpointJob) clean(failed bool) (err error) {
 		go j.c.discardImages(j.images)
 	}
 	if j.target != nil {
-		err = errors.Join(err, j.target.Abort(), bundle.SetStaging(j.c.bundle, ""))
+		err = errclass.Join(err, j.target.Abort(), bundle.SetStaging(j.c.bundle, ""))
 	}
 	return err
 }
 
-// afterwards brings a container back into the state before its checkpoint.
+// leaveCheckpoint returns a container to its state before the checkpoint.
 func (c *container) leaveCheckpoint(ctx context.Context, before state, failed error) {
 	if hasStopped(c.current()) {
 		return
 	}
 	if c.s.down.ended() {
-		c.stopped() // with Kata's shim the VM goes, by `delete`
+		c.stopped() // `delete` ends the VM
 		return
 	}
-	// A caller that is gone, or whose time has run out, resumes nothing any
-	// more: then a container that it has paused goes on, too.
+	// A caller that is gone or whose deadline has passed resumes nothing any
+	// longer, so that a container that it has paused is thawed here.
 	abandoned := failed != nil && ctx.Err() != nil
 	if before.frozen() && !abandoned {
 		c.transition(before)
@@ -247,7 +248,7 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	defer cancel()
 	if c.isFrozen() {
 		if err := c.thaw(uctx); err != nil {
-			log.G(ctx).WithError(err).WithField("container", c.id).Error("after a checkpoint")
+			log.G(ctx).WithError(err).WithField("container", c.id).Error("failed to thaw container after checkpoint")
 			c.transition(pausedState{c: c, thawOwed: true})
 			return
 		}
@@ -255,12 +256,12 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	c.transition(runningState{c: c})
 	if before.frozen() {
 		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
-		log.G(ctx).WithField("container", c.id).Warn("resumed: whoever paused it for a checkpoint has given up")
+		log.G(ctx).WithField("container", c.id).Warn("resumed container that its caller paused for an abandoned checkpoint")
 	}
 }
 
-// explainLostAgent says what to do about a checkpoint that failed because the agent
-// died.
+// explainLostAgent adds what to do to the error of a checkpoint that failed
+// because the agent died.
 func (c *container) explainLostAgent(ctx context.Context, err error) error {
 	if hasStopped(c.current()) || !guest.IsGone(err) {
 		return err
@@ -271,12 +272,12 @@ func (c *container) explainLostAgent(ctx context.Context, err error) error {
 	case aerr != nil && c.s.vmEnded():
 		return fmt.Errorf("%w: %w", err, guest.ErrNoVM)
 	case aerr != nil:
-		return fmt.Errorf("%w; it could not be started again: unless the VM has ended, its containers go on, and can be checkpointed again only in a new VM", err)
+		return fmt.Errorf("%w; it could not be restarted: unless the VM has ended, its containers keep running, but cannot be checkpointed again in this VM", err)
 	}
-	return fmt.Errorf("%w; it has been started again: repeat the checkpoint", err)
+	return fmt.Errorf("%w; it has been restarted: repeat the checkpoint", err)
 }
 
-// preflight finds what would make a checkpoint fail before anything is frozen.
+// preflight finds what would make a checkpoint fail, before anything is frozen.
 func (j *checkpointJob) preflight(ctx context.Context, before state) error {
 	c := j.c
 	var info *api.InfoResponse
@@ -291,7 +292,7 @@ func (j *checkpointJob) preflight(ctx context.Context, before state) error {
 		return errclass.Precondition("%s", strings.Join(p, "; "))
 	}
 	if before.frozen() {
-		return nil // Checkpoint itself checks, once more
+		return nil // the agent checks again at Checkpoint
 	}
 	return c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.CheckCheckpoint(ctx, j.request())
@@ -331,14 +332,14 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	return m
 }
 
-// copyLogs puts CRIU's log and statistics where the engine looks for them.
-// They are of use to people, and no checkpoint fails for them.
+// copyLogs copies CRIU's log and statistics to the work path. No checkpoint
+// fails because of them.
 func (j *checkpointJob) copyLogs(ctx context.Context) {
 	if j.work == "" {
 		return
 	}
 	if err := os.MkdirAll(j.work, 0o700); err != nil {
-		log.G(ctx).WithError(err).Warn("work path")
+		log.G(ctx).WithError(err).WithField("path", j.work).Warn("failed to create work path")
 		return
 	}
 	for _, name := range []string{imageset.DumpLogName, imageset.StatsName} {
@@ -347,7 +348,7 @@ func (j *checkpointJob) copyLogs(ctx context.Context) {
 			err = os.WriteFile(filepath.Join(j.work, name), data, 0o600)
 		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			log.G(ctx).WithError(err).WithField("file", name).Warn("work path")
+			log.G(ctx).WithError(err).WithField("file", name).Warn("failed to copy file to work path")
 		}
 	}
 }

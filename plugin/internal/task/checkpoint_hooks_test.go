@@ -16,8 +16,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 )
 
-// Whoever has given up may not keep the image set: containerd removes its own
-// copy. Then the container must be there still.
+// A caller that has given up may not keep the image set: containerd removes its
+// own copy. Then the container must keep running.
 func TestCheckpointThatIsAbandonedAtItsEndDoesNotStop(t *testing.T) {
 	for name, temporary := range map[string]bool{"directory of the caller's": false, "directory of containerd's": true} {
 		t.Run(name, func(t *testing.T) {
@@ -49,7 +49,7 @@ func TestCheckpointThatIsAbandonedAtItsEndDoesNotStop(t *testing.T) {
 				t.Error("an answer without a connection")
 			}
 			h.connect()
-			eventually(t, "it goes on", func() bool { return h.status() == "RUNNING" })
+			eventually(t, "it is resumed", func() bool { return h.status() == "RUNNING" })
 			if temporary {
 				eventually(t, "containerd's directory", func() bool { return !exists(path) })
 			} else if !exists(filepath.Join(path, imageset.ManifestName)) {
@@ -73,7 +73,7 @@ func TestCheckpointWhoseTimeRunsOutIsNotCommitted(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.cfg.CheckpointTimeout = 300 * time.Millisecond
-	wantError(t, h.checkpoint(path, nil), "checkpoint_timeout of 300ms has run out")
+	wantError(t, h.checkpoint(path, nil), "checkpoint_timeout of 300ms has expired")
 	if entries, err := os.ReadDir(path); err != nil || len(entries) > 0 {
 		t.Errorf("left: %v, error %v", entries, err)
 	}

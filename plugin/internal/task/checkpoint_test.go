@@ -56,7 +56,7 @@ func (h *harness) wantNothingLeft(path string) {
 	}
 }
 
-// noImages says whether there is only the marker in the exchange directory.
+// noImages reports whether there is only the marker in the exchange directory.
 func (h *harness) noImages() ([]os.DirEntry, bool) {
 	h.t.Helper()
 	entries, err := os.ReadDir(h.exchange())
@@ -66,7 +66,8 @@ func (h *harness) noImages() ([]os.DirEntry, bool) {
 	return entries, len(entries) == 1 && entries[0].Name() == api.MarkerName
 }
 
-// eventuallyNoImages waits for what is removed once the container goes on.
+// eventuallyNoImages waits until the images are removed, once the container
+// runs again.
 func (h *harness) eventuallyNoImages() {
 	h.t.Helper()
 	eventually(h.t, "only the marker is in the exchange directory", func() bool {
@@ -84,7 +85,7 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := h.status(); got != "PAUSED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Checkpoint c1")
 	set, err := imageset.Open(path)
@@ -106,7 +107,7 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 		t.Errorf("events %q", h.events.published())
 	}
 	if d := h.guest.Discarded(); len(d) != 0 {
-		t.Errorf("the guest has to discard %q while the container stands still", d)
+		t.Errorf("the guest has to discard %q while the container is frozen", d)
 	}
 	h.resume()
 	h.eventuallyNoImages()
@@ -132,7 +133,7 @@ func TestCheckpointOfARunningContainerFreezesAndThaws(t *testing.T) {
 	h.run(leaveRunning)
 	h.guest.Before("Checkpoint", func(context.Context) error {
 		if got := h.status(); got != "PAUSED" {
-			t.Errorf("State says %s during the checkpoint", got)
+			t.Errorf("State reports %s during the checkpoint", got)
 		}
 		return nil
 	})
@@ -140,7 +141,7 @@ func TestCheckpointOfARunningContainerFreezesAndThaws(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := h.status(); got != "RUNNING" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1", "Freeze c1", "Checkpoint c1", "Thaw c1")
 }
@@ -164,7 +165,7 @@ func TestCheckpointThatStops(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := h.status(); got != "STOPPED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	h.resume() // as engines do
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Checkpoint c1")
@@ -233,22 +234,22 @@ func TestAfterCheckpoint(t *testing.T) {
 		stop        bool
 		err         string
 	}{
-		"nerdctl, docker":                       {stop: true},
-		"nerdctl --leave-running, by default":   {stop: true}, // it says nothing to a shim
-		"nerdctl, set to leave running":         {cfg: cfg(annotations.LeaveRunning, annotations.Stop), stop: false},
-		"nerdctl, annotation leave-running":     {annotations: with(nil, "leave-running"), stop: false},
-		"crictl, kubelet":                       {annotations: cri, stop: false},
-		"CRI-O":                                 {annotations: map[string]string{"io.kubernetes.cri-o.ContainerType": "container"}, stop: false},
-		"crictl, set to stop":                   {annotations: cri, cfg: cfg(annotations.LeaveRunning, annotations.Stop), stop: true},
-		"crictl, annotation stop":               {annotations: with(cri, "stop"), stop: true},
-		"ctr task checkpoint":                   {opts: &runcoptions.CheckpointOptions{}, stop: false},
-		"ctr task checkpoint --exit":            {opts: &runcoptions.CheckpointOptions{Exit: true}, stop: true},
-		"ctr container checkpoint":              {opts: &runcoptions.CheckpointOptions{FileLocks: true}, stop: false},
-		"ctr --exit, annotation leave-running":  {opts: &runcoptions.CheckpointOptions{Exit: true}, annotations: with(nil, "leave-running"), stop: false},
-		"ctr, annotation stop":                  {opts: &runcoptions.CheckpointOptions{}, annotations: with(nil, "stop"), stop: true},
-		"options beat what is said for the CRI": {opts: &runcoptions.CheckpointOptions{Exit: true}, annotations: cri, stop: true},
-		"an annotation that says neither":       {annotations: with(nil, "exit"), err: `"exit"`},
-		"an empty annotation":                   {annotations: with(nil, ""), err: `""`},
+		"nerdctl, docker":                         {stop: true},
+		"nerdctl --leave-running, by default":     {stop: true}, // the shim does not see it
+		"nerdctl, set to leave running":           {cfg: cfg(annotations.LeaveRunning, annotations.Stop), stop: false},
+		"nerdctl, annotation leave-running":       {annotations: with(nil, "leave-running"), stop: false},
+		"crictl, kubelet":                         {annotations: cri, stop: false},
+		"CRI-O":                                   {annotations: map[string]string{"io.kubernetes.cri-o.ContainerType": "container"}, stop: false},
+		"crictl, set to stop":                     {annotations: cri, cfg: cfg(annotations.LeaveRunning, annotations.Stop), stop: true},
+		"crictl, annotation stop":                 {annotations: with(cri, "stop"), stop: true},
+		"ctr task checkpoint":                     {opts: &runcoptions.CheckpointOptions{}, stop: false},
+		"ctr task checkpoint --exit":              {opts: &runcoptions.CheckpointOptions{Exit: true}, stop: true},
+		"ctr container checkpoint":                {opts: &runcoptions.CheckpointOptions{FileLocks: true}, stop: false},
+		"ctr --exit, annotation leave-running":    {opts: &runcoptions.CheckpointOptions{Exit: true}, annotations: with(nil, "leave-running"), stop: false},
+		"ctr, annotation stop":                    {opts: &runcoptions.CheckpointOptions{}, annotations: with(nil, "stop"), stop: true},
+		"options override the default of the CRI": {opts: &runcoptions.CheckpointOptions{Exit: true}, annotations: cri, stop: true},
+		"an unknown annotation":                   {annotations: with(nil, "exit"), err: `"exit"`},
+		"an empty annotation":                     {annotations: with(nil, ""), err: `""`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if tc.cfg == nil {
@@ -313,7 +314,7 @@ func TestCheckpointRefused(t *testing.T) {
 		wantError(t, h.checkpoint(t.TempDir(), nil), "no agent answers")
 		h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1")
 		if got := h.status(); got != "RUNNING" {
-			t.Errorf("State says %s", got)
+			t.Errorf("State reports %s", got)
 		}
 	})
 	t.Run("a second one", func(t *testing.T) {
@@ -389,7 +390,7 @@ func TestCheckpointThatFails(t *testing.T) {
 				h.wantNothingLeft(path)
 				wantStatus := map[bool]string{false: "RUNNING", true: "PAUSED"}[paused]
 				if got := h.status(); got != wantStatus {
-					t.Errorf("State says %s, want %s", got, wantStatus)
+					t.Errorf("State reports %s, want %s", got, wantStatus)
 				}
 				if paused {
 					h.resume()
@@ -412,7 +413,8 @@ func TestCheckpointThatFails(t *testing.T) {
 	}
 }
 
-// A caller whose time has run out, or that is gone, resumes nothing any more.
+// A caller whose deadline has passed or that is gone resumes nothing any
+// longer.
 func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 	for name, call := range map[string]func(h *harness, reached chan struct{}, path string) error{
 		"its deadline runs out": func(h *harness, _ chan struct{}, path string) error {
@@ -424,7 +426,7 @@ func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 		"our own limit runs out": func(h *harness, _ chan struct{}, path string) error {
 			h.cfg.CheckpointTimeout = 300 * time.Millisecond
 			err := h.checkpoint(path, nil)
-			wantError(h.t, err, "checkpoint_timeout of 300ms has run out")
+			wantError(h.t, err, "checkpoint_timeout of 300ms has expired")
 			return err
 		},
 		"the connection ends": func(h *harness, reached chan struct{}, path string) error {
@@ -514,7 +516,7 @@ func TestResumeDuringACheckpoint(t *testing.T) {
 	})
 }
 
-func TestOtherCallsGoOnDuringACheckpoint(t *testing.T) {
+func TestOtherCallsDuringACheckpoint(t *testing.T) {
 	h := newHarness(t)
 	h.run(leaveRunning)
 	reached, release := make(chan struct{}), make(chan struct{})
@@ -527,7 +529,7 @@ func TestOtherCallsGoOnDuringACheckpoint(t *testing.T) {
 	go func() { done <- h.checkpoint(path, nil) }()
 	<-reached
 	if got := h.status(); got != "PAUSED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	if _, err := h.task.Stats(t.Context(), &task.StatsRequest{ID: "c1"}); err != nil {
 		t.Error(err)
@@ -559,7 +561,7 @@ func TestKilledDuringACheckpoint(t *testing.T) {
 	wantError(t, h.checkpoint(path, nil), "has ended")
 	h.wantNothingLeft(path)
 	if got := h.status(); got != "STOPPED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 }
 
@@ -639,7 +641,7 @@ func TestRestore(t *testing.T) {
 		t.Errorf("staged when Kata creates the container: %q", staged)
 	}
 	if got := h.kata.Request("Create").(*task.CreateTaskRequest).GetCheckpoint(); got != "" {
-		t.Errorf("Kata is told of a checkpoint %q", got)
+		t.Errorf("Kata got a checkpoint %q", got)
 	}
 	spec := readSpec(t, dir)
 	p := spec.Process
@@ -699,7 +701,7 @@ func TestRestore(t *testing.T) {
 	}
 }
 
-func TestRestoreRefusedBeforeKataHearsOfIt(t *testing.T) {
+func TestRestoreRefusedBeforeKatasCreate(t *testing.T) {
 	good := imageSet(t)
 	damaged := imageSet(t)
 	if err := os.WriteFile(filepath.Join(damaged, "pages-1.img"), []byte(strings.Repeat("q", 4096)), 0o600); err != nil {

@@ -11,20 +11,20 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-// closeWait is how long a CloseIO waits for Kata's answer.
+// closeWait is how long CloseIO waits for Kata's answer.
 const closeWait = 100 * time.Millisecond
 
-// closeIO is forwarded once the process has been started. One that could not
-// be has nothing to close.
+// closeIO forwards the call once the process has been started. A process that
+// could not be started has no stdin to close.
 //
-// Kata's Go shim answers only when the client has closed its end of the stdin
-// pipe, too, which containerd's own ctr does after the answer: there the answer
-// is given first.
+// Kata's Go shim answers only after the client has closed its end of the stdin
+// pipe as well, which ctr does after it has received the answer. So the answer
+// is given after closeWait at the latest, while Kata's call continues.
 func (s *Service) closeIO(ctx context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
 	if c := s.container(r.ID); c != nil {
 		started, err := c.starts.wait(ctx, r.ExecID)
 		if err != nil {
-			return nil, fmt.Errorf("close stdin of a process in container %s that has not started: %w", r.ID, err)
+			return nil, fmt.Errorf("close the stdin of a process in container %s that has not been started: %w", r.ID, err)
 		}
 		if !started {
 			return &emptypb.Empty{}, nil
@@ -35,7 +35,8 @@ func (s *Service) closeIO(ctx context.Context, r *task.CloseIORequest) (*emptypb
 		err  error
 	}
 	answered := make(chan answer, 1)
-	// The caller's metadata and deadline, and not the end of its call; but ours.
+	// Kata's call has the caller's metadata and deadline, but outlives its
+	// cancellation. It ends with the service.
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		deadline = time.Now().Add(s.cfg.CheckpointTimeout)

@@ -18,7 +18,7 @@ type container struct {
 	bundle string
 	kind   annotations.Kind
 
-	// What its spec said when Create came.
+	// From the OCI spec at Create.
 	annotations map[string]string
 	args        []string
 	externals   []string
@@ -26,9 +26,9 @@ type container struct {
 	terminal    bool
 
 	exchange *exchange
-	// source is the image set that the container is made from, if it is.
+	// source is the image set that the container is restored from, or nil.
 	source *source
-	// agentErr is why the agent could not be reached after Create.
+	// agentErr is why the agent was not reachable after Create, or nil.
 	agentErr error
 
 	lifecycle
@@ -37,12 +37,12 @@ type container struct {
 	starts   startBarrier
 	waiter   waiter
 
-	// answers are the last that Kata gave to State, by exec id.
+	// stateCache holds Kata's last response to State by exec ID.
 	stateCache sync.Map
-	// runningAt is when Kata last said that the first process runs, in
-	// nanoseconds since 1970.
+	// runningAt is when Kata last reported init as running, in nanoseconds since
+	// 1970.
 	runningAt atomic.Int64
-	// execs are those into a restored container, by exec id.
+	// execs holds the execs into a restored container by exec ID.
 	execs sync.Map
 }
 
@@ -54,7 +54,7 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 		lifecycle:   newLifecycle(),
 	}
 	if h := spec.Hooks; h != nil {
-		//nolint:staticcheck // prestart hooks are deprecated and nerdctl's older versions write them
+		//nolint:staticcheck // prestart hooks are deprecated, but older versions of nerdctl write them
 		c.hasHooks = len(h.Prestart)+len(h.CreateRuntime)+len(h.CreateContainer)+len(h.StartContainer)+len(h.Poststart)+len(h.Poststop) > 0
 	}
 	if spec.Process != nil {
@@ -64,19 +64,20 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 	return c
 }
 
-// container looks up a container that Create has made, nil otherwise.
+// container returns the container with an ID, or nil if this shim has not
+// created it.
 func (s *Service) container(id string) *container {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.containers[id]
 }
 
-// known is container for calls that cannot be forwarded.
+// requireContainer is container for calls that cannot be forwarded to Kata.
 func (s *Service) requireContainer(id string) (*container, error) {
 	if c := s.container(id); c != nil {
 		return c, nil
 	}
-	return nil, errclass.NotFound("container %s is not known", id)
+	return nil, errclass.NotFound("container %s does not exist", id)
 }
 
 func (s *Service) add(c *container) {
@@ -91,7 +92,7 @@ func (s *Service) remove(id string) {
 	delete(s.containers, id)
 }
 
-// exited is told by the relay.
+// onExit is called by the relay for each TaskExit event of Kata's.
 func (s *Service) onExit(id, exec string) {
 	if c := s.container(id); c != nil && exec == "" {
 		c.stopped()

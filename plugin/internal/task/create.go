@@ -19,9 +19,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
-// create prepares a container so that it can be checkpointed, or is restored
-// at Start, and has Kata create it. Whether the agent answers is found out
-// here and said at Start: engines do not clean up after a Create that failed.
+// create prepares a container so that it can be checkpointed, or is restored at
+// Start, and has Kata create it. If the agent is not reachable afterwards,
+// Start reports it: engines do not clean up after a Create that has failed.
 func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *task.CreateTaskResponse, err error) {
 	begin := time.Now()
 	spec, err := bundle.ReadSpec(r.Bundle)
@@ -38,7 +38,7 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	c := newContainer(s, r, spec, kind)
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, c.exchange.remove())
+			err = errclass.Join(err, c.exchange.remove())
 		}
 	}()
 	next := state(createdState{c: c})
@@ -54,14 +54,15 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	}
 
 	s.events.Expect(r.ID, "")
-	// A containerd that was started again may ask for the container before this
-	// has ended.
+	// A containerd that has been restarted may ask for the container before Kata's
+	// Create has ended.
 	c.slot <- struct{}{}
 	defer func() { <-c.slot }()
-	// Until then its place is taken by this process: containerd keeps no
-	// container without one.
+	// Until then its process is this one: containerd deletes a container without
+	// any.
 	c.state = creatingState{c: c, answer: createdResponse(r, uint32(os.Getpid())), next: next} //nolint:gosec // PIDs are positive
-	s.add(c)                                                                                   // before Kata's events for it come
+	// Before Kata's events for it arrive.
+	s.add(c)
 	resp := &task.CreateTaskResponse{}
 	err = s.forwardDetached(ctx, "Create", r, resp)
 	s.protectShare(ctx, r.ID)
@@ -73,7 +74,7 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	c.transition(next)
 	if r.ID == s.sandbox {
 		if err := bundle.SetVM(r.Bundle, int(resp.GetPid())); err != nil {
-			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("note the VM's process")
+			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("failed to record the VM's process")
 		}
 		s.vmBundle.Store(&r.Bundle)
 	}
@@ -84,7 +85,11 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	if kind != annotations.Sandbox {
 		c.agentErr = s.awaitAgent(ctx, c)
 	}
-	log.G(ctx).WithError(c.agentErr).WithFields(log.Fields{"container": c.id, "created": created, "duration": time.Since(begin)}).Info("created")
+	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "created": created, "duration": time.Since(begin)})
+	if c.agentErr != nil {
+		logger = logger.WithError(c.agentErr)
+	}
+	logger.Info("created container")
 	return resp, nil
 }
 
@@ -92,7 +97,7 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	cfg := c.s.cfg
 	if _, marked := spec.Annotations[annotations.NRIKey]; !marked && annotations.MadeByCRI(spec.Annotations) {
-		log.G(ctx).WithField("container", c.id).Info("not adjusted by the NRI plugin, so the shim does it")
+		log.G(ctx).WithField("container", c.id).Info("container was not adjusted by the NRI plugin, adjusting it in the shim")
 	}
 	a, err := adjust.Adjust(adjust.Container{Namespace: c.s.namespace, ID: c.id, Annotations: spec.Annotations, Mounts: spec.Mounts}, cfg.StateDir)
 	if err != nil {
@@ -107,7 +112,7 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if c.externals, err = annotations.ExternalMounts(c.annotations); err != nil {
 		return errclass.Invalid("%w", err)
 	}
-	// Said at Create, where a mistake in them can still be mended.
+	// Checked at Create, while a mistake can still be corrected.
 	if _, err := stopsAfterCheckpoint(nil, c.annotations, cfg); err != nil {
 		return errclass.Invalid("%w", err)
 	}
@@ -122,7 +127,7 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	case err != nil:
 		return err
 	case r.Checkpoint != "":
-		err = c.prepareRestore(ctx, r, spec) // the engine's word is the more particular one
+		err = c.prepareRestore(ctx, r, spec) // the engine's request overrides the annotation
 	case name != "":
 		err = c.prepareArchive(ctx, name, r, spec)
 	}
@@ -132,10 +137,10 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	return spec.Write()
 }
 
-// normalizeOptions makes of the request's options what Kata can read.
+// normalizeOptions turns the request's options into what Kata can read.
 func (s *Service) normalizeOptions(r *task.CreateTaskRequest) error {
 	if r.Options != nil && r.Options.GetTypeUrl() == "" {
-		// `ctr containers restore` sends an empty one, on which Kata's Go shim fails.
+		// `ctr containers restore` sends an empty Any, on which Kata's Go shim fails.
 		r.Options = nil
 	}
 	if r.Options != nil || s.cfg.KataConfigPath == "" {
@@ -143,9 +148,10 @@ func (s *Service) normalizeOptions(r *task.CreateTaskRequest) error {
 	}
 	options, err := anypb.New(&runtimeoptions.Options{ConfigPath: s.cfg.KataConfigPath})
 	if err != nil {
-		return fmt.Errorf("name Kata's configuration: %w", err)
+		return fmt.Errorf("encode the options for Kata: %w", err)
 	}
-	// Kata's Rust shim takes the bare name only, as containerd writes it.
+	// Kata's Rust shim accepts only the bare name, which is what containerd
+	// writes.
 	options.TypeUrl = string(options.MessageName())
 	r.Options = options
 	return nil

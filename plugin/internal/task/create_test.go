@@ -68,7 +68,7 @@ func TestStartIsForwardedOnlyWhenTheExchangeMountIsGone(t *testing.T) {
 	h.create(nil)
 	h.guest.Before("Adopt", func(context.Context) error {
 		if h.kata.Called("Start c1") {
-			t.Error("Kata was told to start before the mount was withdrawn")
+			t.Error("Start was forwarded before the mount was withdrawn")
 		}
 		return nil
 	})
@@ -108,10 +108,10 @@ func TestCreateRefuses(t *testing.T) {
 		"a mount of the user's in the way": {func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/.kata-checkpoint", Type: "tmpfs"})
 		}, "mount it elsewhere"},
-		"an unknown word for afterwards": {func(s *specs.Spec) { s.Annotations[annotations.AfterKey] = "exit" }, `"exit"`},
-		"an unknown word for TCP":        {func(s *specs.Spec) { s.Annotations[annotations.TCPKey] = "keep" }, `"keep"`},
-		"a relative external mount":      {func(s *specs.Spec) { s.Annotations[annotations.ExternalMountsKey] = "x" }, "absolute"},
-		"a pod container without a pod":  {func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "container" }, "sandbox-id"},
+		"an unknown value of the after annotation": {func(s *specs.Spec) { s.Annotations[annotations.AfterKey] = "exit" }, `"exit"`},
+		"an unknown value of the TCP annotation":   {func(s *specs.Spec) { s.Annotations[annotations.TCPKey] = "keep" }, `"keep"`},
+		"a relative external mount":                {func(s *specs.Spec) { s.Annotations[annotations.ExternalMountsKey] = "x" }, "absolute"},
+		"a pod container without a pod":            {func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "container" }, "sandbox-id"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHarness(t)
@@ -155,12 +155,12 @@ func TestOptionsOfCreate(t *testing.T) {
 		setting  string
 		in, want *anypb.Any
 	}{
-		"none":                             {},
-		"none, a configuration is set":     {setting: "/etc/kata.toml", want: of("/etc/kata.toml")},
-		"an empty one, of ctr's restore":   {in: &anypb.Any{}},
-		"an empty one, with a setting":     {setting: "/etc/kata.toml", in: &anypb.Any{}, want: of("/etc/kata.toml")},
-		"Kata's, which beat the setting":   {setting: "/etc/kata.toml", in: of("/x"), want: of("/x")},
-		"runc's, which Kata leaves unread": {in: pack(&runcoptions.Options{ShimCgroup: "x"}), want: pack(&runcoptions.Options{ShimCgroup: "x"})},
+		"none":                               {},
+		"none, a configuration is set":       {setting: "/etc/kata.toml", want: of("/etc/kata.toml")},
+		"an empty one, of ctr's restore":     {in: &anypb.Any{}},
+		"an empty one, with a setting":       {setting: "/etc/kata.toml", in: &anypb.Any{}, want: of("/etc/kata.toml")},
+		"Kata's, which override the setting": {setting: "/etc/kata.toml", in: of("/x"), want: of("/x")},
+		"runc's, which Kata leaves unread":   {in: pack(&runcoptions.Options{ShimCgroup: "x"}), want: pack(&runcoptions.Options{ShimCgroup: "x"})},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHarness(t, withConfig(func(c *config.Config) { c.KataConfigPath = tc.setting }))
@@ -174,7 +174,7 @@ func TestOptionsOfCreate(t *testing.T) {
 }
 
 func TestNoAgent(t *testing.T) {
-	t.Run("required: Start fails and says what to do", func(t *testing.T) {
+	t.Run("required: Start fails with what to do", func(t *testing.T) {
 		h := newHarness(t, withoutAgent)
 		h.create(nil)
 		_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
@@ -187,13 +187,13 @@ func TestNoAgent(t *testing.T) {
 		}
 		// So that the engine can delete it.
 		if got := h.status(); got != "STOPPED" {
-			t.Errorf("State says %s", got)
+			t.Errorf("State reports %s", got)
 		}
 		if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil || exists(h.exchange()) {
 			t.Errorf("Delete: %v", err)
 		}
 	})
-	t.Run("optional: it starts, with nothing to write to, and a checkpoint is refused", func(t *testing.T) {
+	t.Run("optional: it starts without a writable host directory, and a checkpoint is refused", func(t *testing.T) {
 		h := newHarness(t, withoutAgent, withConfig(func(c *config.Config) { c.AgentOptional = true }))
 		h.create(nil)
 		h.kata.Before("Start", func(context.Context) error {
@@ -206,7 +206,7 @@ func TestNoAgent(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := h.status(); got != "RUNNING" {
-			t.Errorf("State says %s", got)
+			t.Errorf("State reports %s", got)
 		}
 		_, err := h.task.Checkpoint(t.Context(), &task.CheckpointTaskRequest{ID: "c1", Path: t.TempDir()})
 		wantError(t, err, "cannot be checkpointed", "no agent", "sandbox_bind_mounts")
@@ -236,31 +236,31 @@ func TestNoAgent(t *testing.T) {
 }
 
 // Kata's Rust shim runs no guest hook for a container whose spec has hooks.
-func TestThrowAwayContainerStartsTheAgent(t *testing.T) {
+func TestBootstrapContainerStartsTheAgent(t *testing.T) {
 	withHooks := func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/true"}}} }
 	h := newHarness(t, withRust, withoutAgent)
-	var starter string
+	var bootstrap string
 	h.kata.Before("Create", func(context.Context) error {
 		r := h.kata.Request("Create").(*task.CreateTaskRequest)
 		if r.ID == "c1" {
 			return nil
 		}
-		starter = r.ID
+		bootstrap = r.ID
 		spec := readSpec(t, r.Bundle)
 		if spec.Hooks != nil || spec.Annotations["io.kubernetes.cri.container-type"] != "container" || spec.Annotations["io.kubernetes.cri.sandbox-id"] != "c1" {
 			t.Errorf("spec %+v", spec)
 		}
-		if !h.events.hidden[starter] {
-			t.Error("containerd would hear of it")
+		if !h.events.hidden[bootstrap] {
+			t.Error("containerd would see it")
 		}
 		h.guest.SetThere(true)
 		return nil
 	})
 	h.run(withHooks)
-	if starter == "" {
+	if bootstrap == "" {
 		t.Fatal("there was none")
 	}
-	h.wantCalls("Kata", h.kata.Calls(), "Create c1", "Create "+starter, "Start "+starter, "State "+starter, "Delete "+starter, "Start c1")
+	h.wantCalls("Kata", h.kata.Calls(), "Create c1", "Create "+bootstrap, "Start "+bootstrap, "State "+bootstrap, "Delete "+bootstrap, "Start c1")
 	if left, err := filepath.Glob(bundle.BootstrapGlob(h.cfg.StateDir, "ns", "c1")); err != nil || len(left) != 0 {
 		t.Errorf("left over: %q, %v", left, err)
 	}
@@ -297,7 +297,7 @@ func TestWhatKataSharesIsProtected(t *testing.T) {
 	}
 }
 
-// A directory that is removed takes no new entries, whoever still has it open
+// No entry can be created in a removed directory, even if it is still open
 // or mounted: this is what makes the exchange mount of a container without an
 // agent harmless.
 func TestRemovedExchangeDirectoryIsInert(t *testing.T) {

@@ -2,7 +2,7 @@ package task
 
 import (
 	"context"
-	"errors"
+	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/errdefs"
@@ -10,11 +10,16 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// delete removes an exec or a container, and what we kept of it.
+// forgetTimeout bounds the notification of the agent about a deleted container,
+// whose VM may be gone as well.
+const forgetTimeout = time.Second
+
+// delete deletes an exec or a container, and what this shim has kept of it.
 func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
 	if s, ok := c.current().(abandonedState); ok && r.ExecID == "" {
 		resp := s.delete(ctx)
@@ -36,7 +41,7 @@ func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.De
 	return resp, err
 }
 
-// forget drops a container that Kata does not have any more.
+// forget cleans up after a container that Kata has deleted.
 func (c *container) forget(ctx context.Context) {
 	c.stopped()
 	c.starts.forget("")
@@ -51,13 +56,13 @@ func (c *container) forget(ctx context.Context) {
 		_, err := a.Forget(ctx, &api.ContainerRequest{ContainerId: c.id})
 		return err
 	}); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Debug("the agent did not forget")
+		log.G(ctx).WithError(err).WithField("container", c.id).Debug("failed to notify the agent of a deleted container")
 	}
 	err := c.exchange.remove()
 	if c.source != nil {
-		err = errors.Join(err, bundle.EmptyRootfs(c.bundle), kata.SweepMount(c.s.sandbox, c.id, api.HelperPath))
+		err = errclass.Join(err, bundle.EmptyRootfs(c.bundle), kata.SweepMount(c.s.sandbox, c.id, api.HelperPath))
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Error("delete")
+		log.G(ctx).WithError(err).WithField("container", c.id).Error("failed to clean up deleted container")
 	}
 }

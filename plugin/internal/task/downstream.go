@@ -26,7 +26,7 @@ import (
 type downstream struct {
 	client  *ttrpc.Client
 	service string
-	// gone is closed when the connection has ended, which is when Kata's shim has.
+	// gone is closed when the connection has ended: Kata's shim has exited.
 	gone chan struct{}
 	path string
 
@@ -36,20 +36,20 @@ type downstream struct {
 func dialDownstream(ctx context.Context, e kata.Endpoint) (*downstream, error) {
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", e.Path())
 	if err != nil {
-		return nil, fmt.Errorf("reach Kata's shim: %w", err)
+		return nil, fmt.Errorf("connect to Kata's shim: %w", err)
 	}
 	d := &downstream{service: e.Service(), gone: make(chan struct{}), path: e.Path()}
 	d.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(d.gone) }))
 	return d, nil
 }
 
-// unlinkTimeout bounds the time from the end of Kata's connections to the end
-// of its socket.
+// unlinkTimeout bounds the time from the end of Kata's connections until nobody
+// listens on its socket.
 const unlinkTimeout = 500 * time.Millisecond
 
-// unlink removes the socket of a Kata that has ended. Its Rust shim leaves it,
-// and does not start again under the same name while it is there
-// (src/runtime-rs/crates/shim/src/shim_start.rs).
+// unlink removes the socket of a Kata shim that has exited. The Rust shim
+// leaves it behind, and does not start for a sandbox of the same name while it
+// exists (src/runtime-rs/crates/shim/src/shim_start.rs).
 func (d *downstream) unlink() {
 	d.unlinkOnce.Do(func() {
 		for limit := time.Now().Add(unlinkTimeout); time.Now().Before(limit); {
@@ -67,17 +67,17 @@ func (d *downstream) unlink() {
 }
 
 const (
-	// tearingDown is what Kata's Go shim answers to the Delete of a container
-	// whose exit it has told and which it is still taking out of the guest:
-	// since 4.1 it tells first (src/runtime/pkg/containerd-shim-v2/wait.go,
+	// tearingDown is the answer of Kata's Go shim to the Delete of a container
+	// whose exit it has reported and which it has not yet removed from the guest:
+	// since 4.1 it reports first (src/runtime/pkg/containerd-shim-v2/wait.go,
 	// src/runtime/virtcontainers/container.go). Engines delete right after the
-	// exit, and once.
+	// exit, and only once.
 	tearingDown = "Container not ready or stopped, impossible to delete"
-	// tearDownLimit bounds how long a Delete waits for that.
+	// tearDownLimit bounds how long such a Delete is retried.
 	tearDownLimit = 10 * time.Second
 )
 
-// ended says whether Kata's shim has.
+// ended reports whether Kata's shim has exited.
 func (d *downstream) ended() bool {
 	select {
 	case <-d.gone:
@@ -87,8 +87,8 @@ func (d *downstream) ended() bool {
 	}
 }
 
-// call makes one call. Metadata and deadline of ctx go along; an answer's
-// error is returned as it came.
+// call makes one call, with the metadata and the deadline of ctx. Kata's error
+// is returned unchanged.
 func (d *downstream) call(ctx context.Context, method string, req, resp proto.Message) error {
 	limit := time.Now().Add(tearDownLimit)
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
@@ -104,10 +104,11 @@ func (d *downstream) call(ctx context.Context, method string, req, resp proto.Me
 	}
 }
 
-// errKataGone says that the connection to Kata's shim has ended.
-var errKataGone = errclass.Unavailable("the shim of Kata has ended")
+// errKataGone means that the connection to Kata's shim has ended.
+var errKataGone = errclass.Unavailable("Kata's shim has exited")
 
-// own makes a call for a purpose of our own; its error is to be wrapped.
+// callNative makes a call on behalf of this shim. Its error has a class and is
+// to be wrapped.
 func (d *downstream) callNative(ctx context.Context, method string, req, resp proto.Message) error {
 	err := d.call(ctx, method, req, resp)
 	switch {
@@ -133,9 +134,9 @@ func (d *downstream) kill(ctx context.Context, r *task.KillRequest) error {
 	return d.callNative(ctx, "Kill", r, &emptypb.Empty{})
 }
 
-// pass forwards a call. When Kata's shim dies meanwhile it does not return
-// before the connection to containerd ends, too: that is what containerd takes
-// for a dead shim, an error it takes for an answer
+// forward forwards a call to Kata. If Kata's shim dies, it does not return
+// before the connection to containerd has ended as well: by that containerd
+// recognizes a dead shim, whereas an error is an answer of a live one
 // (core/runtime/v2/shim.go, delete).
 func (s *Service) forward(ctx context.Context, method string, req, resp proto.Message) error {
 	err := s.down.call(ctx, method, req, resp)
@@ -146,9 +147,10 @@ func (s *Service) forward(ctx context.Context, method string, req, resp proto.Me
 	return err
 }
 
-// passToEnd is pass for what Kata does to the end whether or not anybody waits:
-// ttrpc cannot call it off. So that we know what there is when containerd was
-// killed meanwhile, it ends with its caller's deadline, and not with its caller.
+// forwardDetached is forward for calls that Kata completes whether or not
+// anybody waits, because ttrpc cannot cancel them. So that the outcome is known
+// even if containerd is killed meanwhile, it keeps the caller's deadline but
+// ignores its cancellation.
 func (s *Service) forwardDetached(ctx context.Context, method string, req, resp proto.Message) error {
 	kctx, cancel := context.WithoutCancel(ctx), func() {}
 	if limit, ok := ctx.Deadline(); ok {
@@ -163,13 +165,13 @@ func (s *Service) forwardDetached(ctx context.Context, method string, req, resp 
 	return err
 }
 
-// passEmpty is pass for a call whose answer says nothing.
+// forwardEmpty is forward for a call with an empty response.
 func (s *Service) forwardEmpty(ctx context.Context, method string, req proto.Message) (*emptypb.Empty, error) {
 	resp := &emptypb.Empty{}
 	return resp, s.forward(ctx, method, req, resp)
 }
 
-// isGone says whether an error means that there is nothing left to act on.
+// isGone reports whether an error means that there is nothing left to act on.
 func isGone(err error) bool {
 	return errdefs.IsNotFound(err) || errors.Is(err, errKataGone)
 }

@@ -98,7 +98,7 @@ func TestEngines(t *testing.T) {
 				}
 			}
 			if got := h.status(); got != tc.status {
-				t.Errorf("State says %s, want %s", got, tc.status)
+				t.Errorf("State reports %s, want %s", got, tc.status)
 			}
 			if got := h.events.published(); !slices.Equal(got, tc.events) {
 				t.Errorf("events %q, want %q", got, tc.events)
@@ -109,7 +109,7 @@ func TestEngines(t *testing.T) {
 			}
 			for _, call := range []string{"Pause c1", "Resume c1", "Checkpoint c1"} {
 				if h.kata.Called(call) {
-					t.Errorf("Kata hears of %s", call)
+					t.Errorf("Kata got %s", call)
 				}
 			}
 		})

@@ -14,33 +14,35 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// restoreDir is the name of an image set that is to be restored, in the
-// exchange directory.
+// restoreDir is the name in the exchange directory of an image set that is to
+// be restored.
 const restoreDir = "restore"
 
-// exchange is the host directory by which a container's images travel between
-// host and guest.
+// exchange is the host directory through which a container's images are passed
+// between host and guest.
 type exchange struct {
 	dir string
-	// token is in the marker file: by it the agent knows the right mount.
+	// token is the content of the marker file, by which the agent recognizes the
+	// mount.
 	token string
 }
 
-// newExchange makes a container's exchange directory. What one of the same
-// name left behind is removed: containerd lets no two tasks have one name.
+// newExchange creates a container's exchange directory. It removes what an
+// earlier container of the same name left behind: containerd has at most one
+// task of a name.
 func newExchange(stateDir, namespace, id string) (*exchange, error) {
 	e := &exchange{dir: adjust.ExchangeDir(stateDir, namespace, id), token: rand.Text()}
 	if err := os.RemoveAll(e.dir); err != nil {
-		return nil, fmt.Errorf("exchange directory: %w", err)
+		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	if err := os.MkdirAll(filepath.Dir(e.dir), 0o700); err != nil {
-		return nil, fmt.Errorf("exchange directory: %w", err)
+		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	if err := os.Mkdir(e.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("exchange directory: %w", err)
+		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(e.dir, api.MarkerName), []byte(e.token), 0o600); err != nil {
-		return nil, fmt.Errorf("exchange directory: %w", err)
+		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	return e, nil
 }
@@ -48,16 +50,16 @@ func newExchange(stateDir, namespace, id string) (*exchange, error) {
 func (e *exchange) path(name string) string { return filepath.Join(e.dir, name) }
 
 const (
-	// discardWait is how long images of no more use wait for a thaw.
+	// discardWait is how long stale images are kept while the container is frozen.
 	discardWait = 30 * time.Second
-	// discardTimeout bounds what the guest has to do to remove them.
+	// discardTimeout bounds their removal by the guest.
 	discardTimeout = 30 * time.Second
 )
 
-// discard removes images that are of no more use. The guest does it: of files
-// that the host removes, its kernel keeps what it has in memory until it is short
-// of that, and each checkpoint would make the VM larger by its image set. It has
-// time until the container runs again.
+// discardImages removes stale images, once the container is running again. The
+// guest removes them: its kernel would keep the cached pages of files that the
+// host removes until it is short of memory, and each checkpoint would make the
+// VM larger by its image set.
 func (c *container) discardImages(images string) {
 	if c.execGate.enter(c.s.base, discardWait) == nil {
 		c.execGate.leave()
@@ -70,16 +72,16 @@ func (c *container) discardImages(images string) {
 	})
 	logger := log.G(ctx).WithField("container", c.id)
 	if err != nil {
-		logger.WithError(err).Debug("the guest did not remove images that are of no more use")
+		logger.WithError(err).Debug("failed to have the guest remove stale images")
 	}
 	if err := os.RemoveAll(c.exchange.path(images)); err != nil {
-		logger.WithError(err).Warn("remove images that are of no more use")
+		logger.WithError(err).Warn("failed to remove stale images")
 	}
 }
 
-// remove deletes the directory. Where it is still mounted in a container,
-// nothing can be written by way of it from then on: in a directory that is
-// removed no file system makes new entries.
+// remove removes the directory. Even where it is still mounted in a container,
+// nothing can be written through it from then on: no file system creates
+// entries in a removed directory.
 func (e *exchange) remove() error {
 	if e == nil {
 		return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"syscall"
 	"time"
@@ -19,16 +18,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// restoredExec is an exec into a restored container. Kata starts our helper in
-// the placeholder's namespaces, and the agent the real process in the restored
-// ones, on the helper's stdio.
+// restoredExec is an exec into a restored container. Kata starts the exec
+// helper in the placeholder's namespaces, and the agent starts the requested
+// process in the restored ones, with the helper's stdio.
 type restoredExec struct {
 	token string
-	// process is the OCI process that the caller asked for.
+	// process is the OCI process that the caller has requested.
 	process []byte
 }
 
-// exec adds an exec to a container; Start starts it.
+// exec adds an exec to a container, without starting it.
 func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
 	if !c.restored() {
 		resp, err := c.s.forwardEmpty(ctx, "Exec", r)
@@ -49,7 +48,7 @@ func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*empt
 	return resp, err
 }
 
-// rewriteExec puts the helper in the place of the process that is asked for.
+// rewriteExec replaces the requested process by the exec helper.
 func rewriteExec(r *task.ExecProcessRequest) (*restoredExec, *task.ExecProcessRequest, error) {
 	var process specs.Process
 	if err := json.Unmarshal(r.GetSpec().GetValue(), &process); err != nil {
@@ -63,16 +62,16 @@ func rewriteExec(r *task.ExecProcessRequest) (*restoredExec, *task.ExecProcessRe
 		Cwd:         "/",
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("process of the helper: %w", err)
+		return nil, nil, fmt.Errorf("encode the process of the exec helper: %w", err)
 	}
 	helper := proto.Clone(r).(*task.ExecProcessRequest)
 	helper.Spec = &anypb.Any{TypeUrl: r.GetSpec().GetTypeUrl(), Value: data}
 	return e, helper, nil
 }
 
-// startExec starts an exec, through the gate that keeps it apart from a freeze.
+// startExec starts an exec, which waits while the container is frozen.
 func (c *container) startExec(ctx context.Context, r *task.StartRequest) (_ *task.StartResponse, err error) {
-	defer func() { c.starts.settle(r.ExecID, err == nil) }()
+	defer func() { c.starts.done(r.ExecID, err == nil) }()
 	if err := c.execGate.enter(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 		return nil, fmt.Errorf("exec %s in container %s: %w", r.ExecID, c.id, err)
 	}
@@ -88,9 +87,9 @@ func (c *container) startExec(ctx context.Context, r *task.StartRequest) (_ *tas
 	return resp, nil
 }
 
-// startInRestored has Kata start the helper and the agent the process that the
-// helper stands for. The agent is asked first: it waits for the helper, and
-// what it can do before then costs no time.
+// startInRestored has Kata start the exec helper and the agent the process that
+// the helper stands for. The agent is called first and waits for the helper, so
+// that its preparations cost no time.
 func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, resp *task.StartResponse, e *restoredExec) error {
 	actx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -98,7 +97,7 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 	go func() { entered <- c.enterRestored(actx, e) }()
 	if err := c.s.forward(ctx, "Start", r, resp); err != nil {
 		cancel()  // there is no helper to wait for
-		<-entered //nolint:errcheck // called off
+		<-entered //nolint:errcheck // canceled
 		return err
 	}
 	err := <-entered
@@ -107,13 +106,14 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 	}
 	uctx, stop := cleanupContext(ctx)
 	defer stop()
-	if kerr := c.endHelper(uctx, r.ExecID); kerr != nil { // it is of no use alone
-		err = errors.Join(err, kerr)
+	if kerr := c.stopHelper(uctx, r.ExecID); kerr != nil {
+		err = errclass.Join(err, kerr)
 	}
 	return fmt.Errorf("exec %s in container %s: %w", r.ExecID, c.id, err)
 }
 
-// enterRestored has the agent start the process that the helper stands for.
+// enterRestored has the agent start the process that the exec helper stands
+// for.
 func (c *container) enterRestored(ctx context.Context, e *restoredExec) error {
 	return c.s.agent.Call(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process})
@@ -121,9 +121,9 @@ func (c *container) enterRestored(ctx context.Context, e *restoredExec) error {
 	})
 }
 
-// endHelper ends an exec's helper, and waits until Kata knows of its end: an
-// engine deletes the exec next, which for one that runs is an error.
-func (c *container) endHelper(ctx context.Context, id string) error {
+// stopHelper kills an exec helper and waits until Kata reports it as stopped:
+// the engine deletes the exec next, which fails while it is running.
+func (c *container) stopHelper(ctx context.Context, id string) error {
 	err := c.s.down.kill(ctx, &task.KillRequest{ID: c.id, ExecID: id, Signal: uint32(syscall.SIGKILL)})
 	if err != nil && !isGone(err) {
 		return err

@@ -9,19 +9,22 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// gate keeps starts of execs apart from freezes: one that reaches a frozen
-// container through Kata wedges Kata's shim until the thaw. Its zero value is
-// open.
+// execGate keeps the start of an exec and a freeze from overlapping: an exec
+// that reaches a frozen container blocks Kata's shim until the thaw. The zero
+// value is open.
 type execGate struct {
 	mu     sync.Mutex
 	inside int
-	// opened is not nil while the gate is closed, and is closed when it opens.
+	// opened is non-nil while the gate is closed. It is closed when the gate
+	// opens.
 	opened chan struct{}
-	// empty is not nil while close waits for those inside.
+	// empty is non-nil while close waits for those inside. It is closed by the
+	// last of them.
 	empty chan struct{}
 }
 
-// enter waits for an open gate, at most wait. Whoever entered leaves.
+// enter waits up to wait until the gate is open. A caller that has entered must
+// leave.
 func (g *execGate) enter(ctx context.Context, wait time.Duration) error {
 	deadline := time.After(wait)
 	for {
@@ -52,8 +55,8 @@ func (g *execGate) leave() {
 	}
 }
 
-// close lets nobody in any more and returns when nobody is inside. After an
-// error the gate is open.
+// close closes the gate and waits up to wait until nobody is inside. If it
+// returns an error, the gate is open.
 func (g *execGate) close(ctx context.Context, wait time.Duration) error {
 	g.mu.Lock()
 	if g.opened == nil {
@@ -71,15 +74,15 @@ func (g *execGate) close(ctx context.Context, wait time.Duration) error {
 	case <-empty:
 		return nil
 	case <-time.After(wait):
-		err = errclass.Unavailable("an exec that is starting did not get done within exec_wait_timeout of %s", wait)
+		err = errclass.Unavailable("an exec that is being started has not started within exec_wait_timeout of %s", wait)
 	case <-ctx.Done():
-		err = fmt.Errorf("wait for an exec that is starting: %w", context.Cause(ctx))
+		err = fmt.Errorf("wait for an exec that is being started: %w", context.Cause(ctx))
 	}
 	g.open()
 	return err
 }
 
-// open lets everybody in.
+// open opens the gate.
 func (g *execGate) open() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -11,27 +11,24 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
-// freeze has the agent stop all processes.
+// freeze has the agent freeze all processes.
 func (c *container) freeze(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", c.s.cfg.FreezeTimeout))
 	defer cancel()
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id})
 		return err
 	})
-	if err != nil && ctx.Err() != nil {
-		err = context.Cause(ctx) // which says why, as when Kata's shim has died
-	}
 	if err != nil {
+		err = guest.Cause(ctx, err) // such as that Kata's shim has exited
 		return fmt.Errorf("freeze container %s: %w", c.id, err)
 	}
 	return nil
 }
 
-// thaw has the agent let the processes go on; it is no error when there are
-// none any more.
+// thaw has the agent thaw all processes. It is no error if there are none left.
 func (c *container) thaw(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has run out", c.s.cfg.FreezeTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", c.s.cfg.FreezeTimeout))
 	defer cancel()
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
@@ -41,7 +38,7 @@ func (c *container) thaw(ctx context.Context) error {
 		return nil
 	}
 	if hasStopped(c.current()) {
-		return nil // with its VM, perhaps
+		return nil // perhaps together with its VM
 	}
 	return fmt.Errorf("thaw container %s: %w", c.id, err)
 }

@@ -44,7 +44,8 @@ type harness struct {
 	// unlinked is closed when the sockets are to be removed.
 	unlinked chan struct{}
 	path     string // of the shim's socket
-	// protected are the calls that Kata has had each time when its share was protected.
+	// protected are the calls that Kata has had each time when its share was
+	// protected.
 	protected [][]string
 }
 
@@ -206,7 +207,7 @@ func (h *harness) wantStatus(want string) {
 	h.t.Helper()
 	st, err := h.task.State(h.t.Context(), &task.StateRequest{ID: "c1"})
 	if err != nil || st.GetStatus().String() != want {
-		h.t.Errorf("State says %s (%v), want %s", st.GetStatus(), err, want)
+		h.t.Errorf("State reports %s (%v), want %s", st.GetStatus(), err, want)
 	}
 }
 

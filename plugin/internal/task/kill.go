@@ -10,8 +10,8 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-// kill is forwarded, unless there is nothing left to kill. A container that has
-// not been started and is to end is given up here: Kata lets nobody know.
+// kill forwards the signal, except where the container's state has to deal with
+// it: Kata would report no exit of a container that was never started.
 func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
 	if c.forwardsKill(r) {
 		return c.s.forwardEmpty(ctx, "Kill", r)
@@ -27,8 +27,8 @@ func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Emp
 	return c.s.forwardEmpty(ctx, "Kill", r)
 }
 
-// forwardsKill says whether a Kill is for Kata alone; c is nil for a container
-// that is not known here.
+// forwardsKill reports whether a Kill is for Kata alone; c is nil for a
+// container that this shim has not created.
 func (c *container) forwardsKill(r *task.KillRequest) bool {
 	if c == nil || r.ExecID != "" {
 		return true
@@ -36,9 +36,9 @@ func (c *container) forwardsKill(r *task.KillRequest) bool {
 	return c.current().forwardsKill(r.Signal)
 }
 
-// killAndWait ends a container, frozen or not, and waits until Kata has noticed. It
-// issues no Wait: in Kata's Rust shim one on the sandbox's container stops the
-// sandbox (src/runtime-rs/crates/runtimes/src/manager.rs).
+// killAndWait kills a container, frozen or not, and waits until Kata reports it
+// as stopped. It polls State: in Kata's Rust shim a Wait for the sandbox's
+// container stops the sandbox (src/runtime-rs/crates/runtimes/src/manager.rs).
 func (c *container) killAndWait(ctx context.Context) error {
 	err := c.s.down.kill(ctx, &task.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL), All: true})
 	if err != nil && !isGone(err) {
@@ -50,7 +50,7 @@ func (c *container) killAndWait(ctx context.Context) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("wait for the end of container %s: %w", c.id, err)
+			return fmt.Errorf("wait for container %s to stop: %w", c.id, err)
 		}
 		if st.GetStatus() == statusStopped {
 			c.stopped()
@@ -59,7 +59,7 @@ func (c *container) killAndWait(ctx context.Context) error {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return fmt.Errorf("wait for the end of container %s: %w", c.id, context.Cause(ctx))
+			return fmt.Errorf("wait for container %s to stop: %w", c.id, context.Cause(ctx))
 		}
 	}
 }

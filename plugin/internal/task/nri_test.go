@@ -13,8 +13,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// NRI creates a container without a plugin that is away.
-func TestShimMakesUpForTheNRIPlugin(t *testing.T) {
+// Without the NRI plugin, containerd creates containers unadjusted.
+func TestShimAdjustsWithoutTheNRIPlugin(t *testing.T) {
 	const said = "not adjusted by the NRI plugin"
 	inPod := func(s *specs.Spec) {
 		s.Annotations["io.kubernetes.cri.container-type"], s.Annotations["io.kubernetes.cri.sandbox-id"] = "container", "p1"
@@ -38,7 +38,7 @@ func TestShimMakesUpForTheNRIPlugin(t *testing.T) {
 				t.Errorf("not adjusted: %+v", spec)
 			}
 			if says := strings.Contains(logged.String(), said); says != tc.says {
-				t.Errorf("the log says so: %t; want %t", says, tc.says)
+				t.Errorf("logged: %t, want %t", says, tc.says)
 			}
 		})
 	}

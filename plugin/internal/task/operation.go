@@ -6,15 +6,16 @@ import (
 	"time"
 )
 
-// operation returns a context for something longer than a forwarded call: it
-// ends with the caller's, with the service, and after checkpoint_timeout.
+// operation returns a context for a call that takes longer than a forwarded
+// one. It is done when the caller's is, when the service stops, and after
+// checkpoint_timeout. The caller must call the function at the end.
 func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 	timeout := s.cfg.CheckpointTimeout
 	s.wg.Add(1)
 	s.idleTimer.Stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
-	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has run out: %w", timeout, context.DeadlineExceeded))
+	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has expired: %w", timeout, context.DeadlineExceeded))
 	return ctx, func() {
 		cancelTimeout()
 		unhook()
@@ -24,15 +25,15 @@ func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// idleDelay is how long after an operation the memory goes back to the system
-// that it needed: there is one shim for every pod, and most do nothing.
+// idleDelay is the time from the last operation until its memory is returned to
+// the OS: every pod has a shim, and most of them are idle.
 const idleDelay = 500 * time.Millisecond
 
-// undo returns a context for taking back what an operation did: it does not
-// end with the caller's.
+// cleanupContext returns a context for cleaning up after an operation. It
+// outlives the caller's cancellation and is bounded by cleanupTimeout.
 func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 }
 
-// cleanupTimeout bounds each step of taking back.
+// cleanupTimeout bounds each step of a cleanup.
 const cleanupTimeout = 10 * time.Second

@@ -6,13 +6,14 @@ import (
 	"github.com/containerd/log"
 )
 
-// pause freezes a container through the agent, whatever it is for: to Kata a
-// container that ends while Kata has it paused is lost.
+// pause freezes a container through the agent. Kata's own Pause is not used,
+// not even for a user's: Kata loses track of a container that exits while it is
+// paused.
 func (c *container) pause(ctx context.Context) error {
 	return c.do(ctx, func(st state) error { return st.pause(ctx) })
 }
 
-// resume thaws. When an operation is under way it waits for its end.
+// resume thaws a container. It waits for the operation in progress.
 func (c *container) resume(ctx context.Context) error {
 	entered := false
 	err := c.do(ctx, func(st state) error {
@@ -20,7 +21,8 @@ func (c *container) resume(ctx context.Context) error {
 		return st.resume(ctx)
 	})
 	if err != nil && !entered {
-		// An engine resumes once: the operation in progress does it when it ends.
+		// Engines resume once, so that the operation in progress has to make up for
+		// it when it ends.
 		c.setResumePending()
 		c.resumeIfIdle(ctx)
 	}
@@ -33,8 +35,7 @@ func (c *container) setResumePending() {
 	c.resumePending = true
 }
 
-// takeResumePending reports whether a Resume is pending, and that it is no
-// longer.
+// takeResumePending reports whether a Resume is pending, and clears it.
 func (c *container) takeResumePending() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -43,8 +44,8 @@ func (c *container) takeResumePending() bool {
 	return pending
 }
 
-// resumeIfIdle does a Resume that is pending, unless an operation is in
-// progress, which calls this when it has ended.
+// resumeIfIdle does a pending Resume, unless an operation is in progress, which
+// calls this when it has ended.
 func (c *container) resumeIfIdle(ctx context.Context) {
 	c.mu.Lock()
 	pending := c.resumePending
@@ -61,7 +62,7 @@ func (c *container) resumeIfIdle(ctx context.Context) {
 	c.resumeIfPending(ctx)
 }
 
-// resumeIfPending does a Resume that is pending. The caller holds the slot.
+// resumeIfPending does a pending Resume. The caller holds the slot.
 func (c *container) resumeIfPending(ctx context.Context) {
 	if !c.takeResumePending() {
 		return

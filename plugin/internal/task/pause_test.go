@@ -24,26 +24,26 @@ func (h *harness) resume() {
 	}
 }
 
-func TestPauseStaysHere(t *testing.T) {
+func TestPauseIsNotForwarded(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)
 	h.pause()
 	if got := h.status(); got != "PAUSED" {
-		t.Errorf("paused: State says %s", got)
+		t.Errorf("paused: State reports %s", got)
 	}
 	st, err := h.task.State(t.Context(), &task.StateRequest{ID: "c1", ExecID: "e"})
 	if err != nil || st.GetStatus() != tasktypes.Status_PAUSED {
-		t.Errorf("paused: State of an exec says %s, %v", st.GetStatus(), err)
+		t.Errorf("paused: State of an exec reports %s, %v", st.GetStatus(), err)
 	}
 	_, err = h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
 	wantError(t, err, "already paused")
 	h.resume()
 	if got := h.status(); got != "RUNNING" {
-		t.Errorf("resumed: State says %s", got)
+		t.Errorf("resumed: State reports %s", got)
 	}
 	h.resume() // of what runs: an engine may, after a checkpoint
 	if h.kata.Called("Pause c1") || h.kata.Called("Resume c1") {
-		t.Error("Kata has heard of it")
+		t.Error("forwarded to Kata")
 	}
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Thaw c1")
 	if got := h.events.published(); !slices.Equal(got, []string{"/tasks/paused", "/tasks/resumed"}) {
@@ -51,7 +51,7 @@ func TestPauseStaysHere(t *testing.T) {
 	}
 }
 
-func TestResumeOfWhatHasEnded(t *testing.T) {
+func TestResumeAfterExit(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)
 	h.pause()
@@ -61,7 +61,7 @@ func TestResumeOfWhatHasEnded(t *testing.T) {
 	h.events.onExit("c1", "")
 	h.resume()
 	if got := h.status(); got != "STOPPED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1")
 }
@@ -75,7 +75,7 @@ func TestPauseThatFailsThaws(t *testing.T) {
 	_, err := h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
 	wantError(t, err, "freeze container c1", "process 7 does not stop")
 	if got := h.status(); got != "RUNNING" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1", "Thaw c1")
 	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1", ExecID: "e"}); err != nil {
@@ -83,7 +83,7 @@ func TestPauseThatFailsThaws(t *testing.T) {
 	}
 }
 
-func TestPauseAtTheWrongTime(t *testing.T) {
+func TestPauseRefused(t *testing.T) {
 	h := newHarness(t)
 	h.create(nil)
 	_, err := h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
@@ -123,7 +123,7 @@ func TestExecWhileFrozen(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("fails when it has waited for long", func(t *testing.T) {
+	t.Run("fails after exec_wait_timeout", func(t *testing.T) {
 		h := newHarness(t, withConfig(func(c *config.Config) { c.ExecWaitTimeout = 50 * time.Millisecond }))
 		h.run(nil)
 		h.pause()
@@ -142,7 +142,7 @@ func TestExecWhileFrozen(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("one under way ends first", func(t *testing.T) {
+	t.Run("one that is starting ends first", func(t *testing.T) {
 		h := newHarness(t)
 		h.run(nil)
 		reached, release := make(chan struct{}), make(chan struct{})
@@ -171,7 +171,7 @@ func TestExecWhileFrozen(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("one that does not get done makes a pause fail", func(t *testing.T) {
+	t.Run("one that does not start makes Pause fail", func(t *testing.T) {
 		h := newHarness(t, withConfig(func(c *config.Config) { c.ExecWaitTimeout = 50 * time.Millisecond }))
 		h.run(nil)
 		reached, release := make(chan struct{}), make(chan struct{})
@@ -208,7 +208,7 @@ func TestStateDoesNotWaitForKata(t *testing.T) {
 	})
 	begin := time.Now()
 	if got := h.status(); got != "PAUSED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 	if d := time.Since(begin); d > 1900*time.Millisecond {
 		t.Errorf("it took %s", d)
@@ -225,7 +225,7 @@ func TestStateOfAContainerThatKataIsCreating(t *testing.T) {
 		return nil
 	})
 	if got := h.status(); got != "CREATED" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 }
 
@@ -234,21 +234,22 @@ func TestAgentThatDiesWhileFrozen(t *testing.T) {
 	h.run(nil)
 	h.pause()
 	h.guest.SetThere(false)
-	// Started again by a container of its own: the guest hook runs at its creation.
+	// Restarted by a bootstrap container: the guest hook runs at its
+	// creation.
 	h.kata.Before("Create", func(context.Context) error {
 		h.guest.SetThere(true)
 		return nil
 	})
-	eventually(t, "the new agent is told what is frozen", func() bool {
+	eventually(t, "the new agent gets the frozen container", func() bool {
 		return slices.Equal(h.guest.Calls(), []string{"Adopt c1", "Freeze c1", "Freeze c1"})
 	})
 	h.resume()
 	if got := h.status(); got != "RUNNING" {
-		t.Errorf("State says %s", got)
+		t.Errorf("State reports %s", got)
 	}
 }
 
-func TestPauseOfTheSandboxIsKatas(t *testing.T) {
+func TestPauseOfTheSandboxIsForwarded(t *testing.T) {
 	h := newHarness(t)
 	h.run(func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "sandbox" })
 	h.pause()

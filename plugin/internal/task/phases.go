@@ -11,7 +11,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 )
 
-// phases are the steps of a checkpoint, with the time that each took.
+// phases records the steps of a checkpoint and the time that each has taken.
 type phases struct {
 	ctx  context.Context
 	id   string
@@ -28,7 +28,7 @@ func (p *phases) done(name string) {
 	p.last = time.Now()
 }
 
-// guest adds the agent's own phases, and what was lost on the way.
+// guest adds the agent's own phases, and the time between them.
 func (p *phases) guest(list []*api.Phase) {
 	rest := time.Since(p.last)
 	for _, ph := range list {

@@ -31,11 +31,11 @@ func stopsAfterCheckpoint(opts *options.CheckpointOptions, of map[string]string,
 	}
 }
 
-// decodeOptions reads the options of a checkpoint; engines that mean another
-// runtime than ours send none.
+// decodeOptions decodes the options of a checkpoint. Engines that send them
+// only to runc send none here.
 func decodeOptions(a *anypb.Any) (*options.CheckpointOptions, error) {
 	if a == nil || a.GetTypeUrl() == "" {
-		return nil, nil //nolint:nilnil // no options are something else than empty ones
+		return nil, nil //nolint:nilnil // no options differ from empty ones
 	}
 	v, err := typeurl.UnmarshalAny(a)
 	if err != nil {
@@ -43,23 +43,23 @@ func decodeOptions(a *anypb.Any) (*options.CheckpointOptions, error) {
 	}
 	opts, ok := v.(*options.CheckpointOptions)
 	if !ok {
-		return nil, errclass.Invalid("checkpoint options of type %s are not known: send containerd.runc.v1.CheckpointOptions or none", a.GetTypeUrl())
+		return nil, errclass.Invalid("unknown type %s of checkpoint options: send containerd.runc.v1.CheckpointOptions or none", a.GetTypeUrl())
 	}
 	return opts, nil
 }
 
-// criuOptions says how CRIU is to be run, or refuses what has no meaning in a
-// guest.
+// criuOptions returns the options for CRIU, and refuses those that have no
+// meaning in a guest.
 func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.CheckpointOptions, error) {
 	if opts == nil {
-		// As containerd's client sets it for runc.
+		// The default of containerd's client for runc.
 		opts = &options.CheckpointOptions{FileLocks: true}
 	}
 	if p := opts.GetParentPath(); p != "" {
-		return nil, errclass.Invalid("a checkpoint on top of an earlier one (parent path %s) is not supported: an image set holds the whole container", p)
+		return nil, errclass.Invalid("a checkpoint based on an earlier one (parent path %s) is not supported: an image set contains the whole container", p)
 	}
 	if m := opts.GetCgroupsMode(); m != "" && m != "ignore" {
-		return nil, errclass.Invalid("cgroups mode %q is not supported: the cgroups in the guest are Kata's, which makes them anew", m)
+		return nil, errclass.Invalid("cgroups mode %q is not supported: Kata recreates the cgroups in the guest", m)
 	}
 	for _, ns := range opts.GetEmptyNamespaces() {
 		if ns != "network" {
@@ -80,7 +80,7 @@ func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.Ch
 	}, nil
 }
 
-// quoteArgs shows a command line in an error.
+// quoteArgs quotes a command line for an error.
 func quoteArgs(args []string) string {
 	const limit = 120
 	s := strings.Join(args, " ")

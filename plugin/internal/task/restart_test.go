@@ -8,8 +8,8 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 )
 
-// What Kata does when containerd dies is done, and the next containerd finds
-// the container as it is.
+// Kata completes what it does when containerd dies, and the next containerd
+// finds the container as it is.
 func TestContainerdDiesWhileKataWorks(t *testing.T) {
 	for method, want := range map[string]string{"Create": "CREATED", "Start": "RUNNING"} {
 		t.Run(method, func(t *testing.T) {

@@ -21,33 +21,34 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
 // source is the image set that a container is restored from.
 type source struct {
 	manifest *imageset.Manifest
-	// path is that of the image set, or of the archive that it was in.
+	// path is the path of the image set, or of the archive that contained it.
 	path string
-	// rights are what the container may do that the image set is restored into.
+	// rights bound the credentials of the restored processes.
 	rights *api.Rights
-	// done notes that the restore has succeeded; nil where nobody asks for that.
+	// done, if not nil, is called once the restore has succeeded.
 	done func() error
 }
 
-// prepareRestore takes the image set over and puts the placeholder in the
-// container's place. Nothing has reached Kata yet, so that what is wrong with
-// the image set costs nothing.
+// prepareRestore stages the image set and replaces the container's process by
+// the placeholder. Nothing has reached Kata yet, so that a refusal leaves
+// nothing to clean up.
 func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	begin := time.Now()
 	path := r.Checkpoint
-	// Nobody else removes it, whether it could be used or not: `delete` does
-	// should this process be killed.
+	// containerd never removes it, whether the restore succeeds or not. If this
+	// process is killed, `delete` does.
 	if err := bundle.SetTemporary(c.bundle, path); err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
 	defer func() {
-		if err := errors.Join(bundle.RemoveTemporary(path), bundle.SetTemporary(c.bundle, "")); err != nil {
-			log.G(ctx).WithError(err).Warn("remove containerd's temporary copy of the checkpoint")
+		if err := errclass.Join(bundle.RemoveTemporary(path), bundle.SetTemporary(c.bundle, "")); err != nil {
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to remove containerd's temporary copy of the checkpoint")
 		}
 	}()
 	ctx, end := c.s.operation(ctx)
@@ -61,22 +62,22 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 		return err
 	}
 	c.source = &source{manifest: manifest, path: path, rights: rights}
-	r.Checkpoint = "" // Kata is to start what looks like any other container
+	r.Checkpoint = "" // to Kata it is an ordinary container
 	c.logStaged(ctx, begin)
 	return nil
 }
 
-// stageImages checks the image set in the directory path, copies it to where the
-// guest will see it, and applies the changes of the root file system that lie
-// beside it. may says what else has to be so.
-func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec, may func(*imageset.Manifest) error) (*imageset.Manifest, error) {
+// stageImages verifies the image set in the directory path, copies it into the
+// exchange directory, and applies the root file system diff beside it. The
+// function permit, if not nil, may refuse it.
+func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec, permit func(*imageset.Manifest) error) (*imageset.Manifest, error) {
 	set, err := imageset.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer set.Close()
-	if may != nil {
-		err = may(set.Manifest)
+	if permit != nil {
+		err = permit(set.Manifest)
 	}
 	if err == nil {
 		err = checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal)
@@ -100,9 +101,9 @@ func (c *container) logStaged(ctx context.Context, begin time.Time) {
 	c.s.stops.Wait(ctx, "restore", "stage images")
 }
 
-// fits says all that differs between what was checkpointed and what it is to
-// be restored into, where the restore could not work or would be another
-// container's.
+// checkFit returns all differences between the checkpointed container and the
+// one that it is to be restored into by which the restore would fail, or
+// restore something else.
 func checkFit(m *imageset.Manifest, spec *specs.Spec, image string, terminal bool) error {
 	var errs []string
 	if spec.Process != nil && !slices.Equal(m.Container.Args, spec.Process.Args) {
@@ -132,16 +133,16 @@ func checkFit(m *imageset.Manifest, spec *specs.Spec, image string, terminal boo
 	return nil
 }
 
-// otherImage says whether two images are known to be different ones. The CRI
-// gives an image by the name that the pod has for it, or by its id, as when it
-// restores a container itself: a name and an id say nothing of each other.
+// otherImage reports whether two images are known to be different. The CRI
+// names an image as the pod does or, when it restores a container itself, by
+// its ID; a name and an ID cannot be compared.
 func otherImage(a, b string) bool {
 	const id = "sha256:"
 	return a != "" && b != "" && strings.HasPrefix(a, id) == strings.HasPrefix(b, id) && a != b
 }
 
-// rightsOf are what a container may do, by its specification. One that names no
-// capabilities bounds none.
+// rightsOf returns the bounds that a spec sets for credentials. One without
+// capabilities sets none.
 func rightsOf(p *specs.Process) *api.Rights {
 	if p == nil || p.Capabilities == nil {
 		return nil
@@ -149,12 +150,12 @@ func rightsOf(p *specs.Process) *api.Rights {
 	return &api.Rights{Capabilities: p.Capabilities.Bounding, NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID}
 }
 
-// setPlaceholder makes the container's first process the one below which the
-// agent restores the others.
+// setPlaceholder replaces the container's init by the placeholder, below which
+// the agent restores the processes.
 func (c *container) setPlaceholder(spec *bundle.Spec) error {
 	binary := filepath.Join(c.s.cfg.GuestBundle, api.AgentBinary)
 	if st, err := os.Stat(binary); err != nil || !st.Mode().IsRegular() {
-		return errclass.Precondition("restore: %s is not there: install the guest bundle on this machine and name its directory by guest_bundle in config.toml", binary)
+		return errclass.Precondition("restore: %s does not exist: install the guest bundle on this node and set guest_bundle in config.toml to its directory", binary)
 	}
 	if err := spec.AddMount(specs.Mount{Destination: api.HelperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}}); err != nil {
 		return err
@@ -165,7 +166,7 @@ func (c *container) setPlaceholder(spec *bundle.Spec) error {
 		"user": specs.User{},
 	}
 	if spec.Process != nil && spec.Process.Capabilities != nil {
-		// It passes signals on to processes of other users.
+		// The placeholder forwards signals to processes of other users.
 		caps := *spec.Process.Capabilities
 		for _, set := range []*[]string{&caps.Bounding, &caps.Effective, &caps.Permitted} {
 			if !slices.Contains(*set, "CAP_KILL") {
@@ -177,13 +178,13 @@ func (c *container) setPlaceholder(spec *bundle.Spec) error {
 	if err := spec.SetProcess(fields); err != nil {
 		return err
 	}
-	// The restored processes are the placeholder's to reap, which in a shared
-	// pid namespace they would not be.
+	// The placeholder reaps the restored processes, which it could not do in a
+	// shared PID namespace.
 	return spec.OwnPIDNamespace()
 }
 
-// startRestored starts the placeholder and restores the image set below it.
-// When that fails, nothing stays alive.
+// startRestored starts the placeholder and restores the image set below it. If
+// that fails, no process is left.
 func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	begin := time.Now()
 	c.s.stops.Wait(ctx, "restore", "adopt")
@@ -192,10 +193,8 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		_, err := a.CheckRestore(ctx, req)
 		return err
 	})
-	if err != nil && ctx.Err() != nil {
-		err = context.Cause(ctx)
-	}
 	if err != nil {
+		err = guest.Cause(ctx, err)
 		c.stopPlaceholder(ctx, r)
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}
@@ -214,20 +213,20 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		defer cancel()
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 		if kerr := c.killAndWait(uctx); kerr != nil {
-			err = errors.Join(err, kerr)
+			err = errclass.Join(err, kerr)
 		}
 		return nil, err
 	}
 	c.transition(runningState{c: c})
 	if c.source.done != nil {
 		if err := c.source.done(); err != nil {
-			log.G(ctx).WithError(err).WithField("container", c.id).Warn("note that the container was restored")
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to record that the container was restored")
 		}
 	}
 	for _, p := range out.GetPhases() {
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}
-	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored")
+	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored container")
 	c.discardImages(restoreDir)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil

@@ -18,31 +18,33 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
-// applyRootfsDiff applies the changes of the root file system that lie beside
-// an image set, if they do. containerd does so itself after Create, into a
-// mount that with Kata is in the shim's mount namespace only: they would be lost.
+// applyRootfsDiff applies the root file system diff next to an image set, if
+// there is one. containerd also does so, after Create, but with Kata the mount
+// that it means exists in the mount namespace of Kata's shim only, so that the
+// changes would be lost.
 func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mount) error {
 	if bundle.IsTemporary(checkpoint) {
-		return nil // what lies beside it is anybody's
+		return nil // anybody may have put a file next to it
 	}
 	f, err := openOwn(filepath.Join(filepath.Dir(filepath.Clean(checkpoint)), imageset.RootfsDiffName))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("apply the changes of the root file system: %w", err)
+		return fmt.Errorf("apply the root file system diff: %w", err)
 	}
 	defer f.Close()
 	if err := inMountNamespace(func(target string) (err error) {
 		if err := mount.All(mount.FromProto(mounts), target); err != nil {
 			return fmt.Errorf("mount: %w", err)
 		}
-		defer func() { err = errors.Join(err, mount.UnmountMounts(mount.FromProto(mounts), target, 0)) }()
+		defer func() { err = errclass.Join(err, mount.UnmountMounts(mount.FromProto(mounts), target, 0)) }()
 		r, err := compression.DecompressStream(f)
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.Name(), err)
@@ -53,25 +55,24 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 		}
 		return nil
 	}); err != nil {
-		return fmt.Errorf("apply the changes of the root file system: %w", err)
+		return fmt.Errorf("apply the root file system diff: %w", err)
 	}
 	return nil
 }
 
-// withoutAuthority lets through what changes files, and nothing that gives a
-// process more rights than the container has: device nodes are left out, and
-// files come without set-user-ID, set-group-ID and capabilities. An archive can
-// have been made by anybody.
+// withoutAuthority filters what would give a process more privileges than the
+// container has, because anybody may have made the archive: it drops device
+// nodes and clears set-user-ID bits, set-group-ID bits and file capabilities.
 func withoutAuthority(ctx context.Context) archive.Filter {
 	return func(h *tar.Header) (bool, error) {
 		switch h.Typeflag {
 		case tar.TypeChar, tar.TypeBlock:
-			log.G(ctx).WithField("file", h.Name).Warn("a device node among the changes of the root file system is left out")
+			log.G(ctx).WithField("file", h.Name).Warn("dropped device node from root file system diff")
 			return false, nil
 		case tar.TypeReg:
 			const setID = 0o6000
 			if h.Mode&setID != 0 {
-				log.G(ctx).WithField("file", h.Name).Warn("a file among the changes of the root file system comes without set-ID bits")
+				log.G(ctx).WithField("file", h.Name).Warn("cleared set-ID bits of file in root file system diff")
 				h.Mode &^= setID
 			}
 		}
@@ -79,18 +80,17 @@ func withoutAuthority(ctx context.Context) archive.Filter {
 			if !strings.HasPrefix(key, paxXattr) || strings.HasPrefix(key, paxXattr+"user.") {
 				continue
 			}
-			log.G(ctx).WithFields(log.Fields{"file": h.Name, "attribute": strings.TrimPrefix(key, paxXattr)}).Warn("an attribute among the changes of the root file system is left out")
+			log.G(ctx).WithFields(log.Fields{"file": h.Name, "attribute": strings.TrimPrefix(key, paxXattr)}).Warn("dropped extended attribute from root file system diff")
 			delete(h.PAXRecords, key)
 		}
 		return true, nil
 	}
 }
 
-// paxXattr precedes the names of extended attributes in archives.
+// paxXattr is the prefix of extended attributes' names in tar archives.
 const paxXattr = "SCHILY.xattr."
 
-// openOwn opens a regular file that nobody but this user, who is root, could
-// have put there.
+// openOwn opens a regular file that belongs to this user, who is root.
 func openOwn(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -98,17 +98,17 @@ func openOwn(path string) (*os.File, error) {
 	}
 	st, err := f.Stat()
 	if err != nil {
-		return nil, errors.Join(err, f.Close())
+		return nil, errclass.Join(err, f.Close())
 	}
 	sys, ok := st.Sys().(*syscall.Stat_t)
 	if !ok || !st.Mode().IsRegular() || int(sys.Uid) != os.Geteuid() {
-		return nil, errors.Join(fmt.Errorf("%s is not a regular file of this user", path), f.Close())
+		return nil, errclass.Join(fmt.Errorf("%s is not a regular file of this user", path), f.Close())
 	}
 	return f, nil
 }
 
-// inMountNamespace calls f on a thread with a mount namespace of its own, with
-// an empty directory to mount on: whatever happens, no mount is left over.
+// inMountNamespace calls f in a new mount namespace, with an empty directory to
+// mount on, so that no mount is ever left over.
 func inMountNamespace(f func(target string) error) error {
 	target, err := os.MkdirTemp("", "kata-checkpoint-rootfs-")
 	if err != nil {
@@ -123,5 +123,5 @@ func inMountNamespace(f func(target string) error) error {
 		}
 		return f(target)
 	})
-	return errors.Join(err, os.Remove(target))
+	return errclass.Join(err, os.Remove(target))
 }

@@ -7,8 +7,8 @@
 // being forwarded is in the file of its name (start.go, kill.go, …); what a
 // container may be asked at which point of its life is in lifecycle.go.
 //
-// What is said here of Kata is true of version 4.1.0, of containerd of 2.1 to
-// 2.4, and of CRIU of 4.2.
+// Statements about the internals of others refer to Kata 4.1.0, containerd 2.1
+// to 2.4, CRIU 4.2 and Linux 6.1 to 6.12.
 package task
 
 import (
@@ -32,8 +32,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// Events carries events to containerd, and back what the service has to know.
-// [github.com/kata-checkpoint/kata-checkpoint/plugin/internal/events.Relay] is one.
+// Events publishes events to containerd and reports those of Kata that the
+// service needs. It is implemented by
+// [github.com/kata-checkpoint/kata-checkpoint/plugin/internal/events.Relay].
 type Events interface {
 	events.Publisher
 	OnExit(func(container, exec string))
@@ -42,22 +43,22 @@ type Events interface {
 	Forget(container string)
 }
 
-// Options is what a service is made from.
+// Options configures a service.
 type Options struct {
 	Config *config.Config
-	// Namespace is containerd's; Sandbox is the id of the container that the
+	// Namespace is containerd's; Sandbox is the ID of the container that the
 	// shim was started for.
 	Namespace, Sandbox string
 	Downstream         kata.Endpoint
 	Management         kata.Management
 	Events             Events
 	Shutdown           shutdown.Service
-	// Unlink removes the sockets, so that a container of the same name can
-	// start at once after Shutdown was answered.
+	// Unlink removes the sockets, so that a container of the same name can be
+	// started as soon as Shutdown has been answered.
 	Unlink func()
-	// EndKata kills a Kata that does not shut down, VM included.
+	// EndKata kills a Kata shim that does not shut down, and its VM.
 	EndKata func() error
-	// ProtectShare keeps Kata from removing the files of containers whose root
+	// ProtectShare prevents Kata from deleting the files of containers whose root
 	// file systems and volumes it has left mounted.
 	ProtectShare func() error
 }
@@ -75,20 +76,21 @@ type Service struct {
 	unlink    func()
 	endKata   func() error
 	protect   func() error
-	// hasAbandoned: a container was abandoned.
+	// hasAbandoned is set once a container has been abandoned.
 	hasAbandoned atomic.Bool
 	stops        stopat.Dir
 
-	// vmBundle is where the VM's process is noted, once there is one.
+	// vmBundle is the bundle in which the VM's process is recorded, or nil.
 	vmBundle atomic.Pointer[string]
-	// restarting is held by whoever starts the agent again.
+	// restarting is held while the agent is being restarted.
 	restarting chan struct{}
 
-	// base ends when the service stops; operations do not outlive it.
+	// base is done when the service stops; operations do not outlive it.
 	base   context.Context
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
-	// rest is stopped by the beginning of an operation, and started anew by the end.
+	// idleTimer returns freed memory to the OS once no operation has run for
+	// idleDelay.
 	idleTimer *time.Timer
 
 	mu         sync.RWMutex
@@ -96,8 +98,7 @@ type Service struct {
 	location   *kata.Guest
 }
 
-// New connects to Kata's shim. The service ends by itself, by way of Shutdown,
-// once Kata's shim has.
+// New connects to Kata's shim. When that exits, the service shuts down.
 func New(ctx context.Context, o Options) (*Service, error) {
 	down, err := dialDownstream(ctx, o.Downstream)
 	if err != nil {
@@ -115,7 +116,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s.shutdown.RegisterCallback(s.stop)
 	go func() {
 		<-down.gone
-		log.G(ctx).Info("Kata's shim has ended")
+		log.G(ctx).Info("Kata's shim has exited")
 		down.unlink()
 		s.cancel(errKataGone)
 		s.shutdown.Shutdown()
@@ -123,7 +124,8 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	return s, nil
 }
 
-// stop waits for what is under way to be undone, and closes the connections.
+// stop cancels the operations in progress, waits until they have cleaned up,
+// and closes the connections.
 func (s *Service) stop(ctx context.Context) error {
 	s.cancel(errclass.Unavailable("the shim is shutting down"))
 	done := make(chan struct{})
@@ -138,16 +140,16 @@ func (s *Service) stop(ctx context.Context) error {
 	case <-done:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("operations under way did not end: %w", ctx.Err())
+		return fmt.Errorf("operations in progress did not finish: %w", ctx.Err())
 	}
 }
 
-// protectShare is called when Kata has created a container, or has failed to: at
-// the end of one that has not started, of its VM or of itself it may leave the
-// container's files mounted, and remove them.
+// protectShare is called after each Create of Kata's, failed or not: when a
+// container that was never started, its VM or Kata's shim ends, Kata may leave
+// the container's files mounted in its share and then delete them.
 func (s *Service) protectShare(ctx context.Context, id string) {
 	if err := s.protect(); err != nil {
-		log.G(ctx).WithError(err).WithField("container", id).Error("Kata may remove the container's files, should it never start")
+		log.G(ctx).WithError(err).WithField("container", id).Error("failed to protect the container's files: Kata may delete them if the container is never started")
 	}
 }
 

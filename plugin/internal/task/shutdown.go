@@ -12,23 +12,25 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-// shutDown ends this process when Kata's shim has ended, and with nothing else:
-// containerd calls it after every Delete, and Kata stays while there are
-// other containers.
+// exitWait is how long Shutdown waits for Kata's shim to exit after its answer.
+const exitWait = time.Second
+
+// shutDown ends this process if Kata's shim has exited, and only then:
+// containerd calls it after every Delete, and Kata's shim remains while there
+// are other containers.
 func (s *Service) shutDown(ctx context.Context, r *task.ShutdownRequest) (*emptypb.Empty, error) {
 	resp := &emptypb.Empty{}
 	err := s.down.call(ctx, "Shutdown", r, resp)
 	switch {
 	case errors.Is(err, ttrpc.ErrClosed):
-		// Kata's Go shim ends before it answers. It is no error to containerd,
-		// to which an answer with this one would be.
+		// Kata's Go shim exits before it answers, which is a success.
 	case err != nil && s.hasAbandoned.Load() && r.ID == s.sandbox:
 		// Kata's Rust shim cannot remove the share of a sandbox with a container that
-		// it was never asked to start, and would stay for ever
+		// was never started, and would never exit
 		// (src/runtime-rs/crates/resource/src/share_fs/virtio_fs_share_mount.rs).
-		log.G(ctx).WithError(err).Warn("Kata's shim does not shut down and is ended")
+		log.G(ctx).WithError(err).Warn("Kata's shim failed to shut down, killing it")
 		if err := s.endKata(); err != nil {
-			return nil, fmt.Errorf("shut down: %w", err)
+			return nil, fmt.Errorf("kill Kata's shim: %w", err)
 		}
 		select {
 		case <-s.down.gone:
@@ -45,17 +47,9 @@ func (s *Service) shutDown(ctx context.Context, r *task.ShutdownRequest) (*empty
 	default:
 		return resp, nil
 	}
-	// Before the answer: a container of the same name may be started with it.
+	// Before the answer, because a container of the same name may be started then.
 	s.down.unlink()
 	s.unlink()
 	s.shutdown.Shutdown()
 	return resp, nil
 }
-
-const (
-	// forgetTimeout bounds what is said to the agent about a container that is
-	// gone; its VM may be, too.
-	forgetTimeout = time.Second
-	// exitWait is how long Shutdown waits for a Kata that ends after its answer.
-	exitWait = time.Second
-)

@@ -12,10 +12,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// adopt has the agent withdraw the exchange mount from a created container.
+// claim has the agent withdraw the exchange mount from a created container.
 func (c *container) claim(ctx context.Context) error {
 	if c.agentErr != nil {
-		// Create waited long enough; once more, should it have come meanwhile.
+		// Create has waited for it already: one more attempt.
 		if err := c.s.agent.Connect(ctx); err != nil {
 			return c.agentErr
 		}
@@ -26,7 +26,7 @@ func (c *container) claim(ctx context.Context) error {
 	})
 }
 
-// start starts a container's first process, or one of its execs.
+// start starts a container's init or one of its execs.
 func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	if r.ExecID != "" {
 		return c.startExec(ctx, r)
@@ -36,12 +36,12 @@ func (c *container) start(ctx context.Context, r *task.StartRequest) (*task.Star
 		resp, err = st.start(ctx, r)
 		return err
 	})
-	c.starts.settle("", err == nil)
+	c.starts.done("", err == nil)
 	return resp, err
 }
 
-// startInit starts what Create has prepared: only once the exchange mount is
-// withdrawn from the container, so that no workload ever sees it.
+// startInit starts a created container, but only after the exchange mount was
+// withdrawn from it, so that no workload ever sees it.
 func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	ctx, end := c.s.operation(ctx)
 	defer end()
@@ -60,18 +60,19 @@ func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.
 }
 
 // startWithoutAgent starts a container that cannot be checkpointed, if the
-// operator wants that.
+// configuration permits it.
 func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest, reason error) (*task.StartResponse, error) {
 	if !c.s.cfg.AgentOptional || c.source != nil {
 		c.abandon(ctx)
 		return nil, errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("start container %s: %w", c.id, c.explain(reason)))
 	}
-	// The mount is still in the container, and has to be of no use there.
+	// The mount is still in the container. Nothing can be written through it once
+	// its directory is deleted.
 	if err := c.exchange.remove(); err != nil {
 		c.abandon(ctx)
 		return nil, fmt.Errorf("start container %s: %w", c.id, err)
 	}
-	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starts without a chance of a checkpoint")
+	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starting container without an agent: it cannot be checkpointed")
 	resp := &task.StartResponse{}
 	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
 		return nil, err

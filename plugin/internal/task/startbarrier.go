@@ -5,36 +5,36 @@ import (
 	"sync"
 )
 
-// launches are a container's processes on their way from creation to start, by
-// exec id, empty for the first. Kata's Go shim waits in CloseIO, with its one
-// lock in hand, for the end of a copy that Start begins: a client that is quick
-// to close an exec's stdin locks the shim up for ever
-// (src/runtime/pkg/containerd-shim-v2/service.go). Its zero value is empty.
+// startBarrier holds back CloseIO until Start has returned, by exec ID, which
+// is empty for init. In CloseIO Kata's Go shim holds its only lock while it
+// waits for a copy that Start begins, so that closing an exec's stdin too early
+// blocks the shim for ever (src/runtime/pkg/containerd-shim-v2/service.go). The
+// zero value is ready to use.
 type startBarrier struct {
 	mu  sync.Mutex
-	all map[string]*launch
+	all map[string]*pendingStart
 }
 
-type launch struct {
+type pendingStart struct {
 	done    chan struct{}
 	started bool
 }
 
-// expect notes a process that was created.
-func (l *startBarrier) expect(exec string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.all == nil {
-		l.all = make(map[string]*launch)
+// expect adds a process that was created.
+func (b *startBarrier) expect(exec string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.all == nil {
+		b.all = make(map[string]*pendingStart)
 	}
-	l.all[exec] = &launch{done: make(chan struct{})}
+	b.all[exec] = &pendingStart{done: make(chan struct{})}
 }
 
-// settle says how a process's Start has ended.
-func (l *startBarrier) settle(exec string, started bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	p := l.all[exec]
+// done records whether a process's Start has succeeded.
+func (b *startBarrier) done(exec string, started bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p := b.all[exec]
 	if p == nil {
 		return
 	}
@@ -46,20 +46,20 @@ func (l *startBarrier) settle(exec string, started bool) {
 	}
 }
 
-// forget drops a process that was deleted.
-func (l *startBarrier) forget(exec string) {
-	l.settle(exec, false)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.all, exec)
+// forget removes a process that was deleted.
+func (b *startBarrier) forget(exec string) {
+	b.done(exec, false)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.all, exec)
 }
 
-// wait returns whether a process has started, once that is known. One that
-// nobody noted has.
-func (l *startBarrier) wait(ctx context.Context, exec string) (bool, error) {
-	l.mu.Lock()
-	p := l.all[exec]
-	l.mu.Unlock()
+// wait waits for the end of a process's Start and reports whether it has
+// succeeded. A process that was never added has been started.
+func (b *startBarrier) wait(ctx context.Context, exec string) (bool, error) {
+	b.mu.Lock()
+	p := b.all[exec]
+	b.mu.Unlock()
 	if p == nil {
 		return true, nil
 	}

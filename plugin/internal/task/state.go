@@ -18,18 +18,18 @@ const (
 	statusPaused  = tasktypes.Status_PAUSED
 )
 
-// stateTimeout bounds Kata's part of State: containerd gives a shim 2 s
-// (plugins/services/tasks/local.go) and shows the task as unknown then.
+// stateTimeout bounds Kata's part of State: after 2 s containerd reports the
+// task's status as unknown (plugins/services/tasks/local.go).
 const stateTimeout = 1500 * time.Millisecond
 
-// runningTTL is how long Kata's word that a container runs is taken without
-// asking again. That it has ended comes by itself, as an event and as the
-// answer to a Wait; this is for the case that neither arrived.
+// runningTTL is how long a cached RUNNING state is served. An exit is reported
+// on its own, as an event and as the answer to a Wait; the limit is for the
+// case that neither arrives.
 const runningTTL = 2 * time.Second
 
-// report answers for a running container from what Kata said last, so that it
-// costs no second hop and waits for nobody; else it asks Kata, and takes the
-// last answer when that takes too long.
+// report answers State from the cache while a container is running, which costs
+// no second hop and cannot block. Otherwise it asks Kata, and falls back to the
+// cache if Kata does not answer in time.
 func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
 	if r.ExecID == "" {
 		if resp := c.current().response(); resp != nil {
@@ -55,14 +55,14 @@ func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.Sta
 			return nil, err
 		}
 		resp = last.(*task.StateResponse)
-		log.G(ctx).WithField("container", c.id).Warn("Kata does not answer State in time: the last known state is shown")
+		log.G(ctx).WithField("container", c.id).Warn("Kata did not answer State in time, serving the cached state")
 	default:
 		return nil, err
 	}
 	return c.overlayStatus(resp), nil
 }
 
-// recordStatus remembers what Kata said of the container's first process.
+// recordStatus records the status of init that Kata has reported.
 func (c *container) recordStatus(status tasktypes.Status) {
 	switch status {
 	case statusRunning:
@@ -72,8 +72,8 @@ func (c *container) recordStatus(status tasktypes.Status) {
 	}
 }
 
-// cachedRunning returns Kata's last answer for a container that the agent knows
-// and that runs, as far as anybody has heard.
+// cachedRunning returns the cached state of a managed container that is
+// running, or nil if there is none that is fresh enough.
 func (c *container) cachedRunning() *task.StateResponse {
 	if !c.managed() || time.Since(time.Unix(0, c.runningAt.Load())) > runningTTL {
 		return nil
@@ -89,9 +89,9 @@ func (c *container) cachedRunning() *task.StateResponse {
 	return resp
 }
 
-// shown is Kata's answer with what Kata does not know: that we have frozen the
-// container, its execs too, and that what runs is a placeholder as long as a
-// restore is under way or is undone.
+// overlayStatus adds to Kata's response what Kata does not know: that this shim
+// has frozen the container and its execs, and that the process that runs while
+// a restore is in progress or being undone is the placeholder.
 func (c *container) overlayStatus(resp *task.StateResponse) *task.StateResponse {
 	if resp.GetStatus() != statusRunning {
 		return resp

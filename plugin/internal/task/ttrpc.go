@@ -12,8 +12,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/forward"
 )
 
-// services are the names under which the task API is served: the messages of
-// both versions are the same, field by field.
+// services are the names under which the task API is served. The messages of
+// both versions have the same fields.
 var services = []string{"containerd.task.v2.Task", "containerd.task.v3.Task"}
 
 // RegisterTTRPC implements the interface of containerd's TTRPC plugins.
@@ -43,30 +43,31 @@ func (s *Service) RegisterTTRPC(server *ttrpc.Server) error {
 	return nil
 }
 
-// unread are the calls that are Kata's whatever they say.
-var unread = []string{"ResizePty", "Update", "Stats"}
+// bypassing are the calls that are always Kata's.
+var bypassing = []string{"ResizePty", "Update", "Stats"}
 
-// Handshaker has the calls that are Kata's alone pass by the server: next comes
-// first on every connection.
+// Handshaker wraps the handshaker of the server so that calls which are Kata's
+// alone bypass the server; see package plugin/internal/forward.
 func (s *Service) Handshaker(next ttrpc.Handshaker) ttrpc.Handshaker {
 	return forward.Handshaker(next, s.down.path, s.bypasses)
 }
 
-// bypasses says whether Kata is to get a call as containerd wrote it. What
-// it says no to is for the methods below, which may come to forward it.
+// bypasses reports whether a call goes to Kata as containerd has written it.
+// The other calls go to the methods of the service, which may forward them as
+// well.
 func (s *Service) bypasses(call *ttrpc.Request) bool {
 	switch {
-	case call.Service != s.down.service: // the other version's name
+	case call.Service != s.down.service: // Kata serves one version only
 		return false
 	case call.Method == "Kill":
 		r := &task.KillRequest{}
 		return proto.Unmarshal(call.Payload, r) == nil && s.container(r.ID).forwardsKill(r)
 	}
-	return slices.Contains(unread, call.Method)
+	return slices.Contains(bypassing, call.Method)
 }
 
-// handle turns a method into ttrpc's form. Errors of our own get their code
-// here and nowhere else; those of Kata's have theirs.
+// handle turns a method into a ttrpc handler. It is the only place where errors
+// of this shim get their gRPC code; Kata's already have one.
 func handle[Req any, PReq interface {
 	*Req
 	proto.Message

@@ -75,7 +75,8 @@ func unknown(b []byte) []byte {
 }
 
 // Every method of the API reaches Kata's under both names of the service, with
-// fields that this build does not know, metadata and deadline; so do the answers.
+// fields that this build does not know, metadata and deadline; so do the
+// answers.
 func TestProxyForwardsEverything(t *testing.T) {
 	// The field id, number 1, is a string in all requests.
 	id := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), "of-nobody")
@@ -116,8 +117,8 @@ func TestProxyForwardsEverything(t *testing.T) {
 	}
 }
 
-// What nobody here has a say in goes to Kata unread, and nothing else.
-func TestPassesUnread(t *testing.T) {
+// Calls that are always Kata's bypass the server, and no others.
+func TestBypasses(t *testing.T) {
 	h := newHarness(t)
 	sigkill, sigterm := uint32(syscall.SIGKILL), uint32(syscall.SIGTERM)
 	passes := func(method string, req proto.Message) bool {
@@ -131,7 +132,7 @@ func TestPassesUnread(t *testing.T) {
 	kill := func(want bool, when string, r *task.KillRequest) {
 		t.Helper()
 		if got := passes("Kill", r); got != want {
-			t.Errorf("Kill %d of %q %q, %s: passes %t", r.Signal, r.ID, r.ExecID, when, got)
+			t.Errorf("Kill %d of %q %q, %s: bypasses %t", r.Signal, r.ID, r.ExecID, when, got)
 		}
 	}
 	for _, method := range allMethods {
@@ -140,7 +141,7 @@ func TestPassesUnread(t *testing.T) {
 		}
 	}
 	if h.service.bypasses(&ttrpc.Request{Service: services[1], Method: "Stats"}) {
-		t.Error("a call under a name that Kata has not passes")
+		t.Error("a call under a name that Kata does not serve bypasses the server")
 	}
 
 	h.create(nil)
@@ -158,7 +159,7 @@ func TestPassesUnread(t *testing.T) {
 	if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: sigkill}); err != nil {
 		t.Fatal(err)
 	}
-	kill(false, "given up", &task.KillRequest{ID: "c1", Signal: sigterm})
+	kill(false, "abandoned", &task.KillRequest{ID: "c1", Signal: sigterm})
 }
 
 func TestProxyKeepsUnknownFieldsOfCreate(t *testing.T) {
@@ -255,7 +256,7 @@ func TestKataDies(t *testing.T) {
 }
 
 func TestShutdown(t *testing.T) {
-	t.Run("goes on while Kata does", func(t *testing.T) {
+	t.Run("keeps running while Kata does", func(t *testing.T) {
 		h := newHarness(t)
 		h.run(nil)
 		if _, err := h.task.Shutdown(t.Context(), &task.ShutdownRequest{ID: "c2"}); err != nil {
@@ -288,7 +289,7 @@ func TestShutdown(t *testing.T) {
 // no engine could delete.
 func TestShutdownEndsAKataThatCannot(t *testing.T) {
 	refuse := func(context.Context) error { return errors.New("failed to remove rw path: Device or resource busy") }
-	t.Run("once its container was given up", func(t *testing.T) {
+	t.Run("once its container was abandoned", func(t *testing.T) {
 		h := newHarness(t)
 		h.create(nil)
 		if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL)}); err != nil {

@@ -9,11 +9,10 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// waiter has at most one Wait for a container's first process on its way to
-// Kata, however many engines ask: with each one that returns, Kata's Rust shim
-// stops and cleans up the sandbox
-// (src/runtime-rs/crates/runtimes/src/manager.rs), and two at once get into
-// each other's way and leave its share behind.
+// waiter keeps at most one Wait for a container's init in flight to Kata;
+// concurrent callers share it. Kata's Rust shim stops and cleans up the sandbox
+// for each one that returns (src/runtime-rs/crates/runtimes/src/manager.rs),
+// and two at once interfere and leave its share behind.
 type waiter struct {
 	mu   sync.Mutex
 	call *waitCall
@@ -25,8 +24,8 @@ type waitCall struct {
 	err  error
 }
 
-// wait answers when a process has ended. One for a container that was
-// abandoned Kata would let wait for ever.
+// wait returns when a process has exited. For an abandoned container it is
+// answered here: in Kata the Wait would never return.
 func (c *container) wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
 	if r.ExecID != "" {
 		resp := &task.WaitResponse{}
@@ -46,7 +45,7 @@ func (c *container) wait(ctx context.Context, r *task.WaitRequest) (*task.WaitRe
 	return call.resp, call.err
 }
 
-// joinWait joins the Wait that is on its way, or sends one.
+// joinWait returns the Wait in flight, or sends one.
 func (c *container) joinWait(ctx context.Context, r *task.WaitRequest) *waitCall {
 	w := &c.waiter
 	w.mu.Lock()
@@ -56,7 +55,7 @@ func (c *container) joinWait(ctx context.Context, r *task.WaitRequest) *waitCall
 	}
 	call := &waitCall{done: make(chan struct{}), resp: &task.WaitResponse{}}
 	w.call = call
-	// With the metadata of who asked first, and not with its end.
+	// It has the metadata of the first caller but outlives its cancellation.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	unhook := context.AfterFunc(c.s.base, cancel)
 	req := proto.Clone(r)
@@ -70,7 +69,7 @@ func (c *container) joinWait(ctx context.Context, r *task.WaitRequest) *waitCall
 		}
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		w.call = nil // for the next one to try
+		w.call = nil // the next caller sends another
 	}()
 	return call
 }
