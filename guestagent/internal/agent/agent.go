@@ -5,8 +5,8 @@
 // Kata's guest hook starts it once in each VM, as root in the guest's root
 // namespaces. It serves the protocol of package api over AF_VSOCK to the host
 // only. The order of calls for a container is Adopt (between Kata's Create and
-// Start), then Freeze, Checkpoint and Thaw any number of times, or CheckRestore,
-// Kata's Start, and Restore once; Forget at the end.
+// Start), then Freeze, Checkpoint and Thaw any number of times, or
+// CheckRestore, Kata's Start, and Restore once; Forget at the end.
 //
 // A file serves a call or a concern: checkpoint.go and restore.go drive package
 // criu, lease.go keeps track of which shims are there, takeover.go cleans up
@@ -125,7 +125,8 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	// What an earlier container of the same id has left, if it was never forgotten.
+	// What an earlier container of the same id has left, if it was never
+	// forgotten.
 	if err := errors.Join(a.release(id), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup))); err != nil {
 		return nil, errclass.ToRPC(err)
 	}

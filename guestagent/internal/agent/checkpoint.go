@@ -25,8 +25,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// ghostLimit is the size in bytes of the largest unlinked file that an image set
-// may contain. CRIU's default, 1 MiB, is too small for many databases.
+// ghostLimit is the size in bytes of the largest unlinked file that an image
+// set may contain. CRIU's default, 1 MiB, is too small for many databases.
 const ghostLimit = 1 << 30
 
 // CheckCheckpoint implements the service.
@@ -88,8 +88,8 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	return out, nil
 }
 
-// Discard implements the service. It takes no lock: it neither disturbs nor waits
-// for the container's other operations.
+// Discard implements the service. It takes no lock: it neither disturbs nor
+// waits for the container's other operations.
 func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
 	c, err := a.load(r.GetContainerId())
 	if errdefs.IsNotFound(err) {
@@ -108,8 +108,8 @@ func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empt
 	return &emptypb.Empty{}, nil
 }
 
-// stayFrozen freezes a container again after a dump that failed: CRIU thaws what
-// it dumps and freezes it again at the end, unless it is killed.
+// stayFrozen freezes a container again after a dump that failed: CRIU thaws
+// what it dumps and freezes it again at the end, unless it is killed.
 func stayFrozen(ctx context.Context, c *container) error {
 	frozen, err := cgroup.Frozen(c.tree())
 	if err != nil || frozen {
@@ -153,8 +153,8 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()
 	err = op.Dump(opts)
 	ph.done("criu dump")
-	// CRIU cannot be stopped halfway without harm to what it dumps. A caller that
-	// has given up meanwhile gets no image set.
+	// CRIU cannot be stopped halfway without harm to what it dumps. A caller
+	// that has given up meanwhile gets no image set.
 	err = errors.Join(err, <-shm, ctx.Err())
 	ph.done("save /dev/shm")
 	if err != nil {
@@ -198,9 +198,10 @@ func (a *Agent) describe(c *container, look *inspect.Container, r *api.Checkpoin
 	if out.CriuVersion, err = a.criu.version(); err != nil {
 		return nil, err
 	}
-	// CRIU leaves namespaces that it is in itself out of the image set: these are
-	// the sandbox's, not the container's. The cgroup namespace is not joined:
-	// cgroup2 is mounted with nsdelegate, and nothing can be frozen from inside.
+	// CRIU leaves namespaces that it is in itself out of the image set: these
+	// are the sandbox's, not the container's. The cgroup namespace is not
+	// joined: cgroup2 is mounted with nsdelegate, and nothing can be frozen
+	// from inside.
 	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: []string{"ipc", "uts"}}, 0)
 }
 
@@ -223,7 +224,8 @@ func shareNamespace(opts *rpc.CriuOpts, root int) error {
 func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.CheckpointResponse, images string) *rpc.CriuOpts {
 	opts := op.Options(images)
 	opts.Pid = proto.Int32(int32(c.root().PID)) //nolint:gosec // a pid
-	// The shim kills the container, if it is to stop, once the image set is safe.
+	// The shim kills the container, if it is to stop, once the image set is
+	// safe.
 	opts.LeaveRunning = proto.Bool(true)
 	// Without it CRIU waits forever for tasks that are already frozen.
 	opts.FreezeCgroup = proto.String(c.tree())

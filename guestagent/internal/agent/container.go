@@ -22,8 +22,8 @@ import (
 // processes, which are frozen without their placeholder.
 const restoredCgroup = "restored"
 
-// container is the agent's record of a container. It is also kept in a file, for
-// an agent that is restarted.
+// container is the agent's record of a container. It is also kept in a file,
+// for an agent that is restarted.
 type container struct {
 	ID string `json:"id"`
 	// Init is the process that Kata started: the container's init, or its
@@ -67,8 +67,8 @@ func (c *container) pids() ([]int, error) {
 
 // forgetCgroup removes a container's cgroup if the kata-agent has left it: the
 // kata-agent tries once, and fails while a process is still exiting. The next
-// container of this id would inherit it as it is, possibly frozen. A cgroup with
-// processes is that next container's and is left alone.
+// container of this id would inherit it as it is, possibly frozen. A cgroup
+// with processes is that next container's and is left alone.
 func (c *container) forgetCgroup(ctx context.Context) error {
 	if c.Init.alive() {
 		return nil // still running

@@ -60,9 +60,11 @@ func Hook(executable string, state io.Reader) error {
 	bundle := filepath.Dir(filepath.Dir(filepath.Dir(executable)))
 	cmd := exec.Command(filepath.Join(bundle, api.AgentBinary), DaemonMode)
 	cmd.Dir = "/"
-	// The kata-agent waits until the hook's output is closed: the daemon has none.
+	// The kata-agent waits until the hook's output is closed: the daemon has
+	// none.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	// The daemon inherits it, see smallPages. If it fails, the daemon uses more memory.
+	// The daemon inherits it, see smallPages. If it fails, the daemon uses more
+	// memory.
 	_ = unix.Prctl(unix.PR_SET_THP_DISABLE, 1, 0, 0, 0)
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the agent: %w", err)
@@ -128,9 +130,9 @@ func Daemon(ctx context.Context, executable string) error {
 }
 
 // smallPages excludes the heap from transparent huge pages: an idle agent needs
-// only a little of each, and each is resident as a whole. Until here the setting
-// that the hook made has had that effect. It is reset, as processes that the
-// agent starts would inherit it.
+// only a little of each, and each is resident as a whole. Until here the
+// setting that the hook made has had that effect. It is reset, as processes
+// that the agent starts would inherit it.
 func smallPages() (err error) {
 	defer func() { err = errors.Join(err, unix.Prctl(unix.PR_SET_THP_DISABLE, 0, 0, 0, 0)) }()
 	maps, err := os.ReadFile("/proc/self/maps")
@@ -187,8 +189,8 @@ func configureGuest() {
 	}
 }
 
-// hostOnly accepts connections from the host and closes all others: a process in
-// a container shares the guest's network and could dial the port itself.
+// hostOnly accepts connections from the host and closes all others: a process
+// in a container shares the guest's network and could dial the port itself.
 type hostOnly struct{ net.Listener }
 
 func (l hostOnly) Accept() (net.Conn, error) {

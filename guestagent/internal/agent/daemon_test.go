@@ -29,7 +29,8 @@ func TestSmallPages(t *testing.T) {
 	}
 }
 
-// flagsOf returns the VmFlags of the mapping that an address is in, see proc_pid_smaps(5).
+// flagsOf returns the VmFlags of the mapping that an address is in, see
+// proc_pid_smaps(5).
 func flagsOf(t *testing.T, address uintptr) string {
 	t.Helper()
 	smaps, err := os.ReadFile("/proc/self/smaps")

@@ -17,10 +17,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 )
 
-// CRIU's images do not contain the files of external mounts, and a restore fails
-// if a file that is open in /dev/shm is missing. So these files travel in a tar
-// archive. GNU tar writes it, which supports sparse files; this package reads it
-// and creates only regular files, directories, links and FIFOs from it.
+// CRIU's images do not contain the files of external mounts, and a restore
+// fails if a file that is open in /dev/shm is missing. So these files travel in
+// a tar archive. GNU tar writes it, which supports sparse files; this package
+// reads it and creates only regular files, directories, links and FIFOs from
+// it.
 
 // saveShm archives the /dev/shm of a frozen process.
 func saveShm(ctx context.Context, pid int, archive string) error {
@@ -36,8 +37,8 @@ func saveShm(ctx context.Context, pid int, archive string) error {
 	if err := criu.Start(cmd); err != nil {
 		return fmt.Errorf("save /dev/shm: %w", err)
 	}
-	// 1: a file or directory changed meanwhile. It belongs to another container: the
-	// pod has one /dev/shm, and only this container is frozen.
+	// 1: a file or directory changed meanwhile. It belongs to another
+	// container: the pod has one /dev/shm, and only this container is frozen.
 	if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() != 1 {
 		return fmt.Errorf("save /dev/shm: %w: %s", err, strings.TrimSpace(stderr.String()))
 	}

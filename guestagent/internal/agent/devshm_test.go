@@ -12,7 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The archive is GNU tar's own, with what is special about shared memory: holes.
+// The archive is GNU tar's own, with what is special about shared memory:
+// holes.
 func TestRestoreShmReadsWhatTarWrote(t *testing.T) {
 	src, dst, archive := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "dev-shm.tar")
 	sparse := filepath.Join(src, "segment")

@@ -18,9 +18,9 @@ import (
 // maxToken bounds what is read from a marker file, in bytes.
 const maxToken = 256
 
-// withdraw moves the exchange mount from the mount namespace of a container that
-// has not started to target in the guest's root namespace, and removes its mount
-// point. The token proves that it is the right mount.
+// withdraw moves the exchange mount from the mount namespace of a container
+// that has not started to target in the guest's root namespace, and removes its
+// mount point. The token proves that it is the right mount.
 func withdraw(init process, destination, token, target string) error {
 	if !path.IsAbs(destination) || path.Clean(destination) != destination || destination == "/" {
 		return fmt.Errorf("exchange mount: destination %q is not a clean absolute path", destination)
@@ -110,8 +110,8 @@ func checkMarker(dir int, token string) error {
 	return nil
 }
 
-// removeMountPoint removes the directory that Kata created for the mount, through
-// a writable clone of the container's root if that is read-only.
+// removeMountPoint removes the directory that Kata created for the mount,
+// through a writable clone of the container's root if that is read-only.
 func removeMountPoint(destination string) error {
 	err := unix.Rmdir(destination)
 	if errors.Is(err, unix.EROFS) {
@@ -160,8 +160,8 @@ func (a *Agent) release(id string) error {
 	return nil
 }
 
-// inExchange returns the path of a directory in a container's exchange mount. The
-// name comes from the shim and must be a single path element.
+// inExchange returns the path of a directory in a container's exchange mount.
+// The name comes from the shim and must be a single path element.
 func (a *Agent) inExchange(id, name string) (string, error) {
 	if name == "" || name[0] == '.' || path.Base(name) != name {
 		return "", fmt.Errorf("invalid directory name %q", name)

@@ -20,8 +20,8 @@ const (
 	coreMagic  = 0x55053847
 )
 
-// readCore reads the image of a process or thread: two magic numbers, a size and
-// one protobuf message.
+// readCore reads the image of a process or thread: two magic numbers, a size
+// and one protobuf message.
 func readCore(path string) (*criu_core.CoreEntry, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -51,8 +51,8 @@ func sharedNamespace(images string) (bool, error) {
 	return len(found) > 0, err
 }
 
-// imagePIDs lists the PIDs of the processes and threads in an image set, each of
-// which has an image named after it.
+// imagePIDs lists the PIDs of the processes and threads in an image set, each
+// of which has an image named after it.
 func imagePIDs(images string) ([]int, error) {
 	found, err := filepath.Glob(filepath.Join(images, "core-*.img"))
 	var pids []int

@@ -18,8 +18,8 @@ type phases struct {
 	list      []*api.Phase
 }
 
-// stops has a file for each phase after which a test wants to stop an operation.
-// Only root in the guest can write there.
+// stops has a file for each phase after which a test wants to stop an
+// operation. Only root in the guest can write there.
 var stops = stopat.In(api.StateDir + "/stop")
 
 func newPhases(ctx context.Context, operation, id string) *phases {

@@ -9,7 +9,8 @@ import (
 // process identifies a process, as opposed to a later one with the same PID.
 type process struct {
 	PID int `json:"pid"`
-	// Start is the process's start time in clock ticks since boot (proc(5), stat field 22).
+	// Start is the process's start time in clock ticks since boot (proc(5),
+	// stat field 22).
 	Start uint64 `json:"start"`
 }
 
@@ -28,7 +29,7 @@ func oldest(pids []int) (process, error) {
 	for _, pid := range pids {
 		p, err := newProcess(pid)
 		if err != nil {
-			continue // ended meanwhile
+			continue // exited meanwhile
 		}
 		if found.PID == 0 || p.Start < found.Start || p.Start == found.Start && p.PID < found.PID {
 			found = p

@@ -212,7 +212,8 @@ func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.Criu
 	}
 	done := make(map[string]bool)
 	for _, s := range r.GetStdio() {
-		// A terminal is one file with three descriptors, and one entry for CRIU.
+		// A terminal is one file with three descriptors, and one entry for
+		// CRIU.
 		if key := s.GetKey(); key != "" && !done[key] {
 			done[key] = true
 			opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: proto.String(key), Fd: proto.Int32(op.Inherit(int(s.GetFd())))})

@@ -16,8 +16,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
-// criuTimeout is how long a restarted agent waits for a CRIU whose agent has died
-// to finish, before it kills it.
+// criuTimeout is how long a restarted agent waits for a CRIU whose agent has
+// died to finish, before it kills it.
 const criuTimeout = 5 * time.Second
 
 // takeOver cleans up after an agent that has died: it waits for a running CRIU,

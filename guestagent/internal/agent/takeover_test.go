@@ -14,7 +14,7 @@ func TestOutlive(t *testing.T) {
 		wait   time.Duration
 		killed bool
 	}{
-		"one that ends":     {"read line", 20 * time.Second, false},
+		"one that exits":    {"read line", 20 * time.Second, false},
 		"one that does not": {"while :; do read line; done", 0, true},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -14,8 +14,8 @@ import (
 // checkTimeout bounds `criu check`, which takes about a second without KVM.
 const checkTimeout = time.Minute
 
-// toolchain is the guest's CRIU, loaded and checked once, when it is first needed:
-// most guests never need it.
+// toolchain is the guest's CRIU, loaded and checked once, when it is first
+// needed: most guests never need it.
 type toolchain struct {
 	// version loads CRIU and returns its version.
 	version func() (uint32, error)
@@ -34,8 +34,8 @@ func newToolchain(bundle string) *toolchain {
 	return t
 }
 
-// load loads CRIU. Its errors mean that no checkpoint can work in this guest, and
-// say what to do.
+// load loads CRIU. Its errors mean that no checkpoint can work in this guest,
+// and say what to do.
 func load(bundle string) (uint32, error) {
 	// This file exists only with the option (kernel/pid_namespace.c).
 	if _, err := os.Stat("/proc/sys/kernel/ns_last_pid"); err != nil {
@@ -54,9 +54,9 @@ func load(bundle string) (uint32, error) {
 	return v, nil
 }
 
-// inspect returns what Info reports about CRIU: its version, the output of `criu
-// check`, and an error if no checkpoint can work. It waits no longer than ctx; the
-// check itself continues for the next caller.
+// inspect returns what Info reports about CRIU: its version, the output of
+// `criu check`, and an error if no checkpoint can work. It waits no longer than
+// ctx; the check itself continues for the next caller.
 func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, err error) {
 	done := make(chan struct{})
 	go func() {

@@ -17,8 +17,8 @@ import (
 // (`ctr containers checkpoint --rw --task`).
 //
 // A root on a disk of the guest's own is synced. One that the host shares is
-// not: the host would write back everything that anyone has written to that file
-// system, while the container is frozen. There the guest only caches what
+// not: the host would write back everything that anyone has written to that
+// file system, while the container is frozen. There the guest only caches what
 // processes have mapped and, if the share is mounted with a writeback cache,
 // what they have open.
 func (c *container) writeOut(ctx context.Context) error {
@@ -68,10 +68,10 @@ func syncRoot(path string) error {
 	return nil
 }
 
-// writeOutFile has the guest's kernel send what it caches of a shared file to the
-// host, which it does when the file is closed (fs/fuse/file.c, fuse_flush). A
-// file that cannot be opened cannot be diffed either, such as one on a network
-// file system that does not trust root.
+// writeOutFile has the guest's kernel send what it caches of a shared file to
+// the host, which it does when the file is closed (fs/fuse/file.c, fuse_flush).
+// A file that cannot be opened cannot be diffed either, such as one on a
+// network file system that does not trust root.
 func writeOutFile(ctx context.Context, path string) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {

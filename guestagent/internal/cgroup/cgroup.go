@@ -1,9 +1,9 @@
-// Package cgroup finds, freezes and kills the cgroups of containers in the guest,
-// which has cgroup v2 (by Kata's kernel parameters,
+// Package cgroup finds, freezes and kills the cgroups of containers in the
+// guest, which has cgroup v2 (by Kata's kernel parameters,
 // src/runtime/arch/amd64-options.mk). Only the guest agent uses it.
 //
-// containerd/cgroups is not used: its Freeze returns once cgroup.freeze reads 1,
-// which only means that freezing has been requested.
+// containerd/cgroups is not used: its Freeze returns once cgroup.freeze reads
+// 1, which only means that freezing has been requested.
 //
 // The package relies on Kata 4.1.0 and Linux 6.18.
 package cgroup
@@ -29,8 +29,8 @@ import (
 // Root is where cgroup v2 is mounted in the guest.
 const Root = "/sys/fs/cgroup"
 
-// Find returns the directory of a container's cgroup from the cgroupsPath of its
-// OCI spec, by the rules of the kata-agent (src/agent/src/rpc.rs and
+// Find returns the directory of a container's cgroup from the cgroupsPath of
+// its OCI spec, by the rules of the kata-agent (src/agent/src/rpc.rs and
 // rustjail/src/container.rs): slice:prefix:name for systemd, or a path.
 func Find(root, cgroupsPath, id string) (string, error) {
 	for _, c := range candidates(cgroupsPath, id) {
@@ -185,8 +185,8 @@ func Kill(ctx context.Context, dir string) error {
 	}
 }
 
-// Remove kills every process of a cgroup, as Kill does, and removes it and those
-// below it. A cgroup that is gone is no error.
+// Remove kills every process of a cgroup, as Kill does, and removes it and
+// those below it. A cgroup that is gone is no error.
 func Remove(ctx context.Context, dir string) error {
 	if err := Kill(ctx, dir); err != nil {
 		return err

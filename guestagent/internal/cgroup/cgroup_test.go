@@ -109,8 +109,8 @@ func TestRemove(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
 	if err := write(child, "cgroup.procs", strconv.Itoa(cmd.Process.Pid)); err != nil {
 		t.Fatal(err)
 	}
@@ -123,8 +123,8 @@ func TestRemove(t *testing.T) {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("%s: %v", dir, err)
 	}
-	if err := <-ended; err == nil {
-		t.Error("the process has ended by itself")
+	if err := <-exited; err == nil {
+		t.Error("the process has exited on its own")
 	}
 	if err := Remove(t.Context(), dir); err != nil {
 		t.Errorf("once more: %v", err)

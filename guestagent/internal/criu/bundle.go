@@ -5,7 +5,8 @@
 // directory that it was started from, joins namespaces, sets up mounts and
 // inherited descriptors, and executes CRIU.
 //
-// The package relies on CRIU 4.2 (its options, file names and log) and Linux 6.18.
+// The package relies on CRIU 4.2 (its options, file names and log) and Linux
+// 6.18.
 package criu
 
 import (
@@ -36,21 +37,22 @@ const (
 	Agent = api.StateDir + "/" + api.AgentBinary
 )
 
-// MinVersion is the oldest CRIU whose RPC supports image directories by name and
-// a network lock by nftables, CRIU 4.0.
+// MinVersion is the oldest CRIU whose RPC supports image directories by name
+// and a network lock by nftables, CRIU 4.0.
 const MinVersion = 40000
 
 // Load copies the CRIU of a guest bundle to where its programs have to be, and
 // the agent's binary beside it. They are copied because virtiofs drops a file's
 // pages from the guest's memory whenever the file is opened again
-// (FOPEN_KEEP_CACHE is not set with cache=auto): from the share, each run of CRIU
-// would read its 16 MiB again while the container is frozen.
+// (FOPEN_KEEP_CACHE is not set with cache=auto): from the share, each run of
+// CRIU would read its 16 MiB again while the container is frozen.
 func Load(bundle string) error {
 	src := filepath.Join(bundle, "criu")
 	if _, err := os.Stat(filepath.Join(src, "bin", "criu")); err != nil {
 		return fmt.Errorf("the guest bundle has no CRIU: %w", err)
 	}
-	// An agent that was killed here has left an incomplete copy that nothing uses.
+	// An agent that was killed here has left an incomplete copy that nothing
+	// uses.
 	if err := errors.Join(os.RemoveAll(home), os.RemoveAll(filepath.Dir(Agent))); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
@@ -102,8 +104,8 @@ func Version() (uint32, error) {
 	return uint32(v), nil //nolint:gosec // a version number
 }
 
-// Check runs `criu check`, which go-criu has no call for. The error contains what
-// CRIU complained about.
+// Check runs `criu check`, which go-criu has no call for. The error contains
+// what CRIU complained about.
 func Check(ctx context.Context) error {
 	out, err := Command(ctx, "criu", "check").CombinedOutput()
 	if err != nil {

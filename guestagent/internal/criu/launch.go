@@ -13,7 +13,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// launchErrorName is the file with the launcher's error: its stderr is not read.
+// launchErrorName is the file with the launcher's error: its stderr is not
+// read.
 const launchErrorName = "launch-error"
 
 // IsLaunch reports whether the arguments are those that go-criu passes to CRIU.
@@ -65,8 +66,8 @@ func launch(dir string, args []string) error {
 		return err
 	}
 	if job.Cgroup != "" {
-		// The restored processes inherit it: they see their own cgroup as the root, as
-		// before the checkpoint.
+		// The restored processes inherit it: they see their own cgroup as the
+		// root, as before the checkpoint.
 		if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 			return fmt.Errorf("make a cgroup namespace: %w", err)
 		}
@@ -101,8 +102,8 @@ func inherit(job Job) error {
 	if len(job.Inherit) == 0 {
 		return nil
 	}
-	// /proc is still the guest's, but system calls use the PIDs of the namespace
-	// that this process is in.
+	// /proc is still the guest's, but system calls use the PIDs of the
+	// namespace that this process is in.
 	target := job.Target
 	if job.FreshProc {
 		target = job.TargetInside
@@ -140,9 +141,10 @@ func inheritPIDNamespace(job Job) error {
 	return unix.Close(fd)
 }
 
-// setUpMounts gives this process a mount namespace of its own with the clones that
-// the job lists. Its propagation is slave: CRIU copies the sharing of external
-// mounts, which fails for private ones in guests whose mounts are shared.
+// setUpMounts gives this process a mount namespace of its own with the clones
+// that the job lists. Its propagation is slave: CRIU copies the sharing of
+// external mounts, which fails for private ones in guests whose mounts are
+// shared.
 func setUpMounts(dir string, job Job) error {
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("make a mount namespace: %w", err)
@@ -204,8 +206,9 @@ func cloneMounts(job Job) ([]int, error) {
 	return clones, nil
 }
 
-// cloneMount clones the mount whose root is at path. A path that is not the root
-// of a mount is an error: the clone would show another part of a file system.
+// cloneMount clones the mount whose root is at path. A path that is not the
+// root of a mount is an error: the clone would show another part of a file
+// system.
 func cloneMount(path string) (int, error) {
 	var st unix.Statx_t
 	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, 0, &st); err != nil {

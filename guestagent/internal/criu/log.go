@@ -43,8 +43,8 @@ const (
 	maxQuoted    = 40
 )
 
-// Tail returns the lines of CRIU's log that explain a failure: each error with a
-// few lines before it, or the last lines if there is no error.
+// Tail returns the lines of CRIU's log that explain a failure: each error with
+// a few lines before it, or the last lines if there is no error.
 func Tail(path string) []string {
 	f, err := os.Open(path)
 	if err != nil {

@@ -25,38 +25,38 @@ const (
 	statsName    = "stats-"
 )
 
-// Job tells the launcher what to do before it executes CRIU. PIDs are those of the
-// guest's root PID namespace.
+// Job tells the launcher what to do before it executes CRIU. PIDs are those of
+// the guest's root PID namespace.
 type Job struct {
 	// Target is the process whose namespaces are joined.
 	Target int `json:"target"`
 	// TargetInside is Target's PID in its own PID namespace.
 	TargetInside int `json:"targetInside"`
-	// Join are the kinds of namespaces of Target that CRIU runs in, besides its PID
-	// namespace: ipc, uts, cgroup.
+	// Join are the kinds of namespaces of Target that CRIU runs in, besides its
+	// PID namespace: ipc, uts, cgroup.
 	Join []string `json:"join"`
-	// FreshProc reports that CRIU runs in a PID namespace other than the guest's
-	// root one and needs a /proc of it.
+	// FreshProc reports that CRIU runs in a PID namespace other than the
+	// guest's root one and needs a /proc of it.
 	FreshProc bool `json:"freshProc"`
-	// Avoid are PIDs that CRIU must not have in its PID namespace: it mistakes a
-	// process with its own PID in another namespace for itself (get_proc_fd in
-	// criu/util.c) and then sets the clocks of its own time namespace.
+	// Avoid are PIDs that CRIU must not have in its PID namespace: it mistakes
+	// a process with its own PID in another namespace for itself (get_proc_fd
+	// in criu/util.c) and then sets the clocks of its own time namespace.
 	Avoid []int `json:"avoid,omitempty"`
-	// Cgroup is the directory of a cgroup that CRIU is moved into and that becomes
-	// the root of its cgroup namespace; or empty.
+	// Cgroup is the directory of a cgroup that CRIU is moved into and that
+	// becomes the root of its cgroup namespace; or empty.
 	Cgroup string `json:"cgroup,omitempty"`
 	// Mounts are clones of mounts of Target, each with its own mount point.
 	Mounts []MountClone `json:"mounts,omitempty"`
-	// Inherit are descriptors of Target that CRIU gets, their numbers increased by
-	// InheritBase.
+	// Inherit are descriptors of Target that CRIU gets, their numbers increased
+	// by InheritBase.
 	Inherit []int `json:"inherit,omitempty"`
-	// PIDNamespaceOf is a process whose PID namespace CRIU gets as the descriptor
-	// [pidNamespaceFD]; or 0.
+	// PIDNamespaceOf is a process whose PID namespace CRIU gets as the
+	// descriptor [pidNamespaceFD]; or 0.
 	PIDNamespaceOf int `json:"pidNamespaceOf,omitempty"`
 }
 
-// MountClone attaches a clone of the mount at Path in the target's mount namespace
-// at At in CRIU's.
+// MountClone attaches a clone of the mount at Path in the target's mount
+// namespace at At in CRIU's.
 type MountClone struct {
 	Path string `json:"path"`
 	At   string `json:"at"`
@@ -77,8 +77,8 @@ const PIDNamespaceKey = "pod-pid"
 type Op struct {
 	dir string
 	job Job
-	// pidNamespaceOf is a process whose PID namespace CRIU runs in; 0: the guest's
-	// root one.
+	// pidNamespaceOf is a process whose PID namespace CRIU runs in; 0: the
+	// guest's root one.
 	pidNamespaceOf int
 }
 
@@ -108,8 +108,8 @@ func (o *Op) LogPath() string { return filepath.Join(o.dir, logName) }
 // StatsPath is the file of CRIU's statistics of a dump or restore.
 func (o *Op) StatsPath(kind string) string { return filepath.Join(o.dir, statsName+kind) }
 
-// AddMount requests a clone of the target's mount at path and returns where CRIU
-// will find it.
+// AddMount requests a clone of the target's mount at path and returns where
+// CRIU will find it.
 func (o *Op) AddMount(path string, null bool) string {
 	at := filepath.Join(o.dir, "mnt", fmt.Sprint(len(o.job.Mounts)))
 	o.job.Mounts = append(o.job.Mounts, MountClone{Path: path, At: at, Null: null})
@@ -129,7 +129,8 @@ func (o *Op) InheritPIDNamespace(pid int) int32 {
 	return pidNamespaceFD
 }
 
-// Options returns the options that every operation has, for a directory of images.
+// Options returns the options that every operation has, for a directory of
+// images.
 func (o *Op) Options(images string) *rpc.CriuOpts {
 	mode := rpc.CriuCgMode_IGNORE
 	// CRIU's default needs the iptables program, which guests lack.

@@ -23,7 +23,8 @@ const deletedSuffix = " (deleted)"
 // go with processes and have no meaningful size.
 var generatedFS = map[string]bool{"proc": true, "sysfs": true, "cgroup": true, "cgroup2": true}
 
-// ShmDir is where every container of a pod has the pod's tmpfs for shared memory.
+// ShmDir is where every container of a pod has the pod's tmpfs for shared
+// memory.
 const ShmDir = "/dev/shm"
 
 // skippedMounts are mounts whose files need no check: CRIU's images contain
@@ -51,8 +52,8 @@ func newSkippedMounts(mounts []*mountinfo.Info) skippedMounts {
 }
 
 // OpenFiles lists the regular files that processes have open or mapped and that
-// CRIU's images do not contain, with their sizes: CRIU restores no process whose
-// file has another size. The processes are frozen.
+// CRIU's images do not contain, with their sizes: CRIU restores no process
+// whose file has another size. The processes are frozen.
 func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
 	skipped := newSkippedMounts(mounts)
 	seen := make(map[string]bool)
@@ -97,8 +98,8 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 }
 
 // WrittenFiles lists the regular files on the devices that processes have open
-// for writing or have mapped shared, each once, as links in /proc. Unlinked files
-// are left out.
+// for writing or have mapped shared, each once, as links in /proc. Unlinked
+// files are left out.
 func WrittenFiles(processes []*Process, devices map[uint64]bool) []string {
 	type inode struct{ device, number uint64 }
 	seen := make(map[inode]bool)

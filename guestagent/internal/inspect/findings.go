@@ -23,7 +23,7 @@ const (
 	Warning
 	// Unknown is something that no rule knows: CRIU may refuse it.
 	Unknown
-	// Refused is something that no checkpoint can be made with.
+	// Refused is something that makes a checkpoint impossible.
 	Refused
 )
 
@@ -65,9 +65,10 @@ func Refusal(findings []Finding) error {
 	return errclass.Precondition("%s", strings.Join(texts, "; "))
 }
 
-// Check judges what was read of a container by what CRIU can dump and restore.
-// CRIU's own refusal comes late, and from deep within its log. Stdio is the one
-// that the kata-agent gave to init. Each finding is returned once a process.
+// Check compares what was read of a container with what CRIU can dump and
+// restore: CRIU itself would fail later, and with a message deep in its log.
+// Stdio is what the kata-agent gave to init. It returns each finding once for a
+// process.
 func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Finding, error) {
 	var out []Finding
 	for _, p := range c.Processes {
@@ -106,9 +107,9 @@ type rule struct {
 	what, advice string
 }
 
-// anonymous is the table of descriptors that no file system is behind, by the
-// name that the kernel gives them: what CRIU 4.2 has a dump_ops for
-// (criu/files.c), and what it is known to lack.
+// anonymous is the table of descriptors without a file system, by the name that
+// the kernel gives them: those that CRIU 4.2 can dump (criu/files.c,
+// dump_one_file), and those that it is known not to.
 var anonymous = map[string]rule{
 	"[eventfd]":   {},
 	"[eventpoll]": {},
@@ -170,9 +171,9 @@ func (c *Container) orphaned(p *Process) bool {
 	return err == nil && isInit
 }
 
-// connected lists processes with open TCP connections that nobody has said
-// anything about: a restore brings them back only at the same address, and only
-// while their peers still have them.
+// connected refuses open TCP connections unless the options say what becomes of
+// them: a restore brings them back only at the same address, and only while
+// their peers still have them.
 func (c *Container) connected(o *api.CheckpointOptions) []Finding {
 	r := rule{Refused, "", "create the container with the annotation kata-checkpoint.dev/tcp: established to keep connections or close to close them, " +
 		"have the engine send open_tcp, or close them before the checkpoint"}
@@ -226,7 +227,7 @@ func (c *Container) externalSockets() ([]Finding, error) {
 		if err != nil || slices.ContainsFunc(c.Processes, func(p *Process) bool { return p.PID == pid }) {
 			continue
 		}
-		// Processes that are not the container's may exit, or be nobody's to read.
+		// A process outside of the container may exit meanwhile.
 		_ = links(pid, func(_ int, name string) error {
 			if inode, ok := socketInode(name); ok && outside[inode] != nil {
 				out = append(out, c.finding(outside[inode], rule{Refused,

@@ -46,7 +46,7 @@ func sleeper(t *testing.T, kind int) int {
 	return cmd.Process.Pid
 }
 
-// refusal is what a check of a container with these processes says.
+// refusal is the error of a check of a container with these processes.
 func refusal(t *testing.T, root int, pids []int, o *api.CheckpointOptions) error {
 	t.Helper()
 	c, err := Look(root, pids)
@@ -169,14 +169,14 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
-// In a pid namespace that is not the container's own, a process that has lost its
-// parent is none that CRIU finds. Those that others started in it are none of
-// the container's at all.
+// In a PID namespace that is not the container's own, CRIU does not find a
+// process that has lost its parent. Processes that others started there are not
+// the container's.
 func TestOrphanIsRefused(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("needs root to make a pid namespace")
+		t.Skip("needs root to create a PID namespace")
 	}
-	// The first process of a pid namespace, and below it the container's.
+	// The init of a PID namespace, and below it the container's root.
 	cmd := exec.Command("sh", "-c", `sh -c '(sleep 1000 & echo sleep $!); echo root $$; read line'; exit`)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}
 	out := testproc.Start(t, cmd)

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -67,8 +68,8 @@ type File struct {
 	FD int
 	// Name is what its link in /proc shows: a path, or a kind and a number.
 	Name string
-	// Flags are those of open, and MountID is the mount that the file is on. Both
-	// are read for paths only.
+	// Flags are those of open, and MountID is the mount that the file is on.
+	// Both are read for paths only.
 	Flags, MountID int
 }
 
@@ -200,7 +201,8 @@ func readFiles(pid int) ([]File, error) {
 	return out, err
 }
 
-// parseInfo takes what is needed from a descriptor's fdinfo, see proc_pid_fdinfo(5).
+// parseInfo takes what is needed from a descriptor's fdinfo, see
+// proc_pid_fdinfo(5).
 func (f *File) parseInfo(info string) error {
 	for line := range strings.Lines(info) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
@@ -275,4 +277,13 @@ func mapFilesName(addresses string) string {
 	return trim(from) + "-" + trim(to)
 }
 
-func nameOf(pid int) string { return procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)) }
+// nameOf returns the name of a process for messages. Processes choose their
+// names, so that a terminal must not interpret them.
+func nameOf(pid int) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)))
+}

@@ -52,6 +52,14 @@ func TestProcessesAreReadAsTheyAre(t *testing.T) {
 	}
 }
 
+func TestNamesAreFitForATerminal(t *testing.T) {
+	cmd := exec.Command("/bin/sh", "-c", `printf 'a\033[2Jb' >/proc/$$/comm; echo ready; read line`)
+	testproc.Ready(t, cmd)
+	if name := processes(t, cmd.Process.Pid)[0].Name; name != "a?[2Jb" {
+		t.Errorf("name %q", name)
+	}
+}
+
 // A process that has exited is left out, be it reaped or not, and one that is
 // the root is an error.
 func TestProcessesThatHaveExited(t *testing.T) {

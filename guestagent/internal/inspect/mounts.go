@@ -89,8 +89,8 @@ func Externals(container, guest []*mountinfo.Info, marked []string) []*api.Exter
 		if !external {
 			continue
 		}
-		// A mount that is covered by another one is not visible, and CRIU's key is the
-		// path: the last mount counts.
+		// A mount that is covered by another one is not visible, and CRIU's key
+		// is the path: the last mount counts.
 		out = slices.DeleteFunc(out, func(e *api.External) bool { return e.Destination == m.Mountpoint })
 		out = append(out, &api.External{Destination: m.Mountpoint, Fstype: m.FSType, Device: device})
 	}
@@ -101,7 +101,8 @@ func Externals(container, guest []*mountinfo.Info, marked []string) []*api.Exter
 	return out
 }
 
-// Shares are the devices of the file systems that the host shares with the guest.
+// Shares are the devices of the file systems that the host shares with the
+// guest.
 func Shares(mounts []*mountinfo.Info) map[uint64]bool {
 	out := make(map[uint64]bool)
 	for _, m := range mounts {

@@ -9,8 +9,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// OwnPIDNamespace reports whether a process is the init of its PID namespace. If
-// not, the namespace is, or was, another container's.
+// OwnPIDNamespace reports whether a process is the init of its PID namespace.
+// If not, the namespace is, or was, another container's.
 func OwnPIDNamespace(pid int) (bool, error) {
 	pids, err := procfs.NSPIDs(pid)
 	if err != nil {

@@ -31,8 +31,8 @@ type Connection struct {
 type sockets struct {
 	// owners has the inode of each socket, and one of the processes with it.
 	owners map[uint32]owner
-	// peers has the inode of each connected unix socket in the network namespaces
-	// of the processes, and that of its other end.
+	// peers has the inode of each connected unix socket in the network
+	// namespaces of the processes, and that of its other end.
 	peers       map[uint32]uint32
 	connections []Connection
 }
@@ -152,17 +152,18 @@ const (
 	unixDiagHeader = 16
 )
 
-// unixPeers maps the inode of each connected unix socket in the calling thread's
-// network namespace to that of its other end. [netlink.UnixSocketDiagInfo] of
-// release 1.3.1 stops at the first datagram socket: it takes a socket's type for
-// its family.
+// unixPeers maps the inode of each connected unix socket in the calling
+// thread's network namespace to that of its other end.
+// [netlink.UnixSocketDiagInfo] of release 1.3.1 stops at the first datagram
+// socket: it takes a socket's type for its family.
 func unixPeers() (map[uint32]uint32, error) {
 	conn, err := diag.Dial(unix.NETLINK_SOCK_DIAG, nil)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	// struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie.
+	// struct unix_diag_req: family, protocol, padding, states, inode, what to
+	// show, cookie.
 	request := binary.NativeEndian.AppendUint32([]byte{unix.AF_UNIX, 0, 0, 0}, ^uint32(0))
 	request = binary.NativeEndian.AppendUint32(request, 0)
 	request = binary.NativeEndian.AppendUint32(request, udiagShowPeer)

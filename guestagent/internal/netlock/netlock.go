@@ -82,8 +82,9 @@ const (
 	maxElements = 512
 	// elementBytes is more than an element takes in a message.
 	elementBytes = 128
-	// answerTimeout bounds the wait for the kernel, which answers while it takes
-	// the batch. One that lacks nf_tables answers to the first message only.
+	// answerTimeout bounds the wait for the kernel, which answers while it
+	// takes the batch. One that lacks nf_tables answers to the first message
+	// only.
 	answerTimeout = 5 * time.Second
 )
 

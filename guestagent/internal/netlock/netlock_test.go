@@ -16,8 +16,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-// The first thread is what /proc/self shows. It is the main goroutine's, so that
-// no test leaves it in another network namespace.
+// The first thread is what /proc/self shows. It is the main goroutine's, so
+// that no test leaves it in another network namespace.
 func init() { runtime.LockOSThread() }
 
 // inNetworkNamespace runs a test on a thread with a network of its own.
@@ -26,7 +26,7 @@ func inNetworkNamespace(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("makes a network namespace: only as root")
 	}
-	runtime.LockOSThread() // for good: the thread ends with the test
+	runtime.LockOSThread() // never unlocked: the thread exits with the test
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		t.Fatal(err)
 	}
@@ -65,10 +65,10 @@ func TestLock(t *testing.T) {
 		if !arrives(t, other, otherThere) {
 			t.Error("the lock stops other connections, too")
 		}
-		// The end of a locked connection is not heard of either.
+		// Its peer does not notice that a locked connection is closed either.
 		here.Close()
-		if ended(there) {
-			t.Error("the peer hears of the end")
+		if closed(there) {
+			t.Error("the peer notices the close")
 		}
 		if err := Unlock("test"); err != nil {
 			t.Fatal(err)
@@ -82,7 +82,8 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// A lock is one batch, however many connections it has, and replaces an earlier one.
+// A lock is one batch, however many connections it has, and replaces an earlier
+// one.
 func TestLockOfManyConnections(t *testing.T) {
 	inNetworkNamespace(t)
 	list := make([]inspect.Connection, 0, 5000)
@@ -139,7 +140,8 @@ func connect(t *testing.T, l net.Listener) (here, there net.Conn) {
 	return here, there
 }
 
-// arrives says whether a byte comes through within a time that is long for loopback.
+// arrives reports whether a byte comes through within a time that is long for
+// loopback.
 func arrives(t *testing.T, from, to net.Conn) bool {
 	t.Helper()
 	if _, err := from.Write([]byte{1}); err != nil {
@@ -153,7 +155,7 @@ func arrives(t *testing.T, from, to net.Conn) bool {
 	return n > 0
 }
 
-func ended(c net.Conn) bool {
+func closed(c net.Conn) bool {
 	_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 	_, err := c.Read(make([]byte, 16))
 	return !errors.Is(err, os.ErrDeadlineExceeded)

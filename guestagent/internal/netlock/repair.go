@@ -9,10 +9,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-// EnterRepair enables repair mode, in which a socket is closed without sending a
-// FIN or RST. Otherwise the kernel would retransmit these for minutes and keep
-// the connections' addresses in use. It is called after a dump, at the end of
-// which CRIU disables repair mode.
+// EnterRepair enables repair mode, in which a socket is closed without sending
+// a FIN or RST. Otherwise the kernel would retransmit these for minutes and
+// keep the connections' addresses in use. It is called after a dump, at the end
+// of which CRIU disables repair mode.
 func EnterRepair(list []inspect.Connection) error {
 	return repair(list, unix.TCP_REPAIR_ON)
 }

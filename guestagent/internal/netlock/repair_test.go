@@ -10,7 +10,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
+func TestConnectionsInRepairModeCloseSilently(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("sets a socket's repair mode: only as root")
 	}
@@ -46,8 +46,8 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 		}
 		return here, there, list
 	}
-	// What the other end hears within a time that is long for loopback.
-	hears := func(there net.Conn) error {
+	// What the other end notices within a time that is long for loopback.
+	notices := func(there net.Conn) error {
 		if err := there.SetReadDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
 			t.Fatal(err)
 		}
@@ -60,8 +60,8 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 		t.Fatal(err)
 	}
 	here.Close()
-	if err := hears(there); !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the peer of an abandoned connection hears %v", err)
+	if err := notices(there); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the peer of a connection in repair mode notices %v", err)
 	}
 
 	here, there, list = pair()
@@ -71,11 +71,11 @@ func TestAbandonedConnectionsEndWithoutAFarewell(t *testing.T) {
 	if _, err := here.Write([]byte{1}); err != nil {
 		t.Fatal(err)
 	}
-	if err := hears(there); err != nil {
+	if err := notices(there); err != nil {
 		t.Errorf("after the repair mode nothing arrives: %v", err)
 	}
 	here.Close()
-	if err := hears(there); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("the peer of a closed connection hears %v", err)
+	if err := notices(there); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the peer of a closed connection notices %v", err)
 	}
 }

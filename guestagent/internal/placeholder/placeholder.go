@@ -24,8 +24,8 @@ import (
 // Run returns when the restored root has exited. It returns the status to exit
 // with: that of the root, or 128 plus the signal that killed it.
 func Run() int {
-	// The restored session needs the terminal as its controlling one. Giving it up
-	// sends SIGHUP and SIGCONT to this process's group.
+	// The restored session needs the terminal as its controlling one. Giving it
+	// up sends SIGHUP and SIGCONT to this process's group.
 	signal.Ignore(unix.SIGHUP)
 	_ = unix.IoctlSetInt(0, unix.TIOCNOTTY, 0) // fails without a terminal
 	signals := make(chan os.Signal, 64)
@@ -64,8 +64,8 @@ func reap() (status int, done bool) {
 	}
 }
 
-// peek returns the PID of a child that has exited, without reaping it: until then
-// /proc still describes it.
+// peek returns the PID of a child that has exited, without reaping it: until
+// then /proc still describes it.
 func peek() (int, error) {
 	for {
 		var info unix.Siginfo
@@ -77,9 +77,9 @@ func peek() (int, error) {
 	}
 }
 
-// isRoot reports whether a child is in a nested PID namespace, as only a restored
-// root is: the other processes there are children of the root or of the
-// namespace's init.
+// isRoot reports whether a child is in a nested PID namespace, as only a
+// restored root is: the other processes there are children of the root or of
+// the namespace's init.
 func isRoot(pid int) bool {
 	own, err := procfs.NSPIDs(os.Getpid())
 	if err != nil {
@@ -99,18 +99,18 @@ func forward(sig unix.Signal) {
 	if !ok {
 		return
 	}
-	// A PID 1 ignores signals from outside that it leaves at their default. Kata
-	// turns SIGTERM into SIGKILL for one that does so (src/agent/src/rpc.rs,
-	// is_signal_handled), but all it sees is this process, which catches every
-	// signal: the rule has to be kept here.
+	// A PID 1 ignores signals from outside that it leaves at their default.
+	// Kata turns SIGTERM into SIGKILL for one that does so
+	// (src/agent/src/rpc.rs, is_signal_handled), but all it sees is this
+	// process, which catches every signal: the rule has to be kept here.
 	if sig == unix.SIGTERM && !handles(pid, sig) {
 		sig = unix.SIGKILL
 	}
 	_ = unix.Kill(pid, sig)
 }
 
-// findRoot looks for the restored root among this process's children. Right after
-// the restore, CRIU may not have exited yet and still be its parent.
+// findRoot looks for the restored root among this process's children. Right
+// after the restore, CRIU may not have exited yet and still be its parent.
 func findRoot() (int, bool) {
 	for range 50 {
 		entries, err := os.ReadDir("/proc")
