@@ -16,12 +16,12 @@ import (
 	_ "github.com/kata-checkpoint/kata-checkpoint/plugin/internal/task/register"
 )
 
-// Name is the shim's, as containerd derives it from the runtime's.
+// Name is the name of the runtime.
 const Name = manager.Name
 
-// Run is one invocation of the shim by containerd: args are the command line
-// without the program's name. The answers to start, delete and -info are
-// written to stdout; without an action Run serves the sandbox until it ends.
+// Run is one invocation of the shim by containerd. args is the command line
+// without the program's name. Run writes the answers to start, delete and -info to
+// stdout; without an action it serves the sandbox until that ends.
 func Run(ctx context.Context, args []string, stdout io.Writer) error {
 	i, err := manager.Parse(args)
 	if err != nil {

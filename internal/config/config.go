@@ -31,8 +31,8 @@ const (
 	AgentOptional = "optional"
 )
 
-// Config is the file's content, checked and with the defaults filled in. What
-// each key means is said in configs/config.toml.
+// Config is the content of the file, checked and with defaults filled in.
+// configs/config.toml documents the keys.
 type Config struct {
 	DownstreamShim    string
 	KataConfigPath    string
@@ -45,17 +45,17 @@ type Config struct {
 	CheckpointTimeout time.Duration
 	ExecWaitTimeout   time.Duration
 	AfterCheckpoint   string
-	// AfterCheckpointCRI is for containers that the CRI made.
+	// AfterCheckpointCRI is for containers that the CRI created.
 	AfterCheckpointCRI string
 	MaxImageFiles      int
 	MaxImageBytes      int64
-	// RestoreDir has the archives that pods name to be restored from.
+	// RestoreDir is the directory of the archives that pods may name.
 	RestoreDir string
-	// NRIRuntimeHandlers are the CRI's names of our runtime; "" is its default.
+	// NRIRuntimeHandlers are the CRI's names for our runtime; "" is its default.
 	NRIRuntimeHandlers []string
 }
 
-// file has the keys as they are written.
+// file has the keys as written.
 type file struct {
 	DownstreamShim     string   `toml:"downstream_shim"`
 	KataConfigPath     string   `toml:"kata_config_path"`
@@ -95,7 +95,7 @@ func defaults() file {
 	}
 }
 
-// Path is where Load reads when it is given nothing else.
+// Path returns the file that Load reads unless the caller has another.
 func Path() string {
 	if p := os.Getenv(PathEnv); p != "" {
 		return p
@@ -103,8 +103,8 @@ func Path() string {
 	return DefaultPath
 }
 
-// Load reads the file at path. A file that does not exist means the defaults,
-// unless the environment names it.
+// Load reads the file at path. It returns the defaults for a file that does not
+// exist, unless the environment names it.
 func Load(path string) (*Config, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) && os.Getenv(PathEnv) == "" {
@@ -146,7 +146,7 @@ func parse(data []byte) (*Config, error) {
 		}
 	}
 	check("downstream_shim", f.DownstreamShim != "" && (filepath.IsAbs(f.DownstreamShim) || !strings.Contains(f.DownstreamShim, "/")),
-		"an absolute path, or a name that is found on PATH")
+		"an absolute path, or a name on PATH")
 	check("kata_config_path", f.KataConfigPath == "" || filepath.IsAbs(f.KataConfigPath), "empty or an absolute path")
 	check("state_dir", filepath.IsAbs(f.StateDir), "an absolute path")
 	check("guest_bundle", filepath.IsAbs(f.GuestBundle), "an absolute path")
@@ -155,7 +155,7 @@ func parse(data []byte) (*Config, error) {
 	for _, a := range []struct{ key, value string }{{"after_checkpoint", f.AfterCheckpoint}, {"after_checkpoint_cri", f.AfterCheckpointCRI}} {
 		check(a.key, a.value == annotations.Stop || a.value == annotations.LeaveRunning, `"stop" or "leave-running"`)
 	}
-	// One file is the manifest's inventory; more than a million is a mistake.
+	// A set has one file at least, CRIU's inventory; a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")
 	check("restore_dir", filepath.IsAbs(f.RestoreDir), "an absolute path")
@@ -170,7 +170,7 @@ func parse(data []byte) (*Config, error) {
 		{"exec_wait_timeout", f.ExecWaitTimeout, &c.ExecWaitTimeout},
 	} {
 		v, err := time.ParseDuration(t.value)
-		check(t.key, err == nil && v > 0, fmt.Sprintf(`a duration greater than 0, such as "10s" or "2m", and is %q`, t.value))
+		check(t.key, err == nil && v > 0, fmt.Sprintf(`a duration greater than 0, such as "10s" or "2m", not %q`, t.value))
 		*t.to = v
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -178,13 +178,13 @@ func parse(data []byte) (*Config, error) {
 	}
 	c.AgentPort = uint32(f.AgentPort) //nolint:gosec // checked above
 	c.MaxImageFiles = int(f.MaxImageFiles)
-	// They become sources of mounts.
+	// They become mount sources.
 	c.StateDir = filepath.Clean(c.StateDir)
 	c.GuestBundle = filepath.Clean(c.GuestBundle)
 	return c, nil
 }
 
-// explain names key and line, which the decoder's own messages leave out.
+// explain adds key and line, which the decoder's messages lack.
 func explain(err error) error {
 	var strict *toml.StrictMissingError
 	if errors.As(err, &strict) {

@@ -9,16 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Limits bound what is taken from a directory that somebody else wrote.
+// Limits bound what is read from a directory that an untrusted party wrote.
 type Limits struct {
-	// Files is the largest number of files.
+	// Files is the maximum number of files.
 	Files int
-	// Bytes is the largest size of all files together.
+	// Bytes is the maximum total size.
 	Bytes int64
 }
 
-// openDir opens a directory for openat2 beneath it; the last element must not
-// be a symbolic link.
+// openDir opens a directory for openat2 beneath it. The last element of the path
+// must not be a symbolic link.
 func openDir(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -27,7 +27,7 @@ func openDir(path string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// openBeneath opens a directory below dir, never by way of a symbolic link,
+// openDirBeneath opens a directory below dir, never through a symbolic link,
 // another mount or "..".
 func openDirBeneath(dir *os.File, name string) (*os.File, error) {
 	return openAt(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
@@ -50,8 +50,8 @@ func openAt(dir *os.File, name string, flags uint64) (*os.File, error) {
 	}
 }
 
-// openRegular opens one file of a flat directory and refuses all but regular
-// files with one name, so that nobody can change it by another.
+// openRegular opens a file of a flat directory. It accepts only regular files
+// with a single link, so that nobody can write to one under another name.
 func openRegular(dir *os.File, name string) (*os.File, unix.Stat_t, error) {
 	var st unix.Stat_t
 	if err := checkName(name); err != nil {
@@ -60,7 +60,7 @@ func openRegular(dir *os.File, name string) (*os.File, unix.Stat_t, error) {
 	if err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return nil, st, &os.PathError{Op: "stat", Path: name, Err: err}
 	}
-	// Looked at before it is opened: opening a device or a FIFO can have effects.
+	// Checked before it is opened: opening a device or a FIFO can have effects.
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, st, fmt.Errorf("%q is not a regular file", name)
 	}
@@ -74,7 +74,7 @@ func openRegular(dir *os.File, name string) (*os.File, unix.Stat_t, error) {
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
 		f.Close()
-		return nil, st, fmt.Errorf("%q is not a regular file with one name", name)
+		return nil, st, fmt.Errorf("%q is not a regular file with a single link", name)
 	}
 	return f, st, nil
 }
@@ -89,7 +89,7 @@ func list(dir *os.File, limit int) ([]string, error) {
 		return nil, fmt.Errorf("read directory %s: %w", dir.Name(), err)
 	}
 	if len(names) > limit {
-		return nil, fmt.Errorf("%s holds more than %d files", dir.Name(), limit)
+		return nil, fmt.Errorf("%s has more than %d files", dir.Name(), limit)
 	}
 	sort.Strings(names)
 	return names, nil

@@ -14,17 +14,18 @@ import (
 
 func isEOF(err error) bool { return errors.Is(err, io.EOF) }
 
-// copyBuffer is the size of one read, in bytes: large enough that system calls
-// do not count beside the digest. The digest of one buffer is computed while
-// the next are read and written: the container stands still meanwhile.
+// copyBuffer is the size of a read in bytes: large enough to make the cost of
+// system calls negligible beside that of the digest. The digest of one buffer is
+// computed while the next ones are read and written, because the container is
+// frozen meanwhile.
 const (
 	copyBuffer  = 1 << 20
 	copyBuffers = 4
 )
 
-// copyFile copies size bytes of src to a new file name in dst and returns the
-// digest of what it wrote. Where the file system can, the two share their
-// blocks. A source that grows or shrinks meanwhile is an error.
+// copyFile copies size bytes of src to a new file in dst and returns the digest
+// of what it wrote. The two share their blocks where the file system supports
+// that. A source that grows or shrinks meanwhile is an error.
 func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string) (sum string, err error) {
 	out, err := create(dst, name)
 	if err != nil {
@@ -32,7 +33,7 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 	}
 	defer func() { err = errors.Join(err, out.Close()) }()
 
-	// After a clone the digest is taken from the copy, which nobody else writes.
+	// After a clone, the digest is that of the copy, which nobody else can write.
 	from, to := src, io.Writer(out)
 	if unix.IoctlFileClone(int(out.Fd()), int(src.Fd())) == nil {
 		from, to = out, io.Discard
@@ -56,8 +57,8 @@ func create(dir *os.File, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), dir.Name()+"/"+name), nil
 }
 
-// copyContext copies until the end of r, by reads of at most buffer bytes, and
-// returns the number of bytes and their digest.
+// copyContext copies r to its end in reads of at most buffer bytes, and returns
+// the number of bytes and their digest.
 func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (total int64, sum string, err error) {
 	free := make(chan []byte, copyBuffers)
 	for range copyBuffers {

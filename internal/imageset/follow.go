@@ -23,19 +23,20 @@ import (
 )
 
 const (
-	// followFrom is the size in bytes from which on a file is copied while it grows.
+	// followFrom is the size in bytes from which a file is copied while it grows.
 	followFrom = 1 << 20
-	// maxFollowed is how many files are: each takes two descriptors.
+	// maxFollowed bounds their number: each needs two descriptors.
 	maxFollowed = 64
-	// followEvery is how often the follower looks for more of them. What it
-	// wakes up for takes a processor from the guest that writes.
+	// followEvery is the interval at which the follower looks for more data. Each
+	// wake-up takes a processor from the guest that writes.
 	followEvery = 20 * time.Millisecond
 )
 
-// Follower takes the flat directory of images that an untrusted guest writes.
-// The container stands still until all is copied, so the large files are copied
-// while they grow: CRIU only appends to them. Whether a copy that began early is
-// right is not left to that: it is compared in the end, and made anew if need be.
+// Follower copies the flat directory of images that an untrusted guest writes.
+// The container stays frozen until everything is copied, so large files are
+// copied while they grow: CRIU only appends to them. That assumption is not
+// trusted: a copy that began early is compared with its source in the end, and
+// repeated if they differ.
 type Follower struct {
 	src, name string
 	dst       *os.File
@@ -50,8 +51,8 @@ type Follower struct {
 	buffer  []byte
 }
 
-// Follow begins to copy what appears in the directory name beneath src to dst.
-// Files named in skip are left out. [Follower.Collect] or [Follower.Stop] ends it.
+// Follow starts to copy what appears in the directory name beneath src to dst,
+// except the files in skip, until [Follower.Collect] or [Follower.Stop].
 func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Follower {
 	f := &Follower{
 		src: src, name: name, dst: dst, limits: limits, skip: skip,
@@ -64,13 +65,13 @@ func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Foll
 	return f
 }
 
-// halt returns when the goroutine has ended.
+// halt stops the goroutine and waits for it.
 func (f *Follower) halt() {
 	f.once.Do(func() { close(f.stop) })
 	<-f.ended
 }
 
-// Stop returns when nothing is copied any more. What was stays in dst.
+// Stop stops copying. What has been copied stays in dst.
 func (f *Follower) Stop() {
 	f.halt()
 	for _, g := range f.growing {
@@ -79,8 +80,9 @@ func (f *Follower) Stop() {
 	clear(f.growing)
 }
 
-// Collect is called when the guest has written all. It returns the files with
-// their digests, sorted by name. It takes regular files only, within the limits.
+// Collect completes the copies once the guest has written everything, and
+// returns the files with their digests, sorted by name. It accepts only regular
+// files, within the limits.
 func (f *Follower) Collect(ctx context.Context) ([]File, error) {
 	f.halt()
 	defer f.Stop()
@@ -100,18 +102,18 @@ func (f *Follower) Collect(ctx context.Context) ([]File, error) {
 	left := f.limits.Bytes
 	for _, n := range names {
 		if n == ManifestName {
-			return nil, fmt.Errorf("the guest wrote a file %s, which is the host's to write", n)
+			return nil, fmt.Errorf("the guest wrote %s, which only the host may write", n)
 		}
 		file, err := f.collect(ctx, dir, n, &left)
 		if err != nil {
-			return nil, fmt.Errorf("take images from the guest: %w", err)
+			return nil, fmt.Errorf("copy images from the guest: %w", err)
 		}
 		files = append(files, file)
 	}
 	return files, nil
 }
 
-// list opens the directory, and returns the names in it that count, sorted.
+// list opens the directory, and returns the sorted names in it, less skip.
 func (f *Follower) list() (*os.File, []string, error) {
 	top, err := openDir(f.src)
 	if err != nil {
@@ -152,20 +154,20 @@ func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left 
 	return file, err
 }
 
-// forget removes an early copy.
+// forget removes an incomplete copy.
 func (f *Follower) forget(name string) error {
 	f.growing[name].close()
 	delete(f.growing, name)
 	return unix.Unlinkat(int(f.dst.Fd()), name, 0)
 }
 
-// run copies until it is stopped, or something fails: then Collect, which copies
-// all, says why.
+// run copies until it is stopped or something fails. Collect, which copies
+// whatever is missing, then returns the error.
 func (f *Follower) run() {
 	if canClone(f.src, f.dst) {
-		return // that is done at once, in the end
+		return // Collect clones at once
 	}
-	// What the guest does meanwhile comes first.
+	// The guest has precedence.
 	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, 19); err != nil {
 		return
 	}
@@ -179,14 +181,14 @@ func (f *Follower) run() {
 		}
 		if err := f.pass(); err != nil {
 			for name := range f.growing {
-				_ = f.forget(name) // the copy that Collect makes is a new file, or an error
+				_ = f.forget(name) // if this fails, so does Collect, which makes a new file
 			}
 			return
 		}
 	}
 }
 
-// pass copies what has been written since the last.
+// pass copies what has been written since the last pass.
 func (f *Follower) pass() error {
 	dir, names, err := f.list()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -219,7 +221,8 @@ func (f *Follower) pass() error {
 	return nil
 }
 
-// open returns the copy of a file that is large enough to be followed, nil for another.
+// open returns the copy of a file that is large enough to be followed, nil for
+// others.
 func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 	if g := f.growing[name]; g != nil || len(f.growing) == maxFollowed {
 		return g, nil
@@ -250,10 +253,10 @@ type growing struct {
 
 func (g *growing) close() {
 	g.src.Close()
-	g.out.Close() // what was not written is seen by grow, or by the comparison
+	g.out.Close() // grow or the comparison notices what was not written
 }
 
-// grow copies src up to its size, unless it is stopped before.
+// grow copies src up to its size unless it is stopped.
 func (g *growing) grow(src io.ReaderAt, size int64, stopped func() bool) error {
 	for g.size < size && !stopped() {
 		n, err := src.ReadAt(g.buffer[:min(int64(len(g.buffer)), size-g.size)], g.size)
@@ -274,8 +277,8 @@ func (g *growing) grow(src io.ReaderAt, size int64, stopped func() bool) error {
 	return nil
 }
 
-// finish completes the copy of a file that has grown to size, and returns its
-// digest: none if the copy is not what the file says now.
+// finish completes the copy of a file that has grown to size and returns its
+// digest, or none if the copy differs from the file.
 func (g *growing) finish(ctx context.Context, src *os.File, size int64) (string, error) {
 	early := g.size
 	err := g.grow(src, size, func() bool { return ctx.Err() != nil })
@@ -311,7 +314,7 @@ func equal(ctx context.Context, a, b io.ReaderAt, size int64) (bool, error) {
 				_, aerr := a.ReadAt(one[:n], at)
 				_, berr := b.ReadAt(two[:n], at)
 				switch err := errors.Join(aerr, berr); {
-				case isEOF(err): // the guest has cut it short
+				case isEOF(err): // the guest has truncated it
 					return errDiffer
 				case err != nil:
 					return err
@@ -329,8 +332,8 @@ func equal(ctx context.Context, a, b io.ReaderAt, size int64) (bool, error) {
 	return err == nil, err
 }
 
-// canClone says whether files in the directory src can share their blocks with
-// files in dst.
+// canClone reports whether files in the directory src can share their blocks
+// with files in dst.
 func canClone(src string, dst *os.File) bool {
 	var from, to unix.Stat_t
 	if unix.Stat(src, &from) != nil || unix.Fstat(int(dst.Fd()), &to) != nil || from.Dev != to.Dev {

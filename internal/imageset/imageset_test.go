@@ -149,7 +149,7 @@ func TestCollectTakesNothingButRegularFiles(t *testing.T) {
 					t.Fatal(err)
 				}
 			},
-			err: "not a regular file with one name",
+			err: "not a regular file with a single link",
 		},
 		"a FIFO, which nobody writes to": {
 			lay: func(t *testing.T, dir, _ string) {
@@ -177,7 +177,7 @@ func TestCollectTakesNothingButRegularFiles(t *testing.T) {
 		},
 		"a manifest of the guest's own": {
 			lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ManifestName), "{}") },
-			err: "the host's to write",
+			err: "only the host may write",
 		},
 		"a hidden file":               {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ".x"), "") }, err: "not allowed"},
 		"a whiteout":                  {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ".wh.x"), "") }, err: "not allowed"},
@@ -373,7 +373,7 @@ func TestDamagedSetIsRefused(t *testing.T) {
 					write(t, filepath.Join(dir, fmt.Sprint(i)), "")
 				}
 			},
-			err: []string{"files that its manifest does not name"},
+			err: []string{"files that its manifest does not list"},
 		},
 		"a directory too many": {
 			damage: func(t *testing.T, dir string) {
@@ -381,7 +381,7 @@ func TestDamagedSetIsRefused(t *testing.T) {
 					t.Fatal(err)
 				}
 			},
-			err: []string{`"sub" is not named`},
+			err: []string{`"sub" is not listed`},
 		},
 		"a symbolic link in a file's place": {
 			damage: func(t *testing.T, dir string) {
@@ -569,7 +569,7 @@ func TestNewTarget(t *testing.T) {
 			t.Errorf("left over: %v", got)
 		}
 	})
-	t.Run("what is under way is not", func(t *testing.T) {
+	t.Run("what is in progress is not", func(t *testing.T) {
 		dir := t.TempDir()
 		first, err := NewTarget(dir)
 		if err != nil {

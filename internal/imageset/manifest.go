@@ -1,12 +1,16 @@
-// Package imageset names and checks the files of a checkpoint.
+// Package imageset is the format of a checkpoint on disk: it names the files,
+// writes them and verifies them.
 //
-// An image set is a flat directory of regular files, because the CRI's
-// unpacking allows nothing else: CRIU's images, the content of /dev/shm, and a
-// manifest that is written last. A directory without a manifest is no image
-// set. The shim (package plugin) is the only writer: it takes what the guest
-// wrote with [Collect], which trusts nothing of it, and commits it with
-// [Target.Commit]; before a restore, [Open] and [Set.CopyTo] accept an image
-// set only if every file is there, unchanged, and nothing else is.
+// An image set is a flat directory of regular files, because the CRI unpacks
+// nothing else: CRIU's images, the content of /dev/shm, and a manifest that is
+// written last. A directory without a manifest is not an image set. The shim
+// (package plugin/internal/task) is the only writer: it copies what the guest
+// wrote with [Follow] and [Follower.Collect], which trust none of it, and
+// commits it with [Target.Commit]. Before a restore, [Open] and [Set.CopyTo]
+// accept an image set only if it has every file of its manifest, unchanged, and
+// no other.
+//
+// Written against containerd 2.4 and CRIU 4.2.
 package imageset
 
 import (
@@ -19,14 +23,14 @@ import (
 	"time"
 )
 
-// FormatVersion of the manifest that this code writes. It reads no other.
+// FormatVersion is that of the manifest. No other can be read.
 const FormatVersion = 1
 
 // maxManifest bounds what is read of a manifest, in bytes.
 const maxManifest = 16 << 20
 
-// Manifest says what an image set is, what it was made from and what its
-// restore needs. It is JSON in the file [ManifestName].
+// Manifest describes an image set: its files, the container that it was made
+// from and what its restore needs. It is JSON in the file [ManifestName].
 type Manifest struct {
 	FormatVersion int       `json:"formatVersion"`
 	Created       time.Time `json:"created"`
@@ -51,10 +55,11 @@ type Container struct {
 	Namespace string `json:"namespace"`
 	// PodNamespace is that of the container's pod in Kubernetes.
 	PodNamespace string `json:"podNamespace,omitempty"`
-	// Image is the name that the engine knows the container's image by, where it says so.
+	// Image is the engine's name for the container's image, where it has told the
+	// shim.
 	Image string   `json:"image,omitempty"`
 	Args  []string `json:"args,omitempty"`
-	// Mounts are the destinations at which a new container has to have one.
+	// Mounts are the destinations where a new container has to have a mount.
 	Mounts   []string `json:"mounts,omitempty"`
 	Hostname string   `json:"hostname,omitempty"`
 }
@@ -77,7 +82,7 @@ type Options struct {
 	EmptyNamespaces     []string `json:"emptyNamespaces,omitempty"`
 }
 
-// External is a mount that the restore takes from the new container.
+// External is a mount that the new container provides.
 type External struct {
 	Name        string `json:"name"`
 	Destination string `json:"destination"`
@@ -123,7 +128,7 @@ func (m *Manifest) Bytes() int64 {
 // ErrNotImageSet is wrapped by the errors about a directory without a manifest.
 var ErrNotImageSet = errors.New("not an image set of kata-checkpoint")
 
-// decode reads a manifest and checks all that can be checked without the files.
+// decode reads a manifest and checks whatever it can without the files.
 func decode(r io.Reader) (*Manifest, error) {
 	data, err := io.ReadAll(io.LimitReader(r, maxManifest+1))
 	if err != nil {
@@ -136,7 +141,7 @@ func decode(r io.Reader) (*Manifest, error) {
 		FormatVersion int `json:"formatVersion"`
 	}
 	if err := json.Unmarshal(data, &version); err != nil {
-		return nil, fmt.Errorf("%s is damaged: %w; take another copy of the checkpoint", ManifestName, err)
+		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
 	if version.FormatVersion != FormatVersion {
 		return nil, fmt.Errorf("%s has format version %d and this kata-checkpoint reads %d: restore with the version that made the checkpoint", ManifestName, version.FormatVersion, FormatVersion)
@@ -145,7 +150,7 @@ func decode(r io.Reader) (*Manifest, error) {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(m); err != nil {
-		return nil, fmt.Errorf("%s is damaged: %w; take another copy of the checkpoint", ManifestName, err)
+		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
 	seen := make(map[string]bool, len(m.Files))
 	for _, f := range m.Files {
@@ -153,19 +158,19 @@ func decode(r io.Reader) (*Manifest, error) {
 		case checkName(f.Name) != nil:
 			return nil, fmt.Errorf("%s is damaged: %w", ManifestName, checkName(f.Name))
 		case f.Name == ManifestName, seen[f.Name]:
-			return nil, fmt.Errorf("%s is damaged: it names %q twice", ManifestName, f.Name)
+			return nil, fmt.Errorf("%s is damaged: it lists %q twice", ManifestName, f.Name)
 		case f.Size < 0 || len(f.SHA256) != 64:
-			return nil, fmt.Errorf("%s is damaged: size or digest of %q make no sense", ManifestName, f.Name)
+			return nil, fmt.Errorf("%s is damaged: size or digest of %q is invalid", ManifestName, f.Name)
 		}
 		seen[f.Name] = true
 	}
 	if !seen[InventoryName] {
-		return nil, fmt.Errorf("%s names no %s, without which CRIU restores nothing", ManifestName, InventoryName)
+		return nil, fmt.Errorf("%s does not list %s, without which CRIU cannot restore", ManifestName, InventoryName)
 	}
 	return m, nil
 }
 
-// checkName takes the names that a flat directory may have: no path, no
+// checkName accepts the file names that an image set may have: no path, no
 // leading dot (staging directories and whiteouts have one), printable ASCII.
 func checkName(name string) error {
 	if name == "" || len(name) > 255 || strings.HasPrefix(name, ".") || strings.Contains(name, "..") {

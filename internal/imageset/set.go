@@ -12,15 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Set is an image set that is to be restored.
+// Set is an image set to restore from.
 type Set struct {
 	Manifest *Manifest
 	dir      *os.File
 }
 
-// Open reads an image set's manifest and checks that the directory holds the
-// files that it names, with their sizes, and no other. The digests are
-// checked by [Set.CopyTo]. The caller closes the set.
+// Open reads an image set's manifest and checks that the directory has exactly
+// the files that it lists, with their sizes. [Set.CopyTo] checks the digests.
+// The caller closes the set.
 func Open(path string) (*Set, error) {
 	dir, err := openDir(path)
 	if err != nil {
@@ -40,7 +40,7 @@ func (s *Set) Close() error { return s.dir.Close() }
 func (s *Set) check() error {
 	f, _, err := openRegular(s.dir, ManifestName)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w: it has no %s; was it made by a runtime other than kata-checkpoint, or not finished?", ErrNotImageSet, ManifestName)
+		return fmt.Errorf("%w: it has no %s; was it made by another runtime, or not finished?", ErrNotImageSet, ManifestName)
 	}
 	if err != nil {
 		return err
@@ -49,10 +49,10 @@ func (s *Set) check() error {
 	if s.Manifest, err = decode(f); err != nil {
 		return err
 	}
-	// A few more than there should be, so as to name one of them.
+	// A few more than there should be, so that the error can name one.
 	names, err := list(s.dir, len(s.Manifest.Files)+1+64)
 	if err != nil {
-		return fmt.Errorf("it holds files that its manifest does not name: %w", err)
+		return fmt.Errorf("it has files that its manifest does not list: %w", err)
 	}
 	present := make(map[string]bool, len(names))
 	for _, n := range names {
@@ -61,7 +61,7 @@ func (s *Set) check() error {
 	delete(present, ManifestName)
 	for _, want := range s.Manifest.Files {
 		if !present[want.Name] {
-			return fmt.Errorf("file %s is missing: take another copy of the checkpoint", want.Name)
+			return fmt.Errorf("file %s is missing: use another copy of the checkpoint", want.Name)
 		}
 		delete(present, want.Name)
 		var st unix.Stat_t
@@ -72,17 +72,17 @@ func (s *Set) check() error {
 			return fmt.Errorf("%s is not a regular file", want.Name)
 		}
 		if st.Size != want.Size {
-			return fmt.Errorf("file %s has %d bytes and should have %d: take another copy of the checkpoint", want.Name, st.Size, want.Size)
+			return fmt.Errorf("file %s has %d bytes and should have %d: use another copy of the checkpoint", want.Name, st.Size, want.Size)
 		}
 	}
 	if more := slices.Sorted(maps.Keys(present)); len(more) > 0 {
-		return fmt.Errorf("%q is not named in %s: nothing is restored from a directory that holds more than the checkpoint", more[0], ManifestName)
+		return fmt.Errorf("%q is not listed in %s: restore from a directory with nothing but the checkpoint", more[0], ManifestName)
 	}
 	return nil
 }
 
 // CopyTo copies the images, without the manifest, into a new directory and
-// verifies their digests on the way. On an error the directory is gone again.
+// verifies their digests on the way. It removes the directory after an error.
 func (s *Set) CopyTo(ctx context.Context, path string) (err error) {
 	if err := os.Mkdir(path, 0o700); err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
@@ -112,14 +112,14 @@ func (s *Set) copyOne(ctx context.Context, want File, dst *os.File) error {
 	}
 	defer f.Close()
 	if st.Size != want.Size {
-		return fmt.Errorf("checkpoint: file %s changed its size meanwhile", want.Name)
+		return fmt.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
 	}
 	sum, err := copyFile(ctx, f, st.Size, dst, want.Name)
 	if err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}
 	if sum != want.SHA256 {
-		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; take another copy of the checkpoint", want.Name)
+		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
 	}
 	return nil
 }

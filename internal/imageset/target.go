@@ -14,33 +14,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stagingPrefix starts the name of a directory that holds an unfinished image
-// set. checkName allows no such name, so nothing takes it for a part of one.
+// stagingPrefix starts the name of a directory with an unfinished image set.
+// checkName rejects such names, so that it is never mistaken for a part of one.
 const stagingPrefix = ".kata-checkpoint-"
 
-// committingName is a file in such a directory from when on its files get their
-// final names. No file of an image set is called so.
+// committingName is a file in such a directory as soon as its files get their
+// final names. No file of an image set has that name.
 const committingName = ".committing"
 
-// IsStaging says whether a path is that of an unfinished image set.
+// IsStaging reports whether a path is that of an unfinished image set.
 func IsStaging(path string) bool {
 	return filepath.IsAbs(path) && strings.HasPrefix(filepath.Base(path), stagingPrefix)
 }
 
-// Target is the directory that an engine named for a checkpoint, while its
-// image set is being put together beside or inside it. Either [Target.Commit]
-// or [Target.Abort] ends it; until Commit nothing has its final name.
+// Target is the directory that an engine named for a checkpoint, while the image
+// set is assembled inside or beside it. It ends with [Target.Commit] or
+// [Target.Abort]; nothing has its final name before Commit.
 type Target struct {
 	path    string
 	staging string
 	dir     *os.File
-	// replaces: path holds an earlier image set, which stays whole until Commit.
+	// replaces: path is an earlier image set, which stays complete until Commit.
 	replaces bool
 }
 
-// NewTarget opens a directory for a new image set. The directory must exist
-// and be empty, or hold an earlier image set, which Commit replaces. What an
-// earlier attempt left unfinished is removed.
+// NewTarget opens a directory for a new image set. The directory must exist and
+// be empty, or be an earlier image set, which Commit replaces. NewTarget removes
+// what earlier attempts left unfinished.
 func NewTarget(path string) (*Target, error) {
 	st, err := os.Lstat(path)
 	switch {
@@ -58,11 +58,11 @@ func NewTarget(path string) (*Target, error) {
 	name := stagingPrefix + randomName()
 	t.staging = filepath.Join(path, name)
 	if t.replaces {
-		// Beside it, so that the two can change places in one step.
+		// Beside it, so that the two can be exchanged atomically.
 		t.staging = filepath.Join(filepath.Dir(filepath.Clean(path)), name)
 	}
 	if err := os.Mkdir(t.staging, 0o700); err != nil {
-		return nil, fmt.Errorf("image directory %s cannot be written to: name one that can: %w", path, err)
+		return nil, fmt.Errorf("image directory %s cannot be written to: name another one: %w", path, err)
 	}
 	if t.dir, err = openDir(t.staging); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(t.staging))
@@ -73,10 +73,10 @@ func NewTarget(path string) (*Target, error) {
 	return t, nil
 }
 
-// Dir is where the files of the image set go.
+// Dir is the directory for the files of the image set.
 func (t *Target) Dir() *os.File { return t.dir }
 
-// holdsImageSet says whether there is an earlier image set to replace.
+// holdsImageSet reports whether there is an earlier image set to replace.
 func (t *Target) holdsImageSet() (bool, error) {
 	if err := removeUnfinished(t.path); err != nil {
 		return false, fmt.Errorf("image directory %s: %w", t.path, err)
@@ -96,19 +96,19 @@ func (t *Target) holdsImageSet() (bool, error) {
 	}
 	if !manifest {
 		if other != "" {
-			return false, fmt.Errorf("image directory %s is not empty (it holds %s) and no earlier checkpoint: name an empty directory", t.path, other)
+			return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, other)
 		}
 		return false, nil
 	}
 	s, err := Open(t.path)
 	if err != nil {
-		return false, fmt.Errorf("image directory %s holds something other than a whole earlier checkpoint: name an empty directory (%w)", t.path, err)
+		return false, fmt.Errorf("image directory %s is neither empty nor a complete earlier checkpoint: name an empty directory (%w)", t.path, err)
 	}
 	return true, s.Close()
 }
 
 // removeUnfinished removes what earlier attempts left in a directory, unless one
-// is still under way.
+// is still in progress.
 func removeUnfinished(path string) error {
 	entries, err := os.ReadDir(path)
 	for _, e := range entries {
@@ -119,8 +119,8 @@ func removeUnfinished(path string) error {
 	return err
 }
 
-// removeUnlocked removes an unfinished image set. One that is still being made
-// has a lock on it.
+// removeUnlocked removes an unfinished image set, unless it is locked: then
+// another checkpoint is still writing it.
 func removeUnlocked(path string) error {
 	dir, err := openDir(path)
 	if err != nil {
@@ -133,13 +133,13 @@ func removeUnlocked(path string) error {
 	return RemoveStaging(path)
 }
 
-// RemoveStaging removes an unfinished image set whose maker is gone, and takes
-// back what had its final name already.
+// RemoveStaging removes an unfinished image set whose writer is gone, including
+// those of its files that already have their final names.
 func RemoveStaging(path string) error {
 	if !IsStaging(path) {
-		return fmt.Errorf("%q is no unfinished image set", path)
+		return fmt.Errorf("%q is not an unfinished image set", path)
 	}
-	if err := takeBack(path); err != nil {
+	if err := rollBack(path); err != nil {
 		return fmt.Errorf("remove an unfinished checkpoint: %w", err)
 	}
 	if err := os.RemoveAll(path); err != nil {
@@ -148,16 +148,16 @@ func RemoveStaging(path string) error {
 	return nil
 }
 
-// takeBack removes the files of a Commit that was killed half way. Those that
-// have moved out are the ones that the manifest, which moves last, names and
-// that are not here any more.
-func takeBack(staging string) error {
+// rollBack removes the files that an interrupted Commit has moved to their final
+// names: those that the manifest, which moves last, lists and that are no longer
+// in the staging directory.
+func rollBack(staging string) error {
 	if _, err := os.Lstat(filepath.Join(staging, committingName)); err != nil {
 		return nil // nothing has moved
 	}
 	f, err := os.Open(filepath.Join(staging, ManifestName))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it has moved: the image set is whole
+		return nil // it has moved: the image set is complete
 	}
 	if err != nil {
 		return err
@@ -178,8 +178,8 @@ func takeBack(staging string) error {
 	return nil
 }
 
-// Commit writes the manifest and gives the files their final names, the
-// manifest last. After an error the target is as it was before NewTarget.
+// Commit writes the manifest and moves the files to their final names, the
+// manifest last. After an error the directory is as it was before NewTarget.
 func (t *Target) Commit(m *Manifest) (err error) {
 	defer func() {
 		if err != nil {
@@ -215,7 +215,7 @@ func (t *Target) Commit(m *Manifest) (err error) {
 	return t.Abort()
 }
 
-// exchange swaps the new image set with the earlier one and removes that.
+// exchange swaps the new image set with the earlier one, which it removes.
 func (t *Target) exchange() error {
 	st, err := os.Stat(t.path)
 	if err != nil {
@@ -230,7 +230,7 @@ func (t *Target) exchange() error {
 	return t.Abort()
 }
 
-// Abort removes what is unfinished. After a Commit it has nothing to do.
+// Abort removes what is unfinished. It does nothing after Commit.
 func (t *Target) Abort() error {
 	if t.dir == nil {
 		return nil

@@ -1,4 +1,4 @@
-// Package testproc starts processes for tests to look at.
+// Package testproc starts processes for tests to inspect.
 package testproc
 
 import (
@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Start starts a command that prints lines and ends at the end of its stdin,
-// which is the test's. It returns what the command prints.
+// Start starts a command that exits at the end of its stdin, which is when the
+// test ends. It returns the command's output.
 func Start(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
 	t.Helper()
 	stdin, err := cmd.StdinPipe()
@@ -29,7 +29,7 @@ func Start(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
 	return bufio.NewReader(stdout)
 }
 
-// Ready starts a command as Start does, and waits until it has printed a line.
+// Ready starts a command like Start, and waits for its first line of output.
 func Ready(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	if _, err := Start(t, cmd).ReadString('\n'); err != nil {

@@ -1,6 +1,7 @@
-// Package version says which build of kata-checkpoint this is. The shim and the
-// agent both report it, so that one can name the other when they do not match.
+// Package version is the version of this build of kata-checkpoint. The shim and
+// the agent both report it, so that an error can name both when they do not
+// match.
 package version
 
-// Version is set at link time (see the Makefile) to what `git describe` says.
+// Version is set at link time (see the Makefile), from `git describe`.
 var Version = "dev"

@@ -1,10 +1,13 @@
-// Package archive takes what a restore needs out of a checkpoint archive as
-// containerd's CRI writes it: the image set, and the changes of the root file
-// system. Nothing else in it is looked at. What a container is and may do is
-// for whoever creates it to say, never for an archive.
+// Package archive extracts what a restore needs from a checkpoint archive of
+// containerd's CRI: the image set and the changes of the root file system. It
+// ignores everything else: what a container is and may do is decided by whoever
+// creates it, never by an archive.
 //
-// The shim (package plugin/internal/task) calls it for pods that name an archive. The
-// image set is not trusted for having been in one: package imageset checks it.
+// The shim (package plugin/internal/task) uses it for pods that name an archive.
+// That an image set comes from an archive lends it no trust: package imageset
+// verifies it.
+//
+// Written against containerd 2.4 (internal/cri/server/container_checkpoint_linux.go).
 package archive
 
 import (
@@ -25,12 +28,12 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// Extract writes the image set and the changes of the root file system of the
-// archive name in dir to target, a directory that only this user can reach. The
-// archive may be compressed.
+// Extract writes the image set and the root file system diff of the archive name
+// in dir to target, a directory that only this user can reach. The archive may be
+// compressed.
 //
-// Errors: [fs.ErrNotExist] where there is no such archive; others say what is
-// wrong with it. What was written by then is the caller's to remove.
+// It returns an error that wraps [fs.ErrNotExist] where there is no such archive.
+// The caller removes what was written before an error.
 func Extract(ctx context.Context, dir, name, target string, limits imageset.Limits) error {
 	f, err := open(dir, name)
 	if err != nil {
@@ -50,15 +53,15 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	if x.images == 0 {
-		return fmt.Errorf("archive %s: no files in %s/: it is no checkpoint archive", name, imageset.ArchiveImages)
+		return fmt.Errorf("archive %s: no files in %s/: it is not a checkpoint archive", name, imageset.ArchiveImages)
 	}
 	return nil
 }
 
-// open opens a regular file that is in dir itself.
+// open opens a regular file in dir itself.
 func open(dir, name string) (*os.File, error) {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
-		return nil, fmt.Errorf("%q is no name of an archive: give the name of a file in %s", name, dir)
+		return nil, fmt.Errorf("%q is not the name of an archive: give the name of a file in %s", name, dir)
 	}
 	top, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -110,7 +113,7 @@ func (x *extractor) extract(r *tar.Reader) error {
 		case !isImage, inside == "":
 			continue
 		case inside == ".", inside == "..", strings.Contains(inside, "/"):
-			err = fmt.Errorf("%q is not flat, as an image set is", header.Name)
+			err = fmt.Errorf("%q is in a subdirectory, which an image set cannot have", header.Name)
 		default:
 			x.images++
 			err = x.write(header, r, path.Join(imageset.ArchiveImages, inside))
@@ -133,7 +136,7 @@ func (x *extractor) write(header *tar.Header, r io.Reader, name string) (err err
 	case x.left.Bytes < 0:
 		return errors.New("it is larger than allowed: raise max_image_bytes in config.toml")
 	}
-	// A name that comes twice is no image set's.
+	// O_EXCL rejects duplicate names.
 	f, err := os.OpenFile(filepath.Join(x.target, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err

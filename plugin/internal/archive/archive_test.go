@@ -77,16 +77,16 @@ func TestExtract(t *testing.T) {
 		"what a restore needs, and nothing else": {data: archiveOf(t, whole...), want: taken},
 		"compressed":                             {data: gzipped(t, archiveOf(t, whole...)), want: taken},
 		"without changes of the root":            {data: archiveOf(t, reg("checkpoint/a.img", "A")), want: map[string]string{"checkpoint/a.img": "A"}},
-		"nothing in it":                          {data: archiveOf(t, other("checkpoint/", tar.TypeDir, "")), err: "no checkpoint archive"},
+		"nothing in it":                          {data: archiveOf(t, other("checkpoint/", tar.TypeDir, "")), err: "not a checkpoint archive"},
 		"no archive at all":                      {data: bytes.Repeat([]byte("text "), 1000), err: "invalid tar header"},
 		"cut short":                              {data: archiveOf(t, whole...)[:2000], err: "unexpected EOF"},
 		"a symlink for an image":                 {data: archiveOf(t, other("checkpoint/a.img", tar.TypeSymlink, "/etc/shadow")), err: "not a regular file"},
 		"a hard link for an image":               {data: archiveOf(t, other("checkpoint/a.img", tar.TypeLink, "spec.dump")), err: "not a regular file"},
 		"a device for an image":                  {data: archiveOf(t, other("checkpoint/sda", tar.TypeBlock, "")), err: "not a regular file"},
 		"a symlink for the root's changes":       {data: archiveOf(t, reg("checkpoint/a.img", "A"), other("rootfs-diff.tar", tar.TypeSymlink, "/x")), err: "not a regular file"},
-		"a directory among the images":           {data: archiveOf(t, reg("checkpoint/sub/a.img", "A")), err: "not flat"},
-		"a way out":                              {data: archiveOf(t, reg("checkpoint/../../x", "A")), err: "not flat"},
-		"the parent directory":                   {data: archiveOf(t, reg("checkpoint/..", "A")), err: "not flat"},
+		"a directory among the images":           {data: archiveOf(t, reg("checkpoint/sub/a.img", "A")), err: "in a subdirectory"},
+		"a way out":                              {data: archiveOf(t, reg("checkpoint/../../x", "A")), err: "in a subdirectory"},
+		"the parent directory":                   {data: archiveOf(t, reg("checkpoint/..", "A")), err: "in a subdirectory"},
 		"an image twice":                         {data: archiveOf(t, reg("checkpoint/a.img", "A"), reg("checkpoint/a.img", "B")), err: "file exists"},
 		"too many files":                         {data: archiveOf(t, whole...), limits: imageset.Limits{Files: 2, Bytes: 100}, err: "max_image_files"},
 		"too many bytes":                         {data: archiveOf(t, whole...), limits: imageset.Limits{Files: 9, Bytes: 6}, err: "max_image_bytes"},
@@ -154,7 +154,7 @@ func TestNamesOfArchives(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		"": "no name of an archive", "..": "no name of an archive", "sub/x.tar": "no name of an archive", filepath.Join(outside, "x.tar"): "no name of an archive",
+		"": "not the name of an archive", "..": "not the name of an archive", "sub/x.tar": "no name of an archive", filepath.Join(outside, "x.tar"): "no name of an archive",
 		"sub": "not a regular file", "link.tar": "too many levels of symbolic links",
 	} {
 		if err := Extract(t.Context(), dir, name, t.TempDir(), imageset.Limits{Files: 9, Bytes: 99}); err == nil || !strings.Contains(err.Error(), want) {

@@ -193,7 +193,7 @@ func TestStaging(t *testing.T) {
 	if err := SetStaging(dir, images); err != nil {
 		t.Fatal(err)
 	}
-	wantError(t, RemoveStaging(dir), "no unfinished image set")
+	wantError(t, RemoveStaging(dir), "not an unfinished image set")
 	if _, err := os.Stat(images); err != nil {
 		t.Error(err)
 	}

@@ -15,9 +15,9 @@ import (
 // monitor_address, containerd's bootstrap.json and shim-binary-path.
 const RecordName = "kata-checkpoint.json"
 
-// Record is what one invocation of the shim's binary leaves for the next: the
-// daemon and `delete` go on from what `start` decided, whatever has become of
-// config.toml since.
+// Record is what an invocation of the shim's binary leaves for the next one: the
+// daemon and `delete` use what `start` has decided, whatever config.toml has
+// become since.
 type Record struct {
 	// Sandbox is the id of the container that holds the VM; in its own bundle
 	// it is the container's id.
@@ -28,18 +28,18 @@ type Record struct {
 	DownstreamShim string `json:"downstreamShim"`
 	// Address is where our daemon serves.
 	Address string `json:"address"`
-	// Events is the socket on which our daemon takes Kata's events.
+	// Events is the socket on which our daemon receives Kata's events.
 	Events   string `json:"events"`
 	StateDir string `json:"stateDir"`
-	// PID and StartTime are our daemon's; none in the bundle of a container
-	// that shares another's.
+	// PID and StartTime are those of our daemon, and empty for a container that
+	// shares another one's.
 	PID int `json:"pid,omitempty"`
 	// StartTime is in clock ticks after boot, as in /proc/PID/stat.
 	StartTime uint64 `json:"startTime,omitempty"`
 }
 
-// ReadRecord reads the record in a bundle directory. Without one it returns an
-// error that wraps fs.ErrNotExist.
+// ReadRecord reads the record in a bundle directory. Without a record it returns
+// an error that wraps [fs.ErrNotExist].
 func ReadRecord(dir string) (*Record, error) {
 	path := filepath.Join(dir, RecordName)
 	data, err := os.ReadFile(path)

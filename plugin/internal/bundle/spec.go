@@ -1,6 +1,8 @@
-// Package bundle reads and edits what containerd put into a container's bundle
-// directory, and keeps our own record there. Kata reads config.json when its
-// Create is called, so what the shim changes before that takes effect.
+// Package bundle reads and edits the OCI bundle that containerd has created for a
+// container, and keeps our own records in its directory. Kata reads config.json in
+// its Create, so what the shim changes before that takes effect.
+//
+// Written against containerd 2.4 and the OCI runtime spec 1.3.
 package bundle
 
 import (
@@ -20,10 +22,10 @@ import (
 
 const specName = "config.json"
 
-// Spec is a bundle's config.json. What is not edited is written back as it was
-// read, fields of later versions of the OCI runtime spec included.
+// Spec is a bundle's config.json. Whatever is not edited is written back unchanged,
+// including fields of later versions of the OCI runtime spec.
 type Spec struct {
-	// Spec is for reading; edits go through the methods.
+	// Spec is read-only; the methods edit.
 	*specs.Spec
 	path string
 	raw  map[string]json.RawMessage
@@ -48,7 +50,7 @@ func ReadSpec(dir string) (*Spec, error) {
 	return s, nil
 }
 
-// Adjust adds an adjustment to the spec. [Spec.Write] makes it last.
+// Adjust applies an adjustment. [Spec.Write] saves it.
 func (s *Spec) Adjust(a *adjust.Adjustment) error {
 	s.Annotations, s.Mounts = a.Apply(s.Annotations, s.Mounts)
 	if len(a.Annotations) > 0 {
@@ -59,7 +61,7 @@ func (s *Spec) Adjust(a *adjust.Adjustment) error {
 	return s.appendMounts(a.Mounts)
 }
 
-// AddMount adds one mount, after all others.
+// AddMount appends a mount.
 func (s *Spec) AddMount(m specs.Mount) error {
 	s.Mounts = append(s.Mounts, m)
 	return s.appendMounts([]specs.Mount{m})
@@ -85,8 +87,8 @@ func (s *Spec) appendMounts(mounts []specs.Mount) error {
 	return s.set("mounts", all)
 }
 
-// SetProcess replaces fields of the process, by their JSON names; a nil value
-// removes one.
+// SetProcess replaces fields of the process, by their JSON names. A nil value
+// removes the field.
 func (s *Spec) SetProcess(fields map[string]any) error {
 	process := map[string]json.RawMessage{}
 	if old, ok := s.raw["process"]; ok {
@@ -115,8 +117,7 @@ func (s *Spec) SetProcess(fields map[string]any) error {
 	return nil
 }
 
-// OwnPIDNamespace gives the container a pid namespace of its own where it was to
-// share its pod's.
+// OwnPIDNamespace gives the container its own PID namespace in place of its pod's.
 func (s *Spec) OwnPIDNamespace() error {
 	if s.Linux == nil || !slices.ContainsFunc(s.Linux.Namespaces, sharesPIDs) {
 		return nil
@@ -147,7 +148,7 @@ func (s *Spec) set(name string, value any) error {
 	return nil
 }
 
-// Write puts the edited spec in place of the old one.
+// Write replaces config.json by the edited spec.
 func (s *Spec) Write() error {
 	data, err := marshal(s.raw)
 	if err != nil {
@@ -156,7 +157,7 @@ func (s *Spec) Write() error {
 	return replaceFile(s.path, data)
 }
 
-// marshal leaves characters as they are: a spec is not HTML.
+// marshal does not escape for HTML.
 func marshal(v any) (json.RawMessage, error) {
 	var buf bytes.Buffer
 	e := json.NewEncoder(&buf)
@@ -167,8 +168,7 @@ func marshal(v any) (json.RawMessage, error) {
 	return bytes.TrimSpace(buf.Bytes()), nil
 }
 
-// replaceFile writes a file so that a reader sees the old one or the new one.
-// It keeps the old one's mode.
+// replaceFile replaces a file atomically and keeps its mode.
 func replaceFile(path string, data []byte) error {
 	mode := fs.FileMode(0o600)
 	if st, err := os.Stat(path); err == nil {

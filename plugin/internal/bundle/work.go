@@ -13,9 +13,9 @@ import (
 )
 
 // CRIWorkPath is where the CRI looks for CRIU's log and statistics after a
-// checkpoint, empty if that cannot be told: the directory ctrd-checkpoint of
-// its container where it makes one, the container's directory for versions
-// that want stats-dump there (containerd before 2.1.9, 2.2.5 and 2.3.2).
+// checkpoint, "" if unknown: the directory ctrd-checkpoint of the container if
+// there is one, otherwise the container's directory, for versions that expect
+// stats-dump there (containerd before 2.1.9, 2.2.5 and 2.3.2).
 func CRIWorkPath(dir string) string {
 	// The link is to <root>/io.containerd.runtime.v2.task/<namespace>/<id>.
 	work, err := os.Readlink(filepath.Join(dir, "work"))
@@ -32,11 +32,11 @@ func CRIWorkPath(dir string) string {
 	return ""
 }
 
-// EmptyRootfs removes the files in a bundle's rootfs, where nothing is mounted
-// on it or below. containerd up to 2.3 applies the changes that came with a
-// checkpoint there (core/runtime/v2/shim.go); with Kata the root file system is
-// mounted in the shim's mount namespace only, so that they stay behind, and
-// containerd cannot remove the bundle for them.
+// EmptyRootfs removes the files in a bundle's rootfs, unless something is mounted
+// on it or below. containerd up to 2.3 applies a checkpoint's root file system
+// diff there (core/runtime/v2/shim.go). With Kata the root file system is only
+// mounted in the shim's mount namespace, so that these files stay behind and keep
+// containerd from removing the bundle.
 func EmptyRootfs(dir string) error {
 	rootfs := filepath.Join(dir, "rootfs")
 	entries, err := os.ReadDir(rootfs)
@@ -46,7 +46,7 @@ func EmptyRootfs(dir string) error {
 	if err != nil {
 		return fmt.Errorf("empty the bundle's rootfs: %w", err)
 	}
-	// What is mounted is not the bundle's.
+	// Mounted files do not belong to the bundle.
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(rootfs))
 	if err != nil {
 		return fmt.Errorf("empty the bundle's rootfs: %w", err)
@@ -63,7 +63,7 @@ func EmptyRootfs(dir string) error {
 	return nil
 }
 
-// stagingName is our file in the bundle that names an unfinished image set.
+// stagingName is our file in the bundle with the path of an unfinished image set.
 const stagingName = "kata-checkpoint.staging"
 
 // temporaryName is our file in the bundle that names containerd's unpacked copy

@@ -1,10 +1,13 @@
-// Package daemon is the shim's long-lived process: it serves the task service
+// Package daemon is the shim's long-running process: it serves the task service
 // that is registered as a plugin in containerd's registry (package
-// plugin/internal/task/register), and takes the events of Kata's shim. `start`
-// (package plugin/manager) hands it its sockets and waits for its word.
+// plugin/internal/task/register), and receives the events of Kata's shim. `start`
+// (package plugin/internal/manager) passes it its sockets and waits until it is
+// ready.
 //
-// containerd's own loop (pkg/shim) is not used: on its way out it removes the
-// socket that the bundle's file `address` names, which is Kata's.
+// containerd's own main loop (pkg/shim, Run) is not used: before it exits, it
+// removes the socket that the bundle's file `address` names, which is Kata's.
+//
+// Written against containerd 2.4.
 package daemon
 
 import (
@@ -41,12 +44,12 @@ import (
 )
 
 const (
-	// drainTimeout bounds the last events.
+	// drainTimeout bounds the delivery of the last events.
 	drainTimeout = 3 * time.Second
-	// linger is for the last answers to be written.
+	// linger is the time for the last answers to be written.
 	linger = 100 * time.Millisecond
-	// gcPercent trades time for memory, as containerd's own shims do: there is
-	// one of these for every pod.
+	// gcPercent trades time for memory, as in containerd's own shims: every pod has
+	// one of these processes.
 	gcPercent = 40
 )
 
@@ -60,11 +63,11 @@ type handshaking interface {
 	Handshaker(next ttrpc.Handshaker) ttrpc.Handshaker
 }
 
-// Run serves until the shim is shut down. Before it serves, an error is also
-// said to start.
+// Run serves until the shim is shut down. An error before that is also reported
+// to start.
 func Run(ctx context.Context, i *manager.Invocation) error {
 	debug.SetGCPercent(gcPercent)
-	// A log or a peer that goes away must not take this process along.
+	// A log or a peer that closes must not kill this process.
 	signal.Ignore(syscall.SIGPIPE)
 	openLog(i.Debug)
 	ready := os.NewFile(manager.ReadyFD, "ready")
@@ -73,10 +76,10 @@ func Run(ctx context.Context, i *manager.Invocation) error {
 		_, werr := io.WriteString(ready, err.Error())
 		return errors.Join(err, werr, ready.Close())
 	}
-	// Whoever waits has gone if this fails, and containerd comes to clean up.
+	// If this fails, start has exited, and containerd calls delete.
 	_, err = io.WriteString(ready, "ok")
 	if err := errors.Join(err, ready.Close()); err != nil {
-		log.G(ctx).WithError(err).Warn("nobody waits for this daemon")
+		log.G(ctx).WithError(err).Warn("failed to report readiness to start")
 	}
 	return d.serve()
 }
@@ -184,14 +187,14 @@ func initPlugins(ctx context.Context) ([]ttrpcService, error) {
 	return services, nil
 }
 
-// serve returns when the shim was shut down.
+// serve returns when the shim has been shut down.
 func (d *daemon) serve() error {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
 	failed := make(chan error, 2)
 	for server, l := range map[*ttrpc.Server]net.Listener{d.tasks: d.taskListener, d.events: d.eventListener} {
-		// Calls end with their connection, not with the shutdown: one that waits
-		// for a Kata that is gone must not be answered.
+		// Calls end with their connection, not with the shutdown: those that wait for
+		// a Kata that is gone must not be answered.
 		go func() { failed <- server.Serve(context.WithoutCancel(d.ctx), l) }()
 	}
 	log.G(d.ctx).WithField("version", version.Version).Info("serving")
@@ -200,7 +203,7 @@ func (d *daemon) serve() error {
 	select {
 	case <-d.shutdown.Done():
 	case s := <-signals:
-		log.G(d.ctx).WithField("signal", s).Info("told to end")
+		log.G(d.ctx).WithField("signal", s).Info("received signal, shutting down")
 		d.shutdown.Shutdown()
 		<-d.shutdown.Done()
 	case err = <-failed:
@@ -213,14 +216,14 @@ func (d *daemon) serve() error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(d.ctx), drainTimeout)
 	defer cancel()
 	if ferr := d.relay.Flush(ctx); ferr != nil {
-		log.G(ctx).WithError(ferr).Warn("shut down")
+		log.G(ctx).WithError(ferr).Warn("failed to deliver the last events")
 	}
 	d.unlink()
-	// Answers that are under way get out, Shutdown's above all. ttrpc's own
-	// Shutdown closes connections with calls that it has not counted yet. Calls
-	// that wait for a Kata that is gone end with this process.
-	<-time.After(linger)
-	log.G(ctx).Info("ended")
+	// Let answers in progress be written, Shutdown's above all: ttrpc's own Shutdown
+	// closes connections with calls that it has not counted yet. Calls that wait for
+	// a Kata that is gone end with this process.
+	time.Sleep(linger) //nolint:forbidigo // nothing tells when they are written
+	log.G(ctx).Info("shut down")
 	return errors.Join(err, d.relay.Close())
 }
 
@@ -234,8 +237,8 @@ func inherit(fd uintptr) (net.Listener, error) {
 	return l, nil
 }
 
-// unlinker returns what removes the sockets, unless others have taken their
-// names meanwhile.
+// unlinker returns a function that removes the sockets, unless other files have
+// got their names meanwhile.
 func unlinker(paths ...string) func() {
 	own := make(map[string]os.FileInfo)
 	for _, p := range paths {

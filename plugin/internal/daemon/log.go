@@ -12,15 +12,15 @@ import (
 )
 
 const (
-	// keptLimit bounds what is kept of the log while nobody reads it, in bytes.
+	// keptLimit bounds what is kept of the log while it has no reader, in bytes.
 	keptLimit = 64 << 10
-	// keptRetry is the time between two looks for a reader.
+	// keptRetry is the interval at which a reader is polled for.
 	keptRetry = time.Second
 )
 
-// openLog sends the log, and Go's last words, to the FIFO that containerd made
-// in the bundle. It has several writers: Kata's shim is one. Without a reader
-// there is no log.
+// openLog sends the log, and what Go's runtime prints when it panics, to the FIFO
+// that containerd created in the bundle, which Kata's shim writes to as well.
+// Without a FIFO the log is discarded.
 func openLog(debugging bool) {
 	_ = log.SetFormat(log.TextFormat)
 	if debugging {
@@ -35,8 +35,8 @@ func openLog(debugging bool) {
 	log.L.Logger.SetOutput(&keeper{to: os.NewFile(uintptr(fd), "log"), retry: keptRetry})
 }
 
-// keeper writes the log. While containerd is away nobody reads: what became of
-// an operation that was under way is said to the next containerd.
+// keeper writes the log. While containerd is not running, nobody reads it: the
+// next containerd gets the log of operations that were in progress.
 type keeper struct {
 	to    io.Writer
 	retry time.Duration
@@ -45,7 +45,7 @@ type keeper struct {
 	kept []byte
 }
 
-// Write never fails: there is no other place for the log.
+// Write never fails: the log has no other destination.
 func (k *keeper) Write(p []byte) (int, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -66,7 +66,7 @@ func (k *keeper) flush() {
 		return
 	}
 	if excess := len(k.kept) - keptLimit; excess > 0 {
-		// The oldest lines go.
+		// Drop the oldest lines.
 		_, k.kept, _ = bytes.Cut(k.kept[excess:], []byte("\n"))
 	}
 }

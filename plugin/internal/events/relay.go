@@ -1,8 +1,10 @@
-// Package events carries events to containerd: those of Kata's shim, which
-// gets [Relay]'s socket for containerd's, and our own. All go through one
-// queue, in order, and outlive a restart of containerd. On the way the relay
-// drops what must not be seen, and tells the task service which processes have
-// ended.
+// Package events forwards events to containerd: our own, and those of Kata's
+// shim, which is given [Relay]'s socket in place of containerd's. All pass through
+// one queue, in order, which outlives a restart of containerd. The relay drops
+// events that containerd must not see, and tells the task service which processes
+// have exited.
+//
+// Written against containerd 2.4 and Kata Containers 4.1.0.
 package events
 
 import (
@@ -27,18 +29,18 @@ import (
 )
 
 const (
-	// queueLimit bounds what waits for a containerd that is away.
+	// queueLimit bounds the queue while containerd cannot be reached.
 	queueLimit = 8192
 	// sendTimeout bounds one event, as in containerd's own shims.
 	sendTimeout = 5 * time.Second
-	// retryPause is the longest between two attempts to reach containerd.
+	// retryPause is the maximum pause between two attempts to reach containerd.
 	retryPause = time.Second
 )
 
-// process is a container's first process, or an exec's.
+// process is a container's init, or an exec.
 type process struct{ container, exec string }
 
-// Relay takes events and hands them to containerd. See [NewRelay].
+// Relay forwards events to containerd. See [NewRelay].
 type Relay struct {
 	namespace string
 	address   string
@@ -48,15 +50,15 @@ type Relay struct {
 	queue  []*types.Envelope
 	hidden map[string]bool
 	ended  map[process]bool
-	// change is closed, and made anew, when the queue changes.
+	// change is closed, and replaced, when the queue changes.
 	change chan struct{}
 
 	cancel context.CancelFunc
 	done   chan struct{}
 }
 
-// NewRelay starts a relay to containerd's ttrpc socket at address; without an
-// address, as under CRI-O, events end here. Close ends it.
+// NewRelay starts a relay to containerd's ttrpc socket at address. Without an
+// address, as under CRI-O, it drops all events. The caller closes it.
 func NewRelay(namespace, address string) *Relay {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &Relay{
@@ -73,8 +75,8 @@ func NewRelay(namespace, address string) *Relay {
 	return r
 }
 
-// OnExit sets what is called when a process has ended, before containerd hears
-// of it. It is to be set before the first event.
+// OnExit sets the function that is called when a process has exited, before the
+// event is forwarded. It must be set before the first event.
 func (r *Relay) OnExit(f func(container, exec string)) { r.onExit = f }
 
 // Hide drops all events of a container from now on.
@@ -84,15 +86,15 @@ func (r *Relay) Hide(container string) {
 	r.hidden[container] = true
 }
 
-// Expect says that a process is about to be created, so that its exit is news,
-// whatever had its name before.
+// Expect is called before a process is created, so that its exit is not taken for
+// the repeated exit of an earlier process of the same name.
 func (r *Relay) Expect(container, exec string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.ended, process{container, exec})
 }
 
-// Forget drops what is kept of a container that was deleted.
+// Forget drops the state of a container that was deleted.
 func (r *Relay) Forget(container string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -109,7 +111,7 @@ func (r *Relay) Forward(_ context.Context, req *forward.ForwardRequest) (*emptyp
 	if e == nil {
 		return &emptypb.Empty{}, nil
 	}
-	// An event of a kind that this build does not know is containerd's to judge.
+	// Events of unknown types are forwarded.
 	event, _ := typeurl.UnmarshalAny(e.GetEvent())
 	if r.isHidden(containerOf(event)) {
 		return &emptypb.Empty{}, nil
@@ -128,8 +130,8 @@ func (r *Relay) Forward(_ context.Context, req *forward.ForwardRequest) (*emptyp
 	return &emptypb.Empty{}, nil
 }
 
-// containerOf is the container that an event is about. In a TaskDelete of a
-// container's first process, Kata's Rust shim names it as the process alone.
+// containerOf returns the container that an event is about. In the TaskDelete of
+// a container's init, Kata's Rust shim sets only the process's id.
 func containerOf(event any) string {
 	if c, ok := event.(interface{ GetContainerID() string }); ok && c.GetContainerID() != "" {
 		return c.GetContainerID()
@@ -146,8 +148,8 @@ func (r *Relay) isHidden(container string) bool {
 	return r.hidden[container]
 }
 
-// firstExit is false for the second exit event of a process: Kata's Rust shim
-// waits for a process at its creation and at its start
+// firstExit reports whether this is the first exit event of a process: Kata's
+// Rust shim waits for a process both when it is created and when it is started
 // (src/runtime-rs/crates/runtimes/src/manager.rs).
 func (r *Relay) firstExit(p process) bool {
 	r.mu.Lock()
@@ -176,7 +178,7 @@ func (r *Relay) push(e *types.Envelope) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.queue) >= queueLimit {
-		log.L.WithField("topic", e.GetTopic()).Error("event dropped: containerd takes none and too many wait")
+		log.L.WithField("topic", e.GetTopic()).Error("dropped an event: containerd accepts none, and the queue is full")
 		return
 	}
 	r.queue = append(r.queue, e)
@@ -208,7 +210,7 @@ func (r *Relay) head(ctx context.Context) *types.Envelope {
 	}
 }
 
-// Flush waits until containerd has all events or ctx ends.
+// Flush waits until containerd has received all events, or ctx ends.
 func (r *Relay) Flush(ctx context.Context) error {
 	for {
 		r.mu.Lock()
@@ -225,7 +227,7 @@ func (r *Relay) Flush(ctx context.Context) error {
 	}
 }
 
-// Close ends the relay; what has not reached containerd is lost.
+// Close stops the relay. Events that have not reached containerd are lost.
 func (r *Relay) Close() error {
 	r.cancel()
 	<-r.done
@@ -252,7 +254,7 @@ func (r *Relay) run(ctx context.Context) {
 			return
 		}
 		if err != nil && !isAnswer(err) {
-			log.L.WithError(err).WithField("topic", e.GetTopic()).Debug("containerd takes no event, will try again")
+			log.L.WithError(err).WithField("topic", e.GetTopic()).Debug("failed to forward an event to containerd, retrying")
 			if client != nil {
 				client.Close()
 				client = nil
@@ -266,7 +268,7 @@ func (r *Relay) run(ctx context.Context) {
 			continue
 		}
 		if err != nil {
-			log.L.WithError(err).WithField("topic", e.GetTopic()).Error("containerd refuses an event")
+			log.L.WithError(err).WithField("topic", e.GetTopic()).Error("containerd rejected an event")
 		}
 		pause = retryPause / 16
 		r.mu.Lock()
@@ -290,8 +292,8 @@ func (r *Relay) send(ctx context.Context, client **ttrpc.Client, e *types.Envelo
 	return err
 }
 
-// isAnswer says whether an error came from containerd itself: sending the same
-// again would change nothing.
+// isAnswer reports whether an error is containerd's own answer, which a retry
+// would not change.
 func isAnswer(err error) bool {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ttrpc.ErrClosed) {
 		return false

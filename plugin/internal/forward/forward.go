@@ -1,11 +1,11 @@
-// Package forward lets calls pass between containerd and Kata's shim that
-// nobody here has to read. A server in between costs a wake-up of a thread at
-// every hand-over from one goroutine to the next, which is more than all else
-// that a forwarded call costs; here a frame that came in is written out by the
-// goroutine that read it.
+// Package forward passes calls between containerd and Kata's shim that this shim
+// does not have to read. A ttrpc server in between costs a thread wake-up at every
+// hand-over from one goroutine to the next, which is most of the price of a
+// forwarded call. Here, the goroutine that reads a frame writes it.
 //
-// Frames are those of ttrpc's PROTOCOL.md: ten bytes of header (length of the
-// data, stream, both big endian, type, flags) and the data.
+// Written against ttrpc 1.2, whose frames (PROTOCOL.md) have a header of ten
+// bytes (length of the data and stream, both big endian, type, flags), followed
+// by the data.
 package forward
 
 import (
@@ -30,17 +30,19 @@ const (
 	maxData     = 4 << 20
 	typeRequest = 1
 
-	// longest is the longest frame that may pass. Longer ones go to the server.
+	// longest is the size of the longest frame that may pass. The server gets longer
+	// ones.
 	longest = 16 << 10
-	// sendTimeout is for a Kata that does not read its connection: other calls
-	// wait behind this one.
+	// sendTimeout is for a Kata that does not read from its connection: other calls
+	// wait for this one.
 	sendTimeout = time.Second
 )
 
-// Handshaker has the calls of a server's connections for which pass is true go
-// to the socket at path instead, and the answers come back. The connection to
-// path is made for the first of them; once it has failed, the server gets all
-// calls. What was on its way then is not answered: see plugin/internal/task, pass.
+// Handshaker redirects those calls on a server's connections for which pass
+// returns true to the socket at path, and returns the answers. It connects to
+// path for the first of them. Once that connection has failed, the server gets
+// all calls. Calls in flight are not answered then: see Service.pass in
+// plugin/internal/task.
 func Handshaker(next ttrpc.Handshaker, path string, pass func(*ttrpc.Request) bool) ttrpc.Handshaker {
 	return handshaker{next: next, path: path, pass: pass}
 }
@@ -61,19 +63,19 @@ func (h handshaker) Handshake(ctx context.Context, c net.Conn) (net.Conn, any, e
 }
 
 // conn is a connection from containerd, as the server sees it. Streams have the
-// same numbers on both sides, which grow, as the protocol wants it.
+// same numbers on both sides, which increase, as the protocol requires.
 type conn struct {
 	net.Conn
 	handshaker
 	ctx context.Context
 
-	// in and left, what the server has yet to read of a frame, are Read's.
+	// in and left, what the server has yet to read of a frame, belong to Read.
 	in   *bufio.Reader
 	left int
 
-	// out is Write's: the beginning of a frame that the server is writing.
+	// out belongs to Write: the beginning of a frame that the server is writing.
 	out []byte
-	// sending keeps the server's frames and Kata's apart.
+	// sending serializes the frames of the server and of Kata.
 	sending sync.Mutex
 
 	mu   sync.Mutex
@@ -82,7 +84,7 @@ type conn struct {
 	closed bool
 }
 
-// Read gives the server the frames that are its own.
+// Read returns the frames that are for the server.
 func (c *conn) Read(p []byte) (int, error) {
 	for c.left == 0 {
 		header, err := c.in.Peek(headerLength)
@@ -103,7 +105,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// passOn sends the next frame to Kata, if it is one to be passed.
+// passOn sends the next frame to Kata if it may pass.
 func (c *conn) passOn(size int) (bool, error) {
 	if size > longest {
 		return false, nil
@@ -127,21 +129,21 @@ func (c *conn) mayPass(frame []byte) bool {
 	return frame[8] == typeRequest && proto.Unmarshal(frame[headerLength:], &r) == nil && c.pass(&r)
 }
 
-// sendTo says whether Kata has the frame. If not it has only a part of it, which
-// the end of the connection makes void.
+// sendTo reports whether Kata has the whole frame. Kata discards a part of one
+// when the connection is closed.
 func (c *conn) sendTo(kata net.Conn, frame []byte) bool {
 	err := kata.SetWriteDeadline(time.Now().Add(sendTimeout))
 	if err == nil {
 		_, err = kata.Write(frame)
 	}
 	if err != nil {
-		log.G(c.ctx).WithError(err).Warn("calls do not pass to Kata's shim unread any more")
+		log.G(c.ctx).WithError(err).Warn("failed to pass calls to Kata's shim, forwarding them instead")
 		c.hangUp()
 	}
 	return err == nil
 }
 
-// dial returns the connection to Kata, nil if there is none any more.
+// dial returns the connection to Kata, nil once it has failed.
 func (c *conn) dial() net.Conn {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -150,19 +152,19 @@ func (c *conn) dial() net.Conn {
 	}
 	kata, err := (&net.Dialer{Timeout: sendTimeout}).DialContext(c.ctx, "unix", c.path)
 	if err != nil {
-		log.G(c.ctx).WithError(err).Warn("calls do not pass to Kata's shim unread")
+		log.G(c.ctx).WithError(err).Warn("failed to connect to Kata's shim for passing calls, forwarding them instead")
 		c.closed = true
 		return nil
 	}
 	c.kata = kata
 	go func() {
-		log.G(c.ctx).WithError(c.answers(kata)).Debug("no more answers of Kata's shim to calls that passed unread")
+		log.G(c.ctx).WithError(c.answers(kata)).Debug("connection to Kata's shim for passed calls closed")
 		c.hangUp()
 	}()
 	return kata
 }
 
-// answers brings Kata's answers, and returns why there are no more.
+// answers copies Kata's answers until that fails.
 func (c *conn) answers(kata net.Conn) error {
 	in := bufio.NewReader(kata)
 	var frame []byte
@@ -185,8 +187,7 @@ func (c *conn) answers(kata net.Conn) error {
 	}
 }
 
-// Write takes what the server writes, which are pieces of frames, and sends
-// whole ones.
+// Write accepts pieces of frames from the server and sends whole ones.
 func (c *conn) Write(p []byte) (int, error) {
 	c.out = append(c.out, p...)
 	for len(c.out) >= headerLength && len(c.out) >= frameSize(c.out) {
@@ -213,7 +214,7 @@ func (c *conn) Close() error {
 	return err
 }
 
-// hangUp ends the connection to Kata for good.
+// hangUp closes the connection to Kata permanently.
 func (c *conn) hangUp() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -224,7 +225,7 @@ func (c *conn) hangUp() {
 	}
 }
 
-// frameSize is a frame's, header included, in bytes.
+// frameSize is the size of a frame in bytes, including its header.
 func frameSize(header []byte) int {
 	return headerLength + int(binary.BigEndian.Uint32(header))
 }

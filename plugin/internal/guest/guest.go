@@ -1,6 +1,6 @@
-// Package guest is the shim's connection to the agent in its guest. There is
-// one guest for a shim, and one [Agent] for it; it may be asked for before the
-// VM exists, and it outlives an agent that was started again.
+// Package guest is the shim's connection to the agent in its guest. A shim has one
+// guest and one [Agent] for it, which may be used before the VM exists, and which
+// outlives a restart of the agent.
 package guest
 
 import (
@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	// dialPause is between two attempts to reach an agent that is starting.
+	// dialPause is the pause between two attempts to reach an agent that starts.
 	dialPause = 20 * time.Millisecond
 	// infoTimeout bounds the first answer on a new connection.
 	infoTimeout = 5 * time.Second
@@ -31,13 +31,13 @@ const (
 // Dialer connects to the agent's port. It is called again for every attempt.
 type Dialer func(ctx context.Context) (net.Conn, error)
 
-// Agent is the agent of one guest. Its zero value is not usable, see [New].
+// Agent is the agent of one guest. The zero value is not usable; see [New].
 type Agent struct {
 	dial  Dialer
 	owner string
 	lost  func()
 
-	// sem is a mutex that a context can give up.
+	// sem is a mutex whose acquisition a context can cancel.
 	sem  chan struct{}
 	conn *connection
 
@@ -45,20 +45,20 @@ type Agent struct {
 	wg     sync.WaitGroup
 }
 
-// connection is one that is alive until done is closed.
+// connection is alive until done is closed.
 type connection struct {
 	client *ttrpc.Client
 	agent  api.AgentService
 	done   chan struct{}
 }
 
-// New returns the agent that dial leads to. Owner names this shim to it. Lost
-// is called whenever an established connection has broken.
+// New returns the agent that dial connects to. Owner identifies this shim to it.
+// Lost is called whenever an established connection has broken.
 func New(dial Dialer, owner string, lost func()) *Agent {
 	return &Agent{dial: dial, owner: owner, lost: lost, sem: make(chan struct{}, 1), closed: make(chan struct{})}
 }
 
-// Close ends the connection. The guest thaws what is frozen in our name.
+// Close closes the connection. The guest thaws the containers that it owns.
 func (a *Agent) Close() {
 	close(a.closed)
 	a.sem <- struct{}{}
@@ -69,22 +69,22 @@ func (a *Agent) Close() {
 	a.wg.Wait()
 }
 
-// Connect makes sure that there is a connection, by one attempt.
+// Connect makes sure that there is a connection. It tries once.
 func (a *Agent) Connect(ctx context.Context) error {
 	_, err := a.connection(ctx)
 	return err
 }
 
-// WaitConnect tries until there is a connection or ctx ends. Where revive is
-// not nil and no agent answers, it is called once, after the first attempt or,
-// with a grace time, later; it starts the agent.
+// WaitConnect tries to connect until it succeeds or ctx ends. If no agent answers
+// within grace and revive is not nil, it calls revive once, which starts the
+// agent.
 func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive func(context.Context) error) error {
 	revival := time.After(grace)
 	var last error
 	for {
 		err := a.Connect(ctx)
 		if last != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) && !IsGone(err) {
-			err = last // why there was none, and not only that time ran out
+			err = last // the cause, in place of the end of ctx
 		}
 		last = err
 		var other *ProtocolError
@@ -110,7 +110,7 @@ func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive fun
 	}
 }
 
-// ProtocolError says that the agent and this shim do not fit together.
+// ProtocolError is returned for an agent with another protocol than this shim's.
 type ProtocolError struct {
 	Agent    string
 	Protocol uint32
@@ -125,7 +125,7 @@ func (e *ProtocolError) Error() string {
 // Unwrap gives the error its class.
 func (e *ProtocolError) Unwrap() error { return errdefs.ErrFailedPrecondition }
 
-// goneError is of a call that no agent has answered.
+// goneError is the error of a call that no agent has answered.
 type goneError struct{ error }
 
 // Unwrap gives the error its class.
@@ -138,7 +138,7 @@ func IsGone(err error) bool {
 	return errors.As(err, &gone)
 }
 
-// ErrNoVM is what a dialer returns when there is nothing to wait for.
+// ErrNoVM is returned by a dialer when waiting for the VM is pointless.
 var ErrNoVM = errors.New("its VM has ended")
 
 var errClosed = errclass.Unavailable("the shim is shutting down")
@@ -179,7 +179,7 @@ func (a *Agent) connection(ctx context.Context) (*connection, error) {
 	return c, nil
 }
 
-// open makes a connection that nobody has spoken on.
+// open makes a connection without using it.
 func (a *Agent) open(ctx context.Context) (*connection, error) {
 	conn, err := a.dial(ctx)
 	if err != nil {
@@ -204,8 +204,8 @@ func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
 	return info, nil
 }
 
-// hold keeps the agent's Hold call open for as long as the connection lives,
-// and tells when it has ended.
+// hold keeps the agent's Hold call, our lease, open for as long as the connection
+// lives, and calls lost when it has ended.
 func (a *Agent) hold(c *connection) {
 	a.wg.Go(func() {
 		_, err := c.agent.Hold(context.Background(), &api.HoldRequest{Owner: a.owner})
@@ -213,7 +213,7 @@ func (a *Agent) hold(c *connection) {
 		select {
 		case <-a.closed:
 		default:
-			log.L.WithError(err).Debug("connection to the agent in the guest ended")
+			log.L.WithError(err).Debug("connection to the agent in the guest closed")
 			a.lost()
 		}
 	})
@@ -285,8 +285,8 @@ func Cause(ctx context.Context, err error) error {
 	return err
 }
 
-// alone opens a connection beside the one that there is: the version is checked
-// then, and Hold open.
+// alone opens another connection beside the usual one, on which the version has
+// been checked and Hold is open.
 func (a *Agent) alone(ctx context.Context) (*connection, error) {
 	if err := a.Connect(ctx); err != nil {
 		return nil, err
@@ -294,13 +294,13 @@ func (a *Agent) alone(ctx context.Context) (*connection, error) {
 	return a.open(ctx)
 }
 
-// native gives an error of the agent's its class back.
+// native restores the class of an error that the agent returned.
 func native(err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, ttrpc.ErrClosed):
-		return goneError{errclass.Unavailable("the agent in the guest has gone")}
+		return goneError{errclass.Unavailable("the agent in the guest is gone")}
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}

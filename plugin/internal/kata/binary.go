@@ -1,7 +1,9 @@
-// Package kata is all that the shim knows of Kata's own shim, its downstream:
-// how its binary is called and answers, where it says how to reach the guest,
-// and how the guest is dialled. Kata's Go and Rust shims differ in each; both
-// are taken as they are, and nothing here asks which one it has.
+// Package kata is all that the shim knows about Kata's own shim, its downstream:
+// how its binary is called and answers, how to find and dial the guest, and what
+// it leaves behind. Kata's Go and Rust shims differ in each of these. The package
+// handles both without knowing which one it has.
+//
+// Written against Kata Containers 4.1.0, to whose sources the comments refer.
 package kata
 
 import (
@@ -21,12 +23,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// addressSuffix makes the -address that Kata's shim gets differ from ours: both
-// hash it into the name of their socket, and Kata's removes one that it finds
+// addressSuffix distinguishes the -address of Kata's shim from ours: both hash it
+// into the name of their socket, and Kata's removes a socket that exists
 // (src/runtime/pkg/containerd-shim-v2/service.go, StartShim).
 const addressSuffix = ".kata-checkpoint"
 
-// maxOutput bounds what is taken of a binary's output, in bytes.
+// maxOutput bounds what is read of a binary's output, in bytes.
 const maxOutput = 1 << 20
 
 // Binary is Kata's shim.
@@ -36,12 +38,12 @@ type Binary struct{ Path string }
 func Find(name string) (Binary, error) {
 	path, err := exec.LookPath(name)
 	if err != nil {
-		return Binary{}, fmt.Errorf("no shim of Kata at %q: set downstream_shim in config.toml to where it is: %w", name, err)
+		return Binary{}, fmt.Errorf("no shim of Kata at %q: set downstream_shim in config.toml to its path: %w", name, err)
 	}
 	return Binary{Path: path}, nil
 }
 
-// Args turns the arguments that containerd gave to us into those for Kata.
+// Args turns the arguments that containerd gave us into those for Kata.
 func Args(args []string) []string {
 	out := make([]string, len(args))
 	copy(out, args)
@@ -69,8 +71,8 @@ type Call struct {
 	Env []string
 }
 
-// Run runs the binary to its end in the current directory and returns what it
-// wrote on stdout. The error has what it wrote on stderr.
+// Run runs the binary in the current directory until it exits, and returns its
+// stdout. Errors include its stderr.
 func (b Binary) Run(ctx context.Context, c Call) ([]byte, error) {
 	// Files, not pipes: a daemon that the binary leaves behind may keep them open.
 	stdout, err := memfd("stdout")
@@ -87,9 +89,9 @@ func (b Binary) Run(ctx context.Context, c Call) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, b.Path, Args(c.Args)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Stdin, stdout, stderr
 	cmd.Env = append(os.Environ(), c.Env...)
-	// containerd kills a delete that takes too long: Kata's must not go on beside
-	// the next container of the same name. The signal comes with the end of the
-	// thread that started the process, so that this one is kept.
+	// containerd kills a delete that takes too long. Kata's must not continue
+	// beside the next container of the same name. The signal is sent when the
+	// thread that started the process exits, so it must not.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread()
 	runErr := cmd.Run()
@@ -103,7 +105,7 @@ func (b Binary) Run(ctx context.Context, c Call) ([]byte, error) {
 		return nil, err
 	}
 	if runErr == nil && len(out) == 0 && len(said) > 0 {
-		// Kata's Rust shim says what is wrong and exits with 0
+		// Kata's Rust shim prints its errors and exits with 0
 		// (src/runtime-rs/crates/shim/src/bin/main.rs).
 		runErr = errors.New("no answer")
 	}
@@ -113,7 +115,7 @@ func (b Binary) Run(ctx context.Context, c Call) ([]byte, error) {
 	return out, nil
 }
 
-// quote puts the end of a program's words behind an error.
+// quote formats the tail of a program's output for the end of an error.
 func quote(said []byte) string {
 	const limit = 2000
 	said = bytes.TrimSpace(said)
@@ -153,11 +155,11 @@ type Endpoint struct {
 // Path is the socket's path.
 func (e Endpoint) Path() string { return strings.TrimPrefix(e.Address, "unix://") }
 
-// Service is the name of the task service that is served there.
+// Service is the name of its task service.
 func (e Endpoint) Service() string { return fmt.Sprintf("containerd.task.v%d.Task", e.Version) }
 
-// ParseStart reads the answer to `start`: an address alone, as Kata's shims
-// print it, or containerd's JSON.
+// ParseStart parses the answer to `start`: a bare address, as Kata's shims print
+// it, or containerd's JSON.
 func ParseStart(out []byte) (Endpoint, error) {
 	text := strings.TrimSpace(string(out))
 	e := Endpoint{Address: text, Version: 2}
@@ -180,7 +182,7 @@ func ParseStart(out []byte) (Endpoint, error) {
 	case text == "":
 		return e, errors.New("no answer of Kata's shim to start")
 	case e.Version != 2 && e.Version != 3:
-		return e, fmt.Errorf("answer of Kata's shim to start: version %d of the task API is not known", e.Version)
+		return e, fmt.Errorf("answer of Kata's shim to start: unknown version %d of the task API", e.Version)
 	case !strings.HasPrefix(e.Address, "unix:///") || strings.ContainsFunc(e.Address, func(r rune) bool { return r <= ' ' || r > '~' }):
 		return e, fmt.Errorf("answer of Kata's shim to start: %q is not the address of a socket: is downstream_shim in config.toml Kata's shim?", abbreviate(text))
 	}

@@ -18,38 +18,39 @@ import (
 	"github.com/mdlayher/vsock"
 )
 
-// managementTimeout bounds one question to the management socket.
+// managementTimeout bounds a request to the management socket.
 const managementTimeout = 5 * time.Second
 
-// managementInterval is between two tries to find the socket.
+// managementInterval is the interval at which the socket is polled for.
 const managementInterval = 10 * time.Millisecond
 
-// Management is the HTTP socket of Kata's shim that every sandbox has once it
-// is created. The zero value is not usable, see [DefaultManagement].
+// Management is the HTTP socket of Kata's shim that every sandbox has once it is
+// created. The zero value is not usable; see [DefaultManagement].
 type Management struct {
 	// GoDir and RustDir are where the shims have a directory per sandbox
 	// (src/runtime/pkg/containerd-shim-v2/shim_management.go and
-	// src/libs/shim-interface/src/lib.rs). A reader tries Go's first, as Kata's own do.
+	// src/libs/shim-interface/src/lib.rs). Go's takes precedence, as in Kata's own
+	// clients.
 	GoDir, RustDir string
 }
 
 // DefaultManagement has Kata's own paths.
 var DefaultManagement = Management{GoDir: "/run/vc/sbs", RustDir: "/run/kata"}
 
-// Guest is where a guest is dialled.
+// Guest is the address of a guest.
 type Guest struct {
-	// hybrid is the socket of a VMM that speaks hybrid vsock, if it does.
+	// hybrid is the VMM's socket for hybrid vsock; "": it has vsock.
 	hybrid string
 	cid    uint32
-	// HooksHideGuestHook: this Kata runs no guest hook for a container whose
-	// spec has hooks. It only decides how soon another way is tried to start the
-	// agent (the Rust shim hands the agent an empty hooks object,
-	// src/runtime-rs/crates/runtimes/virt_container/src/container_manager/container.rs).
+	// HooksHideGuestHook: this Kata runs no guest hook for a container whose spec
+	// has hooks, because the Rust shim passes an empty hooks object to kata-agent
+	// (src/runtime-rs/crates/runtimes/virt_container/src/container_manager/container.rs).
+	// It only decides how soon the shim tries a bootstrap container.
 	HooksHideGuestHook bool
 }
 
-// Guest asks how the guest of a sandbox is reached. It waits for the socket:
-// Kata's Go shim makes it while it answers Create
+// Guest asks Kata's shim for the address of a sandbox's guest. It waits for the
+// socket, which Kata's Go shim creates while it answers Create
 // (src/runtime/pkg/containerd-shim-v2/create.go).
 func (m Management) Guest(ctx context.Context, sandbox string) (*Guest, error) {
 	ctx, cancel := context.WithTimeout(ctx, managementTimeout)
@@ -111,8 +112,8 @@ func get(ctx context.Context, socket, path string) (string, error) {
 	return strings.TrimSpace(string(body)), nil
 }
 
-// parseAgentURL reads hvsock://PATH:PORT and vsock://CID:PORT. The port is
-// that of Kata's agent and of no use here.
+// parseAgentURL parses hvsock://PATH:PORT and vsock://CID:PORT. The port, that of
+// kata-agent, is ignored.
 func parseAgentURL(url string) (*Guest, error) {
 	scheme, rest, _ := strings.Cut(url, "://")
 	i := strings.LastIndexByte(rest, ':')
@@ -155,8 +156,8 @@ func (g *Guest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return conn, nil
 }
 
-// hybridConnect asks a VMM's socket for a port. The answer is read a byte at a
-// time: what follows its line belongs to the caller.
+// hybridConnect asks a VMM's socket for a port. It reads the answer byte by byte:
+// what follows the line belongs to the caller.
 func hybridConnect(ctx context.Context, conn net.Conn, port uint32) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	if _, err := fmt.Fprintf(conn, "CONNECT %d\n", port); err != nil {
@@ -179,7 +180,7 @@ func hybridConnect(ctx context.Context, conn net.Conn, port uint32) error {
 		return fmt.Errorf("the VMM answers %q", line)
 	}
 	if !stop() {
-		return ctx.Err() // and the connection's deadline is over
+		return ctx.Err() // the connection's deadline has been set
 	}
 	return nil
 }

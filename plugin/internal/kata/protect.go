@@ -14,19 +14,20 @@ import (
 )
 
 // writableDirs are where in a sandbox's share Kata's shims mount root file
-// systems and volumes, the Rust one and the Go one. virtiofsd serves copies of
-// these mounts, which are beside them.
+// systems and volumes: the Rust one in rw, the Go one in mounts. virtiofsd serves
+// copies of these mounts, which are beside them.
 var writableDirs = []string{"rw", "mounts"}
 
-// Protect makes read-only, to Kata's shim alone, what it shares with the guest
-// of a sandbox. At the end of a sandbox both of Kata's shims remove the share
-// with all that is in it, and take for granted that nothing is mounted there any
-// more (src/runtime-rs/crates/resource/src/share_fs/virtio_fs_share_mount.rs,
-// src/runtime/virtcontainers/fs_share_linux.go). Of a container that was created
-// and never started, its root file system and its volumes are: their files would
-// be gone. The guest can write on, through virtiofsd's copies of the mounts.
+// Protect makes what Kata's shim shares with the guest of a sandbox read-only,
+// for Kata's shim alone. At the end of a sandbox, both of Kata's shims remove the
+// share recursively, assuming that nothing is mounted in it any more
+// (src/runtime-rs/crates/resource/src/share_fs/virtio_fs_share_mount.rs,
+// src/runtime/virtcontainers/fs_share_linux.go). For a container that was created
+// and never started, the root file system and the volumes still are: their files
+// would be deleted. The guest can still write to them, through virtiofsd's copies
+// of the mounts.
 //
-// The shim is the process of pid, to which pidfd refers.
+// pid and pidfd are those of Kata's shim.
 func Protect(pidfd, pid int, sandbox string) error {
 	return protect(pidfd, pid, filepath.Join(shareDir, filepath.Base(sandbox)))
 }
@@ -67,8 +68,8 @@ func protect(pidfd, pid int, share string) error {
 	return nil
 }
 
-// makeReadOnly makes a mount read-only, and no other of its file system. The
-// path may lead through what a guest can write.
+// makeReadOnly makes a mount read-only, without its file system's other mounts.
+// The path may lead through directories that the guest can write to.
 func makeReadOnly(path string) error {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if err == nil {
@@ -79,7 +80,7 @@ func makeReadOnly(path string) error {
 			err = unix.Mount("", fmt.Sprintf("/proc/thread-self/fd/%d", fd), "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
 		}
 	}
-	// ENOENT and EINVAL: it is no mount any more.
+	// ENOENT and EINVAL: it is no longer a mount.
 	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("make %s read-only: %w", path, err)
 	}

@@ -18,16 +18,15 @@ import (
 // src/runtime-rs/crates/resource/src/share_fs/utils.rs).
 const shareDir = "/run/kata-containers/shared/sandboxes"
 
-// vmDirs are where Kata's shims, the Go and the Rust one, have the sockets of a
-// VM. One that is killed while it boots the VM leaves them, and its Go shim boots
-// no other of the same name then: its socket for virtiofsd is in use.
+// vmDirs are where Kata's Go and Rust shims keep the sockets of a VM. A shim that
+// is killed while it boots the VM leaves them behind, and then the Go shim cannot
+// boot another one of the same name: its virtiofsd socket is in use.
 var vmDirs = []string{"/run/vc/vm", "/run/kata"}
 
-// Sweep removes what Kata leaves of a sandbox: of its share for containers that
-// were created and never started, empty directories and empty files, on which its
-// mounts were; of a VM that never ran, sockets. Anything else stays, and so does
-// all of it while something is mounted there. Kata's shim and the VM must have
-// ended.
+// Sweep removes what Kata leaves of a sandbox: the mount points, empty directories
+// and files, of containers that were created and never started, and the sockets
+// of a VM that never ran. It removes nothing else, and nothing at all while
+// something is mounted there. Kata's shim and the VM must have exited.
 func Sweep(sandbox string) error {
 	name := filepath.Base(sandbox)
 	err := sweep(filepath.Join(shareDir, name))
@@ -37,9 +36,9 @@ func Sweep(sandbox string) error {
 	return err
 }
 
-// SweepMount removes the empty file that Kata's Go shim leaves of every file that
-// it shares read-only for a container, until the whole sandbox ends: its mount
-// point of a moment (src/runtime/virtcontainers/fs_share_linux.go, ShareFile).
+// SweepMount removes the empty file that Kata's Go shim leaves, until the sandbox
+// ends, for every file that it shares read-only with a container: a temporary
+// mount point (src/runtime/virtcontainers/fs_share_linux.go, ShareFile).
 // destination is that of the mount in the container.
 func SweepMount(sandbox, container, destination string) error {
 	return sweepMount(filepath.Join(shareDir, filepath.Base(sandbox), "private"), container, destination)
@@ -51,7 +50,7 @@ func sweepMount(dir, container, destination string) error {
 		return nil
 	}
 	for _, e := range entries {
-		// CONTAINER-RANDOM-NAME, of which the middle is 8 bytes in hexadecimal digits.
+		// CONTAINER-RANDOM-NAME, where RANDOM is 8 bytes in hexadecimal.
 		random, ours := strings.CutPrefix(e.Name(), container+"-")
 		random, named := strings.CutSuffix(random, "-"+filepath.Base(destination))
 		if _, err := hex.DecodeString(random); !ours || !named || len(random) != 16 || err != nil {

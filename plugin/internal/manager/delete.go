@@ -30,25 +30,24 @@ import (
 // containerd gives delete 5 s in all (core/runtime/v2/shim.go, cleanupTimeout).
 const (
 	retireTimeout = 2 * time.Second
-	// shutdownGrace is for a shim of Kata's that has been told to shut down, to
-	// end by itself.
+	// shutdownGrace is the time for a shim of Kata's to exit after Shutdown.
 	shutdownGrace = 500 * time.Millisecond
-	// vmTimeout is until when, from the beginning, the end of the VM is waited for.
+	// vmTimeout bounds the wait for the VM, from the beginning of delete.
 	vmTimeout = 4 * time.Second
 )
 
-// ErrReplaced says that the container to delete is gone and its name another's.
-var ErrReplaced = errors.New("the bundle has been removed, and its name is another container's by now")
+// ErrReplaced means that another container has got the name of the one to delete.
+var ErrReplaced = errors.New("the bundle has been removed, and another container has its name by now")
 
-// Delete cleans up after a shim whose connection to containerd has ended, by
-// whatever cause, and returns the answer for stdout. What is wrong is logged
-// and stops nothing: nobody comes after this.
+// Delete cleans up after a shim whose connection to containerd has been closed,
+// for whatever reason, and returns the answer for stdout. Errors are logged, not
+// returned: delete is best effort and is never retried.
 //
-// containerd waits for it before it gives the name to another container, but
-// not for longer than its caller has time. What is named after the container is
-// therefore left alone from the moment on at which there is another of that
-// name, and the answer is [ErrReplaced]: after any other, containerd would
-// remove that container's bundle, too.
+// containerd waits for it before it gives the name to another container, but no
+// longer than its caller's deadline. As soon as there is another container of that
+// name, Delete therefore leaves alone whatever is named after it and returns
+// [ErrReplaced]: after any other answer, containerd would also remove that
+// container's bundle.
 func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	begin := time.Now()
 	if i.replaced() {
@@ -56,7 +55,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	}
 	warn := func(step string, err error) {
 		if err != nil {
-			log.G(ctx).WithError(err).WithField("container", i.ID).Warn("delete: " + step)
+			log.G(ctx).WithError(err).WithField("container", i.ID).Warn("failed to " + step)
 		}
 	}
 	r, err := bundle.ReadRecord(i.Bundle)
@@ -70,13 +69,13 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	}
 	owns := r.Sandbox == i.ID
 	if owns {
-		warn("end the daemon", endDaemon(r))
+		warn("kill the daemon", endDaemon(r))
 	}
-	// A daemon of ours that is alive looks after Kata's shim by itself, and after
-	// the container's files: containerd comes here after every deletion of a pod's
-	// container, too, when there may be another one of the same name already, whose
-	// root file system Kata's delete would unmount. Without a daemon Kata's has no
-	// owner any more, which Kata's own delete does not expect.
+	// A running daemon of ours takes care of Kata's shim and of the container's
+	// files. containerd also calls this after every deletion of a container in a
+	// pod, when there may already be another one of the same name, whose root file
+	// system Kata's delete would unmount. Without our daemon, Kata's has no owner any
+	// more, which Kata's own delete does not expect.
 	alive := !owns && answers(r.Address)
 	if !alive && !i.replaced() {
 		warn("protect what Kata shares", ProtectShare(filepath.Join(filepath.Dir(filepath.Clean(i.Bundle)), r.Sandbox), r.Sandbox))
@@ -87,8 +86,8 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 			if err != nil {
 				grace = 0
 			}
-			warn("end Kata's shim", killKata(i.Bundle, grace))
-			warn("end the VM", endVM(i.Bundle, i.ID, begin.Add(vmTimeout)))
+			warn("kill Kata's shim", killKata(i.Bundle, grace))
+			warn("kill the VM", endVM(i.Bundle, i.ID, begin.Add(vmTimeout)))
 		}
 	}
 	if i.replaced() {
@@ -97,26 +96,26 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	resp := &task.DeleteResponse{ExitStatus: 128 + uint32(syscall.SIGKILL), ExitedAt: timestamppb.Now()}
 	if !alive {
 		resp, err = i.deleteKata(ctx, r)
-		warn("Kata's part", err)
+		warn("run Kata's delete", err)
 		if i.replaced() {
 			return nil, ErrReplaced
 		}
-		warn("unfinished image set", bundle.RemoveStaging(i.Bundle))
-		warn("containerd's copy of a checkpoint", removeTemporary(i.Bundle))
-		warn("rootfs", bundle.EmptyRootfs(i.Bundle))
-		warn("exchange directory", os.RemoveAll(adjust.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
+		warn("remove an unfinished image set", bundle.RemoveStaging(i.Bundle))
+		warn("remove containerd's copy of a checkpoint", removeTemporary(i.Bundle))
+		warn("empty the rootfs", bundle.EmptyRootfs(i.Bundle))
+		warn("remove the exchange directory", os.RemoveAll(adjust.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
 	}
 	if owns {
-		warn("sockets", i.removeSockets(r))
-		warn("what Kata leaves", kata.Sweep(i.ID))
+		warn("remove sockets", i.removeSockets(r))
+		warn("remove what Kata leaves", kata.Sweep(i.ID))
 	}
 	return proto.Marshal(resp)
 }
 
-// replaced tells whether the bundle's path leads to another bundle than the one
-// that containerd made the working directory, which it does for every delete. A
-// bundle that containerd has removed bears the name .ID, or is marked as deleted;
-// any other working directory is that of an operator who runs this by hand.
+// replaced reports whether the bundle's path leads to another bundle than the one
+// that containerd has made the working directory, as it does for every delete. A
+// bundle that containerd has removed has the name .ID, or is marked as deleted.
+// With any other working directory, this has been started by hand.
 func (i *Invocation) replaced() bool {
 	own, err := os.Readlink("/proc/self/cwd")
 	if err != nil || procfs.WorksIn(os.Getpid(), i.Bundle) {
@@ -131,7 +130,7 @@ func (i *Invocation) replaced() bool {
 	return err == nil
 }
 
-// guessRecord is for a bundle without a record: start has not come so far.
+// guessRecord is for a bundle without a record: start has not got so far.
 func (i *Invocation) guessRecord() (*bundle.Record, error) {
 	cfg, err := config.Load(config.Path())
 	if err != nil {
@@ -148,7 +147,7 @@ func (i *Invocation) guessRecord() (*bundle.Record, error) {
 	return r, nil
 }
 
-// endDaemon ends our daemon, should it be alive.
+// endDaemon kills our daemon if it is running.
 func endDaemon(r *bundle.Record) error {
 	return end(r.PID, 0, func() bool { return procfs.Is(r.PID, r.StartTime) })
 }
@@ -162,8 +161,8 @@ func answers(address string) bool {
 	return true
 }
 
-// retire ends a container of a Kata shim that nobody talks to any more, as an
-// engine would, and the sandbox with it if it is the container's.
+// retire kills and deletes a container of a Kata shim without an owner, as an
+// engine would, and its sandbox if it holds that.
 func (i *Invocation) retire(ctx context.Context, e kata.Endpoint, owns bool) error {
 	if e.Address == "" {
 		return nil
@@ -172,7 +171,7 @@ func (i *Invocation) retire(ctx context.Context, e kata.Endpoint, owns bool) err
 	defer cancel()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", e.Path())
 	if err != nil {
-		return nil // it is dead: the usual case
+		return nil // Kata's shim has exited: the usual case
 	}
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
@@ -205,8 +204,8 @@ func (i *Invocation) retire(ctx context.Context, e kata.Endpoint, owns bool) err
 	return err
 }
 
-// deleteKata runs the delete of Kata's binary. Its answer is the one to give,
-// unless there is none: Kata's Rust shim prints its errors and exits with 0.
+// deleteKata runs `delete` of Kata's binary and returns its answer, or a default
+// if it has none: Kata's Rust shim prints its errors and exits with 0.
 func (i *Invocation) deleteKata(ctx context.Context, r *bundle.Record) (*task.DeleteResponse, error) {
 	resp := &task.DeleteResponse{ExitStatus: 128 + uint32(syscall.SIGKILL), ExitedAt: timestamppb.Now()}
 	shim, err := kata.Find(r.DownstreamShim)

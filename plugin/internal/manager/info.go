@@ -12,7 +12,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// Info returns what Kata's binary says about itself, under our name: its
+// Info returns what Kata's binary reports about itself, with our name. Its
 // annotations tell containerd which mounts it may leave to the runtime.
 func Info(ctx context.Context, i *Invocation) ([]byte, error) {
 	cfg, err := config.Load(config.Path())
@@ -29,7 +29,7 @@ func Info(ctx context.Context, i *Invocation) ([]byte, error) {
 	}
 	info := &types.RuntimeInfo{}
 	if err := proto.Unmarshal(out, info); err != nil {
-		return nil, fmt.Errorf("info of Kata's shim cannot be read: is downstream_shim in config.toml Kata's shim? %w", err)
+		return nil, fmt.Errorf("parse info of Kata's shim: %w; is downstream_shim in config.toml Kata's shim?", err)
 	}
 	if len(out) == 0 {
 		return nil, errors.New("no info of Kata's shim: is downstream_shim in config.toml Kata's shim?")

@@ -1,8 +1,10 @@
-// Package manager is what containerd calls the shim's binary for, besides
-// serving tasks: start, delete and -info. Each runs Kata's own binary with the
-// same arguments and adds what is ours: a daemon of our own in front of
-// Kata's. The order is start, the daemon (package plugin/internal/daemon) until its
-// Shutdown, and delete, which has to manage with whatever is still alive.
+// Package manager implements the invocations of the shim's binary other than the
+// daemon: start, delete and -info. Each runs Kata's own binary with the same
+// arguments and adds our part: a daemon in front of Kata's. containerd calls start;
+// the daemon (package plugin/internal/daemon) serves until Shutdown; then comes
+// delete, which has to cope with whatever is still running.
+//
+// Written against containerd 2.4 and Kata Containers 4.1.0.
 package manager
 
 import (
@@ -22,10 +24,10 @@ const Name = "io.containerd.kata-checkpoint.v2"
 // SocketDir is where containerd and all shims have their sockets.
 const SocketDir = "/run/containerd/s"
 
-// ErrUsage says that the command line is not containerd's.
+// ErrUsage is returned for a command line that is not containerd's.
 var ErrUsage = errors.New("this program is started by containerd")
 
-// Invocation is the command line that containerd gave.
+// Invocation is a command line of containerd's.
 type Invocation struct {
 	// Args are all arguments, for Kata's binary.
 	Args []string
@@ -46,7 +48,7 @@ type Invocation struct {
 	SocketDir string
 }
 
-// Parse reads a command line. Flags are containerd's (pkg/shim/shim.go).
+// Parse parses a command line. Flags are containerd's (pkg/shim/shim.go).
 func Parse(args []string) (*Invocation, error) {
 	i := &Invocation{Args: args, Stdin: os.Stdin, SocketDir: SocketDir}
 	f := flag.NewFlagSet("containerd-shim-kata-checkpoint-v2", flag.ContinueOnError)
@@ -73,9 +75,9 @@ func Parse(args []string) (*Invocation, error) {
 		return nil, fmt.Errorf("%w, with -namespace and -id", ErrUsage)
 	}
 	for _, name := range []string{i.Namespace, i.ID} {
-		// They become parts of paths.
+		// They become elements of paths.
 		if strings.ContainsRune(name, '/') || name == "." || name == ".." {
-			return nil, fmt.Errorf("%w: %q is no identifier", ErrUsage, name)
+			return nil, fmt.Errorf("%w: %q is not a valid identifier", ErrUsage, name)
 		}
 	}
 	if i.Bundle == "" {
@@ -88,8 +90,8 @@ func Parse(args []string) (*Invocation, error) {
 	return i, nil
 }
 
-// socketPath is where the daemon of a sandbox serves. What is hashed differs
-// from what containerd's and Kata's shims hash, which would meet at one name.
+// socketPath is where the daemon of a sandbox serves. Its hash differs from those
+// of containerd's and Kata's shims, with which it would collide.
 func (i *Invocation) socketPath(sandbox string) string {
 	sum := sha256.Sum256([]byte(filepath.Join("kata-checkpoint", i.Address, i.Namespace, sandbox)))
 	return filepath.Join(i.SocketDir, fmt.Sprintf("%x", sum))

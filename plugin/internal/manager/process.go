@@ -18,11 +18,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// endTimeout bounds the end of a process that was killed.
+// endTimeout bounds the wait for a process that was killed.
 const endTimeout = 2 * time.Second
 
-// withProcess calls f with a descriptor of a process, if that is there and the
-// one that is meant.
+// withProcess calls f with a pidfd of a process, if there is one and isMeant
+// confirms that it is the intended one.
 func withProcess(pid int, isMeant func() bool, f func(fd int) error) error {
 	if pid <= 1 {
 		return nil
@@ -35,16 +35,14 @@ func withProcess(pid int, isMeant func() bool, f func(fd int) error) error {
 		return err
 	}
 	defer unix.Close(fd)
-	// The descriptor is of one process: what holds of the pid now, while that
-	// lives, holds of it.
+	// What is true of the pid now is true of the descriptor's process.
 	if !isMeant() {
 		return nil
 	}
 	return f(fd)
 }
 
-// end kills a process, if it is the one that is meant and has not ended by
-// itself within a grace time, and waits for its end.
+// end waits for the intended process to exit, and kills it after a grace period.
 func end(pid int, grace time.Duration, isMeant func() bool) error {
 	return withProcess(pid, isMeant, func(fd int) error {
 		if ended, err := pidfd.Wait(fd, grace); ended || err != nil {
@@ -55,22 +53,22 @@ func end(pid int, grace time.Duration, isMeant func() bool) error {
 		}
 		ended, err := pidfd.Wait(fd, endTimeout)
 		if err == nil && !ended {
-			err = fmt.Errorf("process %d does not end", pid)
+			err = fmt.Errorf("process %d does not exit", pid)
 		}
 		return err
 	})
 }
 
-// EndKata kills the daemon of Kata's shim that was started in a sandbox's
-// bundle, and its VM, and removes what is then left of its share.
+// EndKata kills the daemon of Kata's shim that was started in a sandbox's bundle,
+// and its VM, and removes what they leave behind.
 func EndKata(dir, sandbox string) error {
 	return errors.Join(killKata(dir, 0), endVM(dir, sandbox, time.Now().Add(endTimeout)), kata.Sweep(sandbox))
 }
 
-// endVM kills the VM of a sandbox whose Kata is gone, and waits until nothing
-// is left of it: Kata's delete takes a VMM that nobody has reaped yet for one
-// that runs, and waits for its agent until containerd kills it
-// (src/runtime/virtcontainers/hypervisor.go, IsHypervisorRunning).
+// endVM kills the VM of a sandbox whose Kata is gone, and waits until it has been
+// reaped: Kata's delete mistakes a zombie VMM for a running one, and waits for its
+// agent until containerd kills it (src/runtime/virtcontainers/hypervisor.go,
+// IsHypervisorRunning).
 func endVM(dir, sandbox string, until time.Time) error {
 	pid, start, err := bundle.VM(dir)
 	if err != nil || pid == 0 {
@@ -80,29 +78,29 @@ func endVM(dir, sandbox string, until time.Time) error {
 		return nil
 	}
 	if procfs.Runs(pid, start) {
-		// Every VMM of Kata's has the sandbox's name in its arguments: in the path
-		// of its API socket, or as its own name.
+		// Every VMM of Kata's has the sandbox's id in its arguments: in the path of its
+		// API socket, or as its name.
 		if err := end(pid, 0, func() bool { return procfs.Is(pid, start) && hasArgument(pid, sandbox) }); err != nil {
 			return fmt.Errorf("end the VM: %w", err)
 		}
 	}
 	for procfs.Is(pid, start) && !procfs.Runs(pid, start) {
 		if time.Now().After(until) {
-			return fmt.Errorf("the VM's process %d has ended and nobody reaps it", pid)
+			return fmt.Errorf("the VM's process %d has exited and is not reaped", pid)
 		}
 		<-time.After(5 * time.Millisecond)
 	}
 	return nil
 }
 
-// hasArgument says whether a text is part of a process's command line.
+// hasArgument reports whether a text is in the arguments of a process.
 func hasArgument(pid int, text string) bool {
 	args, err := procfs.Cmdline(pid)
 	return err == nil && slices.ContainsFunc(args, func(arg string) bool { return strings.Contains(arg, text) })
 }
 
-// killKata kills the daemon of Kata's shim that was started in a bundle. It may
-// end by itself within a grace time.
+// killKata kills the daemon of Kata's shim that was started in a bundle, unless it
+// exits within a grace period.
 func killKata(dir string, grace time.Duration) error {
 	pid, err := kataPID(dir)
 	if err == nil {
@@ -114,9 +112,9 @@ func killKata(dir string, grace time.Duration) error {
 	return nil
 }
 
-// kataPID reads which process the daemon of Kata's shim is that was started in a
-// bundle; 0 where it is not known. Both of Kata's shims write it to shim.pid
-// there, and keep the bundle as their working directory.
+// kataPID returns the pid of the daemon of Kata's shim that was started in a
+// bundle, 0 if unknown. Both of Kata's shims write it to shim.pid there, and keep
+// the bundle as their working directory.
 func kataPID(dir string) (int, error) {
 	data, err := os.ReadFile(filepath.Join(dir, "shim.pid"))
 	if errors.Is(err, os.ErrNotExist) {
@@ -133,7 +131,7 @@ func kataPID(dir string) (int, error) {
 }
 
 // ProtectShare keeps the daemon of Kata's shim that was started in a sandbox's
-// bundle from removing the files of what it shares with the guest, see
+// bundle from deleting the files that it shares with the guest; see
 // [kata.Protect].
 func ProtectShare(dir, sandbox string) error {
 	pid, err := kataPID(dir)

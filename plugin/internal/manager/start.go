@@ -27,28 +27,28 @@ import (
 const (
 	TaskFD   = 3
 	EventsFD = 4
-	// ReadyFD takes "ok" once the daemon serves, or what is wrong.
+	// ReadyFD receives "ok" once the daemon serves, or an error.
 	ReadyFD = 5
 )
 
 // readyTimeout bounds the daemon's start.
 const readyTimeout = 20 * time.Second
 
-// EventsEnv is the environment variable that leads shims to containerd's
-// events socket.
+// EventsEnv is the environment variable with the address of containerd's events
+// socket.
 const EventsEnv = "TTRPC_ADDRESS"
 
-// answer is what containerd reads from start's stdout: JSON, which all of 2.x
-// understand (core/runtime/v2/shim.go, parseStartResponse).
+// answer is what containerd reads from start's stdout: JSON, which all releases of
+// 2.x accept (core/runtime/v2/shim.go, parseStartResponse).
 type answer struct {
 	Version  int    `json:"version"`
 	Address  string `json:"address"`
 	Protocol string `json:"protocol"`
 }
 
-// Start starts Kata's shim and our daemon for a sandbox, and returns the
-// answer for stdout. For a container of a pod that is there it answers with
-// the pod's. After an error no process is left.
+// Start starts Kata's shim and our daemon for a sandbox, and returns the answer for
+// stdout. For a container in an existing sandbox, the answer is the sandbox's. It
+// leaves no process behind after an error.
 func Start(ctx context.Context, i *Invocation) ([]byte, error) {
 	cfg, err := config.Load(config.Path())
 	if err != nil {
@@ -82,7 +82,7 @@ func Start(ctx context.Context, i *Invocation) ([]byte, error) {
 	return json.Marshal(answer{Version: 2, Address: r.Address, Protocol: "ttrpc"})
 }
 
-// join prepares a container of a pod that is there.
+// join prepares a container in an existing sandbox.
 func (i *Invocation) join(ctx context.Context, shim kata.Binary, r *bundle.Record) error {
 	e, err := i.startKata(ctx, shim, "")
 	if err != nil {
@@ -100,7 +100,7 @@ func (i *Invocation) found(ctx context.Context, shim kata.Binary, r *bundle.Reco
 		return err
 	}
 	defer func() { err = errors.Join(err, tasks.Close(), unlinkIf(err != nil, socket)) }()
-	// Before Kata's shim, the Rust one connects to it when it starts.
+	// Before Kata's shim: the Rust one connects to it when it starts.
 	events, err := listen(r.Events)
 	if err != nil {
 		return err
@@ -128,7 +128,7 @@ func unlinkIf(failed bool, path string) error {
 	return os.Remove(path)
 }
 
-// startKata runs the start of Kata's binary.
+// startKata runs `start` of Kata's binary.
 func (i *Invocation) startKata(ctx context.Context, shim kata.Binary, events string) (kata.Endpoint, error) {
 	call := kata.Call{Args: i.Args, Stdin: i.Stdin}
 	if events != "" {
@@ -141,7 +141,7 @@ func (i *Invocation) startKata(ctx context.Context, shim kata.Binary, events str
 	return kata.ParseStart(out)
 }
 
-// stopKata ends what startKata has started, before it was given anything to do.
+// stopKata kills the shim that startKata has started, before it has any task.
 func (i *Invocation) stopKata(e kata.Endpoint) error {
 	err := killKata(i.Bundle, 0)
 	if e.Address != "" {
@@ -152,7 +152,7 @@ func (i *Invocation) stopKata(e kata.Endpoint) error {
 	return err
 }
 
-// listen makes a socket, in place of one that a dead shim left.
+// listen creates a socket, in place of one that a dead shim has left.
 func listen(path string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make socket: %w", err)
@@ -183,7 +183,7 @@ func (i *Invocation) startDaemon(ctx context.Context, tasks, events *os.File) (e
 		return fmt.Errorf("start the daemon: %w", err)
 	}
 	defer ready.Close()
-	// The same arguments as containerd's own shims give to theirs.
+	// The same arguments as those of containerd's own shims.
 	args := []string{"-namespace", i.Namespace, "-id", i.ID, "-address", i.Address}
 	if i.Debug {
 		args = append(args, "-debug")
@@ -219,11 +219,11 @@ func (i *Invocation) startDaemon(ctx context.Context, tasks, events *os.File) (e
 	case rerr != nil:
 		return fmt.Errorf("start the daemon: it is not ready: %w", rerr)
 	}
-	return errors.New("start the daemon: it ended at once")
+	return errors.New("start the daemon: it exited at once")
 }
 
-// adjustOOMScore makes the daemon a little likelier to be killed than
-// containerd, as containerd's own shims do (pkg/shim/util_unix.go).
+// adjustOOMScore makes the daemon slightly more likely to be killed than
+// containerd, as in containerd's own shims (pkg/shim/util_unix.go).
 func adjustOOMScore(pid int) error {
 	score, err := sys.GetOOMScoreAdj(os.Getppid())
 	if err != nil {

@@ -39,7 +39,7 @@ func TestCheckpointWhoseAgentDies(t *testing.T) {
 		h.guest.SetThere(true)
 		return nil
 	})
-	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "has been restarted", "repeat the checkpoint")
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest is gone", "has been restarted", "repeat the checkpoint")
 	if got := h.status(); got != "RUNNING" {
 		t.Errorf("State reports %s", got)
 	}
@@ -58,7 +58,7 @@ func TestThawThatHasToWaitForTheAgent(t *testing.T) {
 		return errors.New("nobody hears this")
 	})
 	h.kata.Before("Create", func(context.Context) error { return errors.New("no room") })
-	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest has gone", "could not be restarted")
+	wantError(t, h.checkpoint(t.TempDir(), nil), "the agent in the guest is gone", "could not be restarted")
 	if got := h.status(); got != "PAUSED" {
 		t.Errorf("State reports %s", got)
 	}

@@ -149,7 +149,7 @@ func TestRefusedArchives(t *testing.T) {
 		want   []string
 	}{
 		"not there":               {good, podContainer(restoreWeb, "y.tar"), []string{"there is no archive y.tar in " + good, "put it there"}},
-		"outside":                 {good, podContainer(restoreWeb, "../x.tar"), []string{"no name of an archive"}},
+		"outside":                 {good, podContainer(restoreWeb, "../x.tar"), []string{"not the name of an archive"}},
 		"no archive":              {broken, podContainer(restoreWeb, "x.tar"), []string{"archive x.tar"}},
 		"of another namespace":    {good, podContainer(restoreWeb, "x.tar", "io.kubernetes.cri.sandbox-namespace", "bank"), []string{`of the namespace "shop"`, `"bank"`}},
 		"of another container":    {good, func(s *specs.Spec) { podContainer(restoreWeb, "x.tar")(s); s.Process.Args = []string{"other"} }, []string{"does not fit this container"}},

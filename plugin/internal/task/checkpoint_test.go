@@ -356,7 +356,7 @@ func TestCheckpointThatFails(t *testing.T) {
 				h.guest.SetThere(true)
 				return errors.New("nobody hears this")
 			})
-			return "the agent in the guest has gone"
+			return "the agent in the guest is gone"
 		},
 		"too much": func(h *harness) string {
 			h.cfg.MaxImageBytes = 10
