@@ -8,18 +8,18 @@ MODULE  := github.com/kata-checkpoint/kata-checkpoint
 
 LDFLAGS := -s -w -X $(MODULE)/internal/version.Version=$(VERSION)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
-# The guest's binary has an entry point of its own (guestagent/internal/entry).
-ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-E $(MODULE)/guestagent/internal/entry.start)
-GUESTBIN = CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) $(ENTRY)'
 # What the tests run can be stopped at each phase (internal/stopat). What is installed cannot: see the target release.
 HOOKS   := -tags testhooks
 RELEASE := build/release
+# $(call helper,DIRECTORY): builds a C program, for the guest. Another architecture needs its compiler:
+# make GOARCH=arm64 CC=aarch64-linux-gnu-gcc.
+helper   = $(CC) -static -O2 -s -Wall -Wextra -Werror -fstack-protector-strong -o $(1)/kata-checkpoint-helper guestagent/helper/helper.c
 
 # Go modules with packages of their own: the product, what tests it, the stand-in for Kata.
 MODULES  := . integration integration/standin
 # The stand-in for Kata has the name of Kata's own shim: it must not be found beside ours on a PATH.
 STANDIN  := integration/standin/cmd/containerd-shim-kata-v2
-COMMANDS := $(filter-out $(STANDIN)/ cmd/kata-checkpoint-agent/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go integration/standin/cmd/*/main.go)))
+COMMANDS := $(filter-out $(STANDIN)/,$(dir $(wildcard cmd/*/main.go integration/cmd/*/main.go integration/standin/cmd/*/main.go)))
 # $(call commands,MODULE): the commands in a module, as packages.
 commands  = $(addprefix ./,$(patsubst $(1)/%,%,$(filter $(1)/cmd/%,$(COMMANDS))))
 
@@ -49,7 +49,7 @@ build: ## build all binaries into bin/, for tests: with test hooks
 	$(GOBUILD) $(HOOKS) -o bin/ $(addprefix ./,$(filter cmd/%,$(COMMANDS)))
 	cd integration && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration)
 	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration/standin)
-	$(GUESTBIN) $(HOOKS) -o bin/ ./cmd/kata-checkpoint-agent
+	$(call helper,bin)
 	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/standin/go/ $(STANDIN:integration/standin/%=./%)
 	mkdir -p bin/standin/rust && ln -f bin/standin/go/containerd-shim-kata-v2 bin/standin/rust/
 
@@ -59,14 +59,15 @@ build/criu/MANIFEST: $(wildcard internal/cmd/criu-bundle/*.go internal/debian/*)
 
 .PHONY: guest-bundle
 guest-bundle: build/criu/MANIFEST ## build the guest bundle into build/guest-bundle, for tests: with test hooks
-	$(GUESTBIN) $(HOOKS) -o bin/ ./cmd/kata-checkpoint-agent
-	packaging/guest-bundle bin/kata-checkpoint-agent build/criu build/guest-bundle
+	$(GOBUILD) $(HOOKS) -o bin/ ./cmd/kata-checkpoint-agent
+	$(call helper,bin)
+	packaging/guest-bundle bin/kata-checkpoint-agent bin/kata-checkpoint-helper build/criu build/guest-bundle
 
 .PHONY: release
 release: hooks build/criu/MANIFEST ## build what is installed, without test hooks: build/release/bin and build/release/guest-bundle
-	$(GOBUILD) -o $(RELEASE)/bin/ ./cmd/containerd-shim-kata-checkpoint-v2 ./cmd/kata-checkpoint-nri
-	$(GUESTBIN) -o $(RELEASE)/bin/ ./cmd/kata-checkpoint-agent
-	packaging/guest-bundle $(RELEASE)/bin/kata-checkpoint-agent build/criu $(RELEASE)/guest-bundle
+	$(GOBUILD) -o $(RELEASE)/bin/ ./cmd/containerd-shim-kata-checkpoint-v2 ./cmd/kata-checkpoint-nri ./cmd/kata-checkpoint-agent
+	$(call helper,$(RELEASE)/bin)
+	packaging/guest-bundle $(RELEASE)/bin/kata-checkpoint-agent $(RELEASE)/bin/kata-checkpoint-helper build/criu $(RELEASE)/guest-bundle
 
 .PHONY: hooks
 hooks: ## check that what is installed has no test hooks

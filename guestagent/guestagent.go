@@ -11,10 +11,6 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/agent"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
-	_ "github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/entry" // where it starts, see the Makefile
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/first"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/placeholder"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
@@ -23,10 +19,9 @@ import (
 // Main runs the agent's binary and returns its exit status. What the binary is
 // depends on how it is started, that is, on args: the prestart hook of Kata's
 // guest (by its name), the daemon, the placeholder of a restored container, the
-// exec helper in one, the spawner that forks execs, the init of a pid
-// namespace, the launcher that becomes CRIU, or, on a host, the bundle's CRIU
-// (by its name). It is called on the main thread, which the caller has locked:
-// the launcher passes that thread's namespaces on by execve.
+// launcher that becomes CRIU, or, on a host, the bundle's CRIU (by its name). It
+// is called on the main thread, which the caller has locked: the launcher passes
+// that thread's namespaces on by execve.
 func Main(args []string) int {
 	name := filepath.Base(args[0])
 	mode := ""
@@ -45,12 +40,6 @@ func Main(args []string) int {
 		err = withExecutable(func(path string) error { return agent.Daemon(context.Background(), path) })
 	case mode == api.PlaceholderMode:
 		return placeholder.Run()
-	case mode == api.ExecMode && len(args) == 3:
-		return exechelper.Run()
-	case mode == agent.SpawnMode:
-		return enter.Serve()
-	case mode == agent.FirstMode && len(args) == 2:
-		return first.Run()
 	case mode == "--version":
 		fmt.Println("kata-checkpoint-agent", version.Version)
 	default:

@@ -11,7 +11,6 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 // podSharedPID: of the containers that share their pod's pid namespace one is checkpointed while all go on. Restored in another pod it has a
@@ -129,7 +128,7 @@ func (s *scenario) checkOwnPIDNamespace(run *engine.Run, pid int) {
 	for _, line := range s.shell(run, "ps -o pid,args | tail -n +2") {
 		fields := strings.Fields(line)
 		own := slices.Contains(fields, "obedient") || slices.Contains(fields, "ps") || slices.Contains(fields, "tail") || slices.Contains(fields, "sh")
-		if first := fields[0] == "1" && slices.Equal(fields[1:], []string{api.HelperPath, "first"}); !own && !first {
+		if init := fields[0] == "1" && slices.Equal(fields[1:], []string{"kata-checkpoint-helper", "init"}); !own && !init {
 			s.Errorf("ps shows %q", line)
 		}
 	}

@@ -52,7 +52,7 @@ func waysIn(s *scenario) {
 	s.checkExecsGenuine(restored, pod)
 	s.step("the helper's place")
 
-	// An exec's process is a child of the agent until it becomes the command.
+	// An exec's process is the agent's helper until it becomes the command.
 	spy := s.startExec(restored, engine.Command{Args: []string{workload.Path, "spy"}})
 	s.waitLine(spy.Stdout, 0, workload.SpyingLine)
 	for range 10 {
@@ -74,7 +74,7 @@ func waysIn(s *scenario) {
 				inode=$(readlink $fd | sed -n 's/^socket:\[\(.*\)\]$/\1/p')
 				[ -z "$inode" ] || awk -v inode=$inode '$7 == inode && NF > 7 {print "socket", $8}' /proc/net/unix
 			done
-		done | sort -u`); have != "agent" { // it is two processes, once it has a spawner
+		done | sort -u`); have != "agent" {
 		s.Errorf("the agent can be sent descriptors: %q", have)
 	}
 	// No poser got anything: the intruder would have ended.

@@ -16,11 +16,11 @@ const (
 	DefaultPort = 10750
 )
 
-// Modes of the agent's binary, by its first argument, in a restored container.
+// What the shim has Kata execute at [HelperPath], by the first argument.
 const (
-	// PlaceholderMode has no further argument.
+	// PlaceholderMode is one of the agent's binary and has no further argument.
 	PlaceholderMode = "placeholder"
-	// ExecMode has one, the token of the exec helper (ExecRequest).
+	// ExecMode is one of the exec helper and has one, the token (ExecRequest).
 	ExecMode = "exec"
 )
 
@@ -41,9 +41,10 @@ const (
 	// trace once both are withdrawn.
 	ExchangeDestination = "/.kata-checkpoint"
 
-	// HelperPath is where the agent's binary is in a restored container. It lies
-	// below /dev, a file system of its own, where a mount point leaves no trace
-	// in the root file system. Kata shares regular files there.
+	// HelperPath is where the agent's binary is in a restored container, and over
+	// it, from the restore on, the exec helper. It lies below /dev, a file system
+	// of its own, where a mount point leaves no trace in the root file system.
+	// Kata shares regular files there.
 	HelperPath = "/dev/.kata-checkpoint"
 )
 

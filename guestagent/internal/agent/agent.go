@@ -31,7 +31,6 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
@@ -52,9 +51,6 @@ type Agent struct {
 	leases leases
 
 	criu *toolchain
-
-	// spawner forks execs into restored containers.
-	spawner enter.Spawner
 }
 
 // New prepares the agent's directory. CRIU is loaded from the guest bundle when
@@ -62,7 +58,6 @@ type Agent struct {
 func New(bundle string) (*Agent, error) {
 	a := &Agent{dir: api.StateDir, criu: newToolchain(bundle)}
 	a.leases.expired = a.thawAll
-	a.spawner.Command = a.spawnCommand
 	if err := a.prepare(); err != nil {
 		return nil, err
 	}

@@ -13,9 +13,9 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // restoredCgroup is the child of a container's cgroup with the restored
@@ -35,6 +35,9 @@ type container struct {
 	Stdio []*api.Stdio `json:"stdio"`
 	// Restored is the root of the restored processes, if there are any.
 	Restored *process `json:"restored,omitempty"`
+	// Helper is the file that Kata executes in the placeholder's mount namespace
+	// for an exec, see [exechelper.Mount].
+	Helper exechelper.FileID `json:"helper,omitzero"`
 	// NetworkLocked reports that its TCP connections may be locked, see
 	// [Agent.lockNetwork].
 	NetworkLocked bool `json:"networkLocked,omitempty"`
@@ -139,7 +142,7 @@ func (a *Agent) load(id string) (*container, error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	data, err := rawfile.Read(a.recordPath(id))
+	data, err := os.ReadFile(a.recordPath(id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("container %s was not prepared for checkpoints when it started: %w", id, errdefs.ErrNotFound)
 	}

@@ -27,8 +27,6 @@ import (
 // api, in which the shim has it started.
 const (
 	DaemonMode = "daemon"
-	SpawnMode  = "spawn"
-	FirstMode  = "first"
 )
 
 // lockPath is locked by the guest's only daemon. It is outside of

@@ -12,12 +12,12 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
@@ -146,6 +146,11 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	}
 	ph.done("restore /dev/shm")
 
+	if c.Helper, err = exechelper.Mount(c.Init.PID); err != nil {
+		return nil, err
+	}
+	ph.done("mount the exec helper")
+
 	tree := filepath.Join(c.Cgroup, restoredCgroup)
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return nil, fmt.Errorf("make cgroup: %w", err)
@@ -191,14 +196,6 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err := a.save(c); err != nil {
 		return nil, err
 	}
-	// Execs work without either, only more slowly.
-	if err := remountHelper(c.Init.PID); err != nil {
-		log.G(ctx).WithError(err).Warn("failed to remount the exec helper from memory")
-	}
-	if err := a.spawner.Prepare(); err != nil {
-		log.G(ctx).WithError(err).Warn("failed to start the spawner")
-	}
-	ph.done("prepare for execs")
 	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
 }
 

@@ -22,6 +22,7 @@ import (
 	"sync"
 
 	gocriu "github.com/checkpoint-restore/go-criu/v7"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
@@ -33,8 +34,12 @@ const (
 	binary  = home + "/bin/criu"
 	pathEnv = "PATH=" + home + "/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-	// Agent is the copy of the agent's own binary in the guest's memory.
-	Agent = api.StateDir + "/" + api.AgentBinary
+	// Agent and Helper are the copies of the agent's own binary and of the helper
+	// in the guest's memory, on a read-only mount.
+	Agent  = api.StateDir + "/" + api.AgentBinary
+	Helper = programs + "/kata-checkpoint-helper"
+
+	programs = api.StateDir + "/bin"
 )
 
 // MinVersion is the oldest CRIU whose RPC supports image directories by name
@@ -42,26 +47,40 @@ const (
 const MinVersion = 40000
 
 // Load copies the CRIU of a guest bundle to where its programs have to be, and
-// the agent's binary beside it. They are copied because virtiofs drops a file's
-// pages from the guest's memory whenever the file is opened again
-// (FOPEN_KEEP_CACHE is not set with cache=auto): from the share, each run of
-// CRIU would read its 16 MiB again while the container is frozen.
+// the agent's binary and the helper beside it. They are copied because virtiofs
+// drops a file's pages from the guest's memory whenever the file is opened again
+// (FOPEN_KEEP_CACHE is not set with cache=auto): from the share, each run of CRIU
+// would read its 16 MiB again while the container is frozen.
 func Load(bundle string) error {
 	src := filepath.Join(bundle, "criu")
 	if _, err := os.Stat(filepath.Join(src, "bin", "criu")); err != nil {
 		return fmt.Errorf("the guest bundle has no CRIU: %w", err)
 	}
-	// An agent that was killed here has left an incomplete copy that nothing
-	// uses.
-	if err := errors.Join(os.RemoveAll(home), os.RemoveAll(filepath.Dir(Agent))); err != nil {
+	// What an earlier agent loaded, or a part of it, may be mounted still.
+	if err := unix.Unmount(programs, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("load CRIU: unmount %s: %w", programs, err)
+	}
+	if err := errors.Join(os.RemoveAll(home), os.RemoveAll(programs)); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
-	if err := errors.Join(os.CopyFS(home, os.DirFS(src)), copyExecutable(self, Agent)); err != nil {
+	if err := errors.Join(os.CopyFS(home, os.DirFS(src)), copyExecutable(self, Agent), copyExecutable(filepath.Join(bundle, "bin", filepath.Base(Helper)), Helper)); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
+	}
+	return sealPrograms()
+}
+
+// sealPrograms makes the mount of the programs read-only: what a process may
+// open of another one's executable it cannot write to.
+func sealPrograms() error {
+	if err := unix.Mount(programs, programs, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", programs, err)
+	}
+	if err := unix.Mount("", programs, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("make %s read-only: %w", programs, err)
 	}
 	return nil
 }

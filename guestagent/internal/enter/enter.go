@@ -1,78 +1,214 @@
-// Package enter starts a process inside the namespaces of another one, the
-// time namespace among them, which only a process with a single thread can
-// join. Go's processes have many: so it forks without an execve, and the child
-// does the rest by raw system calls on what was laid out before.
-//
-// A fork copies the page tables of the process that forks, and makes it copy
-// each page that it writes to next. So the fork is the work of a process of its
-// own with little memory, which the guest agent starts and talks to by a
-// [Spawner], and which runs [Serve]. Both are root in the guest's root
-// namespaces.
+// Package enter starts a process inside the namespaces of another one, the time
+// namespace included, which only a process with a single thread can join. Go's
+// programs have many: so the work is done by a C program,
+// kata-checkpoint-helper (guestagent/helper), to which this package writes a
+// plan. The caller is root in the guest's root namespaces.
 package enter
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"strconv"
+	"strings"
 	"syscall"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
-// Request says what to start and where.
+// The helper's argument: what it becomes.
+const (
+	commandMode = "enter"
+	initMode    = "init"
+)
+
+// helperName is the first argument, which a container sees of an init.
+const helperName = "kata-checkpoint-helper"
+
+// Request is what to start and where.
 type Request struct {
 	// Target is the process whose namespaces are joined.
-	Target int `json:"target"`
+	Target int
 	// Cgroup is the directory of the cgroup, of version 2, that the process starts in.
-	Cgroup string `json:"cgroup"`
+	Cgroup string
 	// Process is what the caller asked for, an OCI process: arguments,
 	// environment, user, capabilities, limits, terminal. Without an OOM score of
 	// its own it gets the target's.
-	Process json.RawMessage `json:"process"`
-	// First has the process be the first of a new pid namespace, which is a child
-	// of the target's. It belongs to nobody then: the guest's reaper takes it.
-	First bool `json:"first"`
+	Process json.RawMessage
+	// Init: the process is PID 1 of a new PID namespace, a child of the target's,
+	// and does nothing but reap: Process has no command. It is a child of the
+	// guest's init then.
+	Init bool
 }
 
-// readReport reads what became of a request until all who could write have
-// ended or become the process: its pid, or what went wrong.
-func readReport(report int) (int, error) {
-	var data []byte
-	for b := make([]byte, 8*recordSize); ; {
-		n, err := unix.Read(report, b)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return 0, fmt.Errorf("report of the new process: %w", err)
-		}
-		if n == 0 {
-			break
-		}
-		data = append(data, b[:n]...)
+// Descriptors of the helper, in this order after the process's stdio.
+const (
+	planFile   = iota // in memory
+	reportPipe        // its write end
+	targetPidfd
+	cgroupDirectory
+	files
+)
+
+// Prepared is a process that only lacks its stdio.
+type Prepared struct {
+	command string
+	init    bool
+	// fds are those of the helper, plain descriptors: stdio is of that kind.
+	fds [files]int
+	// report is the pipe's read end.
+	report int
+}
+
+// Prepare does what can be done before the stdio is there. The caller has to
+// call Close.
+func Prepare(r Request) (*Prepared, error) {
+	p := &Prepared{init: r.Init, report: -1}
+	for i := range p.fds {
+		p.fds[i] = -1
 	}
-	pid := 0
-	var err error
-	for len(data) >= recordSize && err == nil {
-		kind, value := binary.NativeEndian.Uint32(data), binary.NativeEndian.Uint32(data[4:])
-		data = data[recordSize:]
-		switch kind {
-		case recordFirst:
-			reap(int(value))
-		case recordPID:
-			pid = int(value)
-		default:
-			err = &stepError{kind, syscall.Errno(value)}
-		}
+	if err := p.open(r); err != nil {
+		p.Close()
+		return nil, fmt.Errorf("exec: %w", err)
 	}
-	if err == nil && pid == 0 {
-		err = errors.New("the new process ended before it ran")
+	return p, nil
+}
+
+func (p *Prepared) open(r Request) (err error) {
+	process := &specs.Process{}
+	if err := json.Unmarshal(r.Process, process); err != nil {
+		return fmt.Errorf("read the process: %w", err)
 	}
-	if err != nil && pid != 0 {
+	data, err := newPlan(r.Target, process, r.Init)
+	if err != nil {
+		return err
+	}
+	if len(process.Args) > 0 {
+		p.command = process.Args[0]
+	}
+	if p.fds[planFile], err = unix.MemfdCreate("plan", unix.MFD_CLOEXEC); err != nil {
+		return fmt.Errorf("write the plan: %w", err)
+	}
+	// A write to a memfd either completes or fails with ENOSPC.
+	n, err := unix.Write(p.fds[planFile], data)
+	if err == nil && n != len(data) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("write the plan: %w", err)
+	}
+	if p.fds[targetPidfd], err = unix.PidfdOpen(r.Target, 0); err != nil {
+		return fmt.Errorf("open the container's process: %w", err)
+	}
+	if p.fds[cgroupDirectory], err = unix.Open(r.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		return fmt.Errorf("open cgroup %s: %w", r.Cgroup, err)
+	}
+	var report [2]int
+	if err := unix.Pipe2(report[:], unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("make the report: %w", err)
+	}
+	p.report, p.fds[reportPipe] = report[0], report[1]
+	return nil
+}
+
+// Close closes what the process has not taken over.
+func (p *Prepared) Close() {
+	for i := range p.fds {
+		closeFD(&p.fds[i])
+	}
+	closeFD(&p.report)
+}
+
+func closeFD(fd *int) {
+	if *fd >= 0 {
+		unix.Close(*fd)
+		*fd = -1
+	}
+}
+
+// Run starts the process on stdio, once, by the helper at a path. It returns the
+// process's pid in the guest's root PID namespace; it is a child of the caller,
+// who waits for it. Of an init it returns the pid in the target's namespace.
+func (p *Prepared) Run(helper string, stdio [3]int) (int, error) {
+	attr := &syscall.ProcAttr{Dir: "/", Env: []string{}}
+	for _, fd := range append(stdio[:], p.fds[:]...) {
+		attr.Files = append(attr.Files, uintptr(fd)) //nolint:gosec // a descriptor
+	}
+	mode := commandMode
+	if p.init {
+		mode = initMode
+	}
+	child, err := syscall.ForkExec(helper, []string{helperName, mode}, attr)
+	if err != nil {
+		return 0, fmt.Errorf("start %s: %w", helper, err)
+	}
+	defer reap(child)
+	// The helper and the process are the writers, and the report ends with them.
+	closeFD(&p.fds[reportPipe])
+	report, err := readAll(p.report)
+	if err != nil {
+		return 0, fmt.Errorf("exec: read the report: %w", err)
+	}
+	pid, err := p.parse(report)
+	if err != nil && pid != 0 && !p.init {
 		reap(pid)
 	}
 	return pid, err
+}
+
+// parse reads what became of the process: a line with its pid, and one with
+// what failed.
+func (p *Prepared) parse(report string) (int, error) {
+	pid := 0
+	for line := range strings.Lines(report) {
+		kind, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		value, step, _ := strings.Cut(rest, " ")
+		n, err := strconv.Atoi(value)
+		if err != nil {
+			return pid, fmt.Errorf("exec: report %q: %w", line, err)
+		}
+		if kind != "pid" {
+			return pid, p.failure(step, syscall.Errno(n)) //nolint:gosec // an errno
+		}
+		pid = n
+	}
+	if pid == 0 {
+		return 0, errors.New("exec: the new process ended before it ran")
+	}
+	return pid, nil
+}
+
+// failure words what failed. What is wrong with the command is the caller's.
+func (p *Prepared) failure(step string, errno syscall.Errno) error {
+	if step != "exec" {
+		return fmt.Errorf("exec: %s: %w", step, errno)
+	}
+	err := error(errno)
+	switch errno {
+	case unix.ENOENT:
+		err = errors.New("executable file not found in the container")
+	case unix.EACCES:
+		err = errors.New("permission denied")
+	}
+	return fmt.Errorf("exec %q: %w", p.command, err)
+}
+
+func readAll(fd int) (string, error) {
+	var data []byte
+	for b := make([]byte, 256); ; {
+		n, err := unix.Read(fd, b)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return "", err
+		case n == 0:
+			return string(data), nil
+		default:
+			data = append(data, b[:n]...)
+		}
+	}
 }
 
 // reap waits for a child that has ended or is about to.
@@ -82,34 +218,4 @@ func reap(pid int) {
 			return
 		}
 	}
-}
-
-// stepError is the failure of one of the children's steps.
-type stepError struct {
-	step  uint32
-	errno syscall.Errno
-}
-
-// Error implements error.
-func (e *stepError) Error() string {
-	if e.step == stepExec {
-		switch e.errno {
-		case unix.ENOENT:
-			return "executable file not found in the container"
-		case unix.EACCES:
-			return "permission denied"
-		}
-		return e.errno.Error()
-	}
-	return fmt.Sprintf("%s: %v", stepNames[e.step], e.errno)
-}
-
-// named says which command could not be executed.
-func named(err error, process []byte) error {
-	var failed *stepError
-	var command struct{ Args []string }
-	if !errors.As(err, &failed) || failed.step != stepExec || json.Unmarshal(process, &command) != nil || len(command.Args) == 0 {
-		return err
-	}
-	return fmt.Errorf("exec %q: %w", command.Args[0], err)
 }

@@ -6,27 +6,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/testhelper"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
-
-// spawnMode makes this test's binary a spawner.
-const spawnMode = "spawn"
-
-func TestMain(m *testing.M) {
-	if len(os.Args) == 2 && os.Args[1] == spawnMode {
-		os.Exit(Serve())
-	}
-	os.Exit(m.Run())
-}
 
 // A process that is started inside of a container's namespaces is in each of
 // them, the time namespace too, and is what the request says, no more.
@@ -36,32 +27,14 @@ func TestStart(t *testing.T) {
 	}
 	cgroup := makeCgroup(t)
 	target := startTarget(t)
-	binary := "/proc/self/exe"
-	if runtime.GOARCH == "amd64" {
-		binary = build(t)
+	helper := testhelper.Build(t)
+	// What the agent has open without close-on-exec reaches no process.
+	stray, err := unix.Open("/dev/null", unix.O_RDONLY, 0)
+	if err != nil {
+		t.Fatal(err)
 	}
-	testStart(t, []string{binary, spawnMode}, target, cgroup)
-}
-
-// build makes the guest's binary as the Makefile does.
-func build(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "agent")
-	cmd := exec.Command("go", "build", "-ldflags=-E github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/entry.start", "-o", path, "../../../cmd/kata-checkpoint-agent")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return path
-}
-
-func testStart(t *testing.T, command []string, target int, cgroup string) {
-	var process *exec.Cmd
-	spawner := &Spawner{Command: func() (*exec.Cmd, error) {
-		process = exec.Command(command[0], command[1:]...)
-		return process, nil
-	}}
-	t.Cleanup(spawner.Close)
+	defer unix.Close(stray)
+	score := 123
 	mask := uint32(0o027)
 	for name, tc := range map[string]struct {
 		process specs.Process
@@ -80,34 +53,29 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 		"no new privileges": {specs.Process{Args: []string{"grep", "NoNewPrivs", "/proc/self/status"}, NoNewPrivileges: true}, "NoNewPrivs:\t1\n", 0},
 		"limit":             {specs.Process{Args: []string{"sh", "-c", "ulimit -n"}, Rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 77, Hard: 99}}}, "77\n", 0},
 		"directory":         {specs.Process{Args: []string{"pwd"}, Cwd: "/usr"}, "/usr\n", 0},
+		"OOM score":         {specs.Process{Args: []string{"cat", "/proc/self/oom_score_adj"}, OOMScoreAdj: &score}, "123\n", 0},
+		"descriptors":       {specs.Process{Args: []string{"sh", "-c", "ls /proc/$$/fd; true"}}, "0\n1\n2\n", 0},
 		"environment":       {specs.Process{Args: []string{"sh", "-c", "echo $A $HOME"}, Env: []string{"A=b", "PATH=/bin:/usr/bin"}}, "b /root\n", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			out, status := run(t, spawner, target, cgroup, tc.process)
+			out, status := run(t, helper, target, cgroup, tc.process)
 			if out != tc.want || status.ExitStatus() != tc.status {
 				t.Errorf("wrote %q and ended with %d, want %q and %d", out, status.ExitStatus(), tc.want, tc.status)
 			}
 		})
 	}
-	t.Run("spawner that has ended", func(t *testing.T) {
-		end(t, spawner, process)
-		if out, _ := run(t, spawner, target, cgroup, specs.Process{Args: []string{"echo", "again"}}); out != "again\n" {
-			t.Errorf("wrote %q", out)
-		}
-	})
-	t.Run("waits unseen", func(t *testing.T) {
-		e, err := spawner.Enter(request(t, target, cgroup, specs.Process{Args: []string{"echo", "never"}}))
+	t.Run("prepared and not seen", func(t *testing.T) {
+		p, err := Prepare(request(t, target, cgroup, specs.Process{Args: []string{"echo", "never"}}))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer e.Close()
-		// The next one has waited for its own turn, and for the answers of that.
-		if out, _ := run(t, spawner, target, cgroup, specs.Process{Args: []string{"sh", "-c", "ls -d /proc/[0-9]* | wc -l; cat " + cgroup + "/cgroup.procs | wc -l"}}); out != "4\n3\n" {
-			t.Errorf("beside the one that waits there are %q processes", out)
+		defer p.Close()
+		if out, _ := run(t, helper, target, cgroup, specs.Process{Args: []string{"sh", "-c", "ls -d /proc/[0-9]* | wc -l; cat " + cgroup + "/cgroup.procs | wc -l"}}); out != "4\n3\n" {
+			t.Errorf("beside the one that is prepared there are %q processes", out)
 		}
 	})
-	t.Run("first of a pid namespace", func(t *testing.T) {
-		testFirst(t, spawner, target, cgroup)
+	t.Run("init", func(t *testing.T) {
+		testInit(t, helper, target, cgroup)
 	})
 	t.Run("missing command", func(t *testing.T) {
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -116,64 +84,115 @@ func testStart(t *testing.T, command []string, target int, cgroup string) {
 		}
 		defer null.Close()
 		p := specs.Process{Args: []string{"no-such-command"}}
-		_, err = startOn(t, spawner, request(t, target, cgroup, p), [3]*os.File{null, null, null})
-		if err == nil || !strings.Contains(err.Error(), "executable file not found") {
-			t.Errorf("Start = %v", err)
+		_, err = startOn(t, helper, request(t, target, cgroup, p), [3]*os.File{null, null, null})
+		if err == nil || !strings.Contains(err.Error(), `"no-such-command": executable file not found`) {
+			t.Errorf("Run = %v", err)
 		}
 	})
 }
 
-// testFirst checks that a process becomes the first of a pid namespace below the
-// target's, and that a failure is told as for any other.
-func testFirst(t *testing.T, spawner *Spawner, target int, cgroup string) {
-	read, write, err := os.Pipe()
+// testInit checks that an init is PID 1 of a PID namespace below the target's,
+// takes no pid but its own, leaves no zombies, and cannot be looked into.
+func testInit(t *testing.T, helper string, target int, cgroup string) {
+	if _, err := exec.LookPath("nsenter"); err != nil {
+		t.Skip("needs nsenter(1)")
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer read.Close()
-	r := request(t, target, cgroup, specs.Process{Args: []string{"sh", "-c", "echo $$; grep NSpid /proc/self/status; read line"}, Env: []string{"PATH=/bin:/usr/bin"}})
-	r.First = true
-	stdin, end, err := os.Pipe()
+	defer null.Close()
+	stdio := [3]*os.File{null, null, null}
+	r := request(t, target, cgroup, specs.Process{Cwd: "/no-such-directory"})
+	r.Init = true
+	if _, err := startOn(t, helper, r, stdio); err == nil || !strings.Contains(err.Error(), "working directory: no such file") {
+		t.Errorf("one that fails: %v", err)
+	}
+	r = request(t, target, cgroup, specs.Process{NoNewPrivileges: true})
+	r.Init = true
+	inside, err := startOn(t, helper, r, stdio)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer end.Close()
-	inside, err := startOn(t, spawner, r, [3]*os.File{stdin, write, os.Stderr})
-	write.Close()
-	stdin.Close()
+	pid := find(t, cgroup, inside)
+	defer func() {
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Error(err)
+		}
+		wait(t, "it does not end", func() bool { return unix.Kill(pid, 0) != nil })
+	}()
+	proc := "/proc/" + strconv.Itoa(pid)
+	for name, want := range map[string]string{"Threads": "1", "CapPrm": "0000000000000000", "NoNewPrivs": "1"} {
+		if have := status(t, pid, name); have != want {
+			t.Errorf("%s is %q, want %q", name, have, want)
+		}
+	}
+	// Whoever has the same user and capabilities might, if it was dumpable.
+	if _, ended := run(t, helper, target, cgroup, specs.Process{Args: []string{"cat", "/proc/" + strconv.Itoa(inside) + "/status"}}); ended.ExitStatus() != 0 {
+		t.Errorf("the container does not see it: %d", ended)
+	}
+	if out, ended := run(t, helper, target, cgroup, specs.Process{Args: []string{"cat", "/proc/" + strconv.Itoa(inside) + "/environ"}}); ended.ExitStatus() == 0 {
+		t.Errorf("the container can look into it: %q", out)
+	}
+	if fds, err := os.ReadDir(proc + "/fd"); err != nil || len(fds) != 3 {
+		t.Errorf("its descriptors are %v, %v", fds, err)
+	}
+	out, err := exec.Command("nsenter", "--target", strconv.Itoa(pid), "--pid", "sh", "-c", "(sleep 0.1 >/dev/null & echo $!)").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	lines := bufio.NewReader(read)
-	if pid, err := lines.ReadString('\n'); err != nil || pid != "1\n" {
-		t.Errorf("its pid is %q, %v", pid, err)
+	// The shell was the second, and what it left the third or fourth.
+	if n, err := strconv.Atoi(strings.TrimSpace(string(out))); err != nil || n < 2 || n > 4 {
+		t.Errorf("a pid is %q", out)
 	}
-	// As the target's /proc has them: grep's own.
-	pids, err := lines.ReadString('\n')
-	if fields := strings.Fields(pids); err != nil || len(fields) != 3 || fields[2] != "2" {
-		t.Errorf("the pids of its child are %q, %v", pids, err)
-	}
-	if inside < 2 {
-		t.Errorf("its pid in the target's namespace is %d", inside)
-	}
-	r = request(t, target, cgroup, specs.Process{Args: []string{"no-such-command"}})
-	r.First = true
-	if _, err := startOn(t, spawner, r, [3]*os.File{end, end, end}); err == nil || !strings.Contains(err.Error(), "executable file not found") {
-		t.Errorf("a missing command: %v", err)
-	}
+	wait(t, "what has ended is not reaped", func() bool {
+		children, err := os.ReadFile(proc + "/task/" + strconv.Itoa(pid) + "/children")
+		return err == nil && len(children) == 0
+	})
 }
 
-// end kills a spawner's process and waits until it has lost its connection.
-func end(t *testing.T, s *Spawner, cmd *exec.Cmd) {
+// find returns the pid of the process in a cgroup that is PID 1 of its namespace
+// and has a pid in the one above.
+func find(t *testing.T, cgroup string, above int) int {
 	t.Helper()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := cmd.Process.Kill(); err != nil {
+	procs, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+	if err != nil {
 		t.Fatal(err)
 	}
-	fds := []unix.PollFd{{Fd: int32(s.conn.Fd()), Events: unix.POLLIN}}
-	if n, err := unix.Poll(fds, 10000); n != 1 || err != nil {
-		t.Fatalf("the spawner lives on: %d, %v", n, err)
+	for _, field := range strings.Fields(string(procs)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(status(t, pid, "NSpid"), "\t"+strconv.Itoa(above)+"\t1") {
+			return pid
+		}
+	}
+	t.Fatalf("none of %q has the pid %d", procs, above)
+	return 0
+}
+
+func status(t *testing.T, pid int, name string) string {
+	t.Helper()
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	t.Fatalf("no %s", name)
+	return ""
+}
+
+func wait(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !done(); {
+		if time.Now().After(deadline) {
+			t.Fatal(what)
+		}
 	}
 }
 
@@ -243,14 +262,14 @@ func makeCgroup(t *testing.T) string {
 }
 
 // startOn is what the agent does, all at once.
-func startOn(t *testing.T, spawner *Spawner, r Request, stdio [3]*os.File) (int, error) {
+func startOn(t *testing.T, helper string, r Request, stdio [3]*os.File) (int, error) {
 	t.Helper()
-	e, err := spawner.Enter(r)
+	p, err := Prepare(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer e.Close()
-	return e.Run([3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())})
+	defer p.Close()
+	return p.Run(helper, [3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())})
 }
 
 func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
@@ -262,7 +281,7 @@ func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
 	return Request{Target: target, Cgroup: cgroup, Process: data}
 }
 
-func run(t *testing.T, spawner *Spawner, target int, cgroup string, p specs.Process) (string, unix.WaitStatus) {
+func run(t *testing.T, helper string, target int, cgroup string, p specs.Process) (string, unix.WaitStatus) {
 	t.Helper()
 	if p.Env == nil {
 		p.Env = []string{"PATH=/bin:/usr/bin"}
@@ -277,7 +296,7 @@ func run(t *testing.T, spawner *Spawner, target int, cgroup string, p specs.Proc
 		t.Fatal(err)
 	}
 	defer read.Close()
-	pid, err := startOn(t, spawner, request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr})
+	pid, err := startOn(t, helper, request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr})
 	write.Close()
 	if err != nil {
 		t.Fatal(err)

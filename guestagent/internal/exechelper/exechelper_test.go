@@ -5,82 +5,70 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"runtime"
-	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/testhelper"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// The helper passes signals on to the process that it is told of and ends as
-// that does, whether or not its binary has the entry point of its own.
+// The helper passes signals on to the process that it is told of and exits as
+// that does.
 func TestHelper(t *testing.T) {
-	binaries := map[string]string{"on Go's runtime": build(t)}
-	if runtime.GOARCH == "amd64" {
-		binaries["before Go's runtime"] = build(t, "-ldflags=-E github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/entry.start")
-	}
-	for name, binary := range binaries {
-		t.Run(name, func(t *testing.T) {
-			cmd, status := start(t, binary)
-			signals := make(chan os.Signal, 1)
-			signal.Notify(signals, unix.SIGUSR1)
-			defer signal.Stop(signals)
-			tell(t, status, Message{PID: int32(os.Getpid())})
-			for deadline := time.Now().Add(10 * time.Second); has(cmd.Process.Pid, StatusFD); {
-				if time.Now().After(deadline) {
-					t.Fatal("it keeps its own end of the pipe")
-				}
-			}
-			if err := cmd.Process.Signal(unix.SIGUSR1); err != nil {
-				t.Fatal(err)
-			}
-			select {
-			case <-signals:
-			case <-time.After(10 * time.Second):
-				t.Fatal("the signal was not passed on")
-			}
-			tell(t, status, Message{Ended: 1, Status: 7 << 8})
-			_ = cmd.Wait()
-			if code := cmd.ProcessState.ExitCode(); code != 7 {
-				t.Errorf("it ended with %d, want the process's 7", code)
-			}
-
-			cmd, status = start(t, binary)
-			tell(t, status, Message{Ended: 1, Status: uint32(unix.SIGTERM)})
-			_ = cmd.Wait()
-			if code := cmd.ProcessState.ExitCode(); code != 128+int(unix.SIGTERM) {
-				t.Errorf("it ended with %d for a process that SIGTERM ended", code)
-			}
-
-			cmd, status = start(t, binary)
-			tell(t, status, Message{PID: int32(os.Getpid())})
-			status.Close()
-			_ = cmd.Wait()
-			if code := cmd.ProcessState.ExitCode(); code != statusLost {
-				t.Errorf("it ended with %d without an agent, want %d", code, statusLost)
-			}
-		})
-	}
-	t.Run("other modes", func(t *testing.T) {
-		for name, binary := range binaries {
-			if out, err := exec.Command(binary, "--version").Output(); err != nil || !strings.HasPrefix(string(out), "kata-checkpoint-agent") {
-				t.Errorf("%s: --version: %q, %v", name, out, err)
+	binary := testhelper.Build(t)
+	t.Run("signals and exit status", func(t *testing.T) {
+		cmd, status := start(t, binary)
+		signals := make(chan os.Signal, 1)
+		signal.Notify(signals, unix.SIGUSR1)
+		defer signal.Stop(signals)
+		// It comes before there is a process, and waits.
+		if err := cmd.Process.Signal(unix.SIGUSR1); err != nil {
+			t.Fatal(err)
+		}
+		tell(t, status, Message{PID: int32(os.Getpid())})
+		passedOn(t, signals)
+		for deadline := time.Now().Add(10 * time.Second); has(cmd.Process.Pid, StatusFD); {
+			if time.Now().After(deadline) {
+				t.Fatal("it keeps its own end of the pipe")
 			}
 		}
+		if err := cmd.Process.Signal(unix.SIGUSR1); err != nil {
+			t.Fatal(err)
+		}
+		passedOn(t, signals)
+		tell(t, status, Message{Ended: 1, Status: 7 << 8})
+		exits(t, cmd, 7)
+	})
+	t.Run("killed process", func(t *testing.T) {
+		cmd, status := start(t, binary)
+		tell(t, status, Message{Ended: 1, Status: uint32(unix.SIGTERM)})
+		exits(t, cmd, 128+int(unix.SIGTERM))
+	})
+	t.Run("agent that has exited", func(t *testing.T) {
+		cmd, status := start(t, binary)
+		tell(t, status, Message{PID: int32(os.Getpid())})
+		status.Close()
+		exits(t, cmd, 255)
 	})
 }
 
-func build(t *testing.T, flags ...string) string {
+func passedOn(t *testing.T, signals <-chan os.Signal) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "agent")
-	cmd := exec.Command("go", append(append([]string{"build", "-o", path}, flags...), "../../../cmd/kata-checkpoint-agent")...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	select {
+	case <-signals:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the signal was not passed on")
 	}
-	return path
+}
+
+func exits(t *testing.T, cmd *exec.Cmd, want int) {
+	t.Helper()
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != want {
+		t.Errorf("it exited with %d, want %d", code, want)
+	}
 }
 
 // start runs a helper and takes its pipe when it is told to, as the agent does.
@@ -94,7 +82,7 @@ func start(t *testing.T, binary string) (*exec.Cmd, *os.File) {
 	if _, err := unix.InotifyAddWatch(watch, binary, unix.IN_CLOSE_NOWRITE); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(binary, "exec", "token")
+	cmd := exec.Command(binary, api.ExecMode, "token")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +104,6 @@ func start(t *testing.T, binary string) (*exec.Cmd, *os.File) {
 		if _, err := unix.Read(watch, make([]byte, unix.SizeofInotifyEvent)); err != nil {
 			t.Fatal(err)
 		}
-		// A package that reads its own executable when it starts tells something, too.
 		if fd, err := unix.PidfdGetfd(pidfd, StatusFD, 0); err == nil {
 			return cmd, os.NewFile(uintptr(fd), "status")
 		}

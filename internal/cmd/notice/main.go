@@ -53,6 +53,9 @@ Its binaries contain the Go standard library (BSD-3-Clause, Copyright The Go Aut
 versions are in go.mod and whose licences are in the guest bundle's folder licenses/:
 
 %s
+The guest bundle's kata-checkpoint-helper is linked statically to the GNU C Library (LGPL-2.1-or-later), whose licence is
+in the bundle's folder licenses/libc6; with this project's sources it can be linked to another version: see the Makefile.
+
 The guest bundle contains programs and libraries of these Debian packages, unchanged but for the place where CRIU, tar
 and gzip look for their libraries. The bundle's MANIFEST has their versions and its folder licenses/ their copyright
 files. Their sources are Debian's source packages of the same versions, which Debian's archive and its snapshots keep.

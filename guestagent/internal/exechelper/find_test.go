@@ -1,4 +1,4 @@
-package agent
+package exechelper
 
 import (
 	"io"
@@ -9,19 +9,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/testhelper"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
 const testToken = "THETOKENOFTHISTESTANDNOOTHER"
-
-// TestMain makes this program an exec helper where a test starts it as one.
-func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == api.ExecMode {
-		os.Exit(exechelper.Run())
-	}
-	os.Exit(m.Run())
-}
 
 // pose starts a program with the helper's arguments.
 func pose(t *testing.T, program string, args []string, attr *unix.SysProcAttr) int {
@@ -44,10 +36,10 @@ func pose(t *testing.T, program string, args []string, attr *unix.SysProcAttr) i
 	return cmd.Process.Pid
 }
 
-// took waits for the process to be taken for the helper.
-func took(c *container, pid int, token string, limit time.Duration) bool {
+// taken waits for the process to be taken for the helper.
+func taken(p Placeholder, pid int, token string, limit time.Duration) bool {
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); <-time.After(time.Millisecond) {
-		if h := takeHelper(c, pid, token); h != nil {
+		if h := p.take(pid, token); h != nil {
 			_ = h.close()
 			return true
 		}
@@ -55,37 +47,29 @@ func took(c *container, pid int, token string, limit time.Duration) bool {
 	return false
 }
 
-func asContainer(t *testing.T) *container {
-	t.Helper()
-	init, err := newProcess(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &container{ID: "c1", Init: init}
-}
-
-// The helper is told by what no process of a container can have. The token,
-// which none can know, is no more than one of these.
+// The helper is recognized by what no process of a container can have. The
+// token, which none can know, is no more than one of these.
 func TestOnlyTheHelperIsTaken(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("only root may take descriptors and make namespaces")
 	}
-	self, err := os.Executable()
+	program := testhelper.Build(t)
+	file, err := identify(program)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := asContainer(t)
+	p := Placeholder{PID: os.Getpid(), File: file}
 	helper := []string{api.HelperPath, api.ExecMode, testToken}
 	// A copy has the same content and is another file.
 	copied := t.TempDir() + "/copy"
-	data, err := os.ReadFile(self)
+	data, err := os.ReadFile(program)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(copied, data, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if !took(c, pose(t, self, helper, nil), testToken, 20*time.Second) {
+	if !taken(p, pose(t, program, helper, nil), testToken, 20*time.Second) {
 		t.Fatal("the helper is not taken")
 	}
 	for name, tc := range map[string]struct {
@@ -94,14 +78,14 @@ func TestOnlyTheHelperIsTaken(t *testing.T) {
 		attr    *unix.SysProcAttr
 		token   string
 	}{
-		"another token":           {self, []string{helper[0], api.ExecMode, "ANOTHER"}, nil, testToken},
-		"no token at all":         {self, []string{helper[0], api.ExecMode, ""}, nil, ""},
+		"another token":           {program, []string{helper[0], api.ExecMode, "ANOTHER"}, nil, testToken},
+		"no token at all":         {program, []string{helper[0], api.ExecMode, ""}, nil, ""},
 		"another program":         {copied, helper, nil, testToken},
-		"another pid namespace":   {self, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}, testToken},
-		"another mount namespace": {self, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}, testToken},
+		"another pid namespace":   {program, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID}, testToken},
+		"another mount namespace": {program, helper, &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNS}, testToken},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if took(c, pose(t, tc.program, tc.args, tc.attr), tc.token, 200*time.Millisecond) {
+			if taken(p, pose(t, tc.program, tc.args, tc.attr), tc.token, 200*time.Millisecond) {
 				t.Error("taken for the helper")
 			}
 		})

@@ -1,1 +1,0 @@
-// This file lets functions of this package have no body (go:linkname).
