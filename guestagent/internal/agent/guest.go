@@ -6,8 +6,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 func kernelRelease() string {
@@ -19,7 +17,7 @@ func kernelRelease() string {
 }
 
 func bootID() string {
-	id, err := rawfile.Read("/proc/sys/kernel/random/boot_id")
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""
 	}

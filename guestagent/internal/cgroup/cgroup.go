@@ -22,8 +22,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // Root is where cgroup v2 is mounted in the guest.
@@ -74,7 +72,7 @@ func expandSlice(slice string) string {
 func Procs(dir string, deep bool) ([]int, error) {
 	var pids []int
 	read := func(d string) error {
-		data, err := rawfile.Read(filepath.Join(d, "cgroup.procs"))
+		data, err := os.ReadFile(filepath.Join(d, "cgroup.procs"))
 		if err != nil {
 			return err
 		}

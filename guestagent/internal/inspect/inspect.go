@@ -27,7 +27,6 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/rawfile"
 )
 
 // Container is what one look at a container's processes has read.
@@ -184,7 +183,7 @@ func readFiles(pid int) ([]File, error) {
 	err := links(pid, func(fd int, name string) error {
 		f := File{FD: fd, Name: name}
 		if strings.HasPrefix(name, "/") {
-			info, err := rawfile.Read(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, fd))
+			info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, fd))
 			if gone(err) {
 				return nil
 			}
