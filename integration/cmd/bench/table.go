@@ -57,7 +57,7 @@ func (t *table) verdict() error {
 	return nil
 }
 
-func median(values []time.Duration) time.Duration {
+func median[T time.Duration | float64](values []T) T {
 	if len(values) == 0 {
 		return 0
 	}
