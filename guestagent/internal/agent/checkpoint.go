@@ -35,33 +35,67 @@ func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	if _, err := c.inspect(ctx, r.GetOptions()); err != nil {
+	if _, _, err := a.inspect(ctx, c, r.GetOptions()); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
 	return &emptypb.Empty{}, nil
 }
 
-// inspect looks at a container's processes. Its error names everything that
-// forbids a checkpoint; what is only worth knowing is logged.
-func (c *container) inspect(ctx context.Context, o *api.CheckpointOptions) (*inspect.Container, error) {
+// inspect looks at a container's processes, and reports whether its IPC
+// namespace has to be dumped. Its error names everything that forbids a
+// checkpoint; what is only worth knowing is logged.
+func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOptions) (_ *inspect.Container, ownIPC bool, _ error) {
 	pids, err := c.pids()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	look, err := inspect.Look(c.root().PID, pids)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	findings, err := look.Check(c.Stdio, o)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
+	others, err := a.otherProcesses(c.ID)
+	if err != nil {
+		return nil, false, err
+	}
+	ownIPC, more, err := look.CheckIPC(others)
+	if err != nil {
+		return nil, false, err
+	}
+	findings = append(findings, more...)
 	for _, f := range findings {
 		if f.Class != inspect.Refused {
 			log.G(ctx).WithField("container", c.ID).Warn(f.String())
 		}
 	}
-	return look, inspect.Refusal(findings)
+	return look, ownIPC, inspect.Refusal(findings)
+}
+
+// otherProcesses are those of the sandbox's other containers.
+func (a *Agent) otherProcesses(id string) ([]*inspect.Process, error) {
+	containers, err := a.containers()
+	if err != nil {
+		return nil, err
+	}
+	var out []*inspect.Process
+	for _, c := range containers {
+		if c.ID == id {
+			continue
+		}
+		pids, err := cgroup.Procs(c.tree(), true)
+		if err != nil {
+			continue // it has ended
+		}
+		processes, err := inspect.Processes(pids)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, processes...)
+	}
+	return out, nil
 }
 
 // Checkpoint implements the service.
@@ -121,11 +155,11 @@ func stayFrozen(ctx context.Context, c *container) error {
 func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (_ *api.CheckpointResponse, err error) {
 	ph := newPhases(ctx, "checkpoint", c.ID)
 	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
-	look, err := c.inspect(ctx, r.GetOptions())
+	look, ownIPC, err := a.inspect(ctx, c, r.GetOptions())
 	if err != nil {
 		return nil, err
 	}
-	op, err := a.describe(c, look, r, out)
+	op, err := a.describe(c, look, ownIPC, r, out)
 	if err != nil {
 		return nil, err
 	}
@@ -175,7 +209,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 }
 
 // describe records what the restore needs to know and prepares the run of CRIU.
-func (a *Agent) describe(c *container, look *inspect.Container, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
+func (a *Agent) describe(c *container, look *inspect.Container, ownIPC bool, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
 	root := c.root().PID
 	mounts, err := inspect.Mounts(root)
 	if err != nil {
@@ -199,10 +233,15 @@ func (a *Agent) describe(c *container, look *inspect.Container, r *api.Checkpoin
 		return nil, err
 	}
 	// CRIU leaves namespaces that it is in itself out of the image set: these
-	// are the sandbox's, not the container's. The cgroup namespace is not
-	// joined: cgroup2 is mounted with nsdelegate, and nothing can be frozen
-	// from inside.
-	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: []string{"ipc", "uts"}}, 0)
+	// are the sandbox's, not the container's. An IPC namespace with objects of
+	// the container's own is not joined: it goes into the image set, and the
+	// restore recreates it for the container alone. Nor is the cgroup namespace:
+	// cgroup2 is mounted with nsdelegate, and nothing can be frozen from inside.
+	join := []string{"uts"}
+	if !ownIPC {
+		join = append(join, "ipc")
+	}
+	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: join}, 0)
 }
 
 // shareNamespace marks a PID namespace that is not the container's own as

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -166,6 +167,27 @@ func (a *Agent) running(id string) (*container, error) {
 		return nil, fmt.Errorf("the process of container %s has exited: %w", id, errdefs.ErrNotFound)
 	}
 	return c, nil
+}
+
+// containers are all that have a record and whose root process is alive.
+func (a *Agent) containers() ([]*container, error) {
+	records, err := os.ReadDir(filepath.Dir(a.recordPath("")))
+	if err != nil {
+		return nil, err
+	}
+	var out []*container
+	for _, r := range records {
+		id, ok := strings.CutSuffix(r.Name(), ".json")
+		if !ok {
+			continue
+		}
+		c, err := a.running(id)
+		if err != nil {
+			continue // it has ended
+		}
+		out = append(out, c)
+	}
+	return out, nil
 }
 
 func (a *Agent) save(c *container) error {

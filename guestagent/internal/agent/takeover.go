@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -37,22 +36,14 @@ func (a *Agent) takeOver() error {
 	if err != nil {
 		return err
 	}
-	records, err := os.ReadDir(filepath.Join(a.dir, "containers"))
+	containers, err := a.containers()
 	if err != nil {
 		return err
 	}
-	for _, r := range records {
-		id, ok := strings.CutSuffix(r.Name(), ".json")
-		if !ok {
-			continue
-		}
-		c, err := a.running(id)
-		if err != nil {
-			continue // exited
-		}
+	for _, c := range containers {
 		if frozen, err := cgroup.Frozen(c.tree()); err == nil && frozen {
-			log.L.WithField("container", id).Warn("container was frozen by an agent that has died")
-			a.leases.frozen(id)
+			log.L.WithField("container", c.ID).Warn("container was frozen by an agent that has died")
+			a.leases.frozen(c.ID)
 		}
 	}
 	return nil

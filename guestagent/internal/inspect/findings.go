@@ -30,14 +30,19 @@ const (
 // Finding is what a look at a container found about one of its processes.
 type Finding struct {
 	Class Class
-	// Process names the process and its PID, as its own container shows it.
+	// Process names the process and its PID, as its own container shows it. It is
+	// empty where a finding is about the container as a whole.
 	Process string
-	// What completes "the process P ...", and Advice is what to do about it.
+	// What completes "the process P ..." or "the container ...", and Advice is
+	// what to do about it.
 	What, Advice string
 }
 
 func (f Finding) String() string {
-	text := "the process " + f.Process + " " + f.What
+	text := "the container " + f.What
+	if f.Process != "" {
+		text = "the process " + f.Process + " " + f.What
+	}
 	if f.Advice != "" {
 		text += ": " + f.Advice
 	}

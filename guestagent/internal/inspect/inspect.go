@@ -85,6 +85,9 @@ type Mapping struct {
 	Shared    bool
 	// Device is MAJOR:MINOR in hexadecimal, as /proc/PID/maps has it.
 	Device, Path string
+	// Inode is the file's number on its device. That of a System V shared memory
+	// segment is its id (ipc/shm.c, newseg).
+	Inode uint64
 }
 
 // Look reads the processes of a container, of which root is the first.
@@ -255,7 +258,12 @@ func parseMapping(line string) (Mapping, bool) {
 	if len(fields) != 5 {
 		return Mapping{}, false
 	}
+	inode, err := strconv.ParseUint(fields[4], 10, 64)
+	if err != nil {
+		return Mapping{}, false
+	}
 	return Mapping{
+		Inode:     inode,
 		Addresses: mapFilesName(fields[0]),
 		Shared:    strings.HasSuffix(fields[1], "s"),
 		Device:    fields[3],

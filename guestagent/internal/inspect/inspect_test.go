@@ -90,10 +90,10 @@ func TestProcessesThatHaveExited(t *testing.T) {
 
 func TestParseMapping(t *testing.T) {
 	for line, want := range map[string]Mapping{
-		"00400000-0040b000 r--p 00000000 fe:01 1234    /usr/bin/a file":   {"400000-40b000", false, "fe:01", "/usr/bin/a file"},
-		"7f0000000000-7f0000001000 rw-s 00000000 00:1c 7 /dev/shm/x":      {"7f0000000000-7f0000001000", true, "00:1c", "/dev/shm/x"},
+		"00400000-0040b000 r--p 00000000 fe:01 1234    /usr/bin/a file":   {"400000-40b000", false, "fe:01", "/usr/bin/a file", 1234},
+		"7f0000000000-7f0000001000 rw-s 00000000 00:1c 7 /dev/shm/x":      {"7f0000000000-7f0000001000", true, "00:1c", "/dev/shm/x", 7},
 		"7ffd1c000000-7ffd1c021000 rw-p 00000000 00:00 0         [stack]": {},
-		"00000000-00001000 r--p 00000000 fe:01 1234 /zero":                {"0-1000", false, "fe:01", "/zero"},
+		"00000000-00001000 r--p 00000000 fe:01 1234 /zero":                {"0-1000", false, "fe:01", "/zero", 1234},
 		"": {},
 	} {
 		if got, ok := parseMapping(line); got != want || ok != (want != Mapping{}) {

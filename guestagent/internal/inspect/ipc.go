@@ -1,0 +1,287 @@
+package inspect
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+)
+
+// ipcObject is a System V IPC object.
+type ipcObject struct {
+	kind string // as users know it
+	id   int
+	key  uint32
+	// pids are those that the kernel remembers: the creator, and who used it last.
+	pids []int
+}
+
+func (o ipcObject) String() string {
+	if o.key == 0 {
+		return fmt.Sprintf("the System V %s %d", o.kind, o.id)
+	}
+	return fmt.Sprintf("the System V %s %d (key %#x)", o.kind, o.id, o.key)
+}
+
+// CheckIPC reports whether a container has System V IPC objects of its own, so
+// that its IPC namespace has to go into the image set. Others are the processes
+// of the sandbox's other containers: Kata gives all of them one IPC namespace.
+// Objects that cannot be told apart are refused, and so are POSIX message
+// queues, which CRIU 4.2 cannot dump (criu/ipc_ns.c).
+func (c *Container) CheckIPC(others []*Process) (own bool, findings []Finding, err error) {
+	sharing := slices.DeleteFunc(slices.Clone(others), func(p *Process) bool {
+		same, err := procfs.SameNamespace(p.PID, c.Root.PID, "ipc")
+		return err != nil || !same
+	})
+	objects, queues, err := ipcObjects(c.Root.PID)
+	if err != nil {
+		return false, nil, fmt.Errorf("inspect the IPC namespace: %w", err)
+	}
+	own, findings = c.attribute(objects, sharing)
+	return own, append(findings, c.queues(queues, sharing)...), nil
+}
+
+// attribute decides whose the objects of an IPC namespace are.
+func (c *Container) attribute(objects []ipcObject, sharing []*Process) (own bool, findings []Finding) {
+	if len(sharing) == 0 {
+		return len(objects) > 0, nil
+	}
+	var mine, foreign []ipcObject
+	for _, o := range objects {
+		user, other := o.userAmong(c.Processes), o.userAmong(sharing)
+		switch {
+		case user != nil && other != nil:
+			findings = append(findings, c.finding(user, rule{Refused,
+				fmt.Sprintf("uses %s together with the process %s of another container of the pod", o, other.Name),
+				"a checkpoint is of one container: run the two in one"}))
+		case user != nil:
+			mine = append(mine, o)
+		case other != nil:
+			foreign = append(foreign, o)
+		default:
+			findings = append(findings, Finding{Class: Refused,
+				What:   fmt.Sprintf("shares its pod's IPC namespace, in which the processes that used %s have exited, so that its owner is not known", o),
+				Advice: "remove it with ipcrm(1), or run the container in a pod of its own"})
+		}
+	}
+	if len(mine) > 0 && len(foreign) > 0 {
+		findings = append(findings, Finding{Class: Refused,
+			What:   fmt.Sprintf("has %s in the pod's IPC namespace, in which another container has %s", mine[0], foreign[0]),
+			Advice: "run them in pods of their own"})
+	}
+	return len(mine) > 0, findings
+}
+
+// userAmong returns the first of the processes that is known to use an object.
+func (o ipcObject) userAmong(processes []*Process) *Process {
+	i := slices.IndexFunc(processes, func(p *Process) bool {
+		return slices.Contains(o.pids, p.PID) || o.kind == sharedMemory && slices.ContainsFunc(p.Mappings, func(m Mapping) bool {
+			return strings.HasPrefix(m.Path, "/SYSV") && m.Inode == uint64(o.id) //nolint:gosec // not negative
+		})
+	})
+	if i < 0 {
+		return nil
+	}
+	return processes[i]
+}
+
+// queues finds POSIX message queues that are the container's, or may be.
+func (c *Container) queues(names []string, sharing []*Process) (findings []Finding) {
+	if len(names) == 0 {
+		return nil
+	}
+	const advice = "have the program communicate in another way, such as by a socket"
+	known := make(map[string]bool)
+	for _, p := range c.Processes {
+		for _, name := range openQueues(p) {
+			known[name] = true
+			findings = append(findings, c.finding(p, rule{Refused, "has the POSIX message queue " + name + " open, which CRIU cannot checkpoint", advice}))
+		}
+	}
+	for _, p := range sharing {
+		for _, name := range openQueues(p) {
+			known[name] = true
+		}
+	}
+	for _, name := range names {
+		if !known[name] {
+			findings = append(findings, Finding{Class: Refused, What: "has the POSIX message queue " + name + ", which CRIU cannot checkpoint", Advice: "remove it, or " + advice})
+		}
+	}
+	return findings
+}
+
+// mqueueMagic is the type of the file system of message queues in statfs(2)
+// (ipc/mqueue.c, MQUEUE_MAGIC).
+const mqueueMagic = 0x19800202
+
+// openQueues lists the message queues that a process has open.
+func openQueues(p *Process) (names []string) {
+	for _, f := range p.Files {
+		if strings.LastIndexByte(f.Name, '/') != 0 {
+			continue // a queue's name has one element
+		}
+		// O_PATH does not open the queue.
+		fd, err := unix.Open(fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
+			continue // closed meanwhile
+		}
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(fd, &st); err == nil && st.Type == mqueueMagic {
+			names = append(names, f.Name)
+		}
+		unix.Close(fd)
+	}
+	return names
+}
+
+// The kinds of System V objects.
+const (
+	sharedMemory = "shared memory segment"
+	semaphores   = "semaphore set"
+	messages     = "message queue"
+)
+
+// ipcObjects lists the System V objects and the message queues in the IPC
+// namespace of a process.
+func ipcObjects(root int) (objects []ipcObject, queues []string, err error) {
+	err = thread.Do(func() error {
+		if err := thread.Enter(root, "ipc"); err != nil {
+			return err
+		}
+		// /proc/sysvipc shows the namespace of the thread that opens its files
+		// (ipc/util.c, sysvipc_proc_open), with pids of the mount's PID namespace.
+		for _, kind := range []struct {
+			file, name string
+			pids       []string
+		}{
+			{"shm", sharedMemory, []string{"cpid", "lpid"}},
+			{"sem", semaphores, nil},
+			{"msg", messages, []string{"lspid", "lrpid"}},
+		} {
+			list, err := readSysV("/proc/sysvipc/"+kind.file, kind.name, kind.pids)
+			if err != nil {
+				return err
+			}
+			objects = append(objects, list...)
+		}
+		var err error
+		queues, err = messageQueues()
+		return err
+	})
+	return objects, queues, err
+}
+
+// readSysV reads one of the files in /proc/sysvipc: a line of column titles and
+// a line for each object. A kernel without System V IPC has none of them.
+func readSysV(path, kind string, pidColumns []string) ([]ipcObject, error) {
+	f, err := os.Open(path)
+	if os.IsNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	if !lines.Scan() {
+		return nil, lines.Err()
+	}
+	titles := strings.Fields(lines.Text())
+	var out []ipcObject
+	for lines.Scan() {
+		o, err := parseSysV(titles, strings.Fields(lines.Text()), kind, pidColumns)
+		if err != nil {
+			return nil, fmt.Errorf("parse %s: %w", path, err)
+		}
+		if kind == semaphores {
+			o.pids = semaphorePIDs(o.id)
+		}
+		out = append(out, o)
+	}
+	return out, lines.Err()
+}
+
+func parseSysV(titles, fields []string, kind string, pidColumns []string) (ipcObject, error) {
+	if len(titles) < 2 || len(fields) != len(titles) {
+		return ipcObject{}, fmt.Errorf("%d fields below %d titles", len(fields), len(titles))
+	}
+	// The first two are the key, which is printed with a sign, and the id.
+	key, err := strconv.ParseInt(fields[0], 10, 32)
+	if err != nil {
+		return ipcObject{}, err
+	}
+	id, err := strconv.Atoi(fields[1])
+	if err != nil {
+		return ipcObject{}, err
+	}
+	o := ipcObject{kind: kind, id: id, key: uint32(int32(key))} //nolint:gosec // the same 32 bits
+	for _, column := range pidColumns {
+		i := slices.Index(titles, column)
+		if i < 0 {
+			return ipcObject{}, fmt.Errorf("no column %s", column)
+		}
+		pid, err := strconv.Atoi(fields[i])
+		if err != nil {
+			return ipcObject{}, err
+		}
+		if pid != 0 { // exited, or of another PID namespace
+			o.pids = append(o.pids, pid)
+		}
+	}
+	return o, nil
+}
+
+// semaphorePIDs returns the processes that were the last to use the semaphores
+// of a set, as far as they are known.
+func semaphorePIDs(id int) (pids []int) {
+	const getPID = 11 // GETPID of linux/sem.h
+	for n := 0; ; n++ {
+		pid, _, errno := unix.Syscall6(unix.SYS_SEMCTL, uintptr(id), uintptr(n), getPID, 0, 0, 0) //nolint:gosec // an id of the kernel's
+		if errno != 0 {
+			return pids // beyond the last, or removed meanwhile
+		}
+		if pid != 0 {
+			pids = append(pids, int(pid)) //nolint:gosec // a pid
+		}
+	}
+}
+
+// messageQueues lists the POSIX message queues in the calling thread's IPC
+// namespace, by a mount of their file system that nobody else sees.
+func messageQueues() ([]string, error) {
+	fs, err := unix.Fsopen("mqueue", unix.FSOPEN_CLOEXEC)
+	if err == unix.ENODEV { //nolint:errorlint // an errno
+		return nil, nil // a kernel without message queues
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("fsopen", err)
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return nil, os.NewSyscallError("fsconfig", err)
+	}
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
+	if err != nil {
+		return nil, os.NewSyscallError("fsmount", err)
+	}
+	root, err := unix.Openat(mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	unix.Close(mount)
+	if err != nil {
+		return nil, os.NewSyscallError("openat", err)
+	}
+	dir := os.NewFile(uintptr(root), "mqueue")
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	for i, name := range names {
+		names[i] = "/" + name
+	}
+	return names, err
+}
