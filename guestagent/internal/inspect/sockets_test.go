@@ -1,13 +1,22 @@
 package inspect
 
 import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
 func TestConnectionsAreThoseThatAProcessHas(t *testing.T) {
@@ -67,6 +76,90 @@ func TestConnections(t *testing.T) {
 	c.Close()
 	if found(c) {
 		t.Error("a closed connection is found")
+	}
+}
+
+const connectMode = "connect"
+
+// TestMain makes this program one that has a TCP and a unix connection to
+// itself, where a test starts it as such.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == connectMode {
+		if err := connectToItself(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func connectToItself() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	for network, address := range map[string]string{"tcp6": "[::1]:4711", "unix": "@inspect"} {
+		l, err := net.Listen(network, address)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		c, err := net.Dial(network, address)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		there, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		defer there.Close()
+	}
+	fmt.Println("ready")
+	_, err = bufio.NewReader(os.Stdin).ReadString('\n')
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// Sockets are looked up in the network namespace of the process that has them.
+func TestSocketsOfAnotherNetworkNamespace(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root may create a network namespace")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, connectMode)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	if line, err := testproc.Start(t, cmd).ReadString('\n'); err != nil || line != "ready\n" {
+		t.Fatalf("it prints %q (%v)", line, err)
+	}
+	s, err := readSockets(processes(t, cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends := make(map[string]bool)
+	for _, c := range s.connections {
+		ends[c.Local.String()] = c.PID == cmd.Process.Pid
+	}
+	if len(ends) != 2 || !ends["[::1]:4711"] {
+		t.Errorf("TCP connections: %v", s.connections)
+	}
+	pairs := 0
+	for inode, peer := range s.peers {
+		if s.owners[inode].process != nil && s.owners[peer].process != nil {
+			pairs++
+		}
+	}
+	if pairs != 2 {
+		t.Errorf("%d ends of unix sockets among %v", pairs, s.peers)
 	}
 }
 
