@@ -14,14 +14,14 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
-// The processes of a container that shares its pod's PID namespace are not the
-// tree of a PID 1, and no PID namespace is in its image set: they are restored,
-// with the pids that they had, into one that is made for them below the
-// placeholder's, with an init of ours.
+// A container that shares its pod's PID namespace has no PID 1 of its own, and
+// its image set contains no PID namespace. Its processes are restored, with the
+// PIDs that they had, into one that is created for them below the placeholder's,
+// with an init of ours.
 
-// makeNamespace makes a PID namespace in the placeholder's, with all else as the
-// placeholder's, and returns the pid of its init, which is in the placeholder's
-// cgroup: it is no part of what is frozen and checkpointed.
+// makeNamespace creates a PID namespace below the placeholder's and returns the
+// PID of its init. Everything else of the init is as the placeholder's; being in
+// the placeholder's cgroup, it is neither frozen nor checkpointed.
 func (a *Agent) makeNamespace(c *container) (int, error) {
 	process, err := json.Marshal(specs.Process{NoNewPrivileges: true})
 	if err != nil {
@@ -34,23 +34,24 @@ func (a *Agent) makeNamespace(c *container) (int, error) {
 	defer null.Close()
 	prepared, err := enter.Prepare(enter.Request{Target: c.Init.PID, Cgroup: c.Cgroup, Process: process, Init: true})
 	if err != nil {
-		return 0, fmt.Errorf("make a PID namespace: %w", err)
+		return 0, fmt.Errorf("create a PID namespace: %w", err)
 	}
 	defer prepared.Close()
 	fd := int(null.Fd())
 	inside, err := prepared.Run(criu.Helper, [3]int{fd, fd, fd})
 	if err != nil {
-		return 0, fmt.Errorf("make a PID namespace: %w", err)
+		return 0, fmt.Errorf("create a PID namespace: %w", err)
 	}
 	pids, err := cgroup.Procs(c.Cgroup, false)
 	if err != nil {
 		return 0, fmt.Errorf("look for the init of the new PID namespace: %w", err)
 	}
 	for _, pid := range pids {
-		// Its pids are the guest's root one, the placeholder's namespace's, and 1.
+		// Its PIDs are those in the guest's root namespace and in the
+		// placeholder's, and 1.
 		if ns, err := procfs.NSPIDs(pid); err == nil && len(ns) > 2 && ns[len(ns)-1] == 1 && ns[len(ns)-2] == inside {
 			return pid, nil
 		}
 	}
-	return 0, errors.New("the init of the new PID namespace has ended")
+	return 0, errors.New("the init of the new PID namespace has exited")
 }
