@@ -1,6 +1,6 @@
-# `make` lists the targets. Everything they make is below bin/ and build/; build/ caches downloads, too.
+# `make` lists the targets. Their output is below bin/ and build/; build/ also caches downloads.
 
-# A toolchain that packaging/bootstrap fetched stands before an older one of the machine.
+# A toolchain that packaging/bootstrap has fetched takes precedence over an older one on the machine.
 export PATH := $(CURDIR)/build/go/bin:$(PATH)
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
@@ -32,7 +32,7 @@ SCENARIO := $(if $(RUN),-run 'TestScenario/$(RUN)$$')
 E2E_ENV  := $(if $(KATA),TESTBED_KATA=$(abspath $(KATA)))
 
 .DEFAULT_GOAL := help
-# Targets build and boot things that compete for the machine; go builds in parallel by itself.
+# Targets compete for the machine when they build and boot; go build is parallel on its own.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 

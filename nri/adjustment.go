@@ -13,17 +13,17 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
-// namespace is the only one of containerd's that NRI sees, the CRI's.
+// namespace is the CRI's, the only one of containerd's that NRI covers.
 const namespace = "k8s.io"
 
-// adjustment returns what a container of a pod needs, nil where the pod is not
-// one of ours.
+// adjustment returns what a container of a pod needs, nil for pods with another
+// runtime handler.
 //
-// The exchange mount names a directory that does not exist yet: the shim makes
-// it, with the token in it, before Kata mounts anything.
+// The source of the exchange mount does not exist yet: the shim creates it,
+// with the token in it, before Kata mounts anything.
 func (p *Plugin) adjustment(pod *api.PodSandbox, c *api.Container) (*api.ContainerAdjustment, error) {
 	if !slices.Contains(p.handlers, pod.GetRuntimeHandler()) {
-		return nil, nil //nolint:nilnil // NRI's way of saying that there is nothing to adjust
+		return nil, nil //nolint:nilnil // to NRI, nil means no adjustment
 	}
 	added := inherited(pod.GetAnnotations(), c.GetAnnotations())
 	all := maps.Clone(added)
@@ -45,8 +45,8 @@ func (p *Plugin) adjustment(pod *api.PodSandbox, c *api.Container) (*api.Contain
 	return out, nil
 }
 
-// inherited are the annotations of ours that a container gets from its pod.
-// What it says itself is the more particular word.
+// inherited returns those of our annotations that a container gets from its
+// pod. Its own take precedence.
 func inherited(pod, container map[string]string) map[string]string {
 	out := make(map[string]string)
 	for key, value := range pod {

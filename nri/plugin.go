@@ -1,10 +1,12 @@
-// Package plugin is the NRI plugin: it adjusts the containers of our pods as
-// package nri says, while containerd's CRI creates them. Command
-// kata-checkpoint-nri runs it, once per node.
+// Package nri is the NRI plugin: it adjusts the containers of pods with our
+// runtime (package internal/adjust) while containerd's CRI creates them.
+// Command kata-checkpoint-nri runs it, once per node.
 //
-// Nothing depends on it: NRI creates containers without a plugin that is away,
-// and the shim then makes the same adjustment. What only the plugin can do is
-// to pass a pod's annotations on whatever containerd's pod_annotations say.
+// Nothing depends on it: NRI creates containers without a plugin that is not
+// connected, and the shim then makes the same adjustment. Only the plugin can
+// pass on a pod's annotations whatever containerd's pod_annotations are.
+//
+// Written against containerd 2.4 and NRI 0.12.
 package nri
 
 import (
@@ -24,13 +26,14 @@ type Plugin struct {
 }
 
 // New returns the plugin for a node's configuration, which has to be the one
-// that the node's shims read: both name the exchange directories by it.
+// that the node's shims read: the names of the exchange directories depend on
+// it.
 func New(cfg *config.Config) *Plugin {
 	return &Plugin{handlers: cfg.NRIRuntimeHandlers, stateDir: cfg.StateDir}
 }
 
 // CreateContainer is called by the stub for every container that the CRI
-// creates, of any runtime. An error fails the container.
+// creates, whatever its runtime. An error fails the creation.
 func (p *Plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
 	a, err := p.adjustment(pod, c)
 	if err != nil {

@@ -15,40 +15,39 @@ import (
 )
 
 const (
-	// registrationTimeout is how long containerd may take from the connection
-	// to the plugin's configuration. Its own limit is 5 s.
+	// registrationTimeout bounds the time from connecting to containerd until it
+	// configures the plugin. Its own limit is 5 s.
 	registrationTimeout = 15 * time.Second
-	// firstDelay is short, for a containerd that restarts; lastDelay is for one
-	// that stays away.
+	// firstDelay suits a containerd that restarts, lastDelay one that stays down.
 	firstDelay = 500 * time.Millisecond
 	lastDelay  = 15 * time.Second
 )
 
 var (
-	// errStuck means a connection that cannot be given up: the stub waits for its
-	// configuration, without a limit, while it holds its lock.
-	errStuck = errors.New("containerd has taken the connection, but has not configured the plugin")
-	// errSetup means what another attempt does not mend.
+	// errStuck is returned for a connection that cannot be abandoned: the stub
+	// waits for its configuration indefinitely while it holds its lock.
+	errStuck = errors.New("containerd has accepted the connection, but has not configured the plugin")
+	// errSetup is returned where another attempt is pointless.
 	errSetup = errors.New("set up NRI plugin")
 )
 
-// Options say how the plugin makes itself known. Empty fields are left to
-// NRI's defaults: index and name are those of the executable, NN-NAME, or of
-// the environment in which containerd has started it.
+// Options are those of the registration with NRI. For empty fields, NRI's
+// defaults apply: index and name are those of the executable, NN-NAME, or those
+// in the environment in which containerd has started it.
 type Options struct {
 	Index  string
 	Name   string
 	Socket string
 }
 
-// Serve answers requests until ctx ends, then returns nil. When containerd
-// goes away, it connects again for as long as it takes, unless containerd has
-// started this process: then it will start another one.
+// Serve answers requests until ctx ends, then returns nil. When the connection
+// to containerd is lost, it reconnects, however long that takes, unless
+// containerd has started this process: then it will start another one.
 func (p *Plugin) Serve(ctx context.Context, o Options) error {
 	if os.Getenv(api.PluginSocketEnvVar) != "" {
 		configured, err := p.session(ctx, o)
 		if configured && err != nil {
-			log.G(ctx).WithError(err).Info("containerd, which has started the plugin, needs it no longer")
+			log.G(ctx).WithError(err).Info("containerd, which has started the plugin, has disconnected")
 			err = nil
 		}
 		return err
@@ -61,7 +60,7 @@ func (p *Plugin) Serve(ctx context.Context, o Options) error {
 		if configured {
 			delay = firstDelay
 		}
-		log.G(ctx).WithError(err).WithField("delay", delay).Warn("not connected to NRI, trying again")
+		log.G(ctx).WithError(err).WithField("delay", delay).Warn("failed to connect to NRI, retrying")
 		select {
 		case <-ctx.Done():
 			return nil
@@ -70,8 +69,8 @@ func (p *Plugin) Serve(ctx context.Context, o Options) error {
 	}
 }
 
-// session is one connection, from its beginning to its end. That ctx ends is
-// no error.
+// session is one connection, until it is closed. The end of ctx is not an
+// error.
 func (p *Plugin) session(ctx context.Context, o Options) (configured bool, err error) {
 	c := &connection{Plugin: p, configured: make(chan struct{}, 1)}
 	if o.Index != "" {
@@ -79,15 +78,16 @@ func (p *Plugin) session(ctx context.Context, o Options) (configured bool, err e
 			return false, fmt.Errorf("%w: %w", errSetup, err)
 		}
 	}
-	// A stub that failed to register keeps its connection: each has one of its own.
+	// A stub that failed to register keeps its connection: each has one of its
+	// own.
 	s, err := stub.New(c, o.stub()...)
 	if err != nil {
-		return false, fmt.Errorf("%w: %w: name the executable NN-NAME, or say its index", errSetup, err)
+		return false, fmt.Errorf("%w: %w: name the executable NN-NAME, or set --idx", errSetup, err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
 
-	// A signal ends the wait, too: the stub does not hear of it before it is configured.
+	// A signal ends the wait as well: the stub ignores ctx until it is configured.
 	select {
 	case err = <-ended:
 		return false, fmt.Errorf("connect to NRI: %w", err)
@@ -125,22 +125,22 @@ type connection struct {
 	configured chan struct{}
 }
 
-// Configure is the end of a registration.
+// Configure completes the registration.
 func (c *connection) Configure(ctx context.Context, config, runtime, version string) (api.EventMask, error) {
 	entry := log.G(ctx).WithFields(log.Fields{"runtime": runtime, "version": version, "handlers": c.handlers, "stateDir": c.stateDir})
 	if config != "" {
-		entry.Warn("the configuration that NRI has for the plugin is not used: config.toml is")
+		entry.Warn("ignoring the configuration that NRI has for the plugin: config.toml is used")
 	}
 	entry.Info("registered with NRI")
 	select {
 	case c.configured <- struct{}{}:
 	default:
 	}
-	// All events that there is a method for.
+	// Subscribe to all events that this type has a method for.
 	return 0, nil
 }
 
-// logger passes on what the stub logs. Its steps are details here.
+// logger logs for the stub, whose steps are details here.
 type logger struct{}
 
 func (logger) Debugf(ctx context.Context, format string, args ...any) {

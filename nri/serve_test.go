@@ -61,7 +61,7 @@ func startRuntime(t *testing.T, dir string) *runtime {
 	return &runtime{a, t}
 }
 
-// create creates a container and says whether it was adjusted.
+// create creates a container and reports whether it was adjusted.
 func (r *runtime) create(handler string) (*api.ContainerAdjustment, bool) {
 	r.t.Helper()
 	resp, err := r.CreateContainer(r.t.Context(), &api.CreateContainerRequest{

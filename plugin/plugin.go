@@ -20,8 +20,8 @@ import (
 const Name = manager.Name
 
 // Run is one invocation of the shim by containerd. args is the command line
-// without the program's name. Run writes the answers to start, delete and -info to
-// stdout; without an action it serves the sandbox until that ends.
+// without the program's name. Run writes the answers to start, delete and -info
+// to stdout; without an action it serves the sandbox until that ends.
 func Run(ctx context.Context, args []string, stdout io.Writer) error {
 	i, err := manager.Parse(args)
 	if err != nil {

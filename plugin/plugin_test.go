@@ -409,9 +409,9 @@ func TestStartFailsAndLeavesNothing(t *testing.T) {
 		want    []string
 	}{
 		"a bundle without config.json": {prepare: func(_ *node, dir string) { os.Remove(filepath.Join(dir, "config.json")) }, want: []string{"has no config.json"}},
-		"a config.json that is none":   {prepare: func(_ *node, dir string) { _ = os.Truncate(filepath.Join(dir, "config.json"), 1) }, want: []string{"not an OCI runtime spec"}},
+		"a truncated config.json":      {prepare: func(_ *node, dir string) { _ = os.Truncate(filepath.Join(dir, "config.json"), 1) }, want: []string{"not an OCI runtime spec"}},
 		"an unknown key":               {prepare: func(n *node, _ string) { n.configure("downstream = 1") }, want: []string{"config.toml", "line 1", "downstream"}},
-		"a config.toml that is none":   {prepare: func(n *node, _ string) { n.configure("<xml/>") }, want: []string{"config.toml", "not TOML"}},
+		"a config.toml that is XML":    {prepare: func(n *node, _ string) { n.configure("<xml/>") }, want: []string{"config.toml", "not TOML"}},
 		"no downstream shim":           {prepare: func(n *node, _ string) { n.configure(`downstream_shim = "/no/such/shim"`) }, want: []string{"/no/such/shim", "downstream_shim"}},
 		"one that fails":               {mode: "fails", want: []string{"start Kata's shim", "no hypervisor"}},
 		"one that fails as Rust does":  {mode: "fails as Rust", want: []string{"no answer", "no hypervisor"}},

@@ -1,5 +1,5 @@
-// Command kata-checkpoint-agent is the guest's side of kata-checkpoint in one
-// binary; see [guestagent.Main] for what it can be.
+// Command kata-checkpoint-agent is the guest side of kata-checkpoint in one
+// binary; see [guestagent.Main] for its modes.
 package main
 
 import (

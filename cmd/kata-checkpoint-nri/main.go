@@ -1,5 +1,5 @@
 // Command kata-checkpoint-nri is the NRI plugin. containerd starts it from its
-// directory of plugins, or it runs as a service and connects to containerd.
+// plugin directory, or it runs as a service and connects to containerd.
 package main
 
 import (
@@ -25,7 +25,7 @@ func main() {
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 	case err != nil:
-		log.L.WithError(err).Error("kata-checkpoint-nri ends")
+		log.L.WithError(err).Error("failed to run the NRI plugin")
 		os.Exit(1)
 	}
 }
@@ -33,7 +33,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	var o nri.Options
 	flags := flag.NewFlagSet("kata-checkpoint-nri", flag.ContinueOnError)
-	path := flags.String("config", config.Path(), "kata-checkpoint's configuration, the one that the shim reads")
+	path := flags.String("config", config.Path(), "kata-checkpoint's configuration, the file that the shim reads")
 	flags.StringVar(&o.Index, "idx", "", "index to register with, two digits (default: that of the executable's name, NN-NAME)")
 	flags.StringVar(&o.Name, "name", "", "name to register with (default: that of the executable)")
 	flags.StringVar(&o.Socket, "socket", "", "NRI's socket (default /var/run/nri/nri.sock)")

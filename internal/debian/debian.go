@@ -25,7 +25,8 @@ var privateApt string
 
 // Request names what Fetch has to download.
 type Request struct {
-	// Suite is the suite's code name; all packages of a directory are of one suite.
+	// Suite is the suite's code name; all packages of a directory are of one
+	// suite.
 	Suite string
 	// Packages are the names of the packages; what they depend on comes along.
 	Packages []string

@@ -17,8 +17,8 @@ type Limits struct {
 	Bytes int64
 }
 
-// openDir opens a directory for openat2 beneath it. The last element of the path
-// must not be a symbolic link.
+// openDir opens a directory for openat2 beneath it. The last element of the
+// path must not be a symbolic link.
 func openDir(path string) (*os.File, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {

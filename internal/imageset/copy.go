@@ -15,9 +15,9 @@ import (
 func isEOF(err error) bool { return errors.Is(err, io.EOF) }
 
 // copyBuffer is the size of a read in bytes: large enough to make the cost of
-// system calls negligible beside that of the digest. The digest of one buffer is
-// computed while the next ones are read and written, because the container is
-// frozen meanwhile.
+// system calls negligible beside that of the digest. The digest of one buffer
+// is computed while the next ones are read and written, because the container
+// is frozen meanwhile.
 const (
 	copyBuffer  = 1 << 20
 	copyBuffers = 4

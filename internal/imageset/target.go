@@ -27,8 +27,8 @@ func IsStaging(path string) bool {
 	return filepath.IsAbs(path) && strings.HasPrefix(filepath.Base(path), stagingPrefix)
 }
 
-// Target is the directory that an engine named for a checkpoint, while the image
-// set is assembled inside or beside it. It ends with [Target.Commit] or
+// Target is the directory that an engine named for a checkpoint, while the
+// image set is assembled inside or beside it. It ends with [Target.Commit] or
 // [Target.Abort]; nothing has its final name before Commit.
 type Target struct {
 	path    string
@@ -39,8 +39,8 @@ type Target struct {
 }
 
 // NewTarget opens a directory for a new image set. The directory must exist and
-// be empty, or be an earlier image set, which Commit replaces. NewTarget removes
-// what earlier attempts left unfinished.
+// be empty, or be an earlier image set, which Commit replaces. NewTarget
+// removes what earlier attempts left unfinished.
 func NewTarget(path string) (*Target, error) {
 	st, err := os.Lstat(path)
 	switch {
@@ -107,8 +107,8 @@ func (t *Target) holdsImageSet() (bool, error) {
 	return true, s.Close()
 }
 
-// removeUnfinished removes what earlier attempts left in a directory, unless one
-// is still in progress.
+// removeUnfinished removes what earlier attempts left in a directory, unless
+// one is still in progress.
 func removeUnfinished(path string) error {
 	entries, err := os.ReadDir(path)
 	for _, e := range entries {
@@ -148,9 +148,9 @@ func RemoveStaging(path string) error {
 	return nil
 }
 
-// rollBack removes the files that an interrupted Commit has moved to their final
-// names: those that the manifest, which moves last, lists and that are no longer
-// in the staging directory.
+// rollBack removes the files that an interrupted Commit has moved to their
+// final names: those that the manifest, which moves last, lists and that are no
+// longer in the staging directory.
 func rollBack(staging string) error {
 	if _, err := os.Lstat(filepath.Join(staging, committingName)); err != nil {
 		return nil // nothing has moved

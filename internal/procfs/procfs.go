@@ -4,8 +4,8 @@
 // that each format is parsed once. It reads the /proc of the caller's mount
 // namespace; pids are those of that mount's PID namespace.
 //
-// Written against Linux 6.18 (proc_pid_stat(5), proc_pid_status(5)); every field
-// read here has been there since Linux 4.1.
+// Written against Linux 6.18 (proc_pid_stat(5), proc_pid_status(5)); every
+// field read here has been there since Linux 4.1.
 package procfs
 
 import (

@@ -1,6 +1,6 @@
 // Package thread runs functions in other namespaces. Namespaces belong to
-// threads, and Go moves goroutines between threads, so each such function gets a
-// thread of its own, which exits with it.
+// threads, and Go moves goroutines between threads, so each such function gets
+// a thread of its own, which exits with it.
 //
 // Written against Go 1.26, whose runtime ends the thread of a goroutine that
 // exits locked to it, except for the main thread.
@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Do runs fn on a thread that is discarded afterwards, so that fn may change the
-// thread's namespaces, root and working directory.
+// Do runs fn on a thread that is discarded afterwards, so that fn may change
+// the thread's namespaces, root and working directory.
 //
 // It is never the main thread, whose namespaces are those that /proc/PID shows,
 // and which Go cannot end: it would stay in fn's namespaces for the rest of the

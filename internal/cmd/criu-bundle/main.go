@@ -1,12 +1,12 @@
-// Command criu-bundle builds the part of the guest bundle that is made from
-// Debian packages: CRIU, the two programs that it starts, tar and gzip, and
-// the libraries of all three, in a folder that runs in any guest, whatever C
-// library that has. Beside it go the licences and a list of the packages.
+// Command criu-bundle builds the part of the guest bundle that consists of
+// Debian packages: CRIU, the two programs that it starts, tar and gzip, and the
+// libraries of all three, in a directory that works in any guest, whatever its
+// C library. It adds the licences and a list of the packages.
 //
 //	criu-bundle -cache DIR -out DIR
 //
-// It needs Debian's patchelf, a Debian mirror and nothing else, and leaves
-// either a whole bundle at -out or none.
+// It needs Debian's patchelf and a Debian mirror, and leaves either a complete
+// bundle at -out or none.
 package main
 
 import (
@@ -17,31 +17,32 @@ import (
 	"os/signal"
 	"path/filepath"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/debian"
 )
 
 const (
-	// suite is the oldest Debian suite whose CRIU (4.2) can do what we ask of it.
+	// suite is the oldest Debian suite with a CRIU that is recent enough (4.2).
 	suite = "forky"
-	// guestHome is where the guest agent bind-mounts the bundle's criu folder.
-	// An ELF interpreter's path has to be absolute; the libraries are found
-	// relative to the programs.
-	guestHome = "/run/kata-checkpoint/criu"
+	// guestHome is where the guest agent copies the bundle's criu directory
+	// (guestagent/internal/criu, Load). The path of an ELF interpreter has to be
+	// absolute; the libraries are found relative to the programs.
+	guestHome = api.StateDir + "/criu"
 )
 
-// programs are the packages that the bundle is made for, by the program that is taken from each.
+// programs are the programs of the bundle and the packages that they are in.
 var programs = map[string]string{
 	"usr/sbin/criu": "criu",
 	"usr/bin/tar":   "tar",
 	"usr/bin/gzip":  "gzip",
 }
 
-// licenceTexts is the package with the licences that the copyright files refer to.
+// licenceTexts is the package with the licences that copyright files refer to.
 const licenceTexts = "base-files"
 
 func main() {
-	cache := flag.String("cache", "", "directory for apt's lists and the downloaded packages")
-	out := flag.String("out", "", "directory to write; an older one is replaced")
+	cache := flag.String("cache", "", "directory for apt's lists and downloaded packages")
+	out := flag.String("out", "", "output directory; replaced if it exists")
 	flag.Parse()
 	if *cache == "" || *out == "" || flag.NArg() != 0 {
 		flag.Usage()

@@ -104,7 +104,8 @@ func linkedModules(root string) ([]module, error) {
 	return slices.Compact(modules), nil
 }
 
-// licences are known by a sentence that only they have, the more particular before the more general.
+// licences are known by a sentence that only they have, the more particular
+// before the more general.
 var licences = []struct{ id, sentence string }{
 	{"Apache-2.0", "Apache License"},
 	{"MPL-2.0", "Mozilla Public License"},

@@ -3,11 +3,12 @@
 // ignores everything else: what a container is and may do is decided by whoever
 // creates it, never by an archive.
 //
-// The shim (package plugin/internal/task) uses it for pods that name an archive.
-// That an image set comes from an archive lends it no trust: package imageset
-// verifies it.
+// The shim (package plugin/internal/task) uses it for pods that name an
+// archive. That an image set comes from an archive lends it no trust: package
+// imageset verifies it.
 //
-// Written against containerd 2.4 (internal/cri/server/container_checkpoint_linux.go).
+// Written against containerd 2.4
+// (internal/cri/server/container_checkpoint_linux.go).
 package archive
 
 import (
@@ -28,12 +29,12 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// Extract writes the image set and the root file system diff of the archive name
-// in dir to target, a directory that only this user can reach. The archive may be
-// compressed.
+// Extract writes the image set and the root file system diff of the archive
+// name in dir to target, a directory that only this user can reach. The archive
+// may be compressed.
 //
-// It returns an error that wraps [fs.ErrNotExist] where there is no such archive.
-// The caller removes what was written before an error.
+// It returns an error that wraps [fs.ErrNotExist] where there is no such
+// archive. The caller removes what was written before an error.
 func Extract(ctx context.Context, dir, name, target string, limits imageset.Limits) error {
 	f, err := open(dir, name)
 	if err != nil {

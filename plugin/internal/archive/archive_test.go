@@ -116,7 +116,8 @@ func TestExtract(t *testing.T) {
 	}
 }
 
-// files are those below dir with their content. All are private, whatever the archive says.
+// files are those below dir with their content. All are private, whatever the
+// archive says.
 func files(t *testing.T, dir string) map[string]string {
 	t.Helper()
 	out := map[string]string{}

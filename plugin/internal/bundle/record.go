@@ -15,9 +15,9 @@ import (
 // monitor_address, containerd's bootstrap.json and shim-binary-path.
 const RecordName = "kata-checkpoint.json"
 
-// Record is what an invocation of the shim's binary leaves for the next one: the
-// daemon and `delete` use what `start` has decided, whatever config.toml has
-// become since.
+// Record is what an invocation of the shim's binary leaves for the next one:
+// the daemon and `delete` use what `start` has decided, whatever config.toml
+// has become since.
 type Record struct {
 	// Sandbox is the id of the container that holds the VM; in its own bundle
 	// it is the container's id.
@@ -38,8 +38,8 @@ type Record struct {
 	StartTime uint64 `json:"startTime,omitempty"`
 }
 
-// ReadRecord reads the record in a bundle directory. Without a record it returns
-// an error that wraps [fs.ErrNotExist].
+// ReadRecord reads the record in a bundle directory. Without a record it
+// returns an error that wraps [fs.ErrNotExist].
 func ReadRecord(dir string) (*Record, error) {
 	path := filepath.Join(dir, RecordName)
 	data, err := os.ReadFile(path)

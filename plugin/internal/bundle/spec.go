@@ -1,6 +1,6 @@
-// Package bundle reads and edits the OCI bundle that containerd has created for a
-// container, and keeps our own records in its directory. Kata reads config.json in
-// its Create, so what the shim changes before that takes effect.
+// Package bundle reads and edits the OCI bundle that containerd has created for
+// a container, and keeps our own records in its directory. Kata reads
+// config.json in its Create, so what the shim changes before that takes effect.
 //
 // Written against containerd 2.4 and the OCI runtime spec 1.3.
 package bundle
@@ -22,8 +22,8 @@ import (
 
 const specName = "config.json"
 
-// Spec is a bundle's config.json. Whatever is not edited is written back unchanged,
-// including fields of later versions of the OCI runtime spec.
+// Spec is a bundle's config.json. Whatever is not edited is written back
+// unchanged, including fields of later versions of the OCI runtime spec.
 type Spec struct {
 	// Spec is read-only; the methods edit.
 	*specs.Spec
@@ -117,7 +117,8 @@ func (s *Spec) SetProcess(fields map[string]any) error {
 	return nil
 }
 
-// OwnPIDNamespace gives the container its own PID namespace in place of its pod's.
+// OwnPIDNamespace gives the container its own PID namespace in place of its
+// pod's.
 func (s *Spec) OwnPIDNamespace() error {
 	if s.Linux == nil || !slices.ContainsFunc(s.Linux.Namespaces, sharesPIDs) {
 		return nil

@@ -10,7 +10,8 @@ import (
 // RemoveTemporary removes the directory into which containerd unpacked a
 // checkpoint for us, which it never does itself, or took one from us, which it
 // does unless it is killed (plugins/services/tasks/local.go, Create and
-// getCheckpointPath). Anything else that was named as a checkpoint is left alone.
+// getCheckpointPath). Anything else that was named as a checkpoint is left
+// alone.
 func RemoveTemporary(path string) error {
 	if !IsTemporary(path) {
 		return nil

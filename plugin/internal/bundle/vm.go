@@ -38,7 +38,8 @@ func VM(dir string) (pid int, start uint64, err error) {
 	return pid, start, nil
 }
 
-// VMEnded reports whether the VM that SetVM has recorded is known to have ended.
+// VMEnded reports whether the VM that SetVM has recorded is known to have
+// ended.
 func VMEnded(dir string) bool {
 	pid, start, err := VM(dir)
 	if err != nil || pid == 0 {

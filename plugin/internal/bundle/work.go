@@ -32,11 +32,11 @@ func CRIWorkPath(dir string) string {
 	return ""
 }
 
-// EmptyRootfs removes the files in a bundle's rootfs, unless something is mounted
-// on it or below. containerd up to 2.3 applies a checkpoint's root file system
-// diff there (core/runtime/v2/shim.go). With Kata the root file system is only
-// mounted in the shim's mount namespace, so that these files stay behind and keep
-// containerd from removing the bundle.
+// EmptyRootfs removes the files in a bundle's rootfs, unless something is
+// mounted on it or below. containerd up to 2.3 applies a checkpoint's root file
+// system diff there (core/runtime/v2/shim.go). With Kata the root file system
+// is only mounted in the shim's mount namespace, so that these files stay
+// behind and keep containerd from removing the bundle.
 func EmptyRootfs(dir string) error {
 	rootfs := filepath.Join(dir, "rootfs")
 	entries, err := os.ReadDir(rootfs)
@@ -63,7 +63,8 @@ func EmptyRootfs(dir string) error {
 	return nil
 }
 
-// stagingName is our file in the bundle with the path of an unfinished image set.
+// stagingName is our file in the bundle with the path of an unfinished image
+// set.
 const stagingName = "kata-checkpoint.staging"
 
 // temporaryName is our file in the bundle that names containerd's unpacked copy

@@ -1,8 +1,8 @@
 // Package daemon is the shim's long-running process: it serves the task service
 // that is registered as a plugin in containerd's registry (package
-// plugin/internal/task/register), and receives the events of Kata's shim. `start`
-// (package plugin/internal/manager) passes it its sockets and waits until it is
-// ready.
+// plugin/internal/task/register), and receives the events of Kata's shim.
+// `start` (package plugin/internal/manager) passes it its sockets and waits
+// until it is ready.
 //
 // containerd's own main loop (pkg/shim, Run) is not used: before it exits, it
 // removes the socket that the bundle's file `address` names, which is Kata's.
@@ -48,8 +48,8 @@ const (
 	drainTimeout = 3 * time.Second
 	// linger is the time for the last answers to be written.
 	linger = 100 * time.Millisecond
-	// gcPercent trades time for memory, as in containerd's own shims: every pod has
-	// one of these processes.
+	// gcPercent trades time for memory, as in containerd's own shims: every pod
+	// has one of these processes.
 	gcPercent = 40
 )
 
@@ -219,9 +219,9 @@ func (d *daemon) serve() error {
 		log.G(ctx).WithError(ferr).Warn("failed to deliver the last events")
 	}
 	d.unlink()
-	// Let answers in progress be written, Shutdown's above all: ttrpc's own Shutdown
-	// closes connections with calls that it has not counted yet. Calls that wait for
-	// a Kata that is gone end with this process.
+	// Let answers in progress be written, Shutdown's above all: ttrpc's own
+	// Shutdown closes connections with calls that it has not counted yet. Calls
+	// that wait for a Kata that is gone end with this process.
 	time.Sleep(linger) //nolint:forbidigo // nothing tells when they are written
 	log.G(ctx).Info("shut down")
 	return errors.Join(err, d.relay.Close())

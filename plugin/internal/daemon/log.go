@@ -18,9 +18,9 @@ const (
 	keptRetry = time.Second
 )
 
-// openLog sends the log, and what Go's runtime prints when it panics, to the FIFO
-// that containerd created in the bundle, which Kata's shim writes to as well.
-// Without a FIFO the log is discarded.
+// openLog sends the log, and what Go's runtime prints when it panics, to the
+// FIFO that containerd created in the bundle, which Kata's shim writes to as
+// well. Without a FIFO the log is discarded.
 func openLog(debugging bool) {
 	_ = log.SetFormat(log.TextFormat)
 	if debugging {

@@ -1,8 +1,8 @@
 // Package events forwards events to containerd: our own, and those of Kata's
-// shim, which is given [Relay]'s socket in place of containerd's. All pass through
-// one queue, in order, which outlives a restart of containerd. The relay drops
-// events that containerd must not see, and tells the task service which processes
-// have exited.
+// shim, which is given [Relay]'s socket in place of containerd's. All pass
+// through one queue, in order, which outlives a restart of containerd. The
+// relay drops events that containerd must not see, and tells the task service
+// which processes have exited.
 //
 // Written against containerd 2.4 and Kata Containers 4.1.0.
 package events
@@ -86,8 +86,8 @@ func (r *Relay) Hide(container string) {
 	r.hidden[container] = true
 }
 
-// Expect is called before a process is created, so that its exit is not taken for
-// the repeated exit of an earlier process of the same name.
+// Expect is called before a process is created, so that its exit is not taken
+// for the repeated exit of an earlier process of the same name.
 func (r *Relay) Expect(container, exec string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -130,8 +130,8 @@ func (r *Relay) Forward(_ context.Context, req *forward.ForwardRequest) (*emptyp
 	return &emptypb.Empty{}, nil
 }
 
-// containerOf returns the container that an event is about. In the TaskDelete of
-// a container's init, Kata's Rust shim sets only the process's id.
+// containerOf returns the container that an event is about. In the TaskDelete
+// of a container's init, Kata's Rust shim sets only the process's id.
 func containerOf(event any) string {
 	if c, ok := event.(interface{ GetContainerID() string }); ok && c.GetContainerID() != "" {
 		return c.GetContainerID()

@@ -176,7 +176,8 @@ func TestEventsOutliveARestartOfContainerd(t *testing.T) {
 	}
 	c.start(t, path)
 	flush(t, r)
-	// A server that ends may still take an event whose answer is lost, and then it is sent again.
+	// A server that ends may still take an event whose answer is lost, and then it
+	// is sent again.
 	if got := slices.Compact(c.events()); !slices.Equal(got, []string{"/tasks/create c1", "/tasks/start c1", "/tasks/exit c1"}) {
 		t.Errorf("containerd got %q", got)
 	}

@@ -24,11 +24,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// Port is the agent's in a Guest.
+// Port is that of the agent in a Guest.
 const Port = 10750
 
 // Guest is a VM: its management socket, its VMM's hybrid vsock, and an agent
-// that may be there or not.
+// that may be running or not.
 type Guest struct {
 	Management kata.Management
 
@@ -48,8 +48,8 @@ type Guest struct {
 	files     map[string]string
 }
 
-// NewGuest makes a guest, whose agent is there, for a sandbox. Rust puts its
-// management socket where Kata's Rust shim has it.
+// NewGuest makes a guest with a running agent for a sandbox. With rust, its
+// management socket is where Kata's Rust shim has it.
 func NewGuest(t *testing.T, sandbox string, rust bool) *Guest {
 	t.Helper()
 	dir := t.TempDir()
@@ -96,7 +96,7 @@ func NewGuest(t *testing.T, sandbox string, rust bool) *Guest {
 	return g
 }
 
-// SetThere makes the agent come or go.
+// SetThere starts or stops the agent.
 func (g *Guest) SetThere(there bool) {
 	g.mu.Lock()
 	was, server := g.there, g.server
@@ -110,21 +110,22 @@ func (g *Guest) SetThere(there bool) {
 	}
 }
 
-// SetProtocol makes the agent one of another version.
+// SetProtocol sets the agent's protocol version.
 func (g *Guest) SetProtocol(v uint32) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.protocol = v
 }
 
-// SetProblems makes the guest one in which no checkpoint works.
+// SetProblems sets the reasons why no checkpoint works in the guest.
 func (g *Guest) SetProblems(p ...string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.problems = p
 }
 
-// Before sets what runs first in a method of the agent; an error is its answer.
+// Before sets a function that runs first in a method of the agent, which fails
+// with its error.
 func (g *Guest) Before(method string, f func(context.Context) error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -145,7 +146,7 @@ func (g *Guest) Request(method string) proto.Message {
 	return g.requests[method]
 }
 
-// accept is the VMM's side: it connects whoever asks for the agent's port.
+// accept is the VMM's part: it accepts connections to the agent's port.
 func (g *Guest) accept(ctx context.Context, l net.Listener) {
 	for {
 		conn, err := l.Accept()
@@ -187,8 +188,8 @@ func (g *Guest) serve() {
 	go func() { _ = server.Serve(context.Background(), l) }()
 }
 
-// listener hands out connections that the VMM accepted, and ends them with the
-// agent, as a process that dies does.
+// listener returns connections that the VMM has accepted, and closes them with
+// the agent, as if its process had exited.
 type listener struct {
 	conns chan net.Conn
 	done  chan struct{}
@@ -289,7 +290,7 @@ func (g *Guest) Discard(ctx context.Context, r *api.DiscardRequest) (*emptypb.Em
 	return &emptypb.Empty{}, os.RemoveAll(filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory()))
 }
 
-// Discarded are the directories of image sets that were discarded.
+// Discarded returns the directories of the image sets that were discarded.
 func (g *Guest) Discarded() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -301,7 +302,7 @@ func (g *Guest) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	return &emptypb.Empty{}, g.enter(ctx, "CheckCheckpoint", r.GetContainerId(), r)
 }
 
-// Checkpoint implements the agent: it writes some files.
+// Checkpoint implements the agent: it writes a few files.
 func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
 	dir := filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory())
 	if err := os.Mkdir(dir, 0o700); err != nil {

@@ -1,6 +1,8 @@
-// Package fake has what the shim's tests talk to in place of Kata and a guest:
-// a task service as Kata's shims serve it, their management socket, and an
-// agent behind a VMM's hybrid vsock.
+// Package fake stands in for Kata and a guest in the shim's tests: a task
+// service as Kata's shims serve it, their management socket, and an agent
+// behind a VMM's hybrid vsock.
+//
+// Written against Kata Containers 4.1.0.
 package fake
 
 import (
@@ -25,11 +27,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
-// HypervisorPID is the pid that Kata gives for everything.
+// HypervisorPID is the pid that Kata reports for every process.
 const HypervisorPID = 4711
 
-// Kata is a task service with Kata's ways: one that has been killed is
-// stopped, pids are the hypervisor's, and an unknown container is not found.
+// Kata is a task service that behaves like Kata's: a container that was killed
+// is stopped, pids are the hypervisor's, and an unknown container is not found.
 type Kata struct {
 	Endpoint kata.Endpoint
 
@@ -44,7 +46,7 @@ type Kata struct {
 	before   map[string]func(context.Context) error
 }
 
-// NewTasks is a service that somebody else serves.
+// NewTasks returns a service for the caller to serve.
 func NewTasks() *Kata {
 	return &Kata{
 		containers: make(map[string]*task.StateResponse),
@@ -88,10 +90,11 @@ func Serve(t *testing.T, server *ttrpc.Server, path string) {
 	})
 }
 
-// Die ends the service, as when Kata's shim is killed.
+// Die stops the service, as if Kata's shim had been killed.
 func (k *Kata) Die() { k.server.Close() }
 
-// Before sets what runs first in a method; an error is its answer. Nil ends it.
+// Before sets a function that runs first in a method, which fails with its
+// error. Nil removes it.
 func (k *Kata) Before(method string, f func(context.Context) error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -105,7 +108,7 @@ func (k *Kata) Calls() []string {
 	return append([]string(nil), k.calls...)
 }
 
-// Called says whether a method was called, as Calls has it.
+// Called reports whether Calls has a call.
 func (k *Kata) Called(call string) bool {
 	for _, c := range k.Calls() {
 		if c == call {
@@ -122,7 +125,7 @@ func (k *Kata) Request(method string) proto.Message {
 	return k.requests[method]
 }
 
-// SetStatus makes a container what it is not yet.
+// SetStatus changes a container's status.
 func (k *Kata) SetStatus(id string, s tasktypes.Status) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -188,7 +191,7 @@ func (k *Kata) Start(ctx context.Context, r *task.StartRequest) (*task.StartResp
 	})
 }
 
-// endsAtOnce says whether a container's program only tells its version.
+// endsAtOnce reports whether a container's program only prints its version.
 func endsAtOnce(bundle string) bool {
 	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
 	if err != nil {
@@ -293,7 +296,7 @@ func (k *Kata) Update(ctx context.Context, r *task.UpdateTaskRequest) (*emptypb.
 	return empty, k.enter(ctx, "Update", r.ID, "", r)
 }
 
-// Wait implements the service: it does not end by itself.
+// Wait implements the service: it returns when its caller is gone.
 func (k *Kata) Wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
 	if err := k.enter(ctx, "Wait", r.ID, r.ExecID, r); err != nil {
 		return nil, err

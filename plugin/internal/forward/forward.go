@@ -1,7 +1,7 @@
-// Package forward passes calls between containerd and Kata's shim that this shim
-// does not have to read. A ttrpc server in between costs a thread wake-up at every
-// hand-over from one goroutine to the next, which is most of the price of a
-// forwarded call. Here, the goroutine that reads a frame writes it.
+// Package forward passes calls between containerd and Kata's shim that this
+// shim does not have to read. A ttrpc server in between costs a thread wake-up
+// at every hand-over from one goroutine to the next, which is most of the price
+// of a forwarded call. Here, the goroutine that reads a frame writes it.
 //
 // Written against ttrpc 1.2, whose frames (PROTOCOL.md) have a header of ten
 // bytes (length of the data and stream, both big endian, type, flags), followed
@@ -30,11 +30,11 @@ const (
 	maxData     = 4 << 20
 	typeRequest = 1
 
-	// longest is the size of the longest frame that may pass. The server gets longer
-	// ones.
+	// longest is the size of the longest frame that may pass. The server gets
+	// longer ones.
 	longest = 16 << 10
-	// sendTimeout is for a Kata that does not read from its connection: other calls
-	// wait for this one.
+	// sendTimeout is for a Kata that does not read from its connection: other
+	// calls wait for this one.
 	sendTimeout = time.Second
 )
 

@@ -23,7 +23,8 @@ const (
 	waitLimit = 20 * time.Second
 )
 
-// speaker is a service whose only method answers with its name and what was said.
+// speaker is a service whose only method answers with its name and what was
+// said.
 func speaker(t *testing.T, name string, options ...ttrpc.ServerOpt) *ttrpc.Server {
 	t.Helper()
 	server, err := ttrpc.NewServer(options...)
@@ -42,7 +43,8 @@ func speaker(t *testing.T, name string, options ...ttrpc.ServerOpt) *ttrpc.Serve
 	return server
 }
 
-// bed is a server whose calls that say "pass" first are to go to the socket kata.
+// bed is a server whose calls that say "pass" first are to go to the socket
+// kata.
 type bed struct {
 	kata   string
 	client *ttrpc.Client
@@ -91,8 +93,8 @@ func (b *bed) want(t *testing.T, what, by string) {
 	}
 }
 
-// Answers of both come over one connection. None breaks into another, though the
-// server writes long ones in pieces.
+// Answers of both come over one connection. None breaks into another, though
+// the server writes long ones in pieces.
 func TestBothAnswer(t *testing.T) {
 	b := newBed(t)
 	fake.Serve(t, speaker(t, "kata"), b.kata)
@@ -138,8 +140,8 @@ func TestWithoutKata(t *testing.T) {
 	b.want(t, "pass", "shim")
 }
 
-// A call that was on its way when Kata ended is not answered, what comes later is
-// the server's.
+// A call that was on its way when Kata ended is not answered, what comes later
+// is the server's.
 func TestKataEnds(t *testing.T) {
 	b := newBed(t)
 	l := b.listen(t)

@@ -1,6 +1,6 @@
-// Package guest is the shim's connection to the agent in its guest. A shim has one
-// guest and one [Agent] for it, which may be used before the VM exists, and which
-// outlives a restart of the agent.
+// Package guest is the shim's connection to the agent in its guest. A shim has
+// one guest and one [Agent] for it, which may be used before the VM exists, and
+// which outlives a restart of the agent.
 package guest
 
 import (
@@ -52,8 +52,8 @@ type connection struct {
 	done   chan struct{}
 }
 
-// New returns the agent that dial connects to. Owner identifies this shim to it.
-// Lost is called whenever an established connection has broken.
+// New returns the agent that dial connects to. Owner identifies this shim to
+// it. Lost is called whenever an established connection has broken.
 func New(dial Dialer, owner string, lost func()) *Agent {
 	return &Agent{dial: dial, owner: owner, lost: lost, sem: make(chan struct{}, 1), closed: make(chan struct{})}
 }
@@ -75,9 +75,9 @@ func (a *Agent) Connect(ctx context.Context) error {
 	return err
 }
 
-// WaitConnect tries to connect until it succeeds or ctx ends. If no agent answers
-// within grace and revive is not nil, it calls revive once, which starts the
-// agent.
+// WaitConnect tries to connect until it succeeds or ctx ends. If no agent
+// answers within grace and revive is not nil, it calls revive once, which
+// starts the agent.
 func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive func(context.Context) error) error {
 	revival := time.After(grace)
 	var last error
@@ -110,7 +110,8 @@ func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive fun
 	}
 }
 
-// ProtocolError is returned for an agent with another protocol than this shim's.
+// ProtocolError is returned for an agent with another protocol than this
+// shim's.
 type ProtocolError struct {
 	Agent    string
 	Protocol uint32
@@ -204,8 +205,8 @@ func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
 	return info, nil
 }
 
-// hold keeps the agent's Hold call, our lease, open for as long as the connection
-// lives, and calls lost when it has ended.
+// hold keeps the agent's Hold call, our lease, open for as long as the
+// connection lives, and calls lost when it has ended.
 func (a *Agent) hold(c *connection) {
 	a.wg.Go(func() {
 		_, err := c.agent.Hold(context.Background(), &api.HoldRequest{Owner: a.owner})
@@ -219,8 +220,8 @@ func (a *Agent) hold(c *connection) {
 	})
 }
 
-// CallIdempotent makes a call that may reach the agent twice: it is repeated once
-// on a new connection if the first was found broken.
+// CallIdempotent makes a call that may reach the agent twice: it is repeated
+// once on a new connection if the first was found broken.
 func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	for attempt := 0; ; attempt++ {
 		c, err := a.connection(ctx)
@@ -260,9 +261,9 @@ func (a *Agent) Notify(ctx context.Context, call func(context.Context, api.Agent
 	return native(call(ctx, c.agent))
 }
 
-// CallDedicated makes a long call on a connection of its own. When ctx is done the
-// connection is closed, by which the agent notices: ttrpc passes a deadline on to
-// the server, but no cancellation.
+// CallDedicated makes a long call on a connection of its own. When ctx is done
+// the connection is closed, by which the agent notices: ttrpc passes a deadline
+// on to the server, but no cancellation.
 func (a *Agent) CallDedicated(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.alone(ctx)
 	if err == nil {

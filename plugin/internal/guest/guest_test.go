@@ -182,7 +182,7 @@ func TestTheAgentLearnsOfACallerThatGaveUp(t *testing.T) {
 	select {
 	case <-ended:
 	case <-time.After(waitLimit):
-		t.Error("the agent goes on")
+		t.Error("the agent keeps the call")
 	}
 	// The others' connection is whole.
 	g.Before("Forget", nil)

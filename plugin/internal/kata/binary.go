@@ -1,7 +1,7 @@
-// Package kata is all that the shim knows about Kata's own shim, its downstream:
-// how its binary is called and answers, how to find and dial the guest, and what
-// it leaves behind. Kata's Go and Rust shims differ in each of these. The package
-// handles both without knowing which one it has.
+// Package kata is all that the shim knows about Kata's own shim, its
+// downstream: how its binary is called and answers, how to find and dial the
+// guest, and what it leaves behind. Kata's Go and Rust shims differ in each of
+// these. The package handles both without knowing which one it has.
 //
 // Written against Kata Containers 4.1.0, to whose sources the comments refer.
 package kata
@@ -23,8 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// addressSuffix distinguishes the -address of Kata's shim from ours: both hash it
-// into the name of their socket, and Kata's removes a socket that exists
+// addressSuffix distinguishes the -address of Kata's shim from ours: both hash
+// it into the name of their socket, and Kata's removes a socket that exists
 // (src/runtime/pkg/containerd-shim-v2/service.go, StartShim).
 const addressSuffix = ".kata-checkpoint"
 
@@ -158,8 +158,8 @@ func (e Endpoint) Path() string { return strings.TrimPrefix(e.Address, "unix://"
 // Service is the name of its task service.
 func (e Endpoint) Service() string { return fmt.Sprintf("containerd.task.v%d.Task", e.Version) }
 
-// ParseStart parses the answer to `start`: a bare address, as Kata's shims print
-// it, or containerd's JSON.
+// ParseStart parses the answer to `start`: a bare address, as Kata's shims
+// print it, or containerd's JSON.
 func ParseStart(out []byte) (Endpoint, error) {
 	text := strings.TrimSpace(string(out))
 	e := Endpoint{Address: text, Version: 2}

@@ -24,8 +24,8 @@ const managementTimeout = 5 * time.Second
 // managementInterval is the interval at which the socket is polled for.
 const managementInterval = 10 * time.Millisecond
 
-// Management is the HTTP socket of Kata's shim that every sandbox has once it is
-// created. The zero value is not usable; see [DefaultManagement].
+// Management is the HTTP socket of Kata's shim that every sandbox has once it
+// is created. The zero value is not usable; see [DefaultManagement].
 type Management struct {
 	// GoDir and RustDir are where the shims have a directory per sandbox
 	// (src/runtime/pkg/containerd-shim-v2/shim_management.go and
@@ -112,8 +112,8 @@ func get(ctx context.Context, socket, path string) (string, error) {
 	return strings.TrimSpace(string(body)), nil
 }
 
-// parseAgentURL parses hvsock://PATH:PORT and vsock://CID:PORT. The port, that of
-// kata-agent, is ignored.
+// parseAgentURL parses hvsock://PATH:PORT and vsock://CID:PORT. The port, that
+// of kata-agent, is ignored.
 func parseAgentURL(url string) (*Guest, error) {
 	scheme, rest, _ := strings.Cut(url, "://")
 	i := strings.LastIndexByte(rest, ':')
@@ -156,8 +156,8 @@ func (g *Guest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return conn, nil
 }
 
-// hybridConnect asks a VMM's socket for a port. It reads the answer byte by byte:
-// what follows the line belongs to the caller.
+// hybridConnect asks a VMM's socket for a port. It reads the answer byte by
+// byte: what follows the line belongs to the caller.
 func hybridConnect(ctx context.Context, conn net.Conn, port uint32) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	if _, err := fmt.Fprintf(conn, "CONNECT %d\n", port); err != nil {

@@ -14,18 +14,18 @@ import (
 )
 
 // writableDirs are where in a sandbox's share Kata's shims mount root file
-// systems and volumes: the Rust one in rw, the Go one in mounts. virtiofsd serves
-// copies of these mounts, which are beside them.
+// systems and volumes: the Rust one in rw, the Go one in mounts. virtiofsd
+// serves copies of these mounts, which are beside them.
 var writableDirs = []string{"rw", "mounts"}
 
 // Protect makes what Kata's shim shares with the guest of a sandbox read-only,
-// for Kata's shim alone. At the end of a sandbox, both of Kata's shims remove the
-// share recursively, assuming that nothing is mounted in it any more
+// for Kata's shim alone. At the end of a sandbox, both of Kata's shims remove
+// the share recursively, assuming that nothing is mounted in it any more
 // (src/runtime-rs/crates/resource/src/share_fs/virtio_fs_share_mount.rs,
-// src/runtime/virtcontainers/fs_share_linux.go). For a container that was created
-// and never started, the root file system and the volumes still are: their files
-// would be deleted. The guest can still write to them, through virtiofsd's copies
-// of the mounts.
+// src/runtime/virtcontainers/fs_share_linux.go). For a container that was
+// created and never started, the root file system and the volumes still are:
+// their files would be deleted. The guest can still write to them, through
+// virtiofsd's copies of the mounts.
 //
 // pid and pidfd are those of Kata's shim.
 func Protect(pidfd, pid int, sandbox string) error {

@@ -18,15 +18,16 @@ import (
 // src/runtime-rs/crates/resource/src/share_fs/utils.rs).
 const shareDir = "/run/kata-containers/shared/sandboxes"
 
-// vmDirs are where Kata's Go and Rust shims keep the sockets of a VM. A shim that
-// is killed while it boots the VM leaves them behind, and then the Go shim cannot
-// boot another one of the same name: its virtiofsd socket is in use.
+// vmDirs are where Kata's Go and Rust shims keep the sockets of a VM. A shim
+// that is killed while it boots the VM leaves them behind, and then the Go shim
+// cannot boot another one of the same name: its virtiofsd socket is in use.
 var vmDirs = []string{"/run/vc/vm", "/run/kata"}
 
-// Sweep removes what Kata leaves of a sandbox: the mount points, empty directories
-// and files, of containers that were created and never started, and the sockets
-// of a VM that never ran. It removes nothing else, and nothing at all while
-// something is mounted there. Kata's shim and the VM must have exited.
+// Sweep removes what Kata leaves of a sandbox: the mount points, empty
+// directories and files, of containers that were created and never started, and
+// the sockets of a VM that never ran. It removes nothing else, and nothing at
+// all while something is mounted there. Kata's shim and the VM must have
+// exited.
 func Sweep(sandbox string) error {
 	name := filepath.Base(sandbox)
 	err := sweep(filepath.Join(shareDir, name))
@@ -36,10 +37,10 @@ func Sweep(sandbox string) error {
 	return err
 }
 
-// SweepMount removes the empty file that Kata's Go shim leaves, until the sandbox
-// ends, for every file that it shares read-only with a container: a temporary
-// mount point (src/runtime/virtcontainers/fs_share_linux.go, ShareFile).
-// destination is that of the mount in the container.
+// SweepMount removes the empty file that Kata's Go shim leaves, until the
+// sandbox ends, for every file that it shares read-only with a container: a
+// temporary mount point (src/runtime/virtcontainers/fs_share_linux.go,
+// ShareFile). destination is that of the mount in the container.
 func SweepMount(sandbox, container, destination string) error {
 	return sweepMount(filepath.Join(shareDir, filepath.Base(sandbox), "private"), container, destination)
 }

@@ -36,18 +36,19 @@ const (
 	vmTimeout = 4 * time.Second
 )
 
-// ErrReplaced means that another container has got the name of the one to delete.
+// ErrReplaced means that another container has got the name of the one to
+// delete.
 var ErrReplaced = errors.New("the bundle has been removed, and another container has its name by now")
 
 // Delete cleans up after a shim whose connection to containerd has been closed,
-// for whatever reason, and returns the answer for stdout. Errors are logged, not
-// returned: delete is best effort and is never retried.
+// for whatever reason, and returns the answer for stdout. Errors are logged,
+// not returned: delete is best effort and is never retried.
 //
 // containerd waits for it before it gives the name to another container, but no
-// longer than its caller's deadline. As soon as there is another container of that
-// name, Delete therefore leaves alone whatever is named after it and returns
-// [ErrReplaced]: after any other answer, containerd would also remove that
-// container's bundle.
+// longer than its caller's deadline. As soon as there is another container of
+// that name, Delete therefore leaves alone whatever is named after it and
+// returns [ErrReplaced]: after any other answer, containerd would also remove
+// that container's bundle.
 func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	begin := time.Now()
 	if i.replaced() {
@@ -74,8 +75,8 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	// A running daemon of ours takes care of Kata's shim and of the container's
 	// files. containerd also calls this after every deletion of a container in a
 	// pod, when there may already be another one of the same name, whose root file
-	// system Kata's delete would unmount. Without our daemon, Kata's has no owner any
-	// more, which Kata's own delete does not expect.
+	// system Kata's delete would unmount. Without our daemon, Kata's has no owner
+	// any more, which Kata's own delete does not expect.
 	alive := !owns && answers(r.Address)
 	if !alive && !i.replaced() {
 		warn("protect what Kata shares", ProtectShare(filepath.Join(filepath.Dir(filepath.Clean(i.Bundle)), r.Sandbox), r.Sandbox))
@@ -112,10 +113,10 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 	return proto.Marshal(resp)
 }
 
-// replaced reports whether the bundle's path leads to another bundle than the one
-// that containerd has made the working directory, as it does for every delete. A
-// bundle that containerd has removed has the name .ID, or is marked as deleted.
-// With any other working directory, this has been started by hand.
+// replaced reports whether the bundle's path leads to another bundle than the
+// one that containerd has made the working directory, as it does for every
+// delete. A bundle that containerd has removed has the name .ID, or is marked
+// as deleted. With any other working directory, this has been started by hand.
 func (i *Invocation) replaced() bool {
 	own, err := os.Readlink("/proc/self/cwd")
 	if err != nil || procfs.WorksIn(os.Getpid(), i.Bundle) {
@@ -204,8 +205,8 @@ func (i *Invocation) retire(ctx context.Context, e kata.Endpoint, owns bool) err
 	return err
 }
 
-// deleteKata runs `delete` of Kata's binary and returns its answer, or a default
-// if it has none: Kata's Rust shim prints its errors and exits with 0.
+// deleteKata runs `delete` of Kata's binary and returns its answer, or a
+// default if it has none: Kata's Rust shim prints its errors and exits with 0.
 func (i *Invocation) deleteKata(ctx context.Context, r *bundle.Record) (*task.DeleteResponse, error) {
 	resp := &task.DeleteResponse{ExitStatus: 128 + uint32(syscall.SIGKILL), ExitedAt: timestamppb.Now()}
 	shim, err := kata.Find(r.DownstreamShim)
@@ -226,8 +227,8 @@ func (i *Invocation) deleteKata(ctx context.Context, r *bundle.Record) (*task.De
 	return theirs, nil
 }
 
-// removeTemporary removes the copy of a checkpoint that a killed daemon had been
-// given by containerd.
+// removeTemporary removes the copy of a checkpoint that a killed daemon had
+// been given by containerd.
 func removeTemporary(dir string) error {
 	path, err := bundle.Temporary(dir)
 	if err != nil || path == "" {

@@ -18,7 +18,8 @@ import (
 
 const testID = "one"
 
-// deletion is a container that is to be deleted, and what another of its name would have in the same places.
+// deletion is a container that is to be deleted, and what another of its name
+// would have in the same places.
 type deletion struct {
 	*testing.T
 	dir, state string
@@ -74,7 +75,8 @@ func (d *deletion) replace() {
 	d.make(d.daemon.Process.Pid)
 }
 
-// kata makes the script that stands for Kata's binary. The answer is DeleteResponse{exit_status: 9}.
+// kata makes the script that stands for Kata's binary. The answer is
+// DeleteResponse{exit_status: 9}.
 func (d *deletion) kata(script string) {
 	d.Helper()
 	d.check(os.WriteFile(filepath.Join(d.dir, "kata"), []byte("#!/bin/sh\n"+script+"\nprintf '\\020\\011'\n"), 0o755))
@@ -108,7 +110,8 @@ func TestDeleteRemovesWhatIsTheContainers(t *testing.T) {
 	d.stands(false)
 }
 
-// containerd gives a delete 5 s, which may be longer than its caller waits: then the name is free before the delete has begun, or in its middle.
+// containerd gives a delete 5 s, which may be longer than its caller waits:
+// then the name is free before the delete has begun, or in its middle.
 func TestDeleteLeavesAnotherContainerOfTheNameAlone(t *testing.T) {
 	t.Run("there before", func(t *testing.T) {
 		d := newDeletion(t)

@@ -1,8 +1,9 @@
-// Package manager implements the invocations of the shim's binary other than the
-// daemon: start, delete and -info. Each runs Kata's own binary with the same
-// arguments and adds our part: a daemon in front of Kata's. containerd calls start;
-// the daemon (package plugin/internal/daemon) serves until Shutdown; then comes
-// delete, which has to cope with whatever is still running.
+// Package manager implements the invocations of the shim's binary other than
+// the daemon: start, delete and -info. Each runs Kata's own binary with the
+// same arguments and adds our part: a daemon in front of Kata's. containerd
+// calls start; the daemon (package plugin/internal/daemon) serves until
+// Shutdown; then comes delete, which has to cope with whatever is still
+// running.
 //
 // Written against containerd 2.4 and Kata Containers 4.1.0.
 package manager
@@ -90,8 +91,8 @@ func Parse(args []string) (*Invocation, error) {
 	return i, nil
 }
 
-// socketPath is where the daemon of a sandbox serves. Its hash differs from those
-// of containerd's and Kata's shims, with which it would collide.
+// socketPath is where the daemon of a sandbox serves. Its hash differs from
+// those of containerd's and Kata's shims, with which it would collide.
 func (i *Invocation) socketPath(sandbox string) string {
 	sum := sha256.Sum256([]byte(filepath.Join("kata-checkpoint", i.Address, i.Namespace, sandbox)))
 	return filepath.Join(i.SocketDir, fmt.Sprintf("%x", sum))

@@ -42,7 +42,8 @@ func withProcess(pid int, isMeant func() bool, f func(fd int) error) error {
 	return f(fd)
 }
 
-// end waits for the intended process to exit, and kills it after a grace period.
+// end waits for the intended process to exit, and kills it after a grace
+// period.
 func end(pid int, grace time.Duration, isMeant func() bool) error {
 	return withProcess(pid, isMeant, func(fd int) error {
 		if ended, err := pidfd.Wait(fd, grace); ended || err != nil {
@@ -59,16 +60,16 @@ func end(pid int, grace time.Duration, isMeant func() bool) error {
 	})
 }
 
-// EndKata kills the daemon of Kata's shim that was started in a sandbox's bundle,
-// and its VM, and removes what they leave behind.
+// EndKata kills the daemon of Kata's shim that was started in a sandbox's
+// bundle, and its VM, and removes what they leave behind.
 func EndKata(dir, sandbox string) error {
 	return errors.Join(killKata(dir, 0), endVM(dir, sandbox, time.Now().Add(endTimeout)), kata.Sweep(sandbox))
 }
 
-// endVM kills the VM of a sandbox whose Kata is gone, and waits until it has been
-// reaped: Kata's delete mistakes a zombie VMM for a running one, and waits for its
-// agent until containerd kills it (src/runtime/virtcontainers/hypervisor.go,
-// IsHypervisorRunning).
+// endVM kills the VM of a sandbox whose Kata is gone, and waits until it has
+// been reaped: Kata's delete mistakes a zombie VMM for a running one, and waits
+// for its agent until containerd kills it
+// (src/runtime/virtcontainers/hypervisor.go, IsHypervisorRunning).
 func endVM(dir, sandbox string, until time.Time) error {
 	pid, start, err := bundle.VM(dir)
 	if err != nil || pid == 0 {
@@ -78,8 +79,8 @@ func endVM(dir, sandbox string, until time.Time) error {
 		return nil
 	}
 	if procfs.Runs(pid, start) {
-		// Every VMM of Kata's has the sandbox's id in its arguments: in the path of its
-		// API socket, or as its name.
+		// Every VMM of Kata's has the sandbox's id in its arguments: in the path of
+		// its API socket, or as its name.
 		if err := end(pid, 0, func() bool { return procfs.Is(pid, start) && hasArgument(pid, sandbox) }); err != nil {
 			return fmt.Errorf("end the VM: %w", err)
 		}
@@ -99,8 +100,8 @@ func hasArgument(pid int, text string) bool {
 	return err == nil && slices.ContainsFunc(args, func(arg string) bool { return strings.Contains(arg, text) })
 }
 
-// killKata kills the daemon of Kata's shim that was started in a bundle, unless it
-// exits within a grace period.
+// killKata kills the daemon of Kata's shim that was started in a bundle, unless
+// it exits within a grace period.
 func killKata(dir string, grace time.Duration) error {
 	pid, err := kataPID(dir)
 	if err == nil {
@@ -113,8 +114,8 @@ func killKata(dir string, grace time.Duration) error {
 }
 
 // kataPID returns the pid of the daemon of Kata's shim that was started in a
-// bundle, 0 if unknown. Both of Kata's shims write it to shim.pid there, and keep
-// the bundle as their working directory.
+// bundle, 0 if unknown. Both of Kata's shims write it to shim.pid there, and
+// keep the bundle as their working directory.
 func kataPID(dir string) (int, error) {
 	data, err := os.ReadFile(filepath.Join(dir, "shim.pid"))
 	if errors.Is(err, os.ErrNotExist) {

@@ -38,17 +38,17 @@ const readyTimeout = 20 * time.Second
 // socket.
 const EventsEnv = "TTRPC_ADDRESS"
 
-// answer is what containerd reads from start's stdout: JSON, which all releases of
-// 2.x accept (core/runtime/v2/shim.go, parseStartResponse).
+// answer is what containerd reads from start's stdout: JSON, which all releases
+// of 2.x accept (core/runtime/v2/shim.go, parseStartResponse).
 type answer struct {
 	Version  int    `json:"version"`
 	Address  string `json:"address"`
 	Protocol string `json:"protocol"`
 }
 
-// Start starts Kata's shim and our daemon for a sandbox, and returns the answer for
-// stdout. For a container in an existing sandbox, the answer is the sandbox's. It
-// leaves no process behind after an error.
+// Start starts Kata's shim and our daemon for a sandbox, and returns the answer
+// for stdout. For a container in an existing sandbox, the answer is the
+// sandbox's. It leaves no process behind after an error.
 func Start(ctx context.Context, i *Invocation) ([]byte, error) {
 	cfg, err := config.Load(config.Path())
 	if err != nil {
