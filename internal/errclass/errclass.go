@@ -58,7 +58,7 @@ func ToRPC(err error) error {
 	if err == nil {
 		return nil
 	}
-	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { //nolint:errorlint // not one that was wrapped: its message lacks what the wrapping added
+	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { // not one that was wrapped: its message lacks what the wrapping added
 		return err
 	}
 	code := codes.Unknown

@@ -103,7 +103,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	begin := time.Now()
 	j := &checkpointJob{
 		checkpointRequest: r, c: c, images: "checkpoint-" + strings.ToLower(rand.Text()),
-		phases: &phases{ctx: ctx, id: c.id, last: begin, stops: c.s.stops},
+		phases: &phases{id: c.id, last: begin, stops: c.s.stops},
 	}
 	c.transition(checkpointingState{c: c, isFrozen: before.frozen()})
 	m, err := j.run(ctx, before)
@@ -137,7 +137,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	if err := j.preflight(ctx, before); err != nil {
 		return nil, err
 	}
-	j.phases.done("prepare")
+	j.phases.done(ctx, "prepare")
 	if !before.frozen() {
 		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 			return nil, err
@@ -146,7 +146,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		if err := c.freeze(ctx); err != nil {
 			return nil, err
 		}
-		j.phases.done("freeze")
+		j.phases.done(ctx, "freeze")
 	}
 
 	limits := imageset.Limits{Files: c.s.cfg.MaxImageFiles, Bytes: c.s.cfg.MaxImageBytes}
@@ -161,14 +161,14 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		j.copyLogs(ctx)
 		return nil, err
 	}
-	j.phases.guest(out.GetPhases())
+	j.phases.guest(ctx, out.GetPhases())
 
 	files, err := images.Collect(ctx)
 	if err != nil {
 		return nil, j.explainFull(err)
 	}
 	j.copyLogs(ctx)
-	j.phases.done("copy images")
+	j.phases.done(ctx, "copy images")
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -176,7 +176,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	if err := j.target.Commit(m); err != nil {
 		return nil, j.explainFull(err)
 	}
-	j.phases.done("commit")
+	j.phases.done(ctx, "commit")
 	if j.stop {
 		// A caller that has given up may not keep the image set, as containerd, which
 		// removes its own copy. Then the container is all that is left.
@@ -188,7 +188,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		if err := c.killAndWait(uctx); err != nil {
 			return nil, fmt.Errorf("the image set in %s is complete, but the container could not be stopped: %w", j.path, err)
 		}
-		j.phases.done("stop")
+		j.phases.done(ctx, "stop")
 	}
 	return m, nil
 }
