@@ -226,24 +226,24 @@ func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, a
 	for attempt := 0; ; attempt++ {
 		c, err := a.connection(ctx)
 		if err != nil {
-			return err
+			return failed(ctx, err)
 		}
 		err = call(ctx, c.agent)
 		if errors.Is(err, ttrpc.ErrClosed) && attempt == 0 {
 			<-c.done
 			continue
 		}
-		return native(err)
+		return failed(ctx, native(err))
 	}
 }
 
 // Call makes a call that must not reach the agent twice.
 func (a *Agent) Call(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.connection(ctx)
-	if err != nil {
-		return err
+	if err == nil {
+		err = native(call(ctx, c.agent))
 	}
-	return native(call(ctx, c.agent))
+	return failed(ctx, err)
 }
 
 // Notify makes a call if there is a connection, and does nothing otherwise.
@@ -270,13 +270,19 @@ func (a *Agent) CallDedicated(ctx context.Context, call func(context.Context, ap
 		err = native(call(ctx, c.agent))
 		c.client.Close()
 	}
-	return Cause(ctx, err)
+	if err == nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return failed(ctx, err)
 }
 
-// Cause returns why ctx is done, if it is, and otherwise the error of a call
-// that was made with it. The agent has the same deadline, and its answer may
-// arrive before the timer of ctx has fired.
-func Cause(ctx context.Context, err error) error {
+// failed returns the error of a call that was made with ctx, which is why ctx
+// is done, if it is. The agent has the same deadline, and its answer may arrive
+// before the timer of ctx has fired.
+func failed(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
 	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
 		<-ctx.Done()
 	}

@@ -252,13 +252,13 @@ func (c lateContext) Err() error {
 }
 
 // An agent that answers at the deadline is not the reason for the failure.
-func TestCauseAtTheDeadline(t *testing.T) {
+func TestFailureAtTheDeadline(t *testing.T) {
 	passed, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
 	defer cancel()
 	fired := make(chan struct{})
 	got := make(chan error)
 	answer := errors.New("the agent's answer")
-	go func() { got <- Cause(lateContext{passed, fired}, answer) }()
+	go func() { got <- failed(lateContext{passed, fired}, answer) }()
 	select {
 	case err := <-got:
 		t.Fatalf("did not wait for the timer: %v", err)
@@ -269,12 +269,12 @@ func TestCauseAtTheDeadline(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 
-	if err := Cause(t.Context(), answer); !errors.Is(err, answer) {
+	if err := failed(t.Context(), answer); !errors.Is(err, answer) {
 		t.Errorf("without a deadline: %v", err)
 	}
 	later, cancel := context.WithTimeout(t.Context(), time.Hour)
 	defer cancel()
-	if err := Cause(later, answer); !errors.Is(err, answer) {
+	if err := failed(later, answer); !errors.Is(err, answer) {
 		t.Errorf("before the deadline: %v", err)
 	}
 }

@@ -311,6 +311,7 @@ func TestCheckpointRefused(t *testing.T) {
 			t.Errorf("code %s", status.Code(err))
 		}
 		h.guest.SetThere(false)
+		withoutWait(h)
 		wantError(t, h.checkpoint(t.TempDir(), nil), "no agent answers")
 		h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1")
 		if got := h.status(); got != "RUNNING" {
@@ -416,20 +417,20 @@ func TestCheckpointThatFails(t *testing.T) {
 // A caller whose deadline has passed or that is gone resumes nothing any
 // longer.
 func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
-	for name, call := range map[string]func(h *harness, reached chan struct{}, path string) error{
-		"its deadline runs out": func(h *harness, _ chan struct{}, path string) error {
-			ctx, cancel := context.WithTimeout(h.t.Context(), 300*time.Millisecond)
+	for name, call := range map[string]func(h *harness, limit time.Duration, reached chan struct{}, path string) error{
+		"its deadline passes": func(h *harness, limit time.Duration, _ chan struct{}, path string) error {
+			ctx, cancel := context.WithTimeout(h.t.Context(), limit)
 			defer cancel()
 			_, err := h.task.Checkpoint(ctx, &task.CheckpointTaskRequest{ID: "c1", Path: path})
 			return err
 		},
-		"our own limit runs out": func(h *harness, _ chan struct{}, path string) error {
-			h.cfg.CheckpointTimeout = 300 * time.Millisecond
+		"checkpoint_timeout expires": func(h *harness, limit time.Duration, _ chan struct{}, path string) error {
+			h.cfg.CheckpointTimeout = limit
 			err := h.checkpoint(path, nil)
-			wantError(h.t, err, "checkpoint_timeout of 300ms has expired")
+			wantError(h.t, err, "checkpoint_timeout of "+limit.String()+" has expired")
 			return err
 		},
-		"the connection ends": func(h *harness, reached chan struct{}, path string) error {
+		"the connection ends": func(h *harness, _ time.Duration, reached chan struct{}, path string) error {
 			go func() {
 				<-reached
 				h.conn.Close()
@@ -437,7 +438,8 @@ func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 			return h.checkpoint(path, nil)
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
+		// abandoned reports whether the agent was reached before the limit.
+		abandoned := func(t *testing.T, limit time.Duration) bool {
 			h := newHarness(t)
 			h.run(nil)
 			h.pause()
@@ -449,8 +451,13 @@ func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 				return ctx.Err()
 			})
 			path := t.TempDir()
-			if err := call(h, reached, path); err == nil {
+			if err := call(h, limit, reached, path); err == nil {
 				t.Fatal("no error")
+			}
+			select {
+			case <-reached:
+			default:
+				return false
 			}
 			<-ended
 			eventually(t, "thawed", func() bool {
@@ -462,6 +469,15 @@ func TestCheckpointThatIsAbandonedThawsWhatItsCallerPaused(t *testing.T) {
 				entries, err := os.ReadDir(path)
 				return err == nil && len(entries) == 0
 			})
+			return true
+		}
+		t.Run(name, func(t *testing.T) {
+			limit := 200 * time.Millisecond
+			for !abandoned(t, limit) {
+				if limit *= 2; limit > waitLimit {
+					t.Fatalf("the agent is not reached within %s", limit)
+				}
+			}
 		})
 	}
 }

@@ -175,7 +175,7 @@ func TestOptionsOfCreate(t *testing.T) {
 
 func TestNoAgent(t *testing.T) {
 	t.Run("required: Start fails with what to do", func(t *testing.T) {
-		h := newHarness(t, withoutAgent)
+		h := newHarness(t, withoutAgent, withoutWait)
 		h.create(nil)
 		_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
 		wantError(t, err, "no agent", "sandbox_bind_mounts", h.cfg.GuestBundle, "guest_hook_path", `guest_agent = "optional"`)
@@ -194,7 +194,7 @@ func TestNoAgent(t *testing.T) {
 		}
 	})
 	t.Run("optional: it starts without a writable host directory, and a checkpoint is refused", func(t *testing.T) {
-		h := newHarness(t, withoutAgent, withConfig(func(c *config.Config) { c.AgentOptional = true }))
+		h := newHarness(t, withoutAgent, withoutWait, withConfig(func(c *config.Config) { c.AgentOptional = true }))
 		h.create(nil)
 		h.kata.Before("Start", func(context.Context) error {
 			if exists(h.exchange()) {
@@ -226,7 +226,7 @@ func TestNoAgent(t *testing.T) {
 		}
 	})
 	t.Run("one that comes late", func(t *testing.T) {
-		h := newHarness(t, withoutAgent)
+		h := newHarness(t, withoutAgent, withoutWait)
 		h.create(nil)
 		h.guest.SetThere(true)
 		if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {

@@ -20,7 +20,6 @@ func (c *container) freeze(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		err = guest.Cause(ctx, err) // such as that Kata's shim has exited
 		return fmt.Errorf("freeze container %s: %w", c.id, err)
 	}
 	return nil

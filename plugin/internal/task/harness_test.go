@@ -57,6 +57,9 @@ func withRust(h *harness) { h.guest = fake.NewGuest(h.t, "c1", true) }
 
 func withoutAgent(h *harness) { h.guest.SetThere(false) }
 
+// withoutWait is for a test in which an agent does not come.
+func withoutWait(h *harness) { h.cfg.AgentTimeout = 300 * time.Millisecond }
+
 func newHarness(t *testing.T, options ...option) *harness {
 	t.Helper()
 	dir := t.TempDir()
@@ -71,7 +74,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 		t: t,
 		cfg: &config.Config{
 			StateDir: filepath.Join(dir, "state"), GuestBundle: bundle, AgentPort: fake.Port,
-			AgentTimeout: 500 * time.Millisecond, FreezeTimeout: waitLimit, CheckpointTimeout: waitLimit, ExecWaitTimeout: waitLimit,
+			AgentTimeout: waitLimit, FreezeTimeout: waitLimit, CheckpointTimeout: waitLimit, ExecWaitTimeout: waitLimit,
 			AfterCheckpoint: annotations.Stop, AfterCheckpointCRI: annotations.LeaveRunning, MaxImageFiles: 100, MaxImageBytes: 1 << 20,
 		},
 		kata:     fake.NewKata(t),

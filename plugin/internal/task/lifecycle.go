@@ -68,8 +68,8 @@ type lifecycle struct {
 
 	mu    sync.Mutex
 	state state
-	// resumePending: a Resume gave up waiting for the operation in progress,
-	// which makes up for it when it ends. It may be any operation in any state.
+	// resumePending: the caller of a Resume gave up before it was done. The
+	// operation in progress, which may be any in any state, does it when it ends.
 	resumePending bool
 }
 

@@ -15,14 +15,10 @@ func (c *container) pause(ctx context.Context) error {
 
 // resume thaws a container. It waits for the operation in progress.
 func (c *container) resume(ctx context.Context) error {
-	entered := false
-	err := c.do(ctx, func(st state) error {
-		entered = true
-		return st.resume(ctx)
-	})
-	if err != nil && !entered {
-		// Engines resume once, so that the operation in progress has to make up for
-		// it when it ends.
+	err := c.do(ctx, func(st state) error { return st.resume(ctx) })
+	if err != nil && ctx.Err() != nil {
+		// Engines resume once, so that this is made up for when the operation in
+		// progress ends, or at once if it was this one.
 		c.setResumePending()
 		c.resumeIfIdle(ctx)
 	}

@@ -37,11 +37,12 @@ func TestContainerdDiesWhileKataWorks(t *testing.T) {
 				answer <- err
 			}()
 			<-entered
+			noticed := h.connectionEnds()
 			h.conn.Close()
 			if err := <-answer; err == nil {
 				t.Error("an answer without a connection")
 			}
-			<-time.After(20 * time.Millisecond) // the shim notices
+			<-noticed
 			h.connect()
 			if method == "Create" {
 				h.found()
@@ -64,6 +65,26 @@ func TestContainerdDiesWhileKataWorks(t *testing.T) {
 			}
 		})
 	}
+}
+
+// connectionEnds makes a call that bypasses the server and returns a channel
+// that is closed once the shim has noticed that containerd's connection has
+// ended: it closes the one to Kata then, after it has canceled the server's
+// calls.
+func (h *harness) connectionEnds() <-chan struct{} {
+	reached, noticed := make(chan struct{}), make(chan struct{})
+	h.kata.Before("Stats", func(ctx context.Context) error {
+		close(reached)
+		<-ctx.Done()
+		close(noticed)
+		return ctx.Err()
+	})
+	client := h.task
+	go func() {
+		_, _ = client.Stats(context.Background(), &task.StatsRequest{ID: "c1"}) // which ends with the connection
+	}()
+	<-reached
+	return noticed
 }
 
 // found has the next containerd look for the container while Kata's Go shim,

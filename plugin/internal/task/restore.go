@@ -21,7 +21,6 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
 // source is the image set that a container is restored from.
@@ -194,7 +193,6 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		return err
 	})
 	if err != nil {
-		err = guest.Cause(ctx, err)
 		c.stopPlaceholder(ctx, r)
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}
