@@ -34,12 +34,14 @@ const (
 	binary  = home + "/bin/criu"
 	pathEnv = "PATH=" + home + "/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-	// Agent and Helper are the copies of the agent's own binary and of the helper
-	// in the guest's memory, on a read-only mount.
-	Agent  = api.StateDir + "/" + api.AgentBinary
-	Helper = programs + "/kata-checkpoint-helper"
-
+	// programs is the directory of the copies in the guest's memory, a read-only
+	// mount.
 	programs = api.StateDir + "/bin"
+
+	// Agent is the copy of the agent's own binary.
+	Agent = api.StateDir + "/" + api.AgentBinary
+	// Helper is the copy of the C program beside it (guestagent/helper).
+	Helper = programs + "/kata-checkpoint-helper"
 )
 
 // MinVersion is the oldest CRIU whose RPC supports image directories by name

@@ -31,7 +31,8 @@ const helperName = "kata-checkpoint-helper"
 type Request struct {
 	// Target is the process whose namespaces are joined.
 	Target int
-	// Cgroup is the directory of the cgroup, of version 2, that the process starts in.
+	// Cgroup is the directory of the cgroup, of version 2, that the process
+	// starts in.
 	Cgroup string
 	// Process is what the caller asked for, an OCI process: arguments,
 	// environment, user, capabilities, limits, terminal. Without an OOM score of
@@ -134,7 +135,7 @@ func closeFD(fd *int) {
 func (p *Prepared) Run(helper string, stdio [3]int) (int, error) {
 	attr := &syscall.ProcAttr{Dir: "/", Env: []string{}}
 	for _, fd := range append(stdio[:], p.fds[:]...) {
-		attr.Files = append(attr.Files, uintptr(fd)) //nolint:gosec // a descriptor
+		attr.Files = append(attr.Files, uintptr(fd))
 	}
 	mode := commandMode
 	if p.init {
@@ -170,7 +171,7 @@ func (p *Prepared) parse(report string) (int, error) {
 			return pid, fmt.Errorf("exec: report %q: %w", line, err)
 		}
 		if kind != "pid" {
-			return pid, p.failure(step, syscall.Errno(n)) //nolint:gosec // an errno
+			return pid, p.failure(step, syscall.Errno(n))
 		}
 		pid = n
 	}

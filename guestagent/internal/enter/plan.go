@@ -83,7 +83,8 @@ func newPlan(target int, proc *specs.Process, init bool) ([]byte, error) {
 	return p.data, p.err
 }
 
-// oomScore is the process's own or the target's; empty where the target has ended.
+// oomScore is the process's own or the target's; empty where the target has
+// exited.
 func oomScore(target int, proc *specs.Process) string {
 	if proc.OOMScoreAdj != nil {
 		return strconv.Itoa(*proc.OOMScoreAdj)

@@ -61,7 +61,7 @@ func (h *Helper) await(pid int) (unix.WaitStatus, error) {
 
 // introduce tells the helper where to pass signals on to.
 func (h *Helper) introduce(pid int) error {
-	// Looked up first: a process that has ended is a zombie until it is waited for.
+	// Looked up first: a process that has exited is a zombie until it is reaped.
 	pids, err := procfs.NSPIDs(pid)
 	if err != nil {
 		return err

@@ -22,7 +22,7 @@ func identify(path string) (FileID, error) {
 	if err := unix.Stat(path, &st); err != nil {
 		return FileID{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return FileID{st.Dev, st.Ino}, nil //nolint:unconvert // its type differs between architectures
+	return FileID{uint64(st.Dev), st.Ino}, nil //nolint:unconvert // 32 bits on some architectures
 }
 
 // Mount puts the helper where Kata will execute it for an exec: in a
