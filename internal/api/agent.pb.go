@@ -582,7 +582,10 @@ type OpenFile struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
 	// size in bytes at the checkpoint. CRIU restores no file of another size.
-	Size          uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	Size uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	// may_grow: every process that has it open only appends to it. CRIU restores
+	// such a file whatever its size (criu/files-reg.c, should_check_size).
+	MayGrow       bool `protobuf:"varint,3,opt,name=may_grow,json=mayGrow,proto3" json:"may_grow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -629,6 +632,13 @@ func (x *OpenFile) GetSize() uint64 {
 		return x.Size
 	}
 	return 0
+}
+
+func (x *OpenFile) GetMayGrow() bool {
+	if x != nil {
+		return x.MayGrow
+	}
+	return false
 }
 
 type Phase struct {
@@ -1296,10 +1306,11 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x06device\x18\x04 \x01(\bR\x06device\")\n" +
 	"\x05Stdio\x12\x0e\n" +
 	"\x02fd\x18\x01 \x01(\rR\x02fd\x12\x10\n" +
-	"\x03key\x18\x02 \x01(\tR\x03key\"2\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\"M\n" +
 	"\bOpenFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x04R\x04size\"=\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x19\n" +
+	"\bmay_grow\x18\x03 \x01(\bR\amayGrow\"=\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vnanoseconds\x18\x02 \x01(\x04R\vnanoseconds\"\xcc\x01\n" +

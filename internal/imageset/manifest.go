@@ -100,6 +100,8 @@ type Stdio struct {
 type OpenFile struct {
 	Path string `json:"path"`
 	Size uint64 `json:"size"`
+	// MayGrow: it was open for appending only, and is restored whatever its size.
+	MayGrow bool `json:"mayGrow,omitempty"`
 }
 
 // Phase is a step of the checkpoint and its duration.

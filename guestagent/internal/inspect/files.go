@@ -53,13 +53,18 @@ func newSkippedMounts(mounts []*mountinfo.Info) skippedMounts {
 
 // OpenFiles lists the regular files that processes have open or mapped and that
 // CRIU's images do not contain, with their sizes: CRIU restores no process
-// whose file has another size. The processes are frozen.
+// whose file has another size, unless the file is only appended to. The
+// processes are frozen.
 func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
 	skipped := newSkippedMounts(mounts)
-	seen := make(map[string]bool)
+	seen := make(map[string]*api.OpenFile)
 	var out []*api.OpenFile
-	add := func(path, link string) error {
-		if seen[path] || len(out) == maxOpenFiles || !strings.HasPrefix(path, "/") || strings.HasSuffix(path, deletedSuffix) {
+	add := func(path, link string, appends bool) error {
+		if file := seen[path]; file != nil {
+			file.MayGrow = file.MayGrow && appends
+			return nil
+		}
+		if len(out) == maxOpenFiles || !strings.HasPrefix(path, "/") || strings.HasSuffix(path, deletedSuffix) {
 			return nil
 		}
 		var st unix.Stat_t
@@ -72,8 +77,8 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 		if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 {
 			return nil
 		}
-		seen[path] = true
-		out = append(out, &api.OpenFile{Path: path, Size: uint64(st.Size)}) //nolint:gosec // not negative
+		seen[path] = &api.OpenFile{Path: path, Size: uint64(st.Size), MayGrow: appends} //nolint:gosec // not negative
+		out = append(out, seen[path])
 		return nil
 	}
 	for _, p := range processes {
@@ -81,7 +86,7 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 			if skipped.ids[f.MountID] {
 				continue
 			}
-			if err := add(f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD)); err != nil {
+			if err := add(f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), f.appends()); err != nil {
 				return nil, err
 			}
 		}
@@ -89,7 +94,7 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 			if skipped.devices[m.Device] {
 				continue
 			}
-			if err := add(m.Path, fmt.Sprintf("/proc/%d/root%s", p.PID, m.Path)); err != nil {
+			if err := add(m.Path, fmt.Sprintf("/proc/%d/root%s", p.PID, m.Path), false); err != nil {
 				return nil, err
 			}
 		}
@@ -154,7 +159,7 @@ func ChangedFiles(root string, files []*api.OpenFile) ([]string, error) {
 		if err != nil {
 			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
 		}
-		if uint64(st.Size) != f.GetSize() { //nolint:gosec // not negative
+		if !f.GetMayGrow() && uint64(st.Size) != f.GetSize() { //nolint:gosec // not negative
 			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
 		}
 	}
@@ -195,7 +200,7 @@ func ChangedShm(dir string, files []*api.OpenFile) ([]string, error) {
 			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
 		case st.Mode&unix.S_IFMT != unix.S_IFREG:
 			out = append(out, f.GetPath()+" (is not a file)")
-		case uint64(st.Size) != f.GetSize(): //nolint:gosec // not negative
+		case !f.GetMayGrow() && uint64(st.Size) != f.GetSize(): //nolint:gosec // not negative
 			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
@@ -33,11 +34,15 @@ func TestChangedFilesNamesWhatARestoreWouldRefuse(t *testing.T) {
 	for _, name := range []string{"/same", "/grown", "/shrunk", "/gone", "/escape", "/dev/shm/in-the-images"} {
 		files = append(files, &api.OpenFile{Path: name, Size: 5})
 	}
+	if err := os.WriteFile(filepath.Join(root, "log"), []byte("1234567890"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	files = append(files, &api.OpenFile{Path: "/log", Size: 5, MayGrow: true}, &api.OpenFile{Path: "/rotated", MayGrow: true})
 	got, err := ChangedFiles(root, files)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"/grown (has 6 bytes, had 5)", "/shrunk (has 1 bytes, had 5)", "/gone (is gone", "/escape (is gone"}
+	want := []string{"/grown (has 6 bytes, had 5)", "/shrunk (has 1 bytes, had 5)", "/gone (is gone", "/escape (is gone", "/rotated (is gone"}
 	if len(got) != len(want) {
 		t.Fatalf("changedFiles = %q, want %q", got, want)
 	}
@@ -98,6 +103,41 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 		if strings.Contains(path, "deleted") || strings.HasPrefix(path, "/proc/") {
 			t.Errorf("openFiles names %s, which has no name, or no size", path)
 		}
+	}
+}
+
+// A log may grow, unless somebody reads it, too, or writes to the middle of it.
+func TestOpenFilesThatMayGrow(t *testing.T) {
+	dir := t.TempDir()
+	open := func(name string, flags int) *os.File {
+		f, err := os.OpenFile(filepath.Join(dir, name), flags|os.O_CREATE, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	const appendOnly = os.O_WRONLY | os.O_APPEND
+	cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+	cmd.ExtraFiles = []*os.File{
+		open("log", appendOnly), open("log", appendOnly),
+		open("read", appendOnly), open("read", os.O_RDONLY),
+		open("written", os.O_WRONLY), open("both", os.O_RDWR|os.O_APPEND),
+	}
+	testproc.Ready(t, cmd)
+	got, err := OpenFiles(processes(t, cmd.Process.Pid), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mayGrow := make(map[string]bool)
+	for _, o := range got {
+		if name, ok := strings.CutPrefix(o.GetPath(), dir+"/"); ok {
+			mayGrow[name] = o.GetMayGrow()
+		}
+	}
+	want := map[string]bool{"log": true, "read": false, "written": false, "both": false}
+	if diff := cmp.Diff(want, mayGrow); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
 	}
 }
 

@@ -78,6 +78,11 @@ func (f File) writable() bool {
 	return mode == unix.O_WRONLY || mode == unix.O_RDWR
 }
 
+// appends reports whether the descriptor can only be appended to.
+func (f File) appends() bool {
+	return f.Flags&unix.O_ACCMODE == unix.O_WRONLY && f.Flags&unix.O_APPEND != 0
+}
+
 // Mapping is a part of a process's memory that a file is mapped to.
 type Mapping struct {
 	// Addresses are its name in /proc/PID/map_files.

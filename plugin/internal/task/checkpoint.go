@@ -327,7 +327,7 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		m.Stdio = append(m.Stdio, imageset.Stdio{FD: s.GetFd(), Key: s.GetKey()})
 	}
 	for _, f := range out.GetOpenFiles() {
-		m.OpenFiles = append(m.OpenFiles, imageset.OpenFile{Path: f.GetPath(), Size: f.GetSize()})
+		m.OpenFiles = append(m.OpenFiles, imageset.OpenFile{Path: f.GetPath(), Size: f.GetSize(), MayGrow: f.GetMayGrow()})
 	}
 	return m
 }

@@ -52,11 +52,11 @@ func TestEngines(t *testing.T) {
 		},
 		"ctr task checkpoint": {
 			calls: []string{state, pause, checkpoint, resume}, options: &runcoptions.CheckpointOptions{WorkPath: work},
-			status: "RUNNING", events: []string{paused, made, resumed}, guest: &api.CheckpointOptions{},
+			status: "RUNNING", events: []string{paused, made, resumed}, guest: locks,
 		},
 		"ctr task checkpoint --exit": {
 			calls: []string{state, pause, checkpoint, resume}, options: &runcoptions.CheckpointOptions{WorkPath: work, Exit: true},
-			status: "STOPPED", events: []string{paused, made}, guest: &api.CheckpointOptions{},
+			status: "STOPPED", events: []string{paused, made}, guest: locks,
 		},
 		"ctr containers checkpoint --task": {
 			calls: []string{pause, checkpoint, resume}, options: &runcoptions.CheckpointOptions{FileLocks: true},
@@ -68,7 +68,7 @@ func TestEngines(t *testing.T) {
 		},
 		"a client that does not pause": {
 			calls: []string{checkpoint}, options: &runcoptions.CheckpointOptions{OpenTcp: true},
-			status: "RUNNING", events: []string{made}, guest: &api.CheckpointOptions{TcpEstablished: true},
+			status: "RUNNING", events: []string{made}, guest: &api.CheckpointOptions{TcpEstablished: true, FileLocks: true},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -51,10 +51,6 @@ func decodeOptions(a *anypb.Any) (*options.CheckpointOptions, error) {
 // criuOptions returns the options for CRIU, and refuses those that have no
 // meaning in a guest.
 func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.CheckpointOptions, error) {
-	if opts == nil {
-		// The default of containerd's client for runc.
-		opts = &options.CheckpointOptions{FileLocks: true}
-	}
 	if p := opts.GetParentPath(); p != "" {
 		return nil, errclass.Invalid("a checkpoint based on an earlier one (parent path %s) is not supported: an image set contains the whole container", p)
 	}
@@ -70,12 +66,14 @@ func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.Ch
 	if err != nil {
 		return nil, errclass.Invalid("%w", err)
 	}
+	// File locks are included whatever the engine says: ctr task checkpoint has
+	// no option for them, and CRIU refuses a container with a lock otherwise.
 	return &api.CheckpointOptions{
 		TcpEstablished:      opts.GetOpenTcp() && tcp != annotations.TCPClose || tcp == annotations.TCPEstablished,
 		TcpClose:            tcp == annotations.TCPClose,
 		ExternalUnixSockets: opts.GetExternalUnixSockets(),
 		Terminal:            opts.GetTerminal(),
-		FileLocks:           opts.GetFileLocks(),
+		FileLocks:           true,
 		EmptyNamespaces:     opts.GetEmptyNamespaces(),
 	}, nil
 }

@@ -250,7 +250,7 @@ func restoreRequest(c *container) *api.RestoreRequest {
 		r.Stdio = append(r.Stdio, &api.Stdio{Fd: s.FD, Key: s.Key})
 	}
 	for _, f := range m.OpenFiles {
-		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Path, Size: f.Size})
+		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Path, Size: f.Size, MayGrow: f.MayGrow})
 	}
 	return r
 }
