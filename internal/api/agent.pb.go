@@ -693,6 +693,60 @@ func (x *Phase) GetNanoseconds() uint64 {
 	return 0
 }
 
+// Connection is a TCP connection of a container with a peer outside of it.
+type Connection struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// local and remote are ADDRESS:PORT, with brackets around an IPv6 address.
+	Local         string `protobuf:"bytes,1,opt,name=local,proto3" json:"local,omitempty"`
+	Remote        string `protobuf:"bytes,2,opt,name=remote,proto3" json:"remote,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Connection) Reset() {
+	*x = Connection{}
+	mi := &file_internal_api_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Connection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Connection) ProtoMessage() {}
+
+func (x *Connection) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Connection.ProtoReflect.Descriptor instead.
+func (*Connection) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Connection) GetLocal() string {
+	if x != nil {
+		return x.Local
+	}
+	return ""
+}
+
+func (x *Connection) GetRemote() string {
+	if x != nil {
+		return x.Remote
+	}
+	return ""
+}
+
 type CheckpointRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -712,7 +766,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[11]
+	mi := &file_internal_api_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +778,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[11]
+	mi := &file_internal_api_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +791,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{11}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CheckpointRequest) GetContainerId() string {
@@ -786,14 +840,19 @@ type CheckpointResponse struct {
 	// cpu_features that the processes may use, named as in /proc/cpuinfo.
 	CpuFeatures []string `protobuf:"bytes,7,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
 	// hostname that the processes see.
-	Hostname      string `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Hostname string `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	// tcp_established: TCP connections are in the image set, as asked for or
+	// because both ends of all are in the container.
+	TcpEstablished bool `protobuf:"varint,9,opt,name=tcp_established,json=tcpEstablished,proto3" json:"tcp_established,omitempty"`
+	// connections are those of them whose other end is outside of the container.
+	Connections   []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +864,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +877,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CheckpointResponse) GetExternals() []*External {
@@ -877,6 +936,20 @@ func (x *CheckpointResponse) GetHostname() string {
 	return ""
 }
 
+func (x *CheckpointResponse) GetTcpEstablished() bool {
+	if x != nil {
+		return x.TcpEstablished
+	}
+	return false
+}
+
+func (x *CheckpointResponse) GetConnections() []*Connection {
+	if x != nil {
+		return x.Connections
+	}
+	return nil
+}
+
 type DiscardRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -888,7 +961,7 @@ type DiscardRequest struct {
 
 func (x *DiscardRequest) Reset() {
 	*x = DiscardRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +973,7 @@ func (x *DiscardRequest) String() string {
 func (*DiscardRequest) ProtoMessage() {}
 
 func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +986,7 @@ func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
 func (*DiscardRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DiscardRequest) GetContainerId() string {
@@ -943,14 +1016,17 @@ type RestoreRequest struct {
 	CpuFeatures []string           `protobuf:"bytes,8,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
 	// rights are those of the container. Without them, the processes get what
 	// their images have.
-	Rights        *Rights `protobuf:"bytes,9,opt,name=rights,proto3" json:"rights,omitempty"`
+	Rights *Rights `protobuf:"bytes,9,opt,name=rights,proto3" json:"rights,omitempty"`
+	// connections are those of the CheckpointResponse. Their packets are dropped
+	// until they are restored.
+	Connections   []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1038,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1051,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestoreRequest) GetContainerId() string {
@@ -1041,6 +1117,13 @@ func (x *RestoreRequest) GetRights() *Rights {
 	return nil
 }
 
+func (x *RestoreRequest) GetConnections() []*Connection {
+	if x != nil {
+		return x.Connections
+	}
+	return nil
+}
+
 // Rights bound the credentials of restored processes.
 type Rights struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1055,7 +1138,7 @@ type Rights struct {
 
 func (x *Rights) Reset() {
 	*x = Rights{}
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +1150,7 @@ func (x *Rights) String() string {
 func (*Rights) ProtoMessage() {}
 
 func (x *Rights) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +1163,7 @@ func (x *Rights) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rights.ProtoReflect.Descriptor instead.
 func (*Rights) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Rights) GetCapabilities() []string {
@@ -1115,7 +1198,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1127,7 +1210,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1140,7 +1223,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1171,7 +1254,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1183,7 +1266,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1196,7 +1279,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1230,7 +1313,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1242,7 +1325,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1255,7 +1338,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1313,13 +1396,17 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\bmay_grow\x18\x03 \x01(\bR\amayGrow\"=\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vnanoseconds\x18\x02 \x01(\x04R\vnanoseconds\"\xcc\x01\n" +
+	"\vnanoseconds\x18\x02 \x01(\x04R\vnanoseconds\":\n" +
+	"\n" +
+	"Connection\x12\x14\n" +
+	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
+	"\x06remote\x18\x02 \x01(\tR\x06remote\"\xcc\x01\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
 	"\aoptions\x18\x03 \x01(\v2*.katacheckpoint.agent.v1.CheckpointOptionsR\aoptions\x12\x1c\n" +
 	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
-	"\x04stop\x18\x05 \x01(\bR\x04stop\"\x8e\x03\n" +
+	"\x04stop\x18\x05 \x01(\bR\x04stop\"\xfe\x03\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -1329,10 +1416,13 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fcriu_version\x18\x05 \x01(\rR\vcriuVersion\x12%\n" +
 	"\x0ekernel_release\x18\x06 \x01(\tR\rkernelRelease\x12!\n" +
 	"\fcpu_features\x18\a \x03(\tR\vcpuFeatures\x12\x1a\n" +
-	"\bhostname\x18\b \x01(\tR\bhostname\"Q\n" +
+	"\bhostname\x18\b \x01(\tR\bhostname\x12'\n" +
+	"\x0ftcp_established\x18\t \x01(\bR\x0etcpEstablished\x12E\n" +
+	"\vconnections\x18\n" +
+	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\"Q\n" +
 	"\x0eDiscardRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
-	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\xcf\x03\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\x96\x04\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1343,7 +1433,9 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"open_files\x18\x06 \x03(\v2!.katacheckpoint.agent.v1.OpenFileR\topenFiles\x12!\n" +
 	"\fcriu_version\x18\a \x01(\rR\vcriuVersion\x12!\n" +
 	"\fcpu_features\x18\b \x03(\tR\vcpuFeatures\x127\n" +
-	"\x06rights\x18\t \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\"`\n" +
+	"\x06rights\x18\t \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\x12E\n" +
+	"\vconnections\x18\n" +
+	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\"`\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -1385,7 +1477,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1398,15 +1490,16 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*Stdio)(nil),              // 8: katacheckpoint.agent.v1.Stdio
 	(*OpenFile)(nil),           // 9: katacheckpoint.agent.v1.OpenFile
 	(*Phase)(nil),              // 10: katacheckpoint.agent.v1.Phase
-	(*CheckpointRequest)(nil),  // 11: katacheckpoint.agent.v1.CheckpointRequest
-	(*CheckpointResponse)(nil), // 12: katacheckpoint.agent.v1.CheckpointResponse
-	(*DiscardRequest)(nil),     // 13: katacheckpoint.agent.v1.DiscardRequest
-	(*RestoreRequest)(nil),     // 14: katacheckpoint.agent.v1.RestoreRequest
-	(*Rights)(nil),             // 15: katacheckpoint.agent.v1.Rights
-	(*RestoreResponse)(nil),    // 16: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 17: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 18: katacheckpoint.agent.v1.ExecResponse
-	(*emptypb.Empty)(nil),      // 19: google.protobuf.Empty
+	(*Connection)(nil),         // 11: katacheckpoint.agent.v1.Connection
+	(*CheckpointRequest)(nil),  // 12: katacheckpoint.agent.v1.CheckpointRequest
+	(*CheckpointResponse)(nil), // 13: katacheckpoint.agent.v1.CheckpointResponse
+	(*DiscardRequest)(nil),     // 14: katacheckpoint.agent.v1.DiscardRequest
+	(*RestoreRequest)(nil),     // 15: katacheckpoint.agent.v1.RestoreRequest
+	(*Rights)(nil),             // 16: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 17: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 18: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 19: katacheckpoint.agent.v1.ExecResponse
+	(*emptypb.Empty)(nil),      // 20: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
@@ -1414,41 +1507,43 @@ var file_internal_api_agent_proto_depIdxs = []int32{
 	8,  // 2: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
 	9,  // 3: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
 	10, // 4: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	6,  // 5: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 6: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 7: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 8: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	15, // 9: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	10, // 10: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 11: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 12: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 13: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 14: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 15: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 16: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	11, // 17: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	11, // 18: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	13, // 19: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
-	14, // 20: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	14, // 21: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	17, // 22: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	1,  // 23: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 24: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	19, // 25: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	19, // 26: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	19, // 27: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	19, // 28: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	19, // 29: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	12, // 30: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	19, // 31: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	19, // 32: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	16, // 33: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	18, // 34: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	23, // [23:35] is the sub-list for method output_type
-	11, // [11:23] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	11, // 5: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
+	6,  // 6: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	7,  // 7: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 8: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 9: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	16, // 10: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	11, // 11: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
+	10, // 12: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 13: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 14: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 15: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 16: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 17: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 18: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	12, // 19: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	12, // 20: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	14, // 21: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	15, // 22: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	15, // 23: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	18, // 24: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	1,  // 25: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 26: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	20, // 27: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	20, // 28: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	20, // 29: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	20, // 30: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	20, // 31: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	13, // 32: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	20, // 33: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	20, // 34: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	17, // 35: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	19, // 36: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	25, // [25:37] is the sub-list for method output_type
+	13, // [13:25] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_agent_proto_init() }
@@ -1462,7 +1557,7 @@ func file_internal_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 	"time"
 )
@@ -41,6 +42,9 @@ type Manifest struct {
 	// Externals are mounts whose content is not in the image set.
 	Externals []External `json:"externals,omitempty"`
 	Stdio     []Stdio    `json:"stdio,omitempty"`
+	// Connections are the TCP connections in the image set whose other end is
+	// outside of the container.
+	Connections []Connection `json:"connections,omitempty"`
 	// Terminal: the container's process had one.
 	Terminal bool `json:"terminal,omitempty"`
 	// OpenFiles are files outside the image set that the processes held open.
@@ -96,6 +100,12 @@ type Stdio struct {
 	Key string `json:"key,omitempty"`
 }
 
+// Connection is a TCP connection as the container had it.
+type Connection struct {
+	Local  netip.AddrPort `json:"local"`
+	Remote netip.AddrPort `json:"remote"`
+}
+
 // OpenFile is a file by its path in the container and its size in bytes.
 type OpenFile struct {
 	Path string `json:"path"`
@@ -130,8 +140,9 @@ func (m *Manifest) Bytes() int64 {
 // ErrNotImageSet is wrapped by the errors about a directory without a manifest.
 var ErrNotImageSet = errors.New("not an image set of kata-checkpoint")
 
-// decode reads a manifest and checks whatever it can without the files.
-func decode(r io.Reader) (*Manifest, error) {
+// ReadManifest reads a manifest and checks all that can be checked without the
+// files of its image set.
+func ReadManifest(r io.Reader) (*Manifest, error) {
 	data, err := io.ReadAll(io.LimitReader(r, maxManifest+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", ManifestName, err)
@@ -153,6 +164,11 @@ func decode(r io.Reader) (*Manifest, error) {
 	d.DisallowUnknownFields()
 	if err := d.Decode(m); err != nil {
 		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
+	}
+	for _, c := range m.Connections {
+		if !c.Local.IsValid() || !c.Remote.IsValid() {
+			return nil, fmt.Errorf("%s is damaged: a TCP connection lacks an end", ManifestName)
+		}
 	}
 	seen := make(map[string]bool, len(m.Files))
 	for _, f := range m.Files {

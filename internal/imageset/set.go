@@ -46,7 +46,7 @@ func (s *Set) check() error {
 		return err
 	}
 	defer f.Close()
-	if s.Manifest, err = decode(f); err != nil {
+	if s.Manifest, err = ReadManifest(f); err != nil {
 		return err
 	}
 	// A few more than there should be, so that the error can name one.

@@ -163,7 +163,7 @@ func rollBack(staging string) error {
 		return err
 	}
 	defer f.Close()
-	m, err := decode(f)
+	m, err := ReadManifest(f)
 	if err != nil {
 		return err
 	}

@@ -164,17 +164,25 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, err
 	}
 	defer op.Close()
-	var tcp []inspect.Connection
-	if r.GetStop() && r.GetOptions().GetTcpEstablished() {
-		tcp = look.Connections
+	out.TcpEstablished = keepsConnections(look.Connections, r.GetOptions())
+	var kept []inspect.Connection
+	if out.GetTcpEstablished() {
+		kept = look.Connections
+		out.Connections = connectionMessages(inspect.Outside(kept))
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, a.unlockNetwork(c))
+	if len(kept) > 0 {
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, removeCRIULock(op), a.unlockNetwork(c))
+			}
+		}()
+		var locked []inspect.Connection
+		if r.GetStop() {
+			locked = inspect.Outside(kept)
 		}
-	}()
-	if err := a.lockNetwork(c, tcp); err != nil {
-		return nil, err
+		if err := a.lockNetwork(c, locked); err != nil {
+			return nil, err
+		}
 	}
 	opts := dumpOptions(op, c, r.GetOptions(), out, images)
 	if err := shareNamespace(opts, c.root().PID); err != nil {
@@ -194,7 +202,12 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, err
 	}
-	if err := netlock.EnterRepair(tcp); err != nil {
+	if r.GetStop() {
+		err = netlock.EnterRepair(kept)
+	} else if len(kept) > 0 {
+		err = a.noteUnlocked(c) // as CRIU has left it
+	}
+	if err != nil {
 		return nil, err
 	}
 
@@ -270,6 +283,10 @@ func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.C
 	opts.FreezeCgroup = proto.String(c.tree())
 	opts.GhostLimit = proto.Uint32(ghostLimit)
 	applyOptions(opts, o)
+	opts.TcpEstablished = proto.Bool(out.GetTcpEstablished())
+	// A connection that nobody has accepted yet would refuse the checkpoint of any
+	// server that a probe or a client has just reached. Its client gets a reset.
+	opts.TcpSkipInFlight = proto.Bool(true)
 	for _, e := range out.GetExternals() {
 		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", e.GetDestination(), e.GetName()))
 	}

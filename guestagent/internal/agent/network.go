@@ -3,32 +3,41 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // lockName is the name of a container's network lock.
 func lockName(id string) string { return "kata-checkpoint-" + id }
 
-// lockNetwork drops the packets of a container's TCP connections before a dump:
-// from now on its peers notice nothing, not even that the container exits, and
-// nothing that they send is acknowledged.
+// keepsConnections reports whether the open TCP connections of a container go into
+// its image set.
+func keepsConnections(list []inspect.Connection, o *api.CheckpointOptions) bool {
+	// Others than those inside have been refused where nothing is said about them.
+	return !o.GetTcpClose() && (o.GetTcpEstablished() || len(list) > 0)
+}
+
+// lockNetwork locks connections: until unlocked, nothing that happens here, not
+// even the end of the container, reaches a peer, nor is anything that a peer sends
+// acknowledged. It notes first that connections may be locked, by the agent or by
+// CRIU, and their sockets in repair mode: whatever comes then, Thaw and Forget undo
+// it.
 func (a *Agent) lockNetwork(c *container, list []inspect.Connection) error {
-	if len(list) == 0 {
-		return nil
-	}
-	// Recorded first, so that Thaw and Forget undo it whatever happens next.
 	c.NetworkLocked = true
-	if err := a.save(c); err != nil {
+	if err := a.save(c); err != nil || len(list) == 0 {
 		return err
 	}
 	return netlock.Lock(lockName(c.ID), list)
 }
 
-// unlockNetwork undoes lockNetwork, and repair mode. The processes are still
+// unlockNetwork undoes lockNetwork, of whose connections the processes are still
 // frozen, or gone.
 func (a *Agent) unlockNetwork(c *container) error {
 	if !c.NetworkLocked {
@@ -49,6 +58,41 @@ func (a *Agent) unlockNetwork(c *container) error {
 	if err := errors.Join(netlock.LeaveRepair(list), netlock.Unlock(lockName(c.ID))); err != nil {
 		return err
 	}
+	return a.noteUnlocked(c)
+}
+
+func (a *Agent) noteUnlocked(c *container) error {
 	c.NetworkLocked = false
 	return a.save(c)
+}
+
+// removeCRIULock removes the network lock of a dump whose CRIU has died.
+func removeCRIULock(op *criu.Op) error {
+	run := criu.RunID(op.LogPath())
+	if run == "" {
+		return nil // it died before it locked anything
+	}
+	return netlock.RemoveStale(run)
+}
+
+// connectionsOf are those of a message.
+func connectionsOf(list []*api.Connection) ([]inspect.Connection, error) {
+	out := make([]inspect.Connection, 0, len(list))
+	for _, c := range list {
+		local, lerr := netip.ParseAddrPort(c.GetLocal())
+		remote, rerr := netip.ParseAddrPort(c.GetRemote())
+		if err := errors.Join(lerr, rerr); err != nil {
+			return nil, errclass.Invalid("TCP connection from %q to %q: %w", c.GetLocal(), c.GetRemote(), err)
+		}
+		out = append(out, inspect.Connection{Local: local, Remote: remote})
+	}
+	return out, nil
+}
+
+func connectionMessages(list []inspect.Connection) []*api.Connection {
+	out := make([]*api.Connection, 0, len(list))
+	for _, c := range list {
+		out = append(out, &api.Connection{Local: c.Local.String(), Remote: c.Remote.String()})
+	}
+	return out
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -185,10 +186,27 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		op.Avoid(taken)
 		ph.done("make a PID namespace")
 	}
+	connections, err := connectionsOf(r.GetConnections())
+	if err != nil {
+		return nil, err
+	}
+	// What a peer sends while its connection is half restored would be answered
+	// with a reset, or get into the wrong place of the stream. After a failed
+	// restore the lock stays, until Forget.
+	if len(connections) > 0 {
+		if err := a.lockNetwork(c, connections); err != nil {
+			return nil, err
+		}
+	}
 	if err := op.Restore(opts); err != nil {
 		return nil, err
 	}
 	ph.done("criu restore")
+	if len(connections) > 0 {
+		if err := errors.Join(netlock.Unlock(lockName(c.ID)), a.noteUnlocked(c)); err != nil {
+			return nil, err
+		}
+	}
 
 	if c.Restored, err = restoredRoot(tree, c.Init.PID); err != nil {
 		return nil, err

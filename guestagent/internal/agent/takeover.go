@@ -12,6 +12,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
@@ -41,12 +42,30 @@ func (a *Agent) takeOver() error {
 		return err
 	}
 	for _, c := range containers {
-		if frozen, err := cgroup.Frozen(c.tree()); err == nil && frozen {
+		frozen, err := cgroup.Frozen(c.tree())
+		frozen = err == nil && frozen
+		if c.NetworkLocked {
+			if err := a.takeOverLock(c, frozen); err != nil {
+				log.L.WithError(err).WithField("container", c.ID).Warn("failed to unlock the network of a container whose agent has died")
+			}
+		}
+		if frozen {
 			log.L.WithField("container", c.ID).Warn("container was frozen by an agent that has died")
 			a.leases.frozen(c.ID)
 		}
 	}
 	return nil
+}
+
+// takeOverLock deals with the network lock that an operation left which was in
+// progress when the agent died. No CRIU is at work any more. What is frozen is
+// unlocked when it is thawed: its connections may have been dumped already.
+func (a *Agent) takeOverLock(c *container, frozen bool) error {
+	err := netlock.RemoveStale("")
+	if !frozen {
+		err = errors.Join(err, a.unlockNetwork(c))
+	}
+	return err
 }
 
 // outlive waits until a process has exited, and kills it at the deadline.

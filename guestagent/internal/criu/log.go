@@ -73,3 +73,25 @@ func Tail(path string) []string {
 	}
 	return out
 }
+
+// runIDSign stands before the id that a CRIU has chosen for its run (util_init in
+// criu/util.c).
+const runIDSign = "CRIU run id = "
+
+// RunID finds the id of the run in a log of CRIU's, after which its network lock is
+// named; empty if the log lacks it.
+func RunID(path string) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	s := bufio.NewScanner(f)
+	s.Buffer(nil, 1<<20)
+	for s.Scan() {
+		if _, id, ok := strings.Cut(s.Text(), runIDSign); ok {
+			return strings.TrimPrefix(strings.TrimSpace(id), "0x")
+		}
+	}
+	return ""
+}

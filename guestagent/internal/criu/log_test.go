@@ -54,3 +54,22 @@ func TestErrorSaysWhatToDo(t *testing.T) {
 		}
 	}
 }
+
+func TestRunID(t *testing.T) {
+	for log, want := range map[string]string{
+		"(00.000000) Version: 4.2\n(00.000001) CRIU run id = 1b4e28ba-2fa1-11d2-883f-0016d3cca427\n(00.1) CRIU run id = later\n": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
+		"(00.000001) CRIU run id = 0xfeed\n": "feed",
+		"(00.000001) Version: 4.2\n":         "",
+	} {
+		path := filepath.Join(t.TempDir(), "criu.log")
+		if err := os.WriteFile(path, []byte(log), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := RunID(path); got != want {
+			t.Errorf("%q of %q, not %q", got, log, want)
+		}
+	}
+	if got := RunID(filepath.Join(t.TempDir(), "none")); got != "" {
+		t.Errorf("%q of no log", got)
+	}
+}

@@ -176,30 +176,36 @@ func (c *Container) orphaned(p *Process) bool {
 	return err == nil && isInit
 }
 
-// connected refuses open TCP connections unless the options say what becomes of
-// them: a restore brings them back only at the same address, and only while
-// their peers still have them.
+// connected lists processes with open TCP connections to outside of the container
+// that nobody has said anything about: a restore brings them back only at the
+// same address, and only while their peers still have them. Those with both ends
+// in the container are restored without anybody's asking.
 func (c *Container) connected(o *api.CheckpointOptions) []Finding {
-	r := rule{Refused, "", "create the container with the annotation kata-checkpoint.dev/tcp: established to keep connections or close to close them, " +
-		"have the engine send open_tcp, or close them before the checkpoint"}
+	r := rule{Refused, "", "close it and repeat the checkpoint, or create the container with the annotation kata-checkpoint.dev/tcp: " +
+		"established to keep such connections, or close to close them"}
+	connections := Outside(c.Connections)
 	switch {
 	case o.GetTcpClose():
 		r = rule{Warning, "", "it finds the connection closed after the restore"}
+		connections = c.Connections
 	case o.GetTcpEstablished():
 		return nil
 	}
 	count := make(map[int]int)
-	for _, conn := range c.Connections {
+	for _, conn := range connections {
 		count[conn.PID]++
 	}
 	var out []Finding
-	for _, conn := range c.Connections {
+	for _, conn := range connections {
 		n := count[conn.PID]
 		if n == 0 {
 			continue
 		}
 		count[conn.PID] = 0
 		r.what = fmt.Sprintf("has an open TCP connection from %s to %s", conn.Local, conn.Remote)
+		if !conn.Inside {
+			r.what += " outside of the container"
+		}
 		if n > 1 {
 			r.what += fmt.Sprintf(", and %d more", n-1)
 		}

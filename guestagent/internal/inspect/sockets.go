@@ -25,6 +25,13 @@ type Connection struct {
 	// PID and FD are of one of the processes that have it open.
 	PID, FD       int
 	Local, Remote netip.AddrPort
+	// Inside: the other end is one of the same processes', or gone.
+	Inside bool
+}
+
+// Outside returns the connections whose other end is not the container's own.
+func Outside(list []Connection) []Connection {
+	return slices.DeleteFunc(slices.Clone(list), func(c Connection) bool { return c.Inside })
 }
 
 // sockets are those of processes.
@@ -89,6 +96,7 @@ func readSockets(processes []*Process) (sockets, error) {
 // readNamespace asks the kernel for the sockets of the calling thread's network
 // namespace. Kernels without sock_diag for a family answer ENOENT.
 func (s *sockets) readNamespace() error {
+	var all []*netlink.Socket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		list, err := netlink.SocketDiagTCP(family)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -97,10 +105,9 @@ func (s *sockets) readNamespace() error {
 		if err != nil {
 			return fmt.Errorf("list TCP sockets: %w", err)
 		}
-		for _, t := range list {
-			s.addTCP(t)
-		}
+		all = append(all, list...)
 	}
+	s.addTCP(all)
 	peers, err := unixPeers()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // CRIU will report it
@@ -115,17 +122,45 @@ func (s *sockets) readNamespace() error {
 // closedStates are those of sockets without a connection.
 var closedStates = []uint8{unix.BPF_TCP_TIME_WAIT, unix.BPF_TCP_CLOSE, unix.BPF_TCP_LISTEN}
 
-// addTCP notes a connection that one of the processes has open.
-func (s *sockets) addTCP(t *netlink.Socket) {
-	o, ok := s.owners[t.INode]
-	if !ok || slices.Contains(closedStates, t.State) {
-		return
+// endpoints identify a connection, as one of its ends has it.
+type endpoints struct{ local, remote netip.AddrPort }
+
+func endpointsOf(t *netlink.Socket) endpoints {
+	return endpoints{addrPort(t.ID.Source, t.ID.SourcePort), addrPort(t.ID.Destination, t.ID.DestinationPort)}
+}
+
+// addTCP notes the connections that one of the processes has open, among all
+// sockets of a network namespace.
+func (s *sockets) addTCP(all []*netlink.Socket) {
+	others := make(map[endpoints]*netlink.Socket, len(all))
+	listening := make(map[uint16]bool) // for the processes
+	for _, t := range all {
+		if t.State != unix.BPF_TCP_LISTEN {
+			others[endpointsOf(t)] = t
+		} else if _, ok := s.owners[t.INode]; ok {
+			listening[t.ID.SourcePort] = true
+		}
 	}
-	s.connections = append(s.connections, Connection{
-		PID: o.process.PID, FD: o.fd,
-		Local:  addrPort(t.ID.Source, t.ID.SourcePort),
-		Remote: addrPort(t.ID.Destination, t.ID.DestinationPort),
-	})
+	for _, t := range all {
+		o, ok := s.owners[t.INode]
+		if !ok || slices.Contains(closedStates, t.State) {
+			continue
+		}
+		e := endpointsOf(t)
+		c := Connection{PID: o.process.PID, FD: o.fd, Local: e.local, Remote: e.remote}
+		// A socket without an inode is no process's: it is not accepted yet, or closed.
+		switch other := others[endpoints{e.remote, e.local}]; {
+		case other == nil:
+			c.Inside = e.remote.Addr().IsLoopback() // the kernel has forgotten the other end
+		case other.INode != 0:
+			_, c.Inside = s.owners[other.INode]
+		case other.State == unix.BPF_TCP_FIN_WAIT2, other.State == unix.BPF_TCP_TIME_WAIT:
+			c.Inside = true // closed, and everything that was sent has arrived
+		default:
+			c.Inside = listening[e.remote.Port()]
+		}
+		s.connections = append(s.connections, c)
+	}
 }
 
 // addrPort unmaps IPv4-mapped IPv6 addresses, which are IPv4 on the wire.

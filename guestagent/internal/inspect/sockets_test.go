@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -24,7 +25,7 @@ func TestConnectionsAreThoseThatAProcessHas(t *testing.T) {
 		11: {&Process{PID: 1}, 3}, 12: {&Process{PID: 1}, 4}, 13: {&Process{PID: 2}, 5}, 14: {&Process{PID: 2}, 6}, 15: {&Process{PID: 2}, 7},
 	}}
 	ip := net.ParseIP
-	for _, d := range []netlink.Socket{
+	s.addTCP([]*netlink.Socket{
 		{State: netlink.TCP_LISTEN, INode: 11, ID: netlink.SocketID{Source: ip("0.0.0.0"), SourcePort: 8080}},
 		{State: netlink.TCP_ESTABLISHED, INode: 12, ID: netlink.SocketID{Source: ip("10.0.0.2"), SourcePort: 8080, Destination: ip("10.0.0.1"), DestinationPort: 50000}},
 		{State: netlink.TCP_ESTABLISHED, INode: 99, ID: netlink.SocketID{Source: ip("10.0.0.2"), SourcePort: 8080, Destination: ip("10.0.0.1"), DestinationPort: 50001}},
@@ -32,16 +33,76 @@ func TestConnectionsAreThoseThatAProcessHas(t *testing.T) {
 		{State: netlink.TCP_CLOSE_WAIT, INode: 13, ID: netlink.SocketID{Source: ip("::ffff:10.0.0.2"), SourcePort: 8080, Destination: ip("::ffff:10.0.0.1"), DestinationPort: 50003}},
 		{State: netlink.TCP_SYN_SENT, INode: 14, ID: netlink.SocketID{Source: ip("2001:db8::1"), SourcePort: 80, Destination: ip("2001:db8::2"), DestinationPort: 81}},
 		{State: netlink.TCP_TIME_WAIT + 1, INode: 15}, // TCP_CLOSE
-	} {
-		s.addTCP(&d)
-	}
+	})
 	want := []Connection{
-		{1, 4, netip.MustParseAddrPort("10.0.0.2:8080"), netip.MustParseAddrPort("10.0.0.1:50000")},
-		{2, 5, netip.MustParseAddrPort("10.0.0.2:8080"), netip.MustParseAddrPort("10.0.0.1:50003")},
-		{2, 6, netip.MustParseAddrPort("[2001:db8::1]:80"), netip.MustParseAddrPort("[2001:db8::2]:81")},
+		{1, 4, netip.MustParseAddrPort("10.0.0.2:8080"), netip.MustParseAddrPort("10.0.0.1:50000"), false},
+		{2, 5, netip.MustParseAddrPort("10.0.0.2:8080"), netip.MustParseAddrPort("10.0.0.1:50003"), false},
+		{2, 6, netip.MustParseAddrPort("[2001:db8::1]:80"), netip.MustParseAddrPort("[2001:db8::2]:81"), false},
 	}
 	if diff := cmp.Diff(want, s.connections, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestConnectionsInside(t *testing.T) {
+	const (
+		closeWait  = uint8(netlink.TCP_CLOSE_WAIT)
+		finWait1   = uint8(netlink.TCP_FIN_WAIT1)
+		finWait2   = uint8(netlink.TCP_FIN_WAIT2)
+		timeWait   = uint8(netlink.TCP_TIME_WAIT)
+		open       = uint8(netlink.TCP_ESTABLISHED)
+		synRecv    = uint8(netlink.TCP_SYN_RECV)
+		ours       = 11
+		ourOther   = 12
+		somebodys  = 99
+		nobodys    = 0
+		noSocket   = uint8(0)
+		ourService = 8080
+		service    = 9090 // another container's
+	)
+	for name, tc := range map[string]struct {
+		state uint8
+		// The other end.
+		other  uint8
+		inode  uint32
+		remote string
+		port   uint16
+		inside bool
+	}{
+		"both ends are ours":                     {open, open, ourOther, "127.0.0.1", ourService, true},
+		"by our own address":                     {open, open, ourOther, "10.0.0.2", ourService, true},
+		"the other end is mapped to IPv6":        {open, open, ourOther, "::ffff:127.0.0.1", ourService, true},
+		"another container's":                    {open, open, somebodys, "127.0.0.1", service, false},
+		"on another machine":                     {open, noSocket, 0, "10.0.0.1", service, false},
+		"to be accepted by us":                   {open, open, nobodys, "127.0.0.1", ourService, true},
+		"in our backlog":                         {open, synRecv, nobodys, "127.0.0.1", ourService, true},
+		"to be accepted by another container":    {open, open, nobodys, "127.0.0.1", service, false},
+		"closed by its process":                  {closeWait, finWait2, nobodys, "127.0.0.1", service, true},
+		"closed by its process a while ago":      {closeWait, noSocket, 0, "127.0.0.1", service, true},
+		"closed by its process and by us":        {finWait2, timeWait, nobodys, "10.0.0.2", service, true},
+		"closed by its process, data on its way": {open, finWait1, nobodys, "127.0.0.1", service, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := sockets{owners: map[uint32]owner{ours: {&Process{PID: 1}, 3}, ourOther: {&Process{PID: 2}, 3}, 13: {&Process{PID: 2}, 4}}}
+			here, there := net.ParseIP("10.0.0.2"), net.ParseIP(tc.remote)
+			all := []*netlink.Socket{
+				{State: uint8(netlink.TCP_LISTEN), INode: 13, ID: netlink.SocketID{Source: net.IPv6zero, SourcePort: ourService}},
+				{State: uint8(netlink.TCP_LISTEN), INode: 98, ID: netlink.SocketID{Source: net.IPv6zero, SourcePort: service}},
+				{State: tc.state, INode: ours, ID: netlink.SocketID{Source: here, SourcePort: 50000, Destination: there, DestinationPort: tc.port}},
+			}
+			if tc.other != noSocket {
+				id := netlink.SocketID{Source: there, SourcePort: tc.port, Destination: here, DestinationPort: 50000}
+				all = append(all, &netlink.Socket{State: tc.other, INode: tc.inode, ID: id})
+			}
+			s.addTCP(all)
+			i := slices.IndexFunc(s.connections, func(c Connection) bool { return c.PID == 1 })
+			if i < 0 || s.connections[i].Inside != tc.inside {
+				t.Errorf("got %+v", s.connections)
+			}
+			if n := len(Outside(s.connections[i : i+1])); n != map[bool]int{true: 0, false: 1}[tc.inside] {
+				t.Errorf("%d connections leave the container", n)
+			}
+		})
 	}
 }
 
@@ -58,6 +119,9 @@ func TestConnections(t *testing.T) {
 		}
 		for _, have := range list {
 			if have.Local.String() == c.LocalAddr().String() && have.Remote.String() == c.RemoteAddr().String() {
+				if !have.Inside {
+					t.Errorf("the other end waits in the backlog of the same process, and %+v", have)
+				}
 				return true
 			}
 			if have.Local.String() == l.Addr().String() && !have.Remote.IsValid() {

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/nftables"
@@ -37,6 +38,9 @@ func Lock(name string, list []inspect.Connection) error {
 	chains := []*nftables.Chain{
 		conn.AddChain(chain(table, "input", nftables.ChainHookInput)),
 		conn.AddChain(chain(table, "output", nftables.ChainHookOutput)),
+	}
+	for _, c := range chains {
+		conn.AddRule(&nftables.Rule{Table: table, Chain: c, Exprs: acceptCRIU()})
 	}
 	for _, f := range families {
 		keys := f.keys(list)
@@ -72,6 +76,34 @@ func Unlock(name string) error {
 	conn.DelTable(tableOf(name))
 	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unlock TCP connections: %w", err)
+	}
+	return nil
+}
+
+// criuTable is how the tables of CRIU begin; the rest is the run's id, or a part
+// of it (criu/netfilter.c, nftables_get_table).
+const criuTable = "CRIU-"
+
+// RemoveStale removes the locks of CRIUs that died in a dump: of the run with this
+// id, or of all where it is empty. A table without its CRIU locks the connections
+// for good.
+func RemoveStale(run string) error {
+	conn, err := dial(0)
+	if err != nil {
+		return err
+	}
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return fmt.Errorf("list nftables' tables: %w", err)
+	}
+	for _, t := range tables {
+		id, ok := strings.CutPrefix(t.Name, criuTable)
+		if !ok || run != "" && !strings.HasPrefix(run, id) {
+			continue
+		}
+		if err := Unlock(t.Name); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -143,6 +175,19 @@ func (f family) keys(list []inspect.Connection) []nftables.SetElement {
 // up for with zeros.
 func endpoint(a netip.AddrPort) []byte {
 	return append(binary.BigEndian.AppendUint16(a.Addr().AsSlice(), a.Port()), 0, 0)
+}
+
+// criuMark is on the packets by which CRIU puts a FIN into the queue of a socket
+// that it restores (SOCCR_MARK in soccr/soccr.h). They never leave the guest.
+const criuMark = 0xc114
+
+// acceptCRIU is a rule: what CRIU sends to a socket that it restores arrives.
+func acceptCRIU() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: unix.NFT_REG_1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: unix.NFT_REG_1, Data: binary.NativeEndian.AppendUint32(nil, criuMark)},
+		&expr.Verdict{Kind: expr.VerdictAccept},
+	}
 }
 
 // drop is a rule: a packet of TCP whose endpoints are in the set is dropped.

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -82,8 +83,94 @@ func TestLock(t *testing.T) {
 	}
 }
 
-// A lock is one batch, however many connections it has, and replaces an earlier
-// one.
+// A CRIU that has died leaves its table, which is named after its run or a part of
+// the run's id.
+func TestRemoveStale(t *testing.T) {
+	inNetworkNamespace(t)
+	lock := func(names ...string) {
+		t.Helper()
+		for _, name := range names {
+			err := Lock(name, nil)
+			if errors.Is(err, unix.EPROTONOSUPPORT) {
+				t.Skipf("the kernel has no nf_tables: %v", err)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	left := func() (names []string) {
+		t.Helper()
+		conn, err := nftables.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		tables, err := conn.ListTables()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, table := range tables {
+			names = append(names, table.Name)
+		}
+		slices.Sort(names)
+		return names
+	}
+	lock("CRIU-0123456789", "CRIU-abcdef", "kata-checkpoint-c", "CRIU")
+	if err := RemoveStale("abcdef-and-more"); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := left(), []string{"CRIU", "CRIU-0123456789", "kata-checkpoint-c"}; !slices.Equal(got, want) {
+		t.Errorf("of one run: left %v, not %v", got, want)
+	}
+	lock("CRIU-abcdef")
+	if err := RemoveStale(""); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := left(), []string{"CRIU", "kata-checkpoint-c"}; !slices.Equal(got, want) {
+		t.Errorf("of all runs: left %v, not %v", got, want)
+	}
+}
+
+// CRIU puts a FIN into the queue of a socket that it restores by a packet, which
+// has a mark of its own.
+func TestLockLetsCRIUsPacketsThrough(t *testing.T) {
+	inNetworkNamespace(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	here, there := connect(t, l)
+	err = Lock("test", []inspect.Connection{{Local: addrPort(here.LocalAddr()), Remote: addrPort(here.RemoteAddr())}})
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		t.Skipf("the kernel has no nf_tables: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := here.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mark := func(value int) {
+		t.Helper()
+		var failed error
+		err := raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, value) })
+		if err := errors.Join(err, failed); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mark(1)
+	if arrives(t, here, there) {
+		t.Error("a packet with another mark arrives")
+	}
+	mark(0xc114)
+	if !arrives(t, here, there) {
+		t.Error("a packet of CRIU's does not arrive")
+	}
+}
+
+// A lock is one batch, however many connections it has, and replaces an earlier one.
 func TestLockOfManyConnections(t *testing.T) {
 	inNetworkNamespace(t)
 	list := make([]inspect.Connection, 0, 5000)

@@ -14,20 +14,42 @@ import (
 // keep the connections' addresses in use. It is called after a dump, at the end
 // of which CRIU disables repair mode.
 func EnterRepair(list []inspect.Connection) error {
-	return repair(list, unix.TCP_REPAIR_ON)
+	return each(list, func(fd int) error { return setRepair(fd, unix.TCP_REPAIR_ON) })
 }
 
-// repair sets the repair mode of sockets (net/ipv4/tcp.c, __tcp_close).
-func repair(list []inspect.Connection, mode int) error {
+// LeaveRepair undoes EnterRepair, and what a CRIU that died has left undone. The
+// original value of SO_REUSEADDR, which the mode overwrites, is not known then:
+// with it on, a server that restarts can bind the port of a connection.
+func LeaveRepair(list []inspect.Connection) error {
+	return each(list, func(fd int) error {
+		mode, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR)
+		if err != nil || mode == unix.TCP_REPAIR_OFF {
+			return os.NewSyscallError("getsockopt", err)
+		}
+		if err := setRepair(fd, unix.TCP_REPAIR_OFF_NO_WP); err != nil {
+			return err
+		}
+		return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
+	})
+}
+
+// setRepair sets a socket's repair mode, in which it is closed without a packet
+// (net/ipv4/tcp.c, __tcp_close).
+func setRepair(fd, mode int) error {
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, mode))
+}
+
+// each calls do with a descriptor of each connection's socket.
+func each(list []inspect.Connection, do func(fd int) error) error {
 	for _, c := range list {
-		if err := setRepair(c, mode); err != nil {
-			return fmt.Errorf("set the repair mode of the TCP connection from %s to %s: %w", c.Local, c.Remote, err)
+		if err := withSocket(c, do); err != nil {
+			return fmt.Errorf("the TCP connection from %s to %s: %w", c.Local, c.Remote, err)
 		}
 	}
 	return nil
 }
 
-func setRepair(c inspect.Connection, mode int) error {
+func withSocket(c inspect.Connection, do func(fd int) error) error {
 	process, err := unix.PidfdOpen(c.PID, 0)
 	if err != nil {
 		return os.NewSyscallError("pidfd_open", err)
@@ -38,10 +60,5 @@ func setRepair(c inspect.Connection, mode int) error {
 		return os.NewSyscallError("pidfd_getfd", err)
 	}
 	defer unix.Close(fd)
-	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR, mode))
-}
-
-// LeaveRepair disables repair mode without sending a window probe.
-func LeaveRepair(list []inspect.Connection) error {
-	return repair(list, unix.TCP_REPAIR_OFF_NO_WP)
+	return do(fd)
 }

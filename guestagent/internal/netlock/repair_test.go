@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
@@ -77,5 +79,33 @@ func TestConnectionsInRepairModeCloseSilently(t *testing.T) {
 	here.Close()
 	if err := notices(there); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("the peer of a closed connection notices %v", err)
+	}
+
+	// With SO_REUSEADDR, a server that restarts can have the connection's port again.
+	option := func(c net.Conn) (value int) {
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var failed error
+		err = raw.Control(func(fd uintptr) { value, failed = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR) })
+		if err := errors.Join(err, failed); err != nil {
+			t.Fatal(err)
+		}
+		return value
+	}
+	here, _, list = pair()
+	before := option(here)
+	if err := LeaveRepair(list); err != nil {
+		t.Fatal(err)
+	}
+	if got := option(here); got != before {
+		t.Errorf("SO_REUSEADDR of a socket that was not in repair mode is %d, not %d", got, before)
+	}
+	if err := errors.Join(EnterRepair(list), LeaveRepair(list)); err != nil {
+		t.Fatal(err)
+	}
+	if got := option(here); got != 1 {
+		t.Errorf("SO_REUSEADDR after the repair mode is %d", got)
 	}
 }
