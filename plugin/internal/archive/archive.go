@@ -59,7 +59,57 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 	return nil
 }
 
-// open opens a regular file in dir itself.
+// Manifest reads the manifest of the image set in an archive, and no more of the
+// archive than it takes to find it.
+func Manifest(ctx context.Context, dir, name string) (*imageset.Manifest, error) {
+	f, err := open(dir, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	m, err := findManifest(ctx, f)
+	if err != nil {
+		return nil, fmt.Errorf("archive %s: %w", name, err)
+	}
+	return m, nil
+}
+
+func findManifest(ctx context.Context, f *os.File) (*imageset.Manifest, error) {
+	var r io.Reader = f // in which what is not read can be skipped
+	magic := make([]byte, magicBytes)
+	n, err := f.ReadAt(magic, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	if compression.DetectCompression(magic[:n]) != compression.Uncompressed {
+		stream, err := compression.DecompressStream(f)
+		if err != nil {
+			return nil, err
+		}
+		defer stream.Close()
+		r = stream
+	}
+	for entries := tar.NewReader(r); ; {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		header, err := entries.Next()
+		if errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("no %s/%s: it is no checkpoint archive of kata-checkpoint", imageset.ArchiveImages, imageset.ManifestName)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if strings.TrimPrefix(header.Name, "./") == path.Join(imageset.ArchiveImages, imageset.ManifestName) {
+			return imageset.ReadManifest(entries)
+		}
+	}
+}
+
+// magicBytes are as many as containerd looks at.
+const magicBytes = 10
+
+// open opens a regular file that is in dir itself.
 func open(dir, name string) (*os.File, error) {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
 		return nil, fmt.Errorf("%q is not the name of an archive: give the name of a file in %s", name, dir)

@@ -166,3 +166,45 @@ func TestNamesOfArchives(t *testing.T) {
 		t.Errorf("none.tar: error %v", err)
 	}
 }
+
+func TestManifest(t *testing.T) {
+	const manifest = `{"formatVersion": 1, "files": [{"name": "inventory.img", "size": 1, "sha256": "0000000000000000000000000000000000000000000000000000000000000000"}],
+		"connections": [{"local": "192.0.2.2:80", "remote": "[2001:db8::1]:5000"}]}`
+	big := reg("checkpoint/a.img", strings.Repeat("a", 1<<20))
+	for name, tc := range map[string]struct {
+		entries []entry
+		want    string
+	}{
+		"after the images":     {[]entry{big, reg("checkpoint/kata-checkpoint.json", manifest), reg("rootfs-diff.tar", "diff")}, ""},
+		"by another name":      {[]entry{reg("./checkpoint/kata-checkpoint.json", manifest)}, ""},
+		"not in the image set": {[]entry{big, reg("kata-checkpoint.json", manifest)}, "it is no checkpoint archive"},
+		"damaged":              {[]entry{reg("checkpoint/kata-checkpoint.json", manifest[:20])}, "is damaged"},
+		"an end is missing":    {[]entry{reg("checkpoint/kata-checkpoint.json", strings.Replace(manifest, "192.0.2.2:80", "", 1))}, "is damaged"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for suffix, data := range map[string][]byte{"tar": archiveOf(t, tc.entries...), "tar.gz": gzipped(t, archiveOf(t, tc.entries...))} {
+				dir := t.TempDir()
+				if err := os.WriteFile(filepath.Join(dir, "x."+suffix), data, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				m, err := Manifest(t.Context(), dir, "x."+suffix)
+				switch {
+				case tc.want != "":
+					if err == nil || !strings.Contains(err.Error(), tc.want) {
+						t.Errorf("%s: %v", suffix, err)
+					}
+				case err != nil:
+					t.Errorf("%s: %v", suffix, err)
+				case len(m.Connections) != 1 || m.Connections[0].Remote.String() != "[2001:db8::1]:5000":
+					t.Errorf("%s: %+v", suffix, m.Connections)
+				}
+			}
+		})
+	}
+	if _, err := Manifest(t.Context(), t.TempDir(), "x.tar"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no archive: %v", err)
+	}
+	if _, err := Manifest(t.Context(), t.TempDir(), "../x.tar"); err == nil {
+		t.Error("an archive elsewhere is read")
+	}
+}

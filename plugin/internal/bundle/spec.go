@@ -138,6 +138,20 @@ func (s *Spec) OwnPIDNamespace() error {
 	return s.set("linux", linux)
 }
 
+// NetworkNamespace is the path of the network namespace that the engine has made,
+// or empty where Kata is to make one.
+func (s *Spec) NetworkNamespace() string {
+	if s.Linux == nil {
+		return ""
+	}
+	for _, n := range s.Linux.Namespaces {
+		if n.Type == specs.NetworkNamespace {
+			return n.Path
+		}
+	}
+	return ""
+}
+
 func sharesPIDs(n specs.LinuxNamespace) bool { return n.Type == specs.PIDNamespace && n.Path != "" }
 
 func (s *Spec) set(name string, value any) error {

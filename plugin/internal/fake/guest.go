@@ -46,6 +46,8 @@ type Guest struct {
 	requests  map[string]proto.Message
 	before    map[string]func(context.Context) error
 	files     map[string]string
+	// Connections are those that its checkpoints keep.
+	Connections []*api.Connection
 }
 
 // NewGuest makes a guest with a running agent for a sandbox. With rust, its
@@ -322,6 +324,8 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
 		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
 		Phases:    []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
+
+		TcpEstablished: len(g.Connections) > 0, Connections: g.Connections,
 	}, nil
 }
 

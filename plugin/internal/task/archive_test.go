@@ -33,11 +33,10 @@ func podContainer(annotations ...string) func(*specs.Spec) {
 
 const restoreWeb = "kata-checkpoint.dev/restore.web"
 
-// archived makes a checkpoint of the container and an archive of that, of the
-// name x.tar.
-func archived(t *testing.T, change func(*specs.Spec)) (dir string) {
+// archived makes a checkpoint of the container and an archive of that, of the name x.tar.
+func archived(t *testing.T, change func(*specs.Spec), options ...option) (dir string) {
 	t.Helper()
-	h := newHarness(t)
+	h := newHarness(t, options...)
 	h.run(change)
 	path := t.TempDir()
 	if err := h.checkpoint(path, nil); err != nil {

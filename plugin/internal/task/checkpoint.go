@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -172,7 +173,10 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	m := j.manifest(out, files)
+	m, err := j.manifest(out, files)
+	if err != nil {
+		return nil, err
+	}
 	if err := j.target.Commit(m); err != nil {
 		return nil, j.explainFull(err)
 	}
@@ -185,7 +189,10 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		}
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
+		// From its end on nobody has them.
+		c.s.holdConnections(ctx, c.netgateKey(), m.Connections)
 		if err := c.killAndWait(uctx); err != nil {
+			c.s.releaseConnections(ctx, c.netgateKey())
 			return nil, fmt.Errorf("the image set in %s is complete, but the container could not be stopped: %w", j.path, err)
 		}
 		j.phases.done(ctx, "stop")
@@ -300,7 +307,7 @@ func (j *checkpointJob) preflight(ctx context.Context, before state) error {
 	})
 }
 
-func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.File) *imageset.Manifest {
+func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.File) (*imageset.Manifest, error) {
 	c, o := j.c, j.options
 	m := &imageset.Manifest{
 		Created: time.Now().UTC(),
@@ -311,7 +318,7 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		Guest:    imageset.Guest{Kernel: out.GetKernelRelease(), CRIUVersion: out.GetCriuVersion(), CPUFeatures: out.GetCpuFeatures()},
 		Terminal: c.terminal,
 		Options: imageset.Options{
-			TCPEstablished: o.GetTcpEstablished(), TCPClose: o.GetTcpClose(), ExternalUnixSockets: o.GetExternalUnixSockets(),
+			TCPEstablished: o.GetTcpEstablished() || out.GetTcpEstablished(), TCPClose: o.GetTcpClose(), ExternalUnixSockets: o.GetExternalUnixSockets(),
 			Terminal: o.GetTerminal(), FileLocks: o.GetFileLocks(), EmptyNamespaces: o.GetEmptyNamespaces(),
 		},
 		Phases: j.phases.list,
@@ -329,7 +336,15 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	for _, f := range out.GetOpenFiles() {
 		m.OpenFiles = append(m.OpenFiles, imageset.OpenFile{Path: f.GetPath(), Size: f.GetSize(), MayGrow: f.GetMayGrow()})
 	}
-	return m
+	for _, t := range out.GetConnections() {
+		local, lerr := netip.ParseAddrPort(t.GetLocal())
+		remote, rerr := netip.ParseAddrPort(t.GetRemote())
+		if err := errors.Join(lerr, rerr); err != nil {
+			return nil, fmt.Errorf("the agent answers with a TCP connection that is none: %w", err)
+		}
+		m.Connections = append(m.Connections, imageset.Connection{Local: local, Remote: remote})
+	}
+	return m, nil
 }
 
 // copyLogs copies CRIU's log and statistics to the work path. No checkpoint

@@ -53,6 +53,7 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		}
 	}
 
+	s.closeNetgate(ctx, c, spec)
 	s.events.Expect(r.ID, "")
 	// A containerd that has been restarted may ask for the container before Kata's
 	// Create has ended.

@@ -215,6 +215,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		}
 		return nil, err
 	}
+	c.s.releaseConnections(ctx, c.netgateKey())
 	c.transition(runningState{c: c})
 	if c.source.done != nil {
 		if err := c.source.done(); err != nil {
@@ -248,6 +249,9 @@ func restoreRequest(c *container) *api.RestoreRequest {
 	}
 	for _, s := range m.Stdio {
 		r.Stdio = append(r.Stdio, &api.Stdio{Fd: s.FD, Key: s.Key})
+	}
+	for _, t := range m.Connections {
+		r.Connections = append(r.Connections, &api.Connection{Local: t.Local.String(), Remote: t.Remote.String()})
 	}
 	for _, f := range m.OpenFiles {
 		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Path, Size: f.Size, MayGrow: f.MayGrow})

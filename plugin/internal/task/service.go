@@ -30,6 +30,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/netgate"
 )
 
 // Events publishes events to containerd and reports those of Kata that the
@@ -93,6 +94,8 @@ type Service struct {
 	// idleDelay.
 	idleTimer *time.Timer
 
+	netgate netgateState
+
 	mu         sync.RWMutex
 	containers map[string]*container
 	location   *kata.Guest
@@ -107,7 +110,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, containers: make(map[string]*container),
-		stops: stopat.FromEnv(), restarting: make(chan struct{}, 1),
+		stops: stopat.FromEnv(), netgate: netgateState{held: make(map[string][]netgate.Connection)}, restarting: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.idleTimer = time.AfterFunc(idleDelay, debug.FreeOSMemory)
