@@ -122,6 +122,21 @@ func (w *podLink) connect() error {
 	})
 }
 
+// reconnect makes the link of use again for another VM, as it was: what Kata does to its namespace it does not take back, and its Go shim leaves
+// the interface down, which has no routes then.
+func (w *podLink) reconnect() error {
+	return w.namespace.Do(func() error {
+		peer, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(peer); err != nil {
+			return err
+		}
+		return netlink.RouteReplace(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: w.node})
+	})
+}
+
 // recreateLink makes the link anew, with the same addresses: what Kata did to its namespace it does not take back.
 func (s *scenario) recreateLink(w *podLink) {
 	s.Helper()

@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
@@ -70,11 +74,12 @@ func tcpEstablishedRefused(s *scenario) {
 }
 
 // tcpEstablished: with open_tcp and the same address, connections to the world outside of the VM go on, in the same VM and in another, and the
-// peers notice nothing. Nothing is on its way when the container stops: what a peer sends again later, the new VM answers with a reset.
+// peers notice nothing. There is traffic both ways all the time, and the peer goes on sending while the container is away: nobody who does not
+// have the connection may answer.
 func tcpEstablished(s *scenario) {
 	w := s.connectedLink(linkPath())
-	peer := s.answering(w)
-	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String(), "-every", "5s"}, Network: w.namespace.Path})
+	peer := s.pushing(w)
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path})
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Rounds, 2)
 	s.check(s.engine.CheckpointWith(s.ctx, first, s.dir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
@@ -82,23 +87,44 @@ func tcpEstablished(s *scenario) {
 	s.checkKeepsRunning(first)
 
 	dir := s.dir()
-	s.waitNumbers(first.Output, workload.Rounds, len(s.printedNumbers(first.Output, workload.Rounds))+1) // the next one is five seconds away
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, &runcoptions.CheckpointOptions{OpenTcp: true, Exit: true}))
 	s.step("checkpointed %s", c.ID())
 	s.waitExit(first, 137)
 	before := s.printedNumbers(first.Output, workload.Rounds)
-	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
-		s.Errorf("while the container is away, the peer has had %d connections, and ends: %v", opened, ended)
+	stillOpen := func(when string) {
+		s.Helper()
+		if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
+			s.Fatalf("%s, the peer has had %d connections, and ends: %v", when, opened, ended)
+		}
 	}
+	stillOpen("while the container is away")
 
-	s.recreateLink(w)
+	// The namespace that it comes back into is the one that it has left, with what kata-checkpoint has put there.
+	s.check(w.reconnect())
+	sent := peer.pushed.Load()
 	restored := s.restore(c, dir)
+	stillOpen("after the restore")
+	// Each round verifies all that the peer has sent before its answer.
 	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 3)...))
+	s.step("%s goes on, with %d messages that the peer has sent meanwhile", c.ID(), peer.pushed.Load()-sent)
 	s.checkOtherVM(first, restored)
-	if opened, ended := peer.connections(); opened != 1 || len(ended) > 0 {
-		s.Errorf("after the restore, the peer has had %d connections, and ends: %v", opened, ended)
-	}
+	stillOpen("after a while")
 	s.remove(c)
+}
+
+// tcpInside: connections with both ends in the container come back in another VM without a word from anybody, and one that waits in a backlog
+// is no obstacle.
+func tcpInside(s *scenario) {
+	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "counter", "-loopback"}})
+	first := s.run(c)
+	s.waitNumbers(first.Output, workload.Ticks, 2)
+	dir := s.dir()
+	s.check(s.engine.CheckpointByDefault(s.ctx, first, dir))
+	s.step("checkpointed %s", c.ID())
+	s.waitExit(first, 137)
+	restored := s.restore(c, dir)
+	s.checkConsecutive(1, append(s.printedNumbers(first.Output, workload.Ticks), s.waitNumbers(restored.Output, workload.Ticks, 3)...))
+	s.checkOtherVM(first, restored)
 }
 
 // answering is a server on the node that sends every line back.
@@ -109,14 +135,29 @@ type answering struct {
 	mu     sync.Mutex
 	opened []net.Conn
 	ended  []error
+
+	// every is how often it pushes a message of its own, should it.
+	every  time.Duration
+	pushed atomic.Int64
 }
 
 // answering starts one, which ends with the scenario.
 func (s *scenario) answering(w *podLink) *answering {
 	s.Helper()
+	return s.answeringEvery(w, 0)
+}
+
+// pushing is answering that also pushes messages all the time.
+func (s *scenario) pushing(w *podLink) *answering {
+	s.Helper()
+	return s.answeringEvery(w, 50*time.Millisecond)
+}
+
+func (s *scenario) answeringEvery(w *podLink, every time.Duration) *answering {
+	s.Helper()
 	l, err := net.Listen("tcp", net.JoinHostPort(w.node.String(), "0"))
 	s.check(err)
-	a := &answering{Listener: l}
+	a := &answering{Listener: l, every: every}
 	a.done.Go(a.accept)
 	s.afterContainers(func() error {
 		err := a.Close()
@@ -141,7 +182,7 @@ func (a *answering) accept() {
 		a.opened = append(a.opened, c)
 		a.mu.Unlock()
 		a.done.Go(func() {
-			err := answerLines(c)
+			err := a.serve(c)
 			a.mu.Lock()
 			defer a.mu.Unlock()
 			a.ended = append(a.ended, err)
@@ -149,19 +190,77 @@ func (a *answering) accept() {
 	}
 }
 
-func answerLines(c net.Conn) error {
-	for lines := bufio.NewReader(c); ; {
-		line, err := lines.ReadString('\n')
+// serve sends the lines of a connection back, and pushes its own, until the connection ends.
+func (a *answering) serve(c net.Conn) error {
+	if err := retransmitOften(c); err != nil {
+		return err
+	}
+	lines := make(chan string)
+	ended := make(chan error, 1)
+	stop := make(chan struct{})
+	defer close(stop)
+	a.done.Go(func() { ended <- readLines(c, lines, stop) })
+	var push <-chan time.Time
+	if a.every > 0 {
+		ticker := time.NewTicker(a.every)
+		defer ticker.Stop()
+		push = ticker.C
+	}
+	for {
+		var text string
+		select {
+		case err := <-ended:
+			return err
+		case text = <-lines:
+		case <-push:
+			text = fmt.Sprintln(workload.Push + strconv.FormatInt(a.pushed.Add(1), 10))
+		}
+		if _, err := io.WriteString(c, text); err != nil {
+			return err
+		}
+	}
+}
+
+func readLines(c net.Conn, lines chan<- string, stop <-chan struct{}) error {
+	for r := bufio.NewReader(c); ; {
+		line, err := r.ReadString('\n')
 		if errors.Is(err, io.EOF) {
 			return errors.New("the other end has closed it")
 		}
 		if err != nil {
 			return err
 		}
-		if _, err := fmt.Fprint(c, line); err != nil {
-			return err
+		select {
+		case lines <- line:
+		case <-stop:
+			return nil
 		}
 	}
+}
+
+// tcpRTOMaxMS is of linux/tcp.h, and of Linux 6.15.
+const tcpRTOMaxMS = 44
+
+// retransmitOften has a connection send again once a second what gets no answer, in place of twice as late each time: so there is always a
+// retransmission on its way to whoever has the address, and the connection goes on soon once it is back. An older kernel is slower. The
+// kernel gives up after a number of retransmissions, if it is not told a time.
+func retransmitOften(c net.Conn) error {
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, tcpRTOMaxMS, 1000) })
+	if errors.Is(failed, unix.ENOPROTOOPT) {
+		failed = nil
+	}
+	if err := errors.Join(err, failed); err != nil {
+		return err
+	}
+	err = raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(scenarioTimeout.Milliseconds()))
+	})
+	return errors.Join(err, failed)
 }
 
 // connections says how many there have been, and how those ended that have.

@@ -72,6 +72,7 @@ var scenarios = []scenarioCase{
 	{name: "tcp-listen", run: tcpListen},
 	{name: "tcp-established-refused", run: tcpEstablishedRefused},
 	{name: "tcp-established", run: tcpEstablished},
+	{name: "tcp-inside", run: tcpInside},
 	{name: "containerd-killed-idle", run: containerdKilledIdle},
 	{name: "containerd-killed-paused", run: containerdKilledPaused},
 	{name: "containerd-killed-mid-checkpoint", run: containerdKilledMidCheckpoint},

@@ -6,16 +6,22 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"time"
 )
 
-// caller keeps one TCP connection open. In every round it sends a number, and the same has to come back.
+// caller keeps one TCP connection open. In every round it sends a number, and the same has to come back. What the server pushes in between
+// has to be numbered from 1 on.
 type caller struct {
 	address string
 	conn    net.Conn
 	answers *bufio.Reader
 	count   int
+	pushed  int
 }
+
+// Push is what a server may send to a caller besides its answers, followed by a number.
+const Push = "push "
 
 func (c *caller) connect() error {
 	// The interface of a container may come a moment after its first process.
@@ -33,18 +39,33 @@ func (c *caller) connect() error {
 }
 
 func (c *caller) round(w io.Writer) error {
+	if err := c.exchange(); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(w, "round", c.count)
+	return err
+}
+
+// exchange sends a number and waits for its return. There is no deadline: one that was set before a checkpoint would be over after it.
+func (c *caller) exchange() error {
 	c.count++
 	if _, err := fmt.Fprintln(c.conn, c.count); err != nil {
 		return fmt.Errorf("the connection is lost: %w", err)
 	}
-	// No deadline: one that was set before a checkpoint would be over after it.
-	line, err := c.answers.ReadString('\n')
-	if err != nil {
-		return fmt.Errorf("the connection is lost: %w", err)
+	for {
+		line, err := c.answers.ReadString('\n')
+		if err != nil {
+			return fmt.Errorf("the connection is lost: %w", err)
+		}
+		pushed, isPush := strings.CutPrefix(line, Push)
+		switch {
+		case !isPush && line == fmt.Sprintln(c.count):
+			return nil
+		case !isPush:
+			return fmt.Errorf("the answer to %d is %q", c.count, line)
+		}
+		if c.pushed++; pushed != fmt.Sprintln(c.pushed) {
+			return fmt.Errorf("the server's message %d is %q", c.pushed, pushed)
+		}
 	}
-	if want := fmt.Sprintln(c.count); line != want {
-		return fmt.Errorf("the answer to %q is %q", want, line)
-	}
-	_, err = fmt.Fprintln(w, "round", c.count)
-	return err
 }

@@ -54,6 +54,7 @@ func Main(args []string, w io.Writer) error {
 	name, args := args[0], args[1:]
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	every := flags.Duration("every", 100*time.Millisecond, "time between rounds")
+	connected := flags.Bool("loopback", false, "keep a TCP connection to a process of its own, and use it in each round")
 	lean := flags.Bool("lean", false, "give memory that is not in use back in each round")
 	var setup func() (program, error)
 	switch name {
@@ -139,6 +140,8 @@ func Main(args []string, w io.Writer) error {
 		setup = func() (program, error) { return &t, t.setup() }
 	case "tree-child":
 		return treeChild()
+	case "echo":
+		return echoOnce()
 	case "idle":
 		setup = func() (program, error) { return idle{}, nil }
 	case "first-instruction":
@@ -155,6 +158,13 @@ func Main(args []string, w io.Writer) error {
 	p, err := setup()
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
+	}
+	if *connected {
+		l := &loopback{program: p}
+		if err := l.open(); err != nil {
+			return fmt.Errorf("loopback: %w", err)
+		}
+		p = l
 	}
 	boot := &boot{path: "/proc/sys/kernel/random/boot_id"}
 	ticker := time.NewTicker(*every)
