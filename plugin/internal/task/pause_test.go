@@ -66,6 +66,32 @@ func TestResumeAfterExit(t *testing.T) {
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Freeze c1")
 }
 
+// Engines resume once.
+func TestResumeWhoseCallerGivesUp(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.pause()
+	reached := make(chan struct{})
+	h.guest.Before("Thaw", func(ctx context.Context) error {
+		h.guest.Before("Thaw", nil)
+		close(reached)
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	resumed := make(chan error, 1)
+	c := h.service.container("c1")
+	go func() { resumed <- c.resume(ctx) }()
+	<-reached
+	cancel()
+	if err := <-resumed; !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if got := h.status(); got != "RUNNING" {
+		t.Errorf("State reports %s", got)
+	}
+}
+
 func TestPauseThatFailsThaws(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)
