@@ -104,7 +104,7 @@ docker: build ## build the docker that the scenario docker-life runs (five minut
 
 .PHONY: bench
 bench: testbed ## measure checkpoints over bare dumps, calls and execs through the shim over those past it
-	bin/bench $(if $(KATA),-kata $(abspath $(KATA)))
+	cd integration && go test ./bench -run '^$$' -bench . -benchtime 10x -timeout 60m $(if $(KATA),-kata $(abspath $(KATA)))
 
 .PHONY: notice
 notice: build/criu/MANIFEST ## write NOTICE: the licences of what the binaries and the guest bundle contain

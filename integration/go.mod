@@ -19,6 +19,7 @@ require (
 	github.com/containerd/ttrpc v1.2.10
 	github.com/containerd/typeurl/v2 v2.3.0
 	github.com/google/go-cmp v0.7.0
+	github.com/google/go-containerregistry v0.22.1
 	github.com/kata-checkpoint/kata-checkpoint v0.0.0-00010101000000-000000000000
 	github.com/kata-checkpoint/kata-checkpoint/integration/standin v0.0.0-00010101000000-000000000000
 	github.com/mdlayher/vsock v1.4.0

@@ -1,78 +1,48 @@
 package parts
 
 import (
-	"bytes"
 	"context"
 	_ "embed"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sort"
 	"strings"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/debian"
 )
 
-//go:embed guest/init
+// rootScript packs root file systems: of guests and of images.
+//
+//go:embed root
+var rootScript string
+
+//go:embed init
 var guestInit []byte
 
-// suite is the Debian release that the guest's programs come from, the one that the guest bundle's CRIU comes from, too.
+// suite is the Debian release of the guest's programs, the same as that of the
+// guest bundle's CRIU.
 const suite = "forky"
 
-// Guest packages. Kata's agent needs the libraries, and its debug console a shell that starts without an argv[0], which busybox cannot.
-// The stand-in's agent has containers run by runc.
+// Guest packages. Kata's agent needs the libraries, and a shell for its debug
+// console that can be started without an argv[0], which busybox cannot. The
+// stand-in's agent runs containers with runc.
 var (
 	agentPackages   = []string{"bash", "libseccomp2", "libgcc-s1"}
 	standinPackages = []string{"bash", "runc"}
 )
 
-// guestModules are loaded by the guest's /init: what the machine's devices need; what CRIU asks the kernel for (the diag modules,
-// nf_tables: it does not start without netlink's netfilter family); what tests use.
-var guestModules = []string{
-	"virtio_pci", "virtiofs", "vmw_vsock_virtio_transport", "virtio_net", "virtio_blk", "overlay",
-	"unix_diag", "inet_diag", "tcp_diag", "udp_diag", "raw_diag", "af_packet_diag", "netlink_diag", "nf_tables",
-	"tun", "veth", "vsock_loopback",
-}
-
-// Kernel finds the newest of the host's Debian cloud kernels: image and version.
+// Kernel returns the newest of the host's Debian cloud kernels: its image and
+// its version.
 func Kernel() (image, version string, err error) {
-	found, _ := filepath.Glob("/boot/vmlinuz-*-cloud-amd64")
-	if len(found) == 0 {
-		return "", "", errors.New("no cloud kernel in /boot")
+	out, err := exec.Command("bash", "-c", "ls -v /boot/vmlinuz-*-cloud-amd64 | tail -n 1").Output()
+	image = strings.TrimSpace(string(out))
+	if err != nil || image == "" {
+		return "", "", errors.New("no cloud kernel in /boot: run make bootstrap")
 	}
-	sort.Slice(found, func(i, k int) bool { return lessVersion(found[i], found[k]) })
-	image = found[len(found)-1]
 	return image, strings.TrimPrefix(filepath.Base(image), "vmlinuz-"), nil
-}
-
-// lessVersion orders names by the numbers in them.
-func lessVersion(a, b string) bool {
-	number := func(s string) (int, string) {
-		n, i := 0, 0
-		for ; i < len(s) && s[i] >= '0' && s[i] <= '9'; i++ {
-			n = n*10 + int(s[i]-'0')
-		}
-		return n, s[i:]
-	}
-	for a != "" && b != "" {
-		m, restA := number(a)
-		n, restB := number(b)
-		switch {
-		case m != n:
-			return m < n
-		case len(restA) == len(a) && len(restB) == len(b):
-			if a[0] != b[0] {
-				return a[0] < b[0]
-			}
-			restA, restB = a[1:], b[1:]
-		}
-		a, b = restA, restB
-	}
-	return len(a) < len(b)
 }
 
 // StandinInitrd makes the initrd with the stand-in's agent, a static program.
@@ -95,7 +65,8 @@ func (p *Parts) KataBase(ctx context.Context) (string, error) {
 	return p.guestBase(ctx, "kata", agentPackages)
 }
 
-// initrd is two archives in one file: the guest's system, which seldom changes, and the agent over it.
+// initrd is two archives in one file: the guest's system, which rarely changes,
+// and the agent on top of it.
 func (p *Parts) initrd(ctx context.Context, kind, agent string, packages []string) (string, error) {
 	base, err := p.guestBase(ctx, kind, packages)
 	if err != nil {
@@ -109,24 +80,11 @@ func (p *Parts) initrd(ctx context.Context, kind, agent string, packages []strin
 	if err != nil {
 		return "", fmt.Errorf("initrd: %w", err)
 	}
-	// The agent's content is in the name: a running testbed keeps the initrd that it has.
+	// The name contains the agent's digest, so that a running testbed keeps its
+	// initrd.
 	name := fmt.Sprintf("initrd/%s-%s.cpio", kind, agentKey[:12])
-	path, err := p.once(ctx, name, keyOf(string(baseKey), agentKey), func(_ context.Context, path string) error {
-		over := tree{}
-		if err := over.copyFile("usr/bin/kata-agent", agent); err != nil {
-			return err
-		}
-		return writeFile(path, func(w io.Writer) error {
-			in, err := os.Open(base)
-			if err != nil {
-				return err
-			}
-			defer in.Close()
-			if _, err := io.Copy(w, in); err != nil {
-				return err
-			}
-			return over.writeCPIO(w)
-		})
+	path, err := p.once(ctx, name, keyOf(string(baseKey), agentKey), func(ctx context.Context, path string) error {
+		return pack(ctx, path, "agent", base, agent)
 	})
 	if err != nil {
 		return "", err
@@ -134,7 +92,8 @@ func (p *Parts) initrd(ctx context.Context, kind, agent string, packages []strin
 	return path, dropOld(path, 24*time.Hour)
 }
 
-// dropOld removes files beside path that nobody has asked for since a while: an agent under work leaves an initrd with every change.
+// dropOld removes files beside path that have not been used for age: each
+// change to an agent leaves an initrd behind.
 func dropOld(path string, age time.Duration) error {
 	now := time.Now()
 	if err := os.Chtimes(path, now, now); err != nil {
@@ -146,7 +105,7 @@ func dropOld(path string, age time.Duration) error {
 	}
 	for _, e := range entries {
 		if info, err := e.Info(); err == nil && now.Sub(info.ModTime()) > age {
-			_ = os.Remove(filepath.Join(filepath.Dir(path), e.Name())) // somebody else may have
+			_ = os.Remove(filepath.Join(filepath.Dir(path), e.Name())) // another process may have removed it
 		}
 	}
 	return nil
@@ -162,151 +121,35 @@ func (p *Parts) guestBase(ctx context.Context, kind string, packages []string) (
 	if err != nil {
 		return "", fmt.Errorf("guest: %w", err)
 	}
-	const format = "1" // to be raised with every change below
-	key := keyOf(append([]string{format, version, busybox, string(guestInit), strings.Join(guestModules, " ")}, packages...)...)
+	key := keyOf(append([]string{rootScript, version, busybox, string(guestInit)}, packages...)...)
 	return p.once(ctx, "guest/"+kind+".cpio", key, func(ctx context.Context, path string) error {
 		debs, err := p.fetch(ctx, packages...)
 		if err != nil {
 			return err
 		}
-		t := guestSkeleton()
+		init := path + ".init"
+		defer os.Remove(init)
+		if err := os.WriteFile(init, guestInit, 0o755); err != nil {
+			return err
+		}
+		args := []string{"initrd", init, version}
 		for _, deb := range debs {
-			if err := t.unpack(ctx, deb.Path, wanted); err != nil {
-				return err
-			}
+			args = append(args, deb.Path)
 		}
-		if err := t.addBusybox(ctx, "usr/bin"); err != nil {
-			return err
-		}
-		if err := t.addModules(ctx, version); err != nil {
-			return err
-		}
-		return writeFile(path, t.writeCPIO)
+		return pack(ctx, path, args...)
 	})
 }
 
-// fetch downloads packages with all that they depend on. Once made, a part stays as it is: newer packages come with `make clean` and an
-// empty build directory only.
+// pack runs the script root.
+func pack(ctx context.Context, path string, args ...string) error {
+	return run(ctx, "", "bash", append([]string{"-c", rootScript, "root", path}, args...)...)
+}
+
+// fetch downloads packages with their dependencies. A part that exists stays as
+// it is: newer packages come only with an empty build directory.
 func (p *Parts) fetch(ctx context.Context, packages ...string) ([]debian.Package, error) {
 	return debian.Fetch(ctx, debian.Request{Suite: suite, Packages: packages, Dir: p.Build("apt", suite)})
 }
 
-func guestSkeleton() tree {
-	t := tree{}
-	t.dir(0o755, "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "sys", "dev", "run", "mnt", "var", "etc", "layer")
-	t.dir(0o700, "root")
-	t.dir(0o777|os.ModeSticky, "tmp")
-	for _, d := range []string{"bin", "sbin", "lib", "lib64"} {
-		t.symlink(d, "usr/"+d)
-	}
-	t.file("init", 0o755, guestInit)
-	t.file("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"))
-	t.file("etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
-	t.file("etc/guest-modules", 0o644, []byte(strings.Join(guestModules, " ")+"\n"))
-	return t
-}
-
-// wanted leaves out of packages what no guest reads: most of an initrd's size, which is time at every boot.
-func wanted(p string) bool {
-	for _, prefix := range []string{"usr/share/", "usr/lib/x86_64-linux-gnu/gconv/", "etc/", "var/"} {
-		if strings.HasPrefix(p, prefix) {
-			return false
-		}
-	}
-	return true
-}
-
+// busyboxPath is Debian's static busybox.
 const busyboxPath = "/bin/busybox"
-
-// addBusybox adds Debian's static busybox to dir, with a link for every applet that has no program of that name yet.
-func (t tree) addBusybox(ctx context.Context, dir string) error {
-	out, err := exec.CommandContext(ctx, busyboxPath, "--list").Output()
-	if err != nil {
-		return fmt.Errorf("list applets: %w", err)
-	}
-	if err := t.copyFile(dir+"/busybox", busyboxPath); err != nil {
-		return err
-	}
-	for _, applet := range strings.Fields(string(out)) {
-		// The list names busybox itself, which must stay the program.
-		taken := false
-		for _, d := range []string{dir, "usr/bin", "usr/sbin"} {
-			if _, ok := t[d+"/"+applet]; ok {
-				taken = true
-			}
-		}
-		if !taken {
-			t.symlink(dir+"/"+applet, "busybox")
-		}
-	}
-	return nil
-}
-
-// addModules adds the guest's kernel modules with those they need and their index.
-func (t tree) addModules(ctx context.Context, version string) error {
-	scratch, err := os.MkdirTemp("", "guest-modules-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(scratch)
-	below := filepath.Join("lib/modules", version)
-	var files []string
-	for _, module := range guestModules {
-		var out bytes.Buffer
-		cmd := exec.CommandContext(ctx, "modprobe", "-D", "-S", version, module)
-		cmd.Stdout = &out
-		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("module %s of kernel %s: %w", module, version, err)
-		}
-		for line := range strings.Lines(out.String()) {
-			if word := strings.Fields(line); len(word) > 1 && word[0] == "insmod" {
-				files = append(files, strings.TrimPrefix(word[1], "/"))
-			}
-		}
-	}
-	for _, name := range []string{"modules.order", "modules.builtin", "modules.builtin.modinfo"} {
-		files = append(files, filepath.Join(below, name))
-	}
-	for _, file := range files {
-		data, err := os.ReadFile("/" + file)
-		if err != nil {
-			return err
-		}
-		to := filepath.Join(scratch, file)
-		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(to, data, 0o644); err != nil {
-			return err
-		}
-		if filepath.Base(file) == "overlay.ko" {
-			t.symlink("overlay.ko", "/usr/"+file)
-		}
-	}
-	if err := run(ctx, "", "depmod", "-b", scratch, version); err != nil {
-		return err
-	}
-	return filepath.WalkDir(scratch, func(path string, d os.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		rel, err := filepath.Rel(scratch, path)
-		if err != nil {
-			return err
-		}
-		return t.copyFile("usr/"+rel, path)
-	})
-}
-
-// writeFile makes a file with what write gives.
-func writeFile(path string, write func(io.Writer) error) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := write(f); err != nil {
-		return err
-	}
-	return f.Close()
-}

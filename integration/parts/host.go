@@ -3,12 +3,15 @@ package parts
 import (
 	"context"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/debian"
 )
 
-// VhostDeviceVsock unpacks the vsock daemon, which the host's Debian does not have, and returns its path.
+// VhostDeviceVsock unpacks the vsock daemon, which the host's Debian lacks, and
+// returns its path.
 func (p *Parts) VhostDeviceVsock(ctx context.Context) (string, error) {
 	const name, program = "vhost-device-vsock", "usr/bin/vhost-device-vsock"
 	dir, err := p.once(ctx, "host", keyOf(suite, name), func(ctx context.Context, path string) error {
@@ -16,74 +19,17 @@ func (p *Parts) VhostDeviceVsock(ctx context.Context) (string, error) {
 		if err != nil {
 			return err
 		}
-		t := tree{}
-		for _, deb := range debs {
-			// Its libraries are on every Debian.
-			if deb.Name != name {
-				continue
-			}
-			if err := t.unpack(ctx, deb.Path, func(p string) bool { return p == program }); err != nil {
-				return err
-			}
-		}
-		return t.writeDir(path)
+		// Every Debian has its libraries.
+		i := slices.IndexFunc(debs, func(deb debian.Package) bool { return deb.Name == name })
+		return debs[i].Unpack(ctx, path)
 	})
 	return filepath.Join(dir, program), err
 }
 
-// writeDir writes the tree as files.
-func (t tree) writeDir(dir string) error {
-	for _, p := range t.paths() {
-		n, to := t[p], filepath.Join(dir, p)
-		var err error
-		switch {
-		case n.mode.IsDir():
-			err = os.MkdirAll(to, n.mode.Perm())
-		case n.mode&fs.ModeSymlink != 0:
-			err = os.Symlink(n.link, to)
-		default:
-			err = os.WriteFile(to, n.data, n.mode.Perm())
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// InstallHostPackages installs what a testbed needs of the machine, as far as it is missing.
+// InstallHostPackages installs the packages that a testbed needs on the
+// machine, unless they are there.
 func (p *Parts) InstallHostPackages(ctx context.Context) error {
 	return run(ctx, p.root, filepath.Join(p.root, "packaging/bootstrap"), "test")
-}
-
-// CopyTree copies a directory's files, directories and links.
-func CopyTree(from, to string) error {
-	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(from, path)
-		if err != nil {
-			return err
-		}
-		target := filepath.Join(to, rel)
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		switch {
-		case d.IsDir():
-			return os.MkdirAll(target, info.Mode().Perm())
-		case d.Type()&fs.ModeSymlink != 0:
-			link, err := os.Readlink(path)
-			if err != nil {
-				return err
-			}
-			return os.Symlink(link, target)
-		default:
-			return CopyFile(path, target)
-		}
-	})
 }
 
 // CopyFile copies a regular file with its permissions.

@@ -2,168 +2,122 @@ package parts
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 
-	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// ImageName is what the image made by [Parts.Image] is called.
-const ImageName = "docker.io/library/busybox:latest"
+// The names of the images.
+const (
+	ImageName         = "docker.io/library/busybox:latest"
+	WorkloadImageName = "docker.io/library/workload:latest"
+	PauseImageName    = "docker.io/library/pause:latest"
+)
 
-// WorkloadImageName is what the image made by [Parts.WorkloadImage] is called.
-const WorkloadImageName = "docker.io/library/workload:latest"
-
-// Image makes the container image, an OCI layout in a tar file, from Debian's static busybox: no registry is needed.
+// Image makes the container image, an OCI layout in a tar file, from Debian's
+// static busybox: no registry is needed.
 func (p *Parts) Image(ctx context.Context) (string, error) {
-	busybox, err := fileKey(busyboxPath)
-	if err != nil {
-		return "", fmt.Errorf("image: %w", err)
-	}
-	const format = "1" // to be raised with every change below
-	return p.once(ctx, "image/busybox.tar", keyOf(format, busybox), func(ctx context.Context, path string) error {
-		t, err := imageRoot(ctx)
-		if err != nil {
-			return err
-		}
-		return writeFile(path, func(w io.Writer) error { return writeImage(w, ImageName, t, "sh") })
-	})
+	return p.image(ctx, "busybox", ImageName, nil, []string{"image"}, "sh")
 }
 
-// PauseImageName is what the image made by [Parts.PauseImage] is called.
-const PauseImageName = "docker.io/library/pause:latest"
-
-// PauseImage makes the image of the container that holds a pod: it waits until it is killed.
+// PauseImage makes the image of a pod's sandbox container, which waits until it
+// is killed.
 func (p *Parts) PauseImage(ctx context.Context) (string, error) {
-	busybox, err := fileKey(busyboxPath)
-	if err != nil {
-		return "", fmt.Errorf("pause image: %w", err)
-	}
-	const format = "1" // to be raised with every change below
-	return p.once(ctx, "image/pause.tar", keyOf(format, busybox), func(ctx context.Context, path string) error {
-		t := tree{}
-		t.dir(0o755, "bin", "dev", "etc", "proc", "sys")
-		if err := t.addBusybox(ctx, "bin"); err != nil {
-			return err
-		}
-		return writeFile(path, func(w io.Writer) error { return writeImage(w, PauseImageName, t, "tail", "-f", "/dev/null") })
-	})
+	return p.image(ctx, "pause", PauseImageName, nil, []string{"pause"}, "tail", "-f", "/dev/null")
 }
 
-// WorkloadImage makes an image that has the program in it at a path, beside all that the busybox image has.
+// WorkloadImage makes an image that has a program at a path, in addition to
+// what the busybox image has.
 func (p *Parts) WorkloadImage(ctx context.Context, program, at string) (string, error) {
-	busybox, err := fileKey(busyboxPath)
-	if err != nil {
-		return "", fmt.Errorf("workload image: %w", err)
+	return p.image(ctx, "workload", WorkloadImageName, []string{program}, []string{"image", program, at}, "sh")
+}
+
+// image makes the image file from inputs: its root file system is what the
+// script root packs for args. command is the default of its containers.
+func (p *Parts) image(ctx context.Context, file, name string, inputs, args []string, command ...string) (string, error) {
+	keys := append([]string{rootScript}, args...)
+	for _, input := range append(inputs, busyboxPath) {
+		key, err := fileKey(input)
+		if err != nil {
+			return "", fmt.Errorf("%s image: %w", file, err)
+		}
+		keys = append(keys, key)
 	}
-	workload, err := fileKey(program)
-	if err != nil {
-		return "", fmt.Errorf("workload image (make build): %w", err)
-	}
-	const format = "1" // to be raised with every change below
-	return p.once(ctx, "image/workload.tar", keyOf(format, busybox, workload, at), func(ctx context.Context, path string) error {
-		t, err := imageRoot(ctx)
+	return p.once(ctx, "image/"+file+".tar", keyOf(keys...), func(ctx context.Context, path string) error {
+		layer := path + ".layer"
+		defer os.Remove(layer)
+		if err := pack(ctx, layer, args...); err != nil {
+			return err
+		}
+		out, err := os.Create(path)
 		if err != nil {
 			return err
 		}
-		if err := t.copyFile(at, program); err != nil {
+		defer out.Close()
+		if err := writeImage(out, name, layer, nil, command...); err != nil {
 			return err
 		}
-		return writeFile(path, func(w io.Writer) error { return writeImage(w, WorkloadImageName, t, "sh") })
+		return out.Close()
 	})
 }
 
-func imageRoot(ctx context.Context) (tree, error) {
-	t := tree{}
-	t.dir(0o755, "bin", "dev", "etc", "home", "proc", "run", "sys", "usr/bin", "usr/sbin", "var/log", "var/tmp")
-	t.dir(0o700, "root")
-	t.dir(0o777|os.ModeSticky, "tmp")
-	t.add("home/user", node{mode: os.ModeDir | 0o755, uid: 1000, gid: 1000})
-	t.file("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"))
-	t.file("etc/group", 0o644, []byte("root:x:0:\nuser:x:1000:\nextra:x:2000:user\nnogroup:x:65534:\n"))
-	t.symlink("var/run", "../run")
-	return t, t.addBusybox(ctx, "bin")
-}
-
-// writeImage writes an OCI layout with one layer. command is what a container runs that is told nothing else.
-func writeImage(w io.Writer, name string, root tree, command ...string) error {
-	var layer bytes.Buffer
-	if err := root.writeTar(&layer); err != nil {
-		return err
-	}
-	return writeLayout(w, name, layer.Bytes(), nil, command...)
-}
-
-// checkpointAnnotation marks images of checkpoint archives; its value is the container's name (checkpointctl, lib/annotations.go).
+// checkpointAnnotation marks images of checkpoint archives; its value is the
+// container's name (checkpointctl, lib/annotations.go).
 const checkpointAnnotation = "org.criu.checkpoint.container.name"
 
-// WriteCheckpointImage writes an OCI image of a checkpoint archive, as containerd's CRI restores containers from up to 2.3.
+// WriteCheckpointImage writes an OCI image of a checkpoint archive, from which
+// the CRI of containerd up to 2.3 restores containers.
 func WriteCheckpointImage(w io.Writer, name, container, archive string) error {
-	layer, err := os.ReadFile(archive)
-	if err != nil {
-		return err
-	}
-	return writeLayout(w, name, layer, map[string]string{checkpointAnnotation: container})
+	return writeImage(w, name, archive, map[string]string{checkpointAnnotation: container})
 }
 
-// writeLayout writes an OCI layout with a layer.
-func writeLayout(w io.Writer, name string, layer []byte, annotations map[string]string, command ...string) error {
+// writeImage writes an OCI layout with one layer, a tar file.
+func writeImage(w io.Writer, name, layer string, annotations map[string]string, command ...string) error {
+	data, err := os.ReadFile(layer)
+	if err != nil {
+		return err
+	}
+	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	if image, err = mutate.AppendLayers(image, static.NewLayer(data, types.OCIUncompressedLayer)); err != nil {
+		return err
+	}
+	config, err := image.ConfigFile()
+	if err != nil {
+		return err
+	}
+	config.OS, config.Architecture = "linux", "amd64"
+	config.Config = v1.Config{Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: command}
+	if image, err = mutate.ConfigFile(image, config); err != nil {
+		return err
+	}
+	image = mutate.Annotations(image, annotations).(v1.Image)
+
+	dir, err := os.MkdirTemp("", "image-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	index, err := layout.Write(dir, empty.Index)
+	if err != nil {
+		return err
+	}
+	if err := index.AppendImage(image, layout.WithAnnotations(map[string]string{
+		"io.containerd.image.name":          name,
+		"org.opencontainers.image.ref.name": "latest",
+	})); err != nil {
+		return err
+	}
 	out := tar.NewWriter(w)
-	write := func(name string, data []byte) error {
-		if err := out.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), Typeflag: tar.TypeReg, Format: tar.FormatUSTAR}); err != nil {
-			return err
-		}
-		_, err := out.Write(data)
+	if err := out.AddFS(os.DirFS(dir)); err != nil {
 		return err
-	}
-	blob := func(mediaType string, data []byte) (ocispec.Descriptor, error) {
-		d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-		return d, write("blobs/sha256/"+d.Digest.Encoded(), data)
-	}
-	blobJSON := func(mediaType string, v any) (ocispec.Descriptor, error) {
-		data, err := json.Marshal(v)
-		if err != nil {
-			return ocispec.Descriptor{}, err
-		}
-		return blob(mediaType, data)
-	}
-	layerBlob, err := blob(ocispec.MediaTypeImageLayer, layer)
-	if err != nil {
-		return err
-	}
-	config, err := blobJSON(ocispec.MediaTypeImageConfig, ocispec.Image{
-		Platform: ocispec.Platform{Architecture: "amd64", OS: "linux"},
-		Config:   ocispec.ImageConfig{Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: command},
-		RootFS:   ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layerBlob.Digest}},
-	})
-	if err != nil {
-		return err
-	}
-	manifest, err := blobJSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
-		Config: config, Layers: []ocispec.Descriptor{layerBlob}, Annotations: annotations,
-	})
-	if err != nil {
-		return err
-	}
-	manifest.Annotations = map[string]string{"io.containerd.image.name": name, ocispec.AnnotationRefName: "latest"}
-	for file, v := range map[string]any{
-		ocispec.ImageIndexFile:  ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{manifest}},
-		ocispec.ImageLayoutFile: ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion},
-	} {
-		data, err := json.Marshal(v)
-		if err != nil {
-			return err
-		}
-		if err := write(file, data); err != nil {
-			return err
-		}
 	}
 	return out.Close()
 }

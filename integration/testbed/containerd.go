@@ -72,7 +72,7 @@ func (t *Testbed) configure(ctx context.Context, p *parts.Parts, o Options) erro
 	}
 	if !o.NoAgent {
 		settings.GuestBundle = t.bundle()
-		if err := parts.CopyTree(o.GuestBundle, settings.GuestBundle); err != nil {
+		if err := os.CopyFS(settings.GuestBundle, os.DirFS(o.GuestBundle)); err != nil {
 			return fmt.Errorf("guest bundle (make guest-bundle): %w", err)
 		}
 	}

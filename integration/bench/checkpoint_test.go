@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"context"
@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"testing"
 	"time"
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
@@ -20,44 +21,50 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 )
 
-// checkpoints compares the checkpoints of containers of two sizes with bare dumps of the same processes to the same file system.
-func (b *bench) checkpoints(ctx context.Context) error {
-	for _, size := range []struct {
-		mib   int
-		bound float64
-	}{{16, 1.6}, {256, 1.25}} {
-		id := fmt.Sprintf("memory-%d", size.mib)
-		// It verifies its memory once in a while only: a guest with one processor measures the dump, not the workload.
-		run, err := b.start(ctx, id, "memory", "--mib", strconv.Itoa(size.mib), "--shm-mib", "0", "--every", "3s")
-		if err != nil {
-			return err
+// BenchmarkCheckpoint compares checkpoints of containers of two sizes with bare
+// dumps of the same processes to the same file system.
+func BenchmarkCheckpoint(b *testing.B) {
+	run(b, func(s *bench) error {
+		for _, size := range []struct {
+			mib   int
+			bound float64
+		}{{16, 1.6}, {256, 1.25}} {
+			id := fmt.Sprintf("memory-%d", size.mib)
+			// It rarely verifies its memory: in a guest with one processor the dump
+			// is to be measured, not the workload.
+			run, err := s.start(b.Context(), id, "memory", "--mib", strconv.Itoa(size.mib), "--shm-mib", "0", "--every", "3s")
+			if err != nil {
+				return err
+			}
+			b.Run(fmt.Sprintf("%dMiB", size.mib), func(b *testing.B) {
+				if err := s.sized(b, run, size.mib, size.bound); err != nil {
+					b.Fatal(err)
+				}
+			})
+			if err := s.engine.Remove(b.Context(), id); err != nil {
+				return err
+			}
 		}
-		if err := b.sized(ctx, run, size.mib, size.bound); err != nil {
-			return err
-		}
-		if err := b.engine.Remove(ctx, id); err != nil {
-			return err
-		}
-	}
-	return nil
+		return nil
+	})
 }
 
-func (b *bench) sized(ctx context.Context, run *engine.Run, mib int, bound float64) error {
+func (s *bench) sized(b *testing.B, run *engine.Run, mib int, bound float64) error {
 	var whole, inner, bare []time.Duration
 	var last *sample
-	// The first of each is not counted: it brings CRIU into the guest's memory. What one leaves in the guest's and the host's caches the other finds:
-	// they take turns in coming first.
-	for i := range b.runs + 1 {
+	pair := func(i int) error {
 		var d time.Duration
+		// What one leaves in the guest's and the host's caches is there for the
+		// other: they take turns in coming first.
 		turns := []func() error{
-			func() (err error) { last, err = b.checkpoint(ctx, run, i); return err },
-			func() (err error) { d, err = b.bareDump(ctx, run.ID(), last.externals); return err },
+			func() (err error) { last, err = s.checkpoint(b.Context(), run, i); return err },
+			func() (err error) { d, err = s.bareDump(b.Context(), run.ID(), last.externals); return err },
 		}
 		if i%2 == 1 {
 			slices.Reverse(turns)
 		}
 		for _, turn := range turns {
-			if err := b.warm(2*mib + spareMiB); err != nil {
+			if err := s.warm(2*mib + spareMiB); err != nil {
 				return err
 			}
 			if err := turn(); err != nil {
@@ -67,15 +74,24 @@ func (b *bench) sized(ctx context.Context, run *engine.Run, mib int, bound float
 		if i > 0 {
 			whole, inner, bare = append(whole, last.whole), append(inner, last.call), append(bare, d)
 		}
+		return nil
 	}
-	t := b.table
-	t.heading(fmt.Sprintf("checkpoint of %d MiB of random memory, %d times, left running", mib, b.runs))
-	t.row("image set", "%.1f MiB in %d files", float64(last.size)/(1<<20), last.files)
-	t.bounded("written by the guest, over its size", "%.2f", float64(last.guest)/float64(last.size), 1.05)
-	t.bounded("written by the shim, over its size", "%.2f", float64(last.shim)/float64(last.size), 1.05)
-	t.row("pause, checkpoint, resume", "%.0f ms, of which the checkpoint %.0f ms", milliseconds(median(whole)), milliseconds(median(inner)))
-	t.row("bare criu dump", "%.0f ms", milliseconds(median(bare)))
-	t.bounded(fmt.Sprintf("checkpoint of %d MiB over a bare dump", mib), "%.2f", float64(median(whole))/float64(median(bare)), bound)
+	// The first pair is not counted: it brings CRIU into the guest's memory.
+	if err := pair(0); err != nil {
+		return err
+	}
+	for i := 1; b.Loop(); i++ {
+		if err := pair(i); err != nil {
+			return err
+		}
+	}
+	b.ReportMetric(float64(median(whole)), "ns/op")
+	b.ReportMetric(milliseconds(median(inner)), "call-ms")
+	b.ReportMetric(milliseconds(median(bare)), "bare-dump-ms")
+	b.ReportMetric(float64(last.size)/(1<<20), "image-MiB")
+	s.bounds.check(b, ratio(whole, bare), "whole/bare", bound)
+	s.bounds.check(b, float64(last.guest)/float64(last.size), "guest-written/size", 1.05)
+	s.bounds.check(b, float64(last.shim)/float64(last.size), "shim-written/size", 1.05)
 	return nil
 }
 
@@ -89,13 +105,13 @@ const (
 // warm has the machine use memory for files and free it again, until that gets no faster. Where a hypervisor takes the free memory of a virtual machine
 // back (free page reporting), the first use of a page costs many times what the next does. A checkpoint, which leaves a copy, would pay for twice the
 // pages of a bare dump, and on a machine without that neither would.
-func (b *bench) warm(mib int) error {
-	if b.cold {
+func (s *bench) warm(mib int) error {
+	if *cold {
 		return nil
 	}
 	last := time.Duration(math.MaxInt64)
 	for range warmPasses {
-		d, err := b.useMemory(mib)
+		d, err := s.useMemory(mib)
 		if err != nil {
 			return err
 		}
@@ -108,8 +124,8 @@ func (b *bench) warm(mib int) error {
 }
 
 // useMemory writes a file, removes it, and returns the time that the writing took.
-func (b *bench) useMemory(mib int) (time.Duration, error) {
-	f, err := os.CreateTemp(filepath.Join(b.bed.Dir, "tmp"), "warm-")
+func (s *bench) useMemory(mib int) (time.Duration, error) {
+	f, err := os.CreateTemp(filepath.Join(s.bed.Dir, "tmp"), "warm-")
 	if err != nil {
 		return 0, err
 	}
@@ -141,20 +157,20 @@ const (
 )
 
 // checkpoint makes an image set by the calls of `ctr task checkpoint --image-path`, without that command's images of the file system.
-func (b *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample, error) {
-	s := &sample{dir: filepath.Join(b.bed.Dir, "tmp", fmt.Sprintf("%s-%d", run.ID(), i))}
-	if err := os.Mkdir(s.dir, 0o700); err != nil {
+func (s *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample, error) {
+	taken := &sample{dir: filepath.Join(s.bed.Dir, "tmp", fmt.Sprintf("%s-%d", run.ID(), i))}
+	if err := os.Mkdir(taken.dir, 0o700); err != nil {
 		return nil, err
 	}
-	options, err := typeurl.MarshalAnyToProto(&runcoptions.CheckpointOptions{ImagePath: s.dir})
+	options, err := typeurl.MarshalAnyToProto(&runcoptions.CheckpointOptions{ImagePath: taken.dir})
 	if err != nil {
 		return nil, err
 	}
-	guest, err := b.bed.BytesWritten(virtiofsd)
+	guest, err := s.bed.BytesWritten(virtiofsd)
 	if err != nil {
 		return nil, err
 	}
-	host, err := b.bed.BytesWritten(shim)
+	host, err := s.bed.BytesWritten(shim)
 	if err != nil {
 		return nil, err
 	}
@@ -163,23 +179,23 @@ func (b *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample
 		return nil, err
 	}
 	paused := time.Now()
-	if _, err := b.engine.Client.TaskService().Checkpoint(ctx, &tasks.CheckpointTaskRequest{ContainerID: run.ID(), Options: options}); err != nil {
+	if _, err := s.engine.Client.TaskService().Checkpoint(ctx, &tasks.CheckpointTaskRequest{ContainerID: run.ID(), Options: options}); err != nil {
 		return nil, err
 	}
-	s.call = time.Since(paused)
+	taken.call = time.Since(paused)
 	if err := run.Resume(ctx); err != nil {
 		return nil, err
 	}
-	s.whole = time.Since(start)
-	if s.guest, err = b.bed.BytesWritten(virtiofsd); err != nil {
+	taken.whole = time.Since(start)
+	if taken.guest, err = s.bed.BytesWritten(virtiofsd); err != nil {
 		return nil, err
 	}
-	if s.shim, err = b.bed.BytesWritten(shim); err != nil {
+	if taken.shim, err = s.bed.BytesWritten(shim); err != nil {
 		return nil, err
 	}
-	s.guest -= guest
-	s.shim -= host
-	entries, err := os.ReadDir(s.dir)
+	taken.guest -= guest
+	taken.shim -= host
+	entries, err := os.ReadDir(taken.dir)
 	if err != nil {
 		return nil, err
 	}
@@ -188,13 +204,13 @@ func (b *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample
 		if err != nil {
 			return nil, err
 		}
-		s.size += info.Size()
-		s.files++
+		taken.size += info.Size()
+		taken.files++
 	}
-	if s.externals, err = externals(s.dir); err != nil {
+	if taken.externals, err = externals(taken.dir); err != nil {
 		return nil, err
 	}
-	return s, os.RemoveAll(s.dir)
+	return taken, os.RemoveAll(taken.dir)
 }
 
 // bareScript dumps the container's processes from the guest's root to the directory that the shim's image sets go through, by the same CRIU. The
@@ -237,8 +253,8 @@ func externals(dir string) (string, error) {
 }
 
 // bareDump gives the time of a bare dump, with options of CRIU's.
-func (b *bench) bareDump(ctx context.Context, id, options string) (time.Duration, error) {
-	out, status, err := b.bed.GuestExec(ctx, id, fmt.Sprintf(bareScript, id, options))
+func (s *bench) bareDump(ctx context.Context, id, options string) (time.Duration, error) {
+	out, status, err := s.bed.GuestExec(ctx, id, fmt.Sprintf(bareScript, id, options))
 	if err != nil {
 		return 0, err
 	}
