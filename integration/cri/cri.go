@@ -1,7 +1,8 @@
-// Package cri drives containerd by the Container Runtime Interface as the kubelet does: pods, the containers in them, their logs, execs and
-// checkpoints. The scenarios of pods call it.
+// Package cri drives containerd through the Container Runtime Interface as the
+// kubelet does: pods, their containers, logs, execs and checkpoints. The pod
+// scenarios call it.
 //
-// It knows nothing of the runtime below but its handler's name.
+// It knows nothing about the runtime except its handler's name.
 package cri
 
 import (
@@ -24,13 +25,13 @@ import (
 type Client struct {
 	runtime cri.RuntimeServiceClient
 	conn    *grpc.ClientConn
-	// handler is that of the pods' RuntimeClass.
+	// handler is the handler of the pods' RuntimeClass.
 	handler string
-	// logs is the directory for the pods' logs, one below it for each pod.
+	// logs is the directory of the pods' log directories.
 	logs string
 }
 
-// Dial connects to containerd's socket. Closing the client is the caller's.
+// Dial connects to containerd's socket. The caller closes the client.
 func Dial(socket, handler, logs string) (*Client, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
@@ -43,13 +44,13 @@ func Dial(socket, handler, logs string) (*Client, error) {
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Ready waits until the CRI serves, for the first time or after containerd was started again.
+// Ready waits until the CRI serves, also after a restart of containerd.
 func (c *Client) Ready(ctx context.Context) error {
 	for {
 		answer, err := c.runtime.Status(ctx, &cri.StatusRequest{})
 		if err == nil {
 			for _, condition := range answer.GetStatus().GetConditions() {
-				// There are others, which are about deprecations.
+				// Other conditions report deprecations.
 				if name := condition.GetType(); !condition.GetStatus() && (name == cri.RuntimeReady || name == cri.NetworkReady) {
 					err = fmt.Errorf("%s: %s", condition.GetType(), condition.GetMessage())
 				}
@@ -64,24 +65,24 @@ func (c *Client) Ready(ctx context.Context) error {
 	}
 }
 
-// With gives a client whose pods are of another runtime.
+// With returns a client whose pods have another runtime.
 func (c *Client) With(handler string) *Client {
 	other := *c
 	other.handler = handler
 	return &other
 }
 
-// PodSpec says what pod to run.
+// PodSpec describes a pod to run.
 type PodSpec struct {
 	Name, Namespace, UID string
 	Annotations          map[string]string
-	// SharePIDs: all containers are in one pid namespace.
+	// SharePIDs puts all containers into one PID namespace.
 	SharePIDs bool
-	// Hostname is the pod's name where none is given.
+	// Hostname defaults to the pod's name.
 	Hostname string
 }
 
-// Pod is one that runs.
+// Pod is a running pod.
 type Pod struct {
 	ID     string
 	config *cri.PodSandboxConfig
@@ -124,7 +125,7 @@ func (p PodSpec) namespaces() *cri.NamespaceOption {
 	return &cri.NamespaceOption{Pid: pid}
 }
 
-// Address is the pod's.
+// Address returns the pod's IP address.
 func (p *Pod) Address(ctx context.Context) (string, error) {
 	answer, err := p.client.runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.ID})
 	if err != nil {
@@ -133,7 +134,8 @@ func (p *Pod) Address(ctx context.Context) (string, error) {
 	return answer.GetStatus().GetNetwork().GetIp(), nil
 }
 
-// Remove ends the pod and all its containers. One that does not exist is no error.
+// Remove stops and removes the pod with all its containers. It is no error if
+// the pod does not exist.
 func (p *Pod) Remove(ctx context.Context) error {
 	_, err := p.client.runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: p.ID})
 	if err == nil {
@@ -145,19 +147,19 @@ func (p *Pod) Remove(ctx context.Context) error {
 	return nil
 }
 
-// ContainerSpec says what container to create in a pod.
+// ContainerSpec describes a container to create in a pod.
 type ContainerSpec struct {
 	Name, Image string
 	Args        []string
 	Annotations map[string]string
 	Mounts      []*cri.Mount
-	// Capabilities are added to those that every container has.
+	// Capabilities are added to the default ones.
 	Capabilities []string
-	// Attempt counts the containers of the name that there have been in the pod before.
+	// Attempt is the number of earlier containers with this name in the pod.
 	Attempt uint32
 }
 
-// Container is one of a pod.
+// Container is a container of a pod.
 type Container struct {
 	ID   string
 	Name string
@@ -165,10 +167,11 @@ type Container struct {
 	pod  *Pod
 }
 
-// Create makes a container. Nothing runs yet.
+// Create creates a container without starting it.
 func (p *Pod) Create(ctx context.Context, c ContainerSpec) (*Container, error) {
 	log := fmt.Sprintf("%s-%d.log", c.Name, c.Attempt)
-	// The kubelet pulls images and gives their ids; what it was told to pull travels along.
+	// The kubelet pulls images and passes their ids, together with the name
+	// that the user specified.
 	config := &cri.ContainerConfig{
 		Metadata:    &cri.ContainerMetadata{Name: c.Name, Attempt: c.Attempt},
 		Image:       &cri.ImageSpec{Image: c.Image, UserSpecifiedImage: c.Image},
@@ -188,7 +191,7 @@ func (p *Pod) Create(ctx context.Context, c ContainerSpec) (*Container, error) {
 	return &Container{ID: answer.GetContainerId(), Name: c.Name, log: filepath.Join(p.config.GetLogDirectory(), log), pod: p}, nil
 }
 
-// Run makes a container and starts it. One that fails to start is removed.
+// Run creates a container and starts it. If it fails to start, it is removed.
 func (p *Pod) Run(ctx context.Context, c ContainerSpec) (*Container, error) {
 	container, err := p.Create(ctx, c)
 	if err != nil {
@@ -210,10 +213,10 @@ func (c *Container) Start(ctx context.Context) error {
 
 func (c *Container) client() cri.RuntimeServiceClient { return c.pod.client.runtime }
 
-// Pod is the container's.
+// Pod returns the container's pod.
 func (c *Container) Pod() *Pod { return c.pod }
 
-// Status is what the CRI says of the container.
+// Status returns the container's status.
 func (c *Container) Status(ctx context.Context) (*cri.ContainerStatus, error) {
 	answer, err := c.client().ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: c.ID})
 	if err != nil {
@@ -222,7 +225,7 @@ func (c *Container) Status(ctx context.Context) (*cri.ContainerStatus, error) {
 	return answer.GetStatus(), nil
 }
 
-// Ended waits until the container has ended and gives its exit code.
+// Ended waits until the container has exited and returns its exit code.
 func (c *Container) Ended(ctx context.Context) (int32, error) {
 	for {
 		s, err := c.Status(ctx)
@@ -233,12 +236,12 @@ func (c *Container) Ended(ctx context.Context) (int32, error) {
 			return s.GetExitCode(), nil
 		}
 		if err := pause(ctx); err != nil {
-			return 0, fmt.Errorf("wait for the end of container %s: %w", c.Name, err)
+			return 0, fmt.Errorf("wait for container %s to exit: %w", c.Name, err)
 		}
 	}
 }
 
-// Stats are the container's.
+// Stats returns the container's statistics.
 func (c *Container) Stats(ctx context.Context) (*cri.ContainerStats, error) {
 	answer, err := c.client().ContainerStats(ctx, &cri.ContainerStatsRequest{ContainerId: c.ID})
 	if err != nil {
@@ -247,7 +250,8 @@ func (c *Container) Stats(ctx context.Context) (*cri.ContainerStats, error) {
 	return answer.GetStats(), nil
 }
 
-// Exec runs a command in the container and gives what it printed to stdout. A status other than 0 is an error.
+// Exec runs a command in the container and returns its stdout. An exit status
+// other than 0 is an error.
 func (c *Container) Exec(ctx context.Context, command ...string) (string, error) {
 	answer, err := c.client().ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: command, Timeout: 60})
 	if err != nil {
@@ -268,7 +272,7 @@ func (c *Container) Checkpoint(ctx context.Context, archive string) error {
 	return nil
 }
 
-// Stop ends the container, by SIGKILL once the grace period of so many seconds is over.
+// Stop stops the container, with SIGKILL after a grace period in seconds.
 func (c *Container) Stop(ctx context.Context, grace int64) error {
 	if _, err := c.client().StopContainer(ctx, &cri.StopContainerRequest{ContainerId: c.ID, Timeout: grace}); err != nil {
 		return fmt.Errorf("stop container %s: %w", c.Name, err)
@@ -276,7 +280,7 @@ func (c *Container) Stop(ctx context.Context, grace int64) error {
 	return nil
 }
 
-// Remove ends the container, if it runs, and removes it.
+// Remove removes the container, stopping it first if it runs.
 func (c *Container) Remove(ctx context.Context) error {
 	if _, err := c.client().RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: c.ID}); err != nil {
 		return fmt.Errorf("remove container %s: %w", c.Name, err)
@@ -284,7 +288,7 @@ func (c *Container) Remove(ctx context.Context) error {
 	return nil
 }
 
-// Lines is what the container has printed to stdout, by its log.
+// Lines returns the container's stdout, from its log.
 func (c *Container) Lines() ([]string, error) {
 	data, err := os.ReadFile(c.log)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -293,8 +297,9 @@ func (c *Container) Lines() ([]string, error) {
 	return ParseLog(string(data))
 }
 
-// ParseLog takes the CRI's log format apart: TIME STREAM TAG TEXT, the tag F for the end of a line, P for a part of one. A line that is just
-// being written is left out.
+// ParseLog returns the stdout lines of a log in the CRI's format: TIME STREAM
+// TAG TEXT, with tag F for a whole line and P for a part. An incomplete last
+// line is left out.
 func ParseLog(text string) ([]string, error) {
 	var lines []string
 	part := ""
@@ -305,7 +310,7 @@ func ParseLog(text string) ([]string, error) {
 		}
 		fields := strings.SplitN(line, " ", 4)
 		if len(fields) != 4 {
-			return nil, fmt.Errorf("no line of a log: %q", line)
+			return nil, fmt.Errorf("not a log line: %q", line)
 		}
 		if fields[1] != "stdout" {
 			continue
@@ -319,7 +324,7 @@ func ParseLog(text string) ([]string, error) {
 	return lines, nil
 }
 
-// Wait waits until what the container has printed is enough.
+// Wait waits until enough accepts the container's output.
 func (c *Container) Wait(ctx context.Context, enough func(lines []string) (bool, error)) error {
 	for {
 		lines, err := c.Lines()

@@ -22,16 +22,18 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// checkpointLabel marks the images that containerd's client makes of checkpoints.
+// checkpointLabel marks the images that containerd's client creates of
+// checkpoints.
 const checkpointLabel = "containerd.io/checkpoint"
 
-// CheckpointTo has the image set written to an existing directory, by what `ctr task checkpoint --image-path DIR [--exit]` does: the client
-// pauses the task unless it is paused, asks for the checkpoint with options, and resumes it.
+// CheckpointTo writes the image set to an existing directory, as `ctr task
+// checkpoint --image-path DIR [--exit]` does: the client pauses the task unless
+// it is paused, requests the checkpoint with options, and resumes it.
 func (e *Engine) CheckpointTo(ctx context.Context, task client.Task, dir string, exit bool) error {
 	return e.CheckpointWith(ctx, task, dir, &runcoptions.CheckpointOptions{Exit: exit})
 }
 
-// CheckpointWith is the same with other options.
+// CheckpointWith is CheckpointTo with other options.
 func (e *Engine) CheckpointWith(ctx context.Context, task client.Task, dir string, options *runcoptions.CheckpointOptions) error {
 	options.ImagePath = dir
 	name := "checkpoint/" + task.ID() + ":" + filepath.Base(dir)
@@ -42,12 +44,14 @@ func (e *Engine) CheckpointWith(ctx context.Context, task client.Task, dir strin
 	if err != nil {
 		return fmt.Errorf("checkpoint %s: %w", task.ID(), err)
 	}
-	// For runtimes that are not runc's the client adds an image of the writable layer. Nobody asked for that.
+	// For runtimes other than runc the client also creates an image of the
+	// writable layer, which nothing here needs.
 	return e.RemoveCheckpoints(ctx)
 }
 
-// CheckpointByDefault has containerd keep the image set and unpacks it to a directory, by what `nerdctl checkpoint create` and docker do. The
-// runtime is given no options, so that it decides itself what becomes of the container.
+// CheckpointByDefault lets containerd store the image set and unpacks it to a
+// directory, as `nerdctl checkpoint create` and docker do. The runtime gets no
+// options and decides on its own whether the container is stopped.
 func (e *Engine) CheckpointByDefault(ctx context.Context, task client.Task, dir string) error {
 	image, err := task.Checkpoint(ctx)
 	if err != nil {
@@ -97,8 +101,9 @@ func (e *Engine) RemoveCheckpoints(ctx context.Context) error {
 	return nil
 }
 
-// Commit makes an image of the container's memory, its writable layer and its configuration, all of one instant, by what
-// `ctr container checkpoint --task --rw --image ID REFERENCE` does. The container goes on.
+// Commit creates an image of the container's memory, its writable layer and its
+// configuration, all of one instant, as `ctr container checkpoint --task --rw
+// --image ID REFERENCE` does. The container keeps running.
 func (e *Engine) Commit(ctx context.Context, container client.Container, reference string) (client.Image, error) {
 	task, err := container.Task(ctx, nil)
 	if err != nil {
@@ -115,7 +120,8 @@ func (e *Engine) Commit(ctx context.Context, container client.Container, referen
 	return image, nil
 }
 
-// RestoreImage makes a container of an image made by Commit and restores its processes: `ctr container restore --rw --live ID REFERENCE`.
+// RestoreImage creates a container from an image made by Commit and restores
+// its processes: `ctr container restore --rw --live ID REFERENCE`.
 func (e *Engine) RestoreImage(ctx context.Context, id string, image client.Image) (*Run, error) {
 	container, err := e.Client.Restore(ctx, id, image, client.WithRestoreImage, client.WithRestoreSpec, client.WithRestoreRuntime,
 		client.WithRestoreRW)
@@ -125,17 +131,19 @@ func (e *Engine) RestoreImage(ctx context.Context, id string, image client.Image
 	return e.Start(ctx, container, client.WithTaskCheckpoint(image))
 }
 
-// Restore starts the container from the image set in a directory, by what `nerdctl start --checkpoint` and `docker start --checkpoint` do:
-// the directory goes into containerd's content store as an archive, and containerd unpacks that for the runtime.
+// Restore starts the container from the image set in a directory, as `nerdctl
+// start --checkpoint` and `docker start --checkpoint` do: the directory goes
+// into containerd's content store as an archive, which containerd unpacks for
+// the runtime.
 func (e *Engine) Restore(ctx context.Context, container client.Container, dir string) (*Run, error) {
 	leased, done, err := e.Client.WithLease(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("restore %s: %w", container.ID(), err)
 	}
-	// A lease that stays ends by itself after a day.
+	// A lease that is not deleted expires after a day.
 	defer func() { _ = done(context.WithoutCancel(ctx)) }()
 	checkpoint, err := e.store(leased, dir)
-	if errdefs.IsNotFound(err) { // the second time, nothing is left to be found
+	if errdefs.IsNotFound(err) { // the second time, the stale content is gone
 		checkpoint, err = e.store(leased, dir)
 	}
 	if err != nil {
@@ -147,8 +155,10 @@ func (e *Engine) Restore(ctx context.Context, container client.Container, dir st
 	})
 }
 
-// store writes a directory into the content store as a checkpoint. The same directory may have been there before, for a restore that has ended:
-// containerd says so without a look at the lease, and may be about to remove it. Then the error is [errdefs.ErrNotFound].
+// store writes a directory into the content store as a checkpoint. If the same
+// content is there from an earlier restore, containerd reports that without
+// regard to the lease, and may be about to remove it. Then the error is
+// [errdefs.ErrNotFound].
 func (e *Engine) store(ctx context.Context, dir string) (*types.Descriptor, error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, err
@@ -176,7 +186,7 @@ func (e *Engine) store(ctx context.Context, dir string) (*types.Descriptor, erro
 	return &types.Descriptor{MediaType: images.MediaTypeContainerd1Checkpoint, Digest: digester.Digest().String(), Size: size}, nil
 }
 
-// keep adds content that is there to the context's lease.
+// keep adds existing content to the context's lease.
 func (e *Engine) keep(ctx context.Context, blob digest.Digest) error {
 	id, _ := leases.FromContext(ctx)
 	err := e.Client.LeasesService().AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: blob.String(), Type: "content"})

@@ -1,7 +1,9 @@
-// Package engine does with containerd what container engines do with it: it creates containers, runs, pauses, checkpoints and restores them by
-// the calls, in the order and with the options of ctr, nerdctl and docker. The scenarios, the benchmarks and the demonstration call it.
+// Package engine uses containerd as container engines do: it creates, runs,
+// pauses, checkpoints and restores containers with the calls, in the order and
+// with the options of ctr, nerdctl and docker. The scenarios and the benchmarks
+// call it.
 //
-// It knows nothing of the runtime below but its name.
+// It knows nothing about the runtime except its name.
 package engine
 
 import (
@@ -26,9 +28,9 @@ import (
 type Engine struct {
 	Client  *client.Client
 	Runtime string
-	// FIFOs is the directory for the named pipes of the containers' streams.
+	// FIFOs is the directory of the named pipes for the containers' streams.
 	FIFOs string
-	// Streams are those of the containers that are started, beside their stdout.
+	// Streams are the containers' streams in addition to stdout.
 	Streams Streams
 }
 
@@ -39,31 +41,33 @@ type Streams struct {
 	Terminal bool
 }
 
-// With gives an engine that connects containers to other streams.
+// With returns an engine that connects containers to other streams.
 func (e *Engine) With(s Streams) *Engine {
 	other := *e
 	other.Streams = s
 	return &other
 }
 
-// Container says what container to create.
+// Container describes a container to create.
 type Container struct {
 	ID    string
 	Image string
 	Args  []string
-	// Mounts are added to those that every container has.
+	// Mounts are added to the default ones.
 	Mounts      []specs.Mount
 	Hooks       *specs.Hooks
 	Annotations map[string]string
-	// Network is the path of a network namespace; empty: a new one.
+	// Network is the path of a network namespace. If it is empty, the container
+	// gets a new one.
 	Network string
-	// Spec changes what else there is in the container's specification.
+	// Spec changes the container's OCI spec further.
 	Spec []oci.SpecOpts
-	// RuntimeOptions are what an operator configures for the runtime, such as the path of Kata's configuration.
+	// RuntimeOptions are the runtime options that an operator configures, such
+	// as the path of Kata's configuration.
 	RuntimeOptions typeurl.Any
 }
 
-// Create makes the container and its writable layer. Nothing runs yet.
+// Create creates the container and its writable layer without a task.
 func (e *Engine) Create(ctx context.Context, c Container) (client.Container, error) {
 	image, err := e.Client.GetImage(ctx, c.Image)
 	if err != nil {
@@ -94,7 +98,7 @@ func (e *Engine) Create(ctx context.Context, c Container) (client.Container, err
 	return container, nil
 }
 
-// Run is a task that was started, with its output.
+// Run is a started task with its output.
 type Run struct {
 	client.Task
 	Output *Output
@@ -112,7 +116,7 @@ func (e *Engine) Start(ctx context.Context, container client.Container, opts ...
 		return nil, fmt.Errorf("create task %s: %w", container.ID(), err)
 	}
 	run.Task = task
-	// Before Start, as every engine does: an exit cannot be missed.
+	// Before Start, as every engine does, so that no exit is missed.
 	if run.exited, err = task.Wait(context.WithoutCancel(ctx)); err == nil {
 		err = task.Start(ctx)
 	}
@@ -135,8 +139,9 @@ func (e *Engine) streams(stdout io.Writer) cio.Creator {
 	return cio.NewCreator(opts...)
 }
 
-// Reconnect is for after containerd was started again: the engine's client, and all tasks and containers that it has given, work on.
-// A wait of before has ended with containerd, see [Run.Rejoin], and so has a collection of events, see [Events.Rejoin].
+// Reconnect reconnects the engine's client after a restart of containerd; tasks
+// and containers that it returned stay valid. Waits end with containerd, see
+// [Run.Rejoin], and so do event collections, see [Events.Rejoin].
 func (e *Engine) Reconnect() error {
 	if err := e.Client.Reconnect(); err != nil {
 		return fmt.Errorf("reconnect: %w", err)
@@ -144,7 +149,8 @@ func (e *Engine) Reconnect() error {
 	return nil
 }
 
-// Rejoin waits for the task's end once more, after containerd was started again. What the task prints has come all the time.
+// Rejoin waits for the task's exit again after a restart of containerd. The
+// task's output is not interrupted by one.
 func (r *Run) Rejoin(ctx context.Context) (err error) {
 	if r.exited, err = r.Wait(context.WithoutCancel(ctx)); err != nil {
 		return fmt.Errorf("wait for %s: %w", r.ID(), err)
@@ -152,18 +158,19 @@ func (r *Run) Rejoin(ctx context.Context) (err error) {
 	return nil
 }
 
-// Exit waits until the task has ended and gives its exit status.
+// Exit waits until the task has exited and returns its exit status.
 func (r *Run) Exit(ctx context.Context) (uint32, error) {
 	select {
 	case status := <-r.exited:
 		code, _, err := status.Result()
 		return code, err
 	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for the end of %s: %w", r.ID(), ctx.Err())
+		return 0, fmt.Errorf("wait for %s to exit: %w", r.ID(), ctx.Err())
 	}
 }
 
-// EndTask kills the container's task, if there is one, and deletes it. The container and its files stay.
+// EndTask kills the container's task, if there is one, and deletes it. The
+// container and its files stay.
 func (e *Engine) EndTask(ctx context.Context, container client.Container) error {
 	task, err := container.Task(ctx, nil)
 	if errdefs.IsNotFound(err) {
@@ -190,7 +197,8 @@ func (e *Engine) EndTask(ctx context.Context, container client.Container) error 
 	return nil
 }
 
-// Remove ends the container, if it runs, and removes it with its writable layer. One that does not exist is no error.
+// Remove removes the container with its writable layer, killing its task first.
+// It is no error if the container does not exist.
 func (e *Engine) Remove(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()

@@ -10,7 +10,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 )
 
-// Events collects what containerd reports of tasks, from the moment on at which it was made.
+// Events collects containerd's task events from its creation on.
 type Events struct {
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -37,7 +37,8 @@ func (w *Events) start(ctx context.Context, c *client.Client) {
 	}()
 }
 
-// Rejoin goes on collecting after containerd was started again. What containerd has told in between is lost.
+// Rejoin continues collecting after a restart of containerd. Events in between
+// are lost.
 func (w *Events) Rejoin(ctx context.Context, e *Engine) {
 	w.cancel()
 	<-w.done
@@ -82,14 +83,16 @@ func (w *Events) add(event any) {
 	}
 }
 
-// States gives what has become of a container's first process, in order: "paused", "resumed", "checkpointed PATH", "exit STATUS".
+// States returns what happened to a container's init, in order: "paused",
+// "resumed", "checkpointed PATH", "exit STATUS".
 func (w *Events) States(container string) []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return append([]string(nil), w.states[container]...)
 }
 
-// Exits gives the statuses with which the first processes of a container have ended, one an event, in order.
+// Exits returns the exit statuses of a container's inits, one for each event,
+// in order.
 func (w *Events) Exits(container string) []uint32 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -102,7 +105,8 @@ func (w *Events) Exits(container string) []uint32 {
 	return out
 }
 
-// Close ends the collection, and says what ended it before.
+// Close ends the collection and returns the error that ended it earlier, if
+// any.
 func (w *Events) Close() error {
 	w.cancel()
 	<-w.done

@@ -14,7 +14,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Layer lists the files of the container's writable layer, as a commit of the container would have them.
+// Layer lists the files of the container's writable layer, as a commit of the
+// container would have them.
 func (e *Engine) Layer(ctx context.Context, container client.Container) ([]string, error) {
 	names, err := e.layer(ctx, container)
 	if err != nil {
@@ -28,7 +29,7 @@ func (e *Engine) layer(ctx context.Context, container client.Container) ([]strin
 	if err != nil {
 		return nil, err
 	}
-	// A lease that stays ends by itself after a day.
+	// A lease that is not deleted expires after a day.
 	defer func() { _ = done(context.WithoutCancel(ctx)) }()
 	info, err := container.Info(ctx)
 	if err != nil {

@@ -7,15 +7,15 @@ import (
 	"sync"
 )
 
-// Output collects what a task prints, by lines. Tasks that follow each other may write to the same one.
+// Output collects the lines that a task prints. Successive tasks may share one.
 type Output struct {
 	mu      sync.Mutex
 	lines   []string
 	partial []byte
-	more    chan struct{} // closed and made anew with every line
+	more    chan struct{} // closed and replaced with every line
 }
 
-// NewOutput makes an empty one.
+// NewOutput returns an empty Output.
 func NewOutput() *Output { return &Output{more: make(chan struct{})} }
 
 // Write implements io.Writer.
@@ -35,7 +35,8 @@ func (o *Output) Write(p []byte) (int, error) {
 	}
 }
 
-// Lines gives all that has been printed so far; an end without a newline is a line.
+// Lines returns everything printed so far; an unterminated last line counts as
+// a line.
 func (o *Output) Lines() []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -46,8 +47,8 @@ func (o *Output) Lines() []string {
 	return out
 }
 
-// Wait returns once the condition holds for the whole lines there are; it is asked again with every new one. The condition's error ends
-// the wait.
+// Wait returns once the condition holds for the complete lines; it is called
+// again for every new one. An error of the condition ends the wait.
 func (o *Output) Wait(ctx context.Context, condition func(lines []string) (bool, error)) error {
 	for {
 		o.mu.Lock()

@@ -12,14 +12,15 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// Command says what to run in a task.
+// Command describes a process to run in a task.
 type Command struct {
 	ID   string
 	Args []string
-	// Stdin is closed for the process when it ends.
+	// Stdin is closed for the process at its end.
 	Stdin    io.Reader
 	Terminal bool
-	// Change makes other changes to the container's own process than of its arguments.
+	// Change changes the process further; it starts as the container's, with
+	// other arguments.
 	Change func(*specs.Process)
 }
 
@@ -30,7 +31,7 @@ type Process struct {
 	exited         <-chan client.ExitStatus
 }
 
-// Add makes a process of a command, which Start starts.
+// Add adds a process to a task. Start starts it.
 func (e *Engine) Add(ctx context.Context, task client.Task, c Command) (*Process, error) {
 	spec, err := task.Spec(ctx)
 	if err != nil {
@@ -79,7 +80,8 @@ func (e *Engine) Exec(ctx context.Context, task client.Task, c Command) (*Proces
 	return p, nil
 }
 
-// Exit waits until the process has ended, deletes it and gives its exit status. All its output has arrived then.
+// Exit waits until the process has exited, deletes it and returns its exit
+// status. All its output has arrived by then.
 func (p *Process) Exit(ctx context.Context) (uint32, error) {
 	select {
 	case status := <-p.exited:
@@ -89,11 +91,12 @@ func (p *Process) Exit(ctx context.Context) (uint32, error) {
 		}
 		return code, err
 	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for the end of exec %s: %w", p.ID(), ctx.Err())
+		return 0, fmt.Errorf("wait for exec %s to exit: %w", p.ID(), ctx.Err())
 	}
 }
 
-// closing is a stdin at whose end the process's is closed, too. Containerd's client leaves that to its caller, as shims hold the pipe open.
+// closing is a stdin that closes the process's stdin at its end. Containerd's
+// client leaves that to its caller, because shims hold the pipe open.
 type closing struct {
 	io.Reader
 	ready chan struct{}

@@ -8,20 +8,24 @@ import (
 	"slices"
 )
 
-// ContainerdVersion is the release that testbeds run unless they are told another; like each of [OlderContainerds] it has a module below
-// integration/deps that pins its newest patch.
+// ContainerdVersion is the default release of testbeds. Like each of
+// [OlderContainerds] it has a module below integration/deps that pins its
+// newest patch.
 const ContainerdVersion = "2.4"
 
-// OlderContainerds are the other releases that are supported, and OldestContainerd, the first of all of their patches.
+// OlderContainerds are the other supported releases, and [OldestContainerd].
 var OlderContainerds = []string{"2.1", "2.2", "2.3", OldestContainerd}
 
-// OldestContainerd is the oldest patch that is supported. Its CRI wants more of a checkpoint than that of later ones.
+// OldestContainerd is the oldest patch that is supported. Its CRI requires more
+// of a checkpoint than that of later ones.
 const OldestContainerd = "2.1.0"
 
-// withCRI are the releases of which scenarios use the CRI; building it takes long.
+// withCRI are the releases that are built with the CRI, because scenarios use
+// it; building it takes long.
 var withCRI = []string{ContainerdVersion, "2.3", OldestContainerd}
 
-// Containerd builds a release of containerd and ctr and returns their directory.
+// Containerd builds a release of containerd and ctr and returns their
+// directory.
 func (p *Parts) Containerd(ctx context.Context, version string) (string, error) {
 	source := filepath.Join(p.root, "integration/deps/containerd-"+version)
 	sum, err := fileKey(filepath.Join(source, "go.sum"))
@@ -34,7 +38,8 @@ func (p *Parts) Containerd(ctx context.Context, version string) (string, error) 
 	}
 	args, env := []string{"build", "-trimpath"}, os.Environ()
 	if version != ContainerdVersion {
-		// Only what the scenarios of older releases need: building takes long. The standard library without cgo is there from `make build`.
+		// Only what the scenarios of older releases need: building takes long.
+		// `make build` has built the standard library without cgo.
 		tags := "-tags=no_btrfs,no_devmapper,no_zfs,no_aufs"
 		if !slices.Contains(withCRI, version) {
 			tags += ",no_cri"

@@ -7,8 +7,8 @@ import (
 	"path/filepath"
 )
 
-// NRIRuntime builds nri-runtime with the version of NRI that a release of containerd carries, which the release's own module pins, and
-// returns its path.
+// NRIRuntime builds nri-runtime with the NRI version of a containerd release,
+// as pinned by that release's module, and returns its path.
 func (p *Parts) NRIRuntime(ctx context.Context, containerd string) (string, error) {
 	module := filepath.Join(p.root, "integration/deps/containerd-"+containerd)
 	source := filepath.Join(p.root, "integration/deps/nri-runtime/main.go")

@@ -1,8 +1,11 @@
-// Package parts makes what a testbed is put together from, once, and keeps it below the checkout's build directory: containerd, the
-// guest's initrd, the container image, the host's vsock daemon. Package testbed and its command are the callers.
+// Package parts builds what a testbed is assembled from and caches it in the
+// checkout's build directory: containerd, the guest's initrd, the container
+// images, the host's vsock daemon. Package testbed and its command are the
+// callers.
 //
-// Each part has a key made of everything that goes into it; a part is made anew only when its key changes. Several processes may ask
-// at the same time: one of them builds, the others wait.
+// Each part has a key derived from its inputs and is rebuilt only when the key
+// changes. Several processes may request a part at the same time: one of them
+// builds it, the others wait.
 package parts
 
 import (
@@ -22,14 +25,15 @@ import (
 	"github.com/containerd/log"
 )
 
-// Parts finds and makes the parts of one checkout.
+// Parts finds and builds the parts of one checkout.
 type Parts struct {
 	root string // the checkout
 }
 
 const module = "module github.com/kata-checkpoint/kata-checkpoint\n"
 
-// Find looks for the checkout: in the working directory and above, then above the running program.
+// Find looks for the checkout upwards from the working directory, then upwards
+// from the running program.
 func Find() (*Parts, error) {
 	var starts []string
 	if dir, err := os.Getwd(); err == nil {
@@ -48,18 +52,19 @@ func Find() (*Parts, error) {
 	return nil, errors.New("the checkout of kata-checkpoint is neither above the working directory nor above the program")
 }
 
-// Bin is where `make build` puts the project's programs.
+// Bin returns a path in the directory that `make build` writes programs to.
 func (p *Parts) Bin(name ...string) string {
 	return filepath.Join(append([]string{p.root, "bin"}, name...)...)
 }
 
-// Build is the directory with everything that can be made again.
+// Build returns a path in the directory of everything that can be rebuilt.
 func (p *Parts) Build(name ...string) string {
 	return filepath.Join(append([]string{p.root, "build"}, name...)...)
 }
 
-// once makes the part name (a path below build) unless it is there with the same key. build writes the part to the path that it is
-// given, file or directory; only when it succeeds does the part get its name.
+// once builds the part name (a path below build) unless it exists with the same
+// key. build writes the part, a file or a directory, to a temporary path; it is
+// renamed only on success.
 func (p *Parts) once(ctx context.Context, name string, key []byte, build func(ctx context.Context, path string) error) (string, error) {
 	path := p.Build(name)
 	unlock, err := p.lock(name)
@@ -74,31 +79,32 @@ func (p *Parts) once(ctx context.Context, name string, key []byte, build func(ct
 			return path, nil
 		}
 	}
-	log.G(ctx).WithField("part", name).Info("making")
+	log.G(ctx).WithField("part", name).Info("building part")
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return "", fmt.Errorf("make %s: %w", name, err)
+		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	fresh := path + ".new"
 	if err := errors.Join(os.Remove(stamp), os.RemoveAll(fresh)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("make %s: %w", name, err)
+		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	if err := build(ctx, fresh); err != nil {
 		_ = os.RemoveAll(fresh)
-		return "", fmt.Errorf("make %s: %w", name, err)
+		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	if err := os.RemoveAll(path); err != nil {
-		return "", fmt.Errorf("make %s: %w", name, err)
+		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	if err := os.Rename(fresh, path); err != nil {
-		return "", fmt.Errorf("make %s: %w", name, err)
+		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	if err := os.WriteFile(stamp, []byte(want), 0o644); err != nil {
-		return "", fmt.Errorf("make %s: %w", name, err)
+		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	return path, nil
 }
 
-// lock keeps others from making the same part until the returned function is called.
+// lock keeps others from building the same part until the returned function is
+// called.
 func (p *Parts) lock(name string) (func(), error) {
 	dir := p.Build(".keys")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -115,7 +121,7 @@ func (p *Parts) lock(name string) (func(), error) {
 	return func() { f.Close() }, nil
 }
 
-// keyOf makes a key of texts.
+// keyOf derives a key from texts.
 func keyOf(texts ...string) []byte {
 	h := sha256.New()
 	for _, t := range texts {
@@ -124,7 +130,7 @@ func keyOf(texts ...string) []byte {
 	return h.Sum(nil)
 }
 
-// fileKey is a key of a file's content.
+// fileKey derives a key from a file's content.
 func fileKey(path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -13,18 +13,20 @@ import (
 	"github.com/containerd/log"
 )
 
-// probeLimit is more than a boot under KVM takes, and less than anybody waits for.
+// probeLimit is longer than a boot under KVM.
 const probeLimit = 10 * time.Second
 
-// probeSign is what the guest's /init prints when the kernel parameter testbed.probe is given.
+// probeSign is printed by the guest's /init if it sees the kernel parameter
+// testbed.probe.
 const probeSign = "testbed: the probe has booted"
 
-// KVMWorks tells whether this machine's KVM boots the guest. /dev/kvm proves nothing: there are clouds where it opens, and every stock
-// kernel hangs. The outcome holds for this kernel until the machine's next boot.
+// KVMWorks reports whether this machine's KVM boots the guest. /dev/kvm proves
+// nothing: on some clouds it can be opened, but every stock kernel hangs. The
+// result is cached for this kernel until the machine's next boot.
 func (p *Parts) KVMWorks(ctx context.Context, initrd string) (bool, error) {
 	device, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
-		return false, nil //nolint:nilerr // no KVM is an answer, not a failure
+		return false, nil //nolint:nilerr // no KVM is a result, not a failure
 	}
 	device.Close()
 	kernel, version, err := Kernel()

@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// run runs a program in dir and gives the end of what it said when it fails.
+// run runs a program in dir. Its error contains the end of the program's
+// output.
 func run(ctx context.Context, dir, name string, args ...string) error {
 	return runWith(ctx, os.Environ(), dir, name, args...)
 }

@@ -11,8 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// UpAlone is [Up] for a program whose testbed is always in the same directory: one that an interrupted run has left there is taken away first,
-// and a second run of the program is refused for as long as the first has not called release, which it does after Down.
+// UpAlone is [Up] for a program whose testbed is always in the same directory:
+// the testbed of an interrupted run is removed first, and a second concurrent
+// run fails until the first one calls release, after Down.
 func UpAlone(ctx context.Context, o Options) (t *Testbed, release func(), err error) {
 	if err := os.MkdirAll(filepath.Dir(o.Dir), 0o755); err != nil {
 		return nil, nil, fmt.Errorf("testbed: %w", err)

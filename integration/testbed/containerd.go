@@ -21,10 +21,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
-// ownerEnv marks the environment of all that runs in a testbed. It is not among the exports of Env: a user's shell is nothing to kill.
+// ownerEnv marks the environment of every process of a testbed. Env does not
+// export it, because a user's shell must not be killed.
 const ownerEnv = "TESTBED_OWNER"
 
-// configure writes everybody's configuration.
+// configure writes the configuration of all programs.
 func (t *Testbed) configure(ctx context.Context, p *parts.Parts, o Options) error {
 	template, downstream := standinGo, p.Bin("standin", string(o.Way), "containerd-shim-kata-v2")
 	if o.Way == Rust {
@@ -111,13 +112,14 @@ func ownSettings(t *Testbed, o Options, downstream string) map[string]any {
 
 func (t *Testbed) bundle() string { return filepath.Join(t.Dir, "bundle") }
 
-// StopDir is where the shims look for the phases at which a test stops them.
+// StopDir is where shims look for the phases at which a test stops them.
 func (t *Testbed) StopDir() string { return filepath.Join(t.Dir, "stop") }
 
 func (t *Testbed) ownConfig() string { return filepath.Join(t.Dir, "kata-checkpoint.toml") }
 
-// installVMM puts the programs that Kata starts into the testbed's directory: their names then tell whose they are, and the VMM finds its
-// settings beside itself, whatever environment Kata gives it.
+// installVMM copies the programs that Kata starts into the testbed's directory,
+// so that their paths tell which testbed they belong to and the VMM finds its
+// settings next to itself, whatever environment Kata gives it.
 func (t *Testbed) installVMM(ctx context.Context, p *parts.Parts, accel string) error {
 	vsock, err := p.VhostDeviceVsock(ctx)
 	if err != nil {
@@ -141,7 +143,8 @@ func (t *Testbed) installVMM(ctx context.Context, p *parts.Parts, accel string) 
 	return nil
 }
 
-// maxSocketDir is the longest directory in which all of containerd's sockets keep within the kernel's 107 bytes.
+// maxSocketDir is the maximum length of a directory for containerd's sockets:
+// the kernel limits their paths to 107 bytes.
 const maxSocketDir = 107 - len("/containerd.sock.ttrpc")
 
 const containerdConfig = `version = 3
@@ -159,10 +162,11 @@ address = %[4]q
 level = "debug"
 `
 
-// criPlugins are what a containerd without the CRI does without.
+// criPlugins are disabled in a containerd without the CRI.
 const criPlugins = `"io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.nri.v1.nri"`
 
-// configureContainerd says where its programs, its files and its sockets are.
+// configureContainerd writes containerd's configuration: where its programs,
+// files and sockets are.
 func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Options) error {
 	programs, err := p.Containerd(ctx, o.Containerd)
 	if err != nil {
@@ -199,33 +203,35 @@ func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Opt
 
 func (t *Testbed) containerdConfig() string { return filepath.Join(t.Dir, "containerd.toml") }
 
-// KillContainerd ends containerd as a crash does: it gets no time for anything.
+// KillContainerd kills containerd with SIGKILL, as a crash would.
 func (t *Testbed) KillContainerd(ctx context.Context) error {
 	t.Containerd.signal(syscall.SIGKILL)
 	if !waitGone(ctx, 5*time.Second, t.Containerd) {
-		return fmt.Errorf("containerd (pid %d) does not end", t.Containerd.PID)
+		return fmt.Errorf("containerd (pid %d) did not exit", t.Containerd.PID)
 	}
 	return nil
 }
 
-// StartContainerd starts it as a daemon, for the first time or once more after its end, and returns when it serves. It has looked for the
-// tasks of the one before by then.
+// StartContainerd starts or restarts containerd as a daemon and returns when it
+// serves. By then it has loaded the tasks of the previous one.
 func (t *Testbed) StartContainerd(ctx context.Context) error {
 	out, err := os.OpenFile(filepath.Join(t.logDir(), "containerd"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return fmt.Errorf("containerd: %w", err)
 	}
 	defer out.Close()
-	cmd := exec.Command(t.containerd, "--config", t.containerdConfig()) // no context: it outlives its starter
+	cmd := exec.Command(t.containerd, "--config", t.containerdConfig()) // no context: it outlives this process
 	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
-	// containerd unpacks checkpoints into its temporary directory, which would be /tmp.
+	// containerd unpacks checkpoints into its temporary directory, by default
+	// /tmp.
 	cmd.Env = append(os.Environ(), "PATH="+t.Path, "KATA_CHECKPOINT_CONFIG="+t.ownConfig(), ownerEnv+"="+t.Dir,
 		"KATA_CHECKPOINT_STOP_DIR="+t.StopDir(), "TMPDIR="+filepath.Join(t.Dir, "tmp"), "XDG_RUNTIME_DIR=")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start containerd: %w", err)
 	}
-	// Waited for, so that it is no zombie where a test takes its testbed down in the process that made it.
+	// Reaped, so that it is no zombie if a test takes its testbed down in the
+	// same process.
 	ended := make(chan struct{})
 	go func() {
 		_ = cmd.Wait()
@@ -247,7 +253,7 @@ func (t *Testbed) StartContainerd(ctx context.Context) error {
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ended:
-			return fmt.Errorf("containerd ended: %s", lastLines(filepath.Join(t.logDir(), "containerd")))
+			return fmt.Errorf("containerd exited: %s", lastLines(filepath.Join(t.logDir(), "containerd")))
 		case <-ctx.Done():
 			return fmt.Errorf("containerd does not serve: %w", err)
 		}
@@ -267,7 +273,8 @@ func (t *Testbed) serves(ctx context.Context) error {
 	return err
 }
 
-// Import puts the images of an archive into containerd and unpacks them, for the CRI, too, where it is served.
+// Import imports the images of an archive into containerd, and into the CRI's
+// namespace if the CRI is served, and unpacks them.
 func (t *Testbed) Import(ctx context.Context, archive string) error {
 	if t.CRI != nil {
 		if err := t.importTo(namespaces.WithNamespace(ctx, CRINamespace), archive); err != nil {
@@ -300,7 +307,7 @@ func (t *Testbed) importTo(ctx context.Context, archive string) error {
 	return nil
 }
 
-// lastLines gives the end of a log for an error's text.
+// lastLines returns the end of a log, for an error.
 func lastLines(path string) string {
 	data, err := os.ReadFile(path)
 	if err != nil {

@@ -19,25 +19,26 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 )
 
-// Handlers of the CRI testbed: what a RuntimeClass names.
+// Runtime handlers of a CRI testbed, as named by a RuntimeClass.
 const (
 	// Handler is the runtime under test.
 	Handler = "kata-checkpoint"
-	// DownstreamHandler is Kata by itself, which nothing of ours may touch.
+	// DownstreamHandler is Kata's own runtime, without ours.
 	DownstreamHandler = "kata"
 )
 
-// CRINamespace is containerd's namespace that the CRI works in.
+// CRINamespace is the CRI's containerd namespace.
 const CRINamespace = "k8s.io"
 
-// PauseImage is the image of the containers that hold pods.
+// PauseImage is the image of the pods' sandbox containers.
 const PauseImage = parts.PauseImageName
 
-// CRI is what a testbed has beside the rest for pods.
+// CRI is the part of a testbed that serves pods.
 type CRI struct {
-	// Number is the testbed's among those on the machine, from which its pods' network follows.
+	// Number identifies the testbed on the machine; its pods' network is
+	// derived from it.
 	Number int `json:"number"`
-	// NRI is the plugin, which runs as a service.
+	// NRI is the plugin's process; it runs as a service.
 	NRI process `json:"nri"`
 }
 
@@ -79,10 +80,11 @@ const criConfig = `
   plugin_config_path = %[11]q
 `
 
-// cniPlugins is where Debian has them.
+// cniPlugins is the directory of Debian's CNI plugins.
 const cniPlugins = "/usr/lib/cni"
 
-// configureCRI writes what containerd's CRI needs and returns its part of containerd's configuration.
+// configureCRI writes the files that containerd's CRI needs and returns its
+// part of containerd's configuration.
 func (t *Testbed) configureCRI(containerd string) (string, error) {
 	plugins := fmt.Sprintf("bin_dirs = [%q]", cniPlugins)
 	if strings.HasPrefix(containerd, "2.1") {
@@ -118,7 +120,8 @@ func (t *Testbed) configureCRI(containerd string) (string, error) {
 	if err := os.WriteFile(filepath.Join(t.cniConfig(), "10-testbed.conflist"), network, 0o644); err != nil {
 		return "", fmt.Errorf("cri: %w", err)
 	}
-	// containerd's CRI wants a CRIU on the host before it checkpoints anything. The guest bundle's serves.
+	// containerd's CRI requires a CRIU on the host before it checkpoints
+	// anything. The guest bundle's will do.
 	if err := os.Symlink(filepath.Join(t.bundle(), "bin/criu"), filepath.Join(t.hostPrograms(), "criu")); err != nil {
 		return "", fmt.Errorf("cri: %w", err)
 	}
@@ -126,7 +129,8 @@ func (t *Testbed) configureCRI(containerd string) (string, error) {
 		t.NRISocket(), t.nri("plugins"), t.nri("conf.d")), nil
 }
 
-// CNIOptions are the options of nerdctl for the network of the testbed's pods, and the network's name.
+// CNIOptions are the options of nerdctl for the network of the testbed's pods,
+// and the network's name.
 func (t *Testbed) CNIOptions() (options []string, network string) {
 	return []string{"--cni-path", cniPlugins, "--cni-netconfpath", t.cniConfig()}, t.bridge()
 }
@@ -135,28 +139,31 @@ func (t *Testbed) cniConfig() string { return filepath.Join(t.Dir, "cni/net.d") 
 
 func (t *Testbed) nri(name string) string { return filepath.Join(t.Dir, "nri", name) }
 
-// hostPrograms is a directory of containerd's PATH with what an operator links there.
+// hostPrograms is a directory in containerd's PATH with the links that an
+// operator creates.
 func (t *Testbed) hostPrograms() string { return filepath.Join(t.Dir, "host-bin") }
 
-// NRISocket is where containerd listens for NRI's plugins.
+// NRISocket is containerd's socket for NRI plugins.
 func (t *Testbed) NRISocket() string { return filepath.Join(filepath.Dir(t.Address), "nri.sock") }
 
-// RestoreDir is the directory of archives that pods can be restored from.
+// RestoreDir is the directory of archives that pods may be restored from.
 func (t *Testbed) RestoreDir() string { return filepath.Join(t.Dir, "checkpoints") }
 
-// The pods of a machine's testbeds share 203.0.113.0/24, which is for documentation and nobody's, sixteen addresses a testbed.
+// The pods of all testbeds on a machine share 203.0.113.0/24, which is reserved
+// for documentation: sixteen addresses for each testbed.
 const maxNumber = 16
 
 func (t *Testbed) subnet() string { return fmt.Sprintf("203.0.113.%d/28", t.CRI.Number*16) }
 
 func (t *Testbed) bridge() string { return "testbed" + strconv.Itoa(t.CRI.Number) }
 
-// claimNumber takes the lowest number that no other testbed has. The file goes with the testbed, or with the last one.
+// claimNumber reserves the lowest number that no other testbed uses. The file
+// is removed with the testbed, or with the last one.
 func claimNumber(dir string) (int, error) {
 	for n := range maxNumber {
 		f, err := os.OpenFile(numberFile(n), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 		if errors.Is(err, fs.ErrExist) {
-			// Of a testbed that somebody removed by hand?
+			// The owner may have been removed by hand.
 			owner, readErr := os.ReadFile(numberFile(n))
 			if _, statErr := os.Stat(string(owner)); readErr == nil && len(owner) > 0 && errors.Is(statErr, fs.ErrNotExist) {
 				f, err = os.OpenFile(numberFile(n), os.O_TRUNC|os.O_WRONLY, 0o644)
@@ -171,12 +178,13 @@ func claimNumber(dir string) (int, error) {
 		_, err = f.WriteString(dir)
 		return n, errors.Join(err, f.Close())
 	}
-	return 0, fmt.Errorf("cri: there are %d testbeds with pods on this machine already", maxNumber)
+	return 0, fmt.Errorf("cri: this machine has %d testbeds with pods already", maxNumber)
 }
 
 func numberFile(n int) string { return filepath.Join(machineDir, fmt.Sprintf("%d.number", n)) }
 
-// removeCRI removes the pods' network. No process of the testbed runs any more.
+// removeCRI removes the pods' network, after all processes of the testbed have
+// exited.
 func (t *Testbed) removeCRI() error {
 	if t.CRI == nil {
 		return nil
@@ -190,7 +198,7 @@ func (t *Testbed) removeCRI() error {
 	case !errors.As(err, &none):
 		errs = append(errs, err)
 	}
-	// libcni keeps what it has answered, by the network's name.
+	// libcni caches its results by the network's name.
 	results, _ := filepath.Glob("/var/lib/cni/results/" + t.bridge() + "-*")
 	for _, path := range results {
 		errs = append(errs, os.Remove(path))
@@ -205,7 +213,8 @@ func (t *Testbed) removeCRI() error {
 	return nil
 }
 
-// StartNRI starts the NRI plugin as a service, and returns once containerd has taken it.
+// StartNRI starts the NRI plugin as a service and returns once containerd has
+// accepted it.
 func (t *Testbed) StartNRI(ctx context.Context) error {
 	path := filepath.Join(t.logDir(), "nri")
 	out, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
@@ -228,7 +237,7 @@ func (t *Testbed) StartNRI(ctx context.Context) error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the NRI plugin (make build): %w", err)
 	}
-	go cmd.Wait() //nolint:errcheck // no zombie, should this process live on
+	go cmd.Wait() //nolint:errcheck // reaped if this process lives on
 	if t.CRI.NRI, err = processOf(cmd.Process.Pid); err != nil {
 		return fmt.Errorf("start the NRI plugin: %w", err)
 	}
@@ -239,19 +248,19 @@ func (t *Testbed) StartNRI(ctx context.Context) error {
 		data, err := os.ReadFile(path)
 		return err == nil && strings.Contains(string(data[before.Size():]), nriReady) || !t.CRI.NRI.alive()
 	}) || !t.CRI.NRI.alive() {
-		return fmt.Errorf("containerd does not take the NRI plugin: %s", lastLines(path))
+		return fmt.Errorf("containerd did not accept the NRI plugin: %s", lastLines(path))
 	}
 	return nil
 }
 
-// nriReady is what the plugin logs once containerd has taken it.
+// nriReady is what the plugin logs once containerd has accepted it.
 const nriReady = "registered with NRI"
 
-// KillNRI ends the NRI plugin as a crash does.
+// KillNRI kills the NRI plugin with SIGKILL, as a crash would.
 func (t *Testbed) KillNRI(ctx context.Context) error {
 	t.CRI.NRI.signal(syscall.SIGKILL)
 	if !waitGone(ctx, 5*time.Second, t.CRI.NRI) {
-		return fmt.Errorf("the NRI plugin (pid %d) does not end", t.CRI.NRI.PID)
+		return fmt.Errorf("the NRI plugin (pid %d) did not exit", t.CRI.NRI.PID)
 	}
 	return nil
 }

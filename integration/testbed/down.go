@@ -14,10 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Down ends everything that runs in the testbed and removes all of it. It can be called again after a failure.
+// Down kills everything that runs in the testbed and removes it. It can be
+// called again after a failure.
 func (t *Testbed) Down(ctx context.Context) error {
 	start := time.Now()
-	// What names the rest goes last: first look, then end, then remove.
+	// First list, then kill, then remove: what names the rest is removed last.
 	sandboxes := t.sandboxes()
 	processes, err := t.owned()
 	if err != nil {
@@ -25,7 +26,8 @@ func (t *Testbed) Down(ctx context.Context) error {
 	}
 	sockets := listening(processes)
 
-	// containerd first, and in peace: it writes its database. Nobody restarts shims behind our back then.
+	// containerd first, with SIGTERM, so that it can write its database. After
+	// that nobody restarts shims.
 	t.Containerd.signal(syscall.SIGTERM)
 	waitGone(ctx, 5*time.Second, t.Containerd)
 	if err := t.endAll(ctx); err != nil {
@@ -57,8 +59,9 @@ func (t *Testbed) Down(ctx context.Context) error {
 	return nil
 }
 
-// sandboxes lists the ids of all sandboxes and containers that there have been: containerd keeps a directory for those it has, the VMM a
-// log of those it had.
+// sandboxes lists the ids of all present and past sandboxes and containers:
+// containerd has a directory for each present one, the VMM a log for each past
+// one.
 func (t *Testbed) sandboxes() []string {
 	seen := map[string]bool{}
 	bundles, _ := filepath.Glob(filepath.Join(t.Dir, "run/io.containerd.runtime.v2.task/*/*"))
@@ -76,7 +79,8 @@ func (t *Testbed) sandboxes() []string {
 	return out
 }
 
-// sandboxDirs is where Kata's shims keep a sandbox's files outside of its bundle, and where the C virtiofsd has its pid for the Rust one.
+// sandboxDirs are the directories of Kata's shims for a sandbox outside of its
+// bundle, and that of the C virtiofsd's pid file.
 func sandboxDirs(id string) []string {
 	out := []string{"/run/virtiofsd/.run.kata." + id + ".root.virtiofsd.sock.pid"}
 	for _, parent := range []string{
@@ -87,15 +91,16 @@ func sandboxDirs(id string) []string {
 	return out
 }
 
-// removeCgroups removes the cgroups of a sandbox, which Kata leaves: NAME/kata_ID and kata_overhead/ID. A killed process counts as theirs
-// until its parent, pid 1 by now, has reaped it.
+// removeCgroups removes the cgroups that Kata leaves behind: NAME/kata_ID and
+// kata_overhead/ID. A killed process is in its cgroup until its parent, by now
+// PID 1, has reaped it.
 func removeCgroups(ctx context.Context, id string) error {
 	var found []string
 	err := filepath.WalkDir("/sys/fs/cgroup", func(path string, d os.DirEntry, err error) error {
 		if err == nil && d.IsDir() && (d.Name() == id && filepath.Base(filepath.Dir(path)) == "kata_overhead" || d.Name() == "kata_"+id) {
 			found = append(found, path)
 		}
-		return nil // a cgroup that goes while we look is none of ours
+		return nil // a cgroup that disappears meanwhile is not the testbed's
 	})
 	for _, path := range found {
 		var e error
@@ -109,7 +114,8 @@ func removeCgroups(ctx context.Context, id string) error {
 	return err
 }
 
-// removeFIFOs removes the directories with a container's stdio that clients make.
+// removeFIFOs removes the directories that clients create for a container's
+// stdio.
 func removeFIFOs(id string) error {
 	found, _ := filepath.Glob("/run/containerd/fifo/*/" + id + "-std*")
 	var errs []error
@@ -119,14 +125,15 @@ func removeFIFOs(id string) error {
 	return errors.Join(errs...)
 }
 
-// removeShimSockets removes sockets of shims that nobody listens on any more. Their names are digests and tell nothing, and Kata's Go shim
-// leaves its own; those from before the testbed are not touched.
+// removeShimSockets removes shim sockets without a listener. Kata's Go shim
+// leaves its own behind, and their names are digests, so that the owner is
+// unknown; sockets older than the testbed are left alone.
 func (t *Testbed) removeShimSockets() error {
 	record, err := os.Stat(filepath.Join(t.Dir, recordName))
 	if err != nil {
 		return fmt.Errorf("remove sockets: %w", err)
 	}
-	// The files first: another testbed's shim may make its socket meanwhile.
+	// The files first: another testbed's shim may create its socket meanwhile.
 	found, _ := filepath.Glob("/run/containerd/s/*")
 	inUse := map[string]bool{}
 	for _, s := range unixSockets() {

@@ -13,14 +13,16 @@ import (
 	"time"
 )
 
-// debugConsolePort is the vsock port on which Kata's agent starts a shell for whoever connects, when its configuration allows that.
+// debugConsolePort is the vsock port on which Kata's agent starts a shell for
+// each connection, if its configuration enables that.
 const debugConsolePort = 1026
 
-// GuestExec runs a shell script as root in the guest's own namespaces, by the debug console of Kata's agent, and returns what it printed,
-// stdout and stderr together, and its exit status. The script's stdin is empty. Processes that it leaves running live on as long as they
-// let go of its output.
+// GuestExec runs a shell script as root in the guest's own namespaces, through
+// the debug console of Kata's agent. It returns the script's stdout and stderr,
+// interleaved, and its exit status. The script's stdin is empty. Processes that
+// it starts in the background must close its output.
 //
-// id is a sandbox's: the VM's, not a container's.
+// id is the sandbox's id, not a container's.
 func (t *Testbed) GuestExec(ctx context.Context, id, script string) (output []byte, status int, err error) {
 	conn, err := t.DialGuest(ctx, id, debugConsolePort)
 	if err != nil {
@@ -56,7 +58,8 @@ func (t *Testbed) DialGuest(ctx context.Context, id string, port int) (net.Conn,
 	return conn, nil
 }
 
-// handshake asks for a vsock port. The guest's first bytes may follow the answer at once: not one more than its line is read.
+// handshake requests a vsock port. The guest's first bytes may follow the
+// answer immediately, so that nothing beyond its line may be read.
 func handshake(conn net.Conn, port int) error {
 	if _, err := fmt.Fprintf(conn, "CONNECT %d\n", port); err != nil {
 		return err
@@ -74,10 +77,13 @@ func handshake(conn net.Conn, port int) error {
 	return nil
 }
 
-// consoleExec speaks to a shell that may sit on a terminal, with a prompt, an echo and its own idea of line ends, or on a plain stream.
+// consoleExec talks to a shell that may have a terminal, with a prompt, an echo
+// and CRLF line ends, or a plain stream.
 //
-// One line is typed. It silences the terminal, tells that it is there, takes the script by its length, runs it and shows its status
-// behind a mark that neither the echo of that line nor the script can show. The shell ends once it is told that its answer has come.
+// It sends one line, which disables the echo, prints a start mark, reads the
+// script by its length, runs it and prints its status after a mark that neither
+// the echo nor the script can contain. The shell exits once the answer is
+// acknowledged.
 func consoleExec(conn io.ReadWriter, script string) ([]byte, int, error) {
 	mark := rand.Text()
 	file := "/tmp/." + mark
@@ -95,27 +101,28 @@ func consoleExec(conn io.ReadWriter, script string) ([]byte, int, error) {
 	}
 	output, err := in.until("end-" + mark + " ")
 	if err != nil {
-		return output, 0, fmt.Errorf("shell ended: %w", err)
+		return output, 0, fmt.Errorf("shell exited: %w", err)
 	}
 	line, err := in.until("\n")
 	if err != nil {
-		return output, 0, fmt.Errorf("shell ended: %w", err)
+		return output, 0, fmt.Errorf("shell exited: %w", err)
 	}
 	status, err := strconv.Atoi(strings.TrimSpace(string(line)))
 	if err != nil {
 		return output, 0, fmt.Errorf("exit status: %w", err)
 	}
-	_, _ = io.WriteString(conn, "\n") // a shell that has ended has answered all the same
+	_, _ = io.WriteString(conn, "\n") // a shell that has exited has answered nevertheless
 	return output, status, nil
 }
 
-// untilReader reads up to texts.
+// untilReader reads up to a delimiter.
 type untilReader struct {
 	r       io.Reader
 	pending []byte
 }
 
-// until returns what comes before text, and takes text away. On an error it returns all there was.
+// until returns what precedes text and consumes text. On an error it returns
+// everything it read.
 func (u *untilReader) until(text string) ([]byte, error) {
 	looked := 0
 	for buffer := make([]byte, 32<<10); ; {
@@ -135,7 +142,7 @@ func (u *untilReader) until(text string) ([]byte, error) {
 	}
 }
 
-// quote makes a word of a shell's command line.
+// quote quotes a word for a shell.
 func quote(s string) string {
 	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
 		return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=,@+%", r)
@@ -145,7 +152,7 @@ func quote(s string) string {
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
-// Command makes a script of a command and its arguments.
+// Command returns the script that runs a command with its arguments.
 func Command(args ...string) string {
 	words := make([]string, len(args))
 	for i, a := range args {

@@ -12,11 +12,14 @@ import (
 	"strings"
 )
 
-// Inventory lists what there is on the machine of the testbed and of the containers that are named, an item a line, in words: processes, their
-// descriptors, mounts in all of their mount namespaces, cgroups, listening sockets, and files outside of containerd's own store. Numbers and
-// the containers' names are left out of the items, so that two inventories of what is alike but for them have the same items, each as many times.
+// Inventory lists what belongs to the testbed and to the given containers on
+// the machine, one item a line, in words: processes, their descriptors, mounts
+// in all of their mount namespaces, cgroups, listening sockets, and files
+// outside of containerd's own store. Numbers and the containers' names are left
+// out, so that two inventories of equal things are equal.
 //
-// containerd's descriptors are not listed: it opens files when it first needs them, and keeps some.
+// containerd's descriptors are not listed: it opens files lazily and keeps some
+// open.
 func (t *Testbed) Inventory(containers ...string) ([]string, error) {
 	processes, err := t.owned()
 	if err != nil {
@@ -32,7 +35,7 @@ func (t *Testbed) Inventory(containers ...string) ([]string, error) {
 		dir := fmt.Sprintf("/proc/%d/", p.PID)
 		comm, err := os.ReadFile(dir + "comm")
 		if err != nil {
-			continue // it has ended
+			continue // it has exited
 		}
 		name := strings.TrimSpace(string(comm))
 		cmdline, _ := os.ReadFile(dir + "cmdline")
@@ -50,7 +53,7 @@ func (t *Testbed) Inventory(containers ...string) ([]string, error) {
 	for _, mountinfo := range namespaces {
 		all, err := mountsOf(mountinfo)
 		if err != nil {
-			continue // of a process that has ended
+			continue // of a process that has exited
 		}
 		for _, m := range all {
 			if t.concerns(m.path, containers) {
@@ -69,13 +72,14 @@ func (t *Testbed) Inventory(containers ...string) ([]string, error) {
 	return out, err
 }
 
-// concerns tells whether a path is of the testbed or of one of the containers.
+// concerns reports whether a path belongs to the testbed or to one of the
+// containers.
 func (t *Testbed) concerns(path string, containers []string) bool {
 	return strings.HasPrefix(path, t.Dir+"/") || slices.ContainsFunc(containers, func(id string) bool { return strings.Contains(path, id) })
 }
 
-// files lists the files and cgroups that concern the testbed and the containers. A root file system, be it mounted or shared with a guest,
-// counts as one.
+// files lists the files and cgroups of the testbed and the containers. A root
+// file system, whether mounted or shared with a guest, counts as one.
 func (t *Testbed) files(containers []string) ([]string, error) {
 	var out []string
 	roots := []string{
@@ -106,7 +110,7 @@ func (t *Testbed) files(containers []string) ([]string, error) {
 	return out, nil
 }
 
-// links gives the targets of a directory's links.
+// links returns the targets of a directory's symbolic links.
 func links(dir string) []string {
 	found, _ := filepath.Glob(dir + "/*")
 	var out []string
@@ -118,8 +122,10 @@ func links(dir string) []string {
 	return out
 }
 
-// guestInventory prints what there is in a guest: programs, the descriptors of each, the mounts of every mount namespace that a process is in,
-// the files in what of these is kept in memory, and cgroups. Neither the kernel's threads nor the script itself are listed.
+// guestInventory prints what a guest contains: programs with their descriptors,
+// the mounts of every mount namespace that a process is in, the files on those
+// of them that are in memory, and cgroups. Kernel threads and the script itself
+// are not listed.
 const guestInventory = `
 seen=
 for p in /proc/[0-9]*; do
@@ -143,7 +149,7 @@ done
 find /sys/fs/cgroup -type d | sed 's|^|cgroup |'
 `
 
-// GuestInventory lists what there is in the guest of a sandbox, as [Testbed.Inventory] does for the machine.
+// GuestInventory is [Testbed.Inventory] for the guest of a sandbox.
 func (t *Testbed) GuestInventory(ctx context.Context, sandbox string, containers ...string) ([]string, error) {
 	output, status, err := t.GuestExec(ctx, sandbox, guestInventory)
 	if err != nil {
@@ -160,10 +166,10 @@ func (t *Testbed) GuestInventory(ctx context.Context, sandbox string, containers
 	return out, nil
 }
 
-// numbers are what is another in every run: ids, digests, random names.
+// numbers are what differs in every run: ids, digests, random names.
 var numbers = regexp.MustCompile(`\b[0-9a-f]{8,}\b|[0-9]+`)
 
-// anonymous takes numbers and the containers' names out of an item.
+// anonymous removes numbers and the containers' names from an item.
 func anonymous(item string, containers []string) string {
 	byLength := slices.SortedFunc(slices.Values(containers), func(a, b string) int { return len(b) - len(a) })
 	for _, id := range byLength {
@@ -172,7 +178,8 @@ func anonymous(item string, containers []string) string {
 	return numbers.ReplaceAllString(item, "#")
 }
 
-// More lists the items of which there are more in an inventory than in an earlier one.
+// More lists the items that occur more often in an inventory than in an earlier
+// one.
 func More(earlier, later []string) []string {
 	count := map[string]int{}
 	for _, item := range later {

@@ -7,8 +7,9 @@ import (
 	"strings"
 )
 
-// BytesWritten adds up the bytes that the testbed's running processes of a program have given to the kernel to write, into files, sockets
-// and pipes alike: a block that is shared rather than copied does not count.
+// BytesWritten returns how many bytes the testbed's running processes of a
+// program have passed to write calls, on files, sockets and pipes alike.
+// Reflinked blocks do not count.
 func (t *Testbed) BytesWritten(program string) (int64, error) {
 	processes, err := t.owned()
 	if err != nil {
@@ -18,7 +19,7 @@ func (t *Testbed) BytesWritten(program string) (int64, error) {
 	for _, p := range processes {
 		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.PID))
 		if err != nil {
-			continue // it has ended
+			continue // it has exited
 		}
 		if name, _, _ := strings.Cut(string(cmdline), "\x00"); filepath.Base(name) != program {
 			continue

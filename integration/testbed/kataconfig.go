@@ -8,7 +8,8 @@ import (
 	"strings"
 )
 
-// The stand-in's configurations have the tables and keys of Kata's, as far as the stand-in or the edits below know them.
+// The stand-in's configurations have the tables and keys of Kata's that the
+// stand-in or the edits below use.
 var (
 	//go:embed templates/standin-go.toml
 	standinGo string
@@ -18,17 +19,18 @@ var (
 
 // kataSettings is what a testbed changes in Kata's configuration.
 type kataSettings struct {
-	VMM         string // takes the hypervisor's place
+	VMM         string // used as the hypervisor
 	Virtiofsd   string
 	Kernel      string
 	Initrd      string
 	GuestMounts string
-	GuestBundle string // empty: no agent of ours
+	GuestBundle string // empty: none
 	Way         Way
 	NoNetwork   bool
 }
 
-// wayOf tells whose configuration it is: Kata's Rust shim has the names of its parts in the table runtime, its Go shim has not.
+// wayOf returns which shim a configuration is for: only the Rust shim's names
+// its components in the table runtime.
 func wayOf(configuration string) Way {
 	e := newEditor(configuration)
 	if e.has("runtime", "hypervisor_name") || e.hasTable("hypervisor.cloud-hypervisor") {
@@ -37,7 +39,8 @@ func wayOf(configuration string) Way {
 	return Go
 }
 
-// guestHooks is where a guest of either way sees the bundle's hooks: the share's folder for sandbox_bind_mounts.
+// guestHooks is where a guest of either way finds the bundle's hooks: in the
+// share's directory for sandbox_bind_mounts.
 func guestHooks(way Way, bundleName string) string {
 	share := "/run/kata-containers/shared/containers"
 	if way == Rust {
@@ -46,8 +49,8 @@ func guestHooks(way Way, bundleName string) string {
 	return share + "/sandbox-mounts/" + bundleName + "/hooks"
 }
 
-// deriveKataConfig edits a configuration of Kata's for Cloud Hypervisor so that it runs on the testbed's VM. Everything else in it,
-// comments included, stays as it is.
+// deriveKataConfig edits a Kata configuration for Cloud Hypervisor so that it
+// runs on the testbed's VM. Everything else, comments included, stays as it is.
 func deriveKataConfig(configuration string, s kataSettings) (string, error) {
 	e := newEditor(configuration)
 	hypervisor := e.firstTable("hypervisor.")
@@ -71,7 +74,7 @@ func deriveKataConfig(configuration string, s kataSettings) (string, error) {
 	}
 	e.set(hypervisor, "default_memory", "1536")
 	e.set(hypervisor, "disable_seccomp", "true") // the filter would be Cloud Hypervisor's
-	// A guest under TCG takes its time, on a busy machine even more.
+	// A guest under TCG is slow, even more so on a loaded machine.
 	e.set("agent.kata", "debug_console_enabled", "true")
 	if s.Way == Rust {
 		e.set("agent.kata", "dial_timeout_ms", "500")
@@ -83,7 +86,7 @@ func deriveKataConfig(configuration string, s kataSettings) (string, error) {
 	}
 	if s.NoNetwork {
 		e.set("runtime", "disable_new_netns", "true")
-		e.set("runtime", "internetworking_model", text("none")) // Kata's Go shim insists
+		e.set("runtime", "internetworking_model", text("none")) // Kata's Go shim requires it
 	}
 	if s.GuestBundle != "" {
 		name := s.GuestBundle[strings.LastIndex(s.GuestBundle, "/")+1:]
@@ -93,7 +96,8 @@ func deriveKataConfig(configuration string, s kataSettings) (string, error) {
 	return e.String(), nil
 }
 
-// editor changes single lines of a TOML file whose values each stand on one line, as Kata's all do.
+// editor changes single lines of a TOML file in which each value is on one
+// line, as in all of Kata's.
 type editor struct{ lines []string }
 
 var (
@@ -105,7 +109,7 @@ func newEditor(text string) *editor { return &editor{strings.Split(text, "\n")} 
 
 func (e *editor) String() string { return strings.Join(e.lines, "\n") }
 
-// find gives the line of a table's header and of a key in it, -1 for what is not there.
+// find returns the line of a table's header and of a key in it, or -1.
 func (e *editor) find(table, key string) (header, line int) {
 	header = -1
 	current := ""
@@ -146,7 +150,7 @@ func (e *editor) has(table, key string) bool {
 	return line >= 0
 }
 
-// get gives a key's value as it is written, empty where there is none.
+// get returns a key's value as it is written, or an empty string.
 func (e *editor) get(table, key string) string {
 	_, line := e.find(table, key)
 	if line < 0 {
@@ -155,7 +159,8 @@ func (e *editor) get(table, key string) string {
 	return keyLine.FindStringSubmatch(e.lines[line])[2]
 }
 
-// set replaces a key's line, or adds one right below the table's header, or the table at the end.
+// set replaces a key's line, or adds one right below the table's header, or the
+// table at the end.
 func (e *editor) set(table, key, value string) {
 	text := key + " = " + value
 	header, line := e.find(table, key)

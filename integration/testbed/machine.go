@@ -18,26 +18,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What all testbeds of a machine share. The first one arranges it, the last one puts it back:
+// What all testbeds of a machine share. The first one sets it up, the last one
+// restores it:
 //
-//   - Mounts below / are shared, as under systemd: those that Kata makes have to reach its virtiofsd.
-//   - Something listens on /dev/log: Kata's Go shim does not start without.
+//   - Mounts below / are shared, as under systemd, so that Kata's reach its virtiofsd.
+//   - Something listens on /dev/log: Kata's Go shim does not start without it.
 //
-// The directory has a file for each testbed, named after a digest of its directory, which it contains.
+// The directory has a file for each testbed, named by the digest of the
+// testbed's directory, which is its content.
 const (
 	machineDir  = "/run/kata-checkpoint-testbed"
 	machineLock = "/run/kata-checkpoint-testbed.lock"
 )
 
-// machineState is what was done to the machine, kept in machineDir.
+// machineState records what was done to the machine. It is stored in
+// machineDir.
 type machineState struct {
-	// KeepShared has the mounts that were shared or slaves before; nil if mounts were left as they are.
+	// KeepShared has the mounts that were shared or slaves before, or is nil if
+	// the propagation was not changed.
 	KeepShared []string `json:"keep_shared,omitempty"`
 	MadeShared bool     `json:"made_shared"`
 	Syslogd    process  `json:"syslogd"`
 }
 
-// withMachine runs do alone among all testbeds.
+// withMachine runs do under a lock that all testbeds share.
 func withMachine(do func() error) error {
 	for {
 		f, err := os.OpenFile(machineLock, os.O_CREATE|os.O_RDWR, 0o600)
@@ -48,7 +52,8 @@ func withMachine(do func() error) error {
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
 			return fmt.Errorf("machine: %w", err)
 		}
-		// The last testbed removes the file, lock and all, while others may wait for it: what they get then keeps nobody away.
+		// The last testbed removes the locked file while others may wait for
+		// it. A lock on a removed file excludes nobody.
 		held, err := f.Stat()
 		if err != nil {
 			return fmt.Errorf("machine: %w", err)
@@ -64,7 +69,7 @@ func userFile(dir string) string {
 	return filepath.Join(machineDir, hex.EncodeToString(sum[:8])+".user")
 }
 
-// joinMachine arranges the machine for the testbed in dir.
+// joinMachine sets the machine up for the testbed in dir.
 func joinMachine(dir string) error {
 	return withMachine(func() error {
 		if err := os.MkdirAll(machineDir, 0o755); err != nil {
@@ -81,7 +86,7 @@ func joinMachine(dir string) error {
 	})
 }
 
-// leaveMachine puts the machine back if nobody needs it any more.
+// leaveMachine restores the machine if no testbed is left.
 func leaveMachine(dir string) error {
 	return withMachine(func() error {
 		if err := os.Remove(userFile(dir)); err != nil {
@@ -99,7 +104,7 @@ func leaveMachine(dir string) error {
 			if _, err := os.Stat(string(data)); err == nil {
 				return nil
 			}
-			// Somebody removed that testbed by hand.
+			// That testbed was removed by hand.
 		}
 		s, err := loadMachine()
 		if err != nil {
@@ -116,7 +121,8 @@ func leaveMachine(dir string) error {
 	})
 }
 
-// removeEmpty removes what Kata makes once for all sandboxes and never takes away, as far as nothing is in it.
+// removeEmpty removes empty directories that Kata creates once for all
+// sandboxes and never removes.
 func removeEmpty() {
 	dirs := []string{
 		"/run/kata-containers/shared/sandboxes", "/run/kata-containers/shared", "/run/kata-containers",
@@ -193,7 +199,7 @@ func (s *machineState) unshareMounts() error {
 		if !m.shared || slices.Contains(s.KeepShared, m.path) {
 			continue
 		}
-		// Gone in between, or below another mount: not to be reached by its path, and nobody else's to see.
+		// Unmounted meanwhile, or hidden below another mount.
 		if err := unix.Mount("", m.path, "", unix.MS_PRIVATE, ""); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("make %s private again: %w", m.path, err)
 		}
@@ -213,7 +219,7 @@ func (s *machineState) startSyslogd() error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start syslogd: %w", err)
 	}
-	go cmd.Wait() //nolint:errcheck // no zombie, should this process live on
+	go cmd.Wait() //nolint:errcheck // reaped if this process lives on
 	var err error
 	if s.Syslogd, err = processOf(cmd.Process.Pid); err != nil {
 		return fmt.Errorf("start syslogd: %w", err)
@@ -234,9 +240,9 @@ func (s *machineState) stopSyslogd() error {
 	if !s.Syslogd.alive() {
 		return nil
 	}
-	s.Syslogd.signal(syscall.SIGTERM) // it removes its own pid file
+	s.Syslogd.signal(syscall.SIGTERM) // it removes its pid file
 	if !waitGone(context.Background(), 5*time.Second, s.Syslogd) {
-		return errors.New("syslogd does not end")
+		return errors.New("syslogd did not exit")
 	}
 	return removeSocket(syslogSocket)
 }

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mount is a line of /proc/self/mountinfo, as far as it matters here.
+// mount is a line of /proc/self/mountinfo.
 type mount struct {
 	path   string
 	shared bool
@@ -37,7 +37,8 @@ func mountsOf(mountinfo string) ([]mount, error) {
 	return out, lines.Err()
 }
 
-// parseMount: "36 35 98:0 /root /path options shared:1 master:2 - fstype source options", spaces in paths as \040.
+// parseMount: "36 35 98:0 /root /path options shared:1 master:2 - fstype source
+// options", spaces in paths as \040.
 func parseMount(line string) (mount, bool) {
 	before, _, ok := strings.Cut(line, " - ")
 	fields := strings.Fields(before)
@@ -86,8 +87,8 @@ func unmountBelow(dir string) error {
 	return errors.Join(errs...)
 }
 
-// removeTree unmounts what is mounted at dir and below, and removes it. It never descends into a mount: a bind mount's source would be
-// emptied.
+// removeTree unmounts everything at dir and below, and removes dir. It never
+// descends into a mount, which would empty a bind mount's source.
 func removeTree(dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil

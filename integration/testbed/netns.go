@@ -12,12 +12,14 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
-// kataNamespace begins the names of the network namespaces that both of Kata's shims make.
+// kataNamespace is the prefix of the network namespaces that Kata's shims
+// create.
 const kataNamespace = "cnitest-"
 
-// removeNetworkNamespaces removes the names of network namespaces that the testbed's shims made and left: a killed shim takes the mount
-// along with its mount namespace and leaves the file. It is for when no process of the testbed runs any more. Those of other testbeds, and
-// those that an engine made, stay.
+// removeNetworkNamespaces removes the names of network namespaces that the
+// testbed's shims left behind: the mount of a killed shim disappears with its
+// mount namespace, but the file stays. Call it when no process of the testbed
+// is left. Namespaces of other testbeds and of engines stay.
 func (t *Testbed) removeNetworkNamespaces() error {
 	left, err := t.networkNamespaces()
 	if err != nil || len(left) == 0 {
@@ -30,7 +32,7 @@ func (t *Testbed) removeNetworkNamespaces() error {
 	var errs []error
 	for _, path := range left {
 		if inUse[path] {
-			continue // of a sandbox with the same name elsewhere
+			continue // of a sandbox with the same name in another testbed
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove a network namespace's name: %w", err))
@@ -39,7 +41,8 @@ func (t *Testbed) removeNetworkNamespaces() error {
 	return errors.Join(errs...)
 }
 
-// networkNamespaces lists the names of the namespaces that there are of those that the testbed's shims ever made for its VMs.
+// networkNamespaces lists the existing namespaces that the testbed's shims
+// created for its VMs.
 func (t *Testbed) networkNamespaces() ([]string, error) {
 	notes, err := filepath.Glob(filepath.Join(t.logDir(), "*"+vmm.NamespaceSuffix))
 	if err != nil {
@@ -66,7 +69,8 @@ func (t *Testbed) networkNamespaces() ([]string, error) {
 	return out, nil
 }
 
-// mountedAnywhere lists the mount points of all mount namespaces that a process is in.
+// mountedAnywhere lists the mount points of the mount namespaces of all
+// processes.
 func mountedAnywhere() (map[string]bool, error) {
 	processes, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
@@ -81,7 +85,7 @@ func mountedAnywhere() (map[string]bool, error) {
 		seen[namespace] = true
 		all, err := mountsOf(filepath.Join(dir, "mountinfo"))
 		if err != nil {
-			seen[namespace] = false // it ended in between; another may be in there
+			seen[namespace] = false // it exited meanwhile; another process may be in the namespace
 			continue
 		}
 		for _, m := range all {

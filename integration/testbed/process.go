@@ -15,7 +15,8 @@ import (
 	"time"
 )
 
-// process names a process for good: its id together with its start, since ids come again.
+// process identifies a process by its pid and start time, because pids are
+// reused.
 type process struct {
 	PID   int    `json:"pid,omitempty"`
 	Start string `json:"start,omitempty"` // as /proc/PID/stat has it, in clock ticks since the machine's boot
@@ -26,13 +27,14 @@ func processOf(pid int) (process, error) {
 	return process{pid, start}, err
 }
 
-// statOf gives a process's start and state.
+// statOf returns a process's start time and state.
 func statOf(pid int) (start, state string, err error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return "", "", err
 	}
-	// The second field is the program's name in parentheses, and may hold anything.
+	// The second field is the program's name in parentheses; it may contain
+	// anything.
 	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
 	const stateField, startField = 0, 19 // the third and the twenty-second of all
 	if len(fields) <= startField {
@@ -41,7 +43,7 @@ func statOf(pid int) (start, state string, err error) {
 	return fields[startField], fields[stateField], nil
 }
 
-// alive tells whether the process still runs; a zombie does not.
+// alive reports whether the process still runs; a zombie does not.
 func (p process) alive() bool {
 	if p.PID == 0 {
 		return false
@@ -52,16 +54,17 @@ func (p process) alive() bool {
 
 func (p process) signal(s syscall.Signal) {
 	if p.alive() {
-		_ = syscall.Kill(p.PID, s) // ended in between
+		_ = syscall.Kill(p.PID, s) // it may have exited meanwhile
 	}
 }
 
-// waitGone returns true once none of the processes runs any more.
+// waitGone waits for the processes to exit and reports whether they did.
 func waitGone(ctx context.Context, limit time.Duration, processes ...process) bool {
 	return eventually(ctx, limit, func() bool { return !slices.ContainsFunc(processes, process.alive) })
 }
 
-// eventually asks until it is so, for a bounded time, and returns the last answer.
+// eventually polls until the condition holds, for a bounded time, and returns
+// the last result.
 func eventually(ctx context.Context, limit time.Duration, is func() bool) bool {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -77,8 +80,9 @@ func eventually(ctx context.Context, limit time.Duration, is func() bool) bool {
 	return true
 }
 
-// owned finds the testbed's processes: they have its mark in their environment, or one of its programs as their name, or work in one of
-// its bundles (Kata's shims clear environments at times). This process is not among them.
+// owned finds the testbed's processes, other than this one: they have its mark
+// in their environment, or run one of its programs, or have one of its bundles
+// as their working directory (Kata's shims sometimes clear environments).
 func (t *Testbed) owned() ([]process, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -172,7 +176,8 @@ func unixSockets() []unixSocket {
 	return out
 }
 
-// endAll kills the testbed's processes until there are none; a shim may start one while it is killed.
+// endAll kills the testbed's processes until none is left: a shim may start one
+// while it is being killed.
 func (t *Testbed) endAll(ctx context.Context) error {
 	const limit = 20 * time.Second
 	for deadline := time.Now().Add(limit); ; {
@@ -184,7 +189,7 @@ func (t *Testbed) endAll(ctx context.Context) error {
 			return nil
 		}
 		if time.Now().After(deadline) || ctx.Err() != nil {
-			return fmt.Errorf("processes that do not end: %v", left)
+			return fmt.Errorf("processes did not exit: %v", left)
 		}
 		for _, p := range left {
 			p.signal(syscall.SIGKILL)

@@ -9,11 +9,13 @@ import (
 	"strings"
 )
 
-// Residue lists what there is of containers that have been removed and of what was done with them, in words: processes other than containerd,
-// mounts, bundles and sandboxes with their names, files of the product's state directory, and unpacked checkpoints. There should be none of
-// these in a testbed without containers.
+// Residue lists, in words, what removed containers have left behind: processes
+// other than containerd, mounts, bundles and sandboxes with their names, files
+// in the product's state directory, and unpacked checkpoints. In a testbed
+// without containers there should be none.
 //
-// What Kata itself leaves is not listed: sockets of its shims and empty cgroups.
+// What Kata itself leaves behind is not listed: its shims' sockets and empty
+// cgroups.
 func (t *Testbed) Residue(containers ...string) ([]string, error) {
 	processes, err := t.owned()
 	if err != nil {
@@ -55,7 +57,7 @@ func (t *Testbed) Residue(containers ...string) ([]string, error) {
 		found, _ := filepath.Glob(p)
 		for _, path := range found {
 			if filepath.Dir(path) == filepath.Join(t.Dir, "state/restored") {
-				continue // notes on pods that may get another sandbox
+				continue // records of pods that may get another sandbox
 			}
 			out = append(out, "file "+path)
 		}
@@ -63,7 +65,8 @@ func (t *Testbed) Residue(containers ...string) ([]string, error) {
 	return out, nil
 }
 
-// Exchanged lists what the containers that run and the host have in exchange, by a pattern of names.
+// Exchanged lists the files in the exchange directories of the running
+// containers that match a pattern.
 func (t *Testbed) Exchanged(pattern string) ([]string, error) {
 	return filepath.Glob(filepath.Join(t.Dir, "state/*/*", pattern))
 }

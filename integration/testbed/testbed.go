@@ -1,12 +1,15 @@
-// Package testbed runs a containerd with Kata below it, in VMs that need no KVM, everything in one directory. The scenarios, the
-// benchmarks and the command testbed call it.
+// Package testbed runs a containerd with Kata in one directory, with VMs that
+// need no KVM. The scenarios, the benchmarks and the command testbed call it.
 //
-// [Up] makes one, [Open] finds one that runs, [Testbed.Down] takes it away, with all that ran in it and nothing else: several testbeds
-// can run on a machine at the same time, and what they share (the propagation of mounts, a syslog socket) is put back when the last one
-// goes. All of it needs root. The programs come from package parts, and from `make build` and `make guest-bundle`.
+// [Up] starts a testbed, [Open] finds a running one, [Testbed.Down] removes it
+// with everything that ran in it and nothing else. Several testbeds can run on
+// a machine at the same time; what they share (mount propagation, a syslog
+// socket) is restored when the last one ends. Root is required. The programs
+// come from package parts, `make build` and `make guest-bundle`.
 //
-// Kata is either the stand-in of this project or, with [Options].Kata, a real one: a directory with Kata's containerd-shim-kata-v2,
-// configuration.toml and kata-agent.
+// Kata is either this project's stand-in or, with [Options].Kata, a real one: a
+// directory with Kata's containerd-shim-kata-v2, configuration.toml and
+// kata-agent.
 package testbed
 
 import (
@@ -27,16 +30,17 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vmm"
 )
 
-// Namespace is containerd's namespace that [Testbed.Client] works in.
+// Namespace is the containerd namespace of [Testbed.Client].
 const Namespace = "default"
 
 // Runtime is the runtime under test.
 const Runtime = "io.containerd.kata-checkpoint.v2"
 
-// Image is in every testbed's containerd: busybox, with a user of id 1000.
+// Image is imported into every testbed: busybox, with a user of id 1000.
 const Image = parts.ImageName
 
-// Way is one of the two ways in which Kata's shims lay out the share, name their sockets and run guest hooks.
+// Way is which of Kata's two shims is used: they differ in the layout of the
+// share, the names of sockets and the use of guest hooks.
 type Way string
 
 // The ways of Kata's Go and Rust shims.
@@ -51,44 +55,48 @@ const (
 	Private = "private"
 )
 
-// Options says what testbed to make. Only Dir is needed.
+// Options describes a testbed. Only Dir is required.
 type Options struct {
-	Dir         string // is made, and removed by Down
+	Dir         string // created by Up, removed by Down
 	Kata        string // directory of a real Kata; empty: the stand-in
-	Way         Way    // of the stand-in; a real Kata's is found in its configuration
+	Way         Way    // of the stand-in; a real Kata's follows from its configuration
 	GuestMounts string // propagation of the guest's mounts before the agent starts; default [Shared], as under systemd
-	Accel       string // vmm.AccelKVM or vmm.AccelTCG; empty: KVM where it has booted a guest
-	// NoNetwork keeps Kata from making a network namespace and from looking for network cards. Without CNI there are none, and Kata's Rust
-	// shim waits 5 s for one at every start of a sandbox.
+	Accel       string // vmm.AccelKVM or vmm.AccelTCG; empty: KVM if it boots a guest
+	// NoNetwork keeps Kata from creating a network namespace and from waiting
+	// for network interfaces. Without CNI there are none, and Kata's Rust shim
+	// waits 5 s for one at every start of a sandbox.
 	NoNetwork   bool
-	NoAgent     bool   // leave our guest bundle out of Kata's configuration, and have the shim do without
+	NoAgent     bool   // do not configure the guest bundle in Kata, and have the shim do without
 	GuestBundle string // default: build/guest-bundle
 	Containerd  string // its release, such as "2.1"; default parts.ContainerdVersion
-	CRI         bool   // serve the CRI, too, with CNI and the NRI plugin: pods in Kata
-	// Settings are keys of the configuration of the shim under test, over those that the testbed gives it.
+	CRI         bool   // also serve the CRI, with CNI and the NRI plugin
+	// Settings override keys in the configuration of the shim under test.
 	Settings map[string]any
 }
 
-// Testbed is a running one. Only what names the process of containerd changes, when that is started again.
+// Testbed is a running testbed. Only containerd's process changes, when it is
+// restarted.
 type Testbed struct {
 	Dir     string `json:"dir"`
 	Kata    string `json:"kata,omitempty"`
 	Way     Way    `json:"way"`
 	Address string `json:"address"` // containerd's socket
 	Path    string `json:"path"`    // PATH with the programs under test and ctr
-	// Downstream is the path of Kata's shim, which can be a runtime of its own with [Testbed.KataConfig].
+	// Downstream is the path of Kata's shim, which can be used as a runtime
+	// with [Testbed.KataConfig].
 	Downstream string `json:"downstream"`
 
 	Containerd process `json:"containerd"`
-	CRI        *CRI    `json:"cri,omitempty"`        // where it serves the CRI, too
-	SocketDir  string  `json:"socket_dir,omitempty"` // outside of Dir, where Dir is too deep for a socket's path
+	CRI        *CRI    `json:"cri,omitempty"`        // nil without the CRI
+	SocketDir  string  `json:"socket_dir,omitempty"` // outside of Dir if Dir is too long for a socket's path
 
-	containerd string // the program; known to whoever has made the testbed
+	containerd string // the program; only known after Up
 }
 
 const recordName = "testbed.json"
 
-// Up makes a testbed and returns once its containerd serves and has the image. What a failed Up began, it takes away.
+// Up starts a testbed and returns once its containerd serves and has the image.
+// If it fails, it leaves nothing behind.
 func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 	start := time.Now()
 	p, err := parts.Find()
@@ -102,7 +110,8 @@ func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 		return nil, err
 	}
 	t := &Testbed{Dir: o.Dir, Kata: o.Kata, Way: o.Way}
-	// From here on there is something to take away, by a later `testbed down`, too.
+	// From here on there is something to remove, also by a later `testbed
+	// down`.
 	if err := t.record(); err != nil {
 		return nil, err
 	}
@@ -151,7 +160,7 @@ func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 	return t, nil
 }
 
-// complete checks the options and fills in what was left out.
+// complete checks the options and fills in defaults.
 func (o *Options) complete(p *parts.Parts) error {
 	var err error
 	if o.Dir == "" {
@@ -197,7 +206,7 @@ func (o *Options) complete(p *parts.Parts) error {
 	return nil
 }
 
-// WayOfKata finds which of Kata's shims is in a directory.
+// WayOfKata returns which of Kata's shims is in a directory.
 func WayOfKata(dir string) (Way, error) {
 	configuration, err := os.ReadFile(filepath.Join(dir, "configuration.toml"))
 	if err != nil {
@@ -206,8 +215,8 @@ func WayOfKata(dir string) (Way, error) {
 	return wayOf(string(configuration)), nil
 }
 
-// claim makes the directory. One with a testbed's record is what is left of that testbed, and is taken away first; anything else in it is
-// somebody's, and an error.
+// claim creates the directory. If it contains the record of a dead testbed,
+// that testbed is removed first; any other content is an error.
 func claim(ctx context.Context, dir string) error {
 	old, err := Open(dir)
 	switch {
@@ -225,7 +234,7 @@ func claim(ctx context.Context, dir string) error {
 		return fmt.Errorf("testbed: %w", err)
 	}
 	if len(entries) > 0 {
-		return fmt.Errorf("testbed: %s is no testbed's, and not empty", dir)
+		return fmt.Errorf("testbed: %s is not empty and not a testbed", dir)
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("testbed: %w", err)
@@ -233,7 +242,7 @@ func claim(ctx context.Context, dir string) error {
 	return nil
 }
 
-// Open finds the testbed in dir. A directory without one gives fs.ErrNotExist.
+// Open finds the testbed in dir. The error is fs.ErrNotExist if there is none.
 func Open(dir string) (*Testbed, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -248,7 +257,7 @@ func Open(dir string) (*Testbed, error) {
 		return nil, fmt.Errorf("testbed in %s: %w", dir, err)
 	}
 	if t.Dir != dir {
-		return nil, fmt.Errorf("the testbed in %s was made as %s", dir, t.Dir)
+		return nil, fmt.Errorf("the testbed in %s was created as %s", dir, t.Dir)
 	}
 	return t, nil
 }
@@ -264,7 +273,7 @@ func (t *Testbed) record() error {
 	return nil
 }
 
-// Client connects to the testbed's containerd. Closing it is the caller's.
+// Client connects to the testbed's containerd. The caller closes the client.
 func (t *Testbed) Client() (*client.Client, error) {
 	c, err := client.New(t.Address, client.WithDefaultNamespace(Namespace))
 	if err != nil {
@@ -273,7 +282,7 @@ func (t *Testbed) Client() (*client.Client, error) {
 	return c, nil
 }
 
-// Env is what a shell evaluates to work with the testbed.
+// Env returns shell code that exports what is needed to work with the testbed.
 func (t *Testbed) Env() string {
 	env := fmt.Sprintf("export CONTAINERD_ADDRESS=%s\nexport CONTAINERD_NAMESPACE=%s\nexport RUNTIME=%s\nexport TESTBED_DIR=%s\nexport PATH=%s\n",
 		quote(t.Address), Namespace, Runtime, quote(t.Dir), quote(t.Path))
@@ -284,18 +293,19 @@ func (t *Testbed) Env() string {
 	return env
 }
 
-// KataConfig is Kata's configuration, as derived for this testbed.
+// KataConfig is the path of Kata's configuration for this testbed.
 func (t *Testbed) KataConfig() string { return filepath.Join(t.Dir, "kata.toml") }
 
-// ContainerdLog is what containerd and the shims have logged.
+// ContainerdLog is the path of the log of containerd and the shims.
 func (t *Testbed) ContainerdLog() string { return filepath.Join(t.logDir(), "containerd") }
 
-// ConsoleLog is what the sandbox's guest has printed on its console: the kernel's and the agent's messages.
+// ConsoleLog is the path of the guest's console log: the kernel's and the
+// agent's messages.
 func (t *Testbed) ConsoleLog(sandbox string) string {
 	return filepath.Join(t.logDir(), sandbox+".console")
 }
 
-// HybridSocket is the socket behind which the sandbox's guest has its vsock ports.
+// HybridSocket is the hybrid vsock socket of a sandbox.
 func (t *Testbed) HybridSocket(sandbox string) string {
 	if t.Way == Rust {
 		return filepath.Join("/run/kata", sandbox, "ch-vm.sock")

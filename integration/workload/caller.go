@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// caller keeps one TCP connection open. In every round it sends a number, and the same has to come back. What the server pushes in between
-// has to be numbered from 1 on.
+// caller keeps one TCP connection open. In every round it sends a number and
+// expects it back. What the server pushes in between has to be numbered from 1.
 type caller struct {
 	address string
 	conn    net.Conn
@@ -20,11 +20,12 @@ type caller struct {
 	pushed  int
 }
 
-// Push is what a server may send to a caller besides its answers, followed by a number.
+// Push precedes the numbers that a server may send to a caller in addition to
+// its answers.
 const Push = "push "
 
 func (c *caller) connect() error {
-	// The interface of a container may come a moment after its first process.
+	// A container's network interface may appear after its init.
 	deadline := time.Now().Add(relayTimeout)
 	for {
 		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(context.Background(), "tcp", c.address)

@@ -8,7 +8,8 @@ import (
 	"strings"
 )
 
-// counter has its number in memory, in a file of the root file system, in one of /dev/shm, and in a line of its output for each number.
+// counter keeps its number in memory, in a file of the root file system and in
+// a file in /dev/shm, and prints each number.
 type counter struct {
 	file, shm string
 	n         int
@@ -31,7 +32,7 @@ func (c *counter) round(w io.Writer) error {
 	if err := c.store(); err != nil {
 		return err
 	}
-	// What is printed of the files is what is in them, not what was meant to be.
+	// The files' numbers are printed as read back.
 	if file, shm, err = c.load(); err != nil {
 		return err
 	}
@@ -41,7 +42,7 @@ func (c *counter) round(w io.Writer) error {
 
 func (c *counter) store() error {
 	for _, path := range []string{c.file, c.shm} {
-		// By a new name, so that nobody ever reads half of it.
+		// Renamed into place, so that nobody reads a partial file.
 		if err := os.WriteFile(path+".new", []byte(strconv.Itoa(c.n)+"\n"), 0o644); err != nil {
 			return err
 		}

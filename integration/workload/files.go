@@ -12,8 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openFiles has files open in all the places that a container has. It adds a record to each in every round and reads all of them back,
-// by the descriptors that it has had from the start. A file of the volume it has mapped, and closed: there it writes the round's number.
+// openFiles keeps files open in all the places that a container has. In every
+// round it appends a record to each and reads all records back, through the
+// descriptors that it opened at the start. A file of the volume is mapped and
+// closed; it holds the round's number.
 type openFiles struct {
 	volume, root, shm, deleted string
 	mapped                     string
@@ -91,13 +93,13 @@ func (o *openFiles) round(w io.Writer) error {
 	return err
 }
 
-// recordFile holds a record for each round.
+// recordFile is a file with a record for each round.
 type recordFile struct {
 	path string
 	f    *os.File
 }
 
-// record is one of fixed length that no other round and no other file has.
+// record returns a record of fixed length, unique to the round and the file.
 func (r *recordFile) record(n int) []byte {
 	return fmt.Appendf(nil, "%08d %08x\n", n, crc32.ChecksumIEEE(fmt.Append(nil, r.path, n)))
 }
@@ -110,7 +112,8 @@ func (r *recordFile) verify(n int) error {
 	return sameContent(r.path, r.f, want)
 }
 
-// fixedFile is read by its descriptor and by its name: a mount that is gone shows in one, a descriptor of another file in the other.
+// fixedFile is read through its descriptor and by its path: the path shows a
+// missing mount, the descriptor a wrong file.
 type fixedFile struct {
 	path    string
 	f       *os.File

@@ -8,15 +8,16 @@ import (
 	"strings"
 )
 
-// Words that begin the lines of first-instruction.
+// First words of the lines that first-instruction prints.
 const (
 	MountLine = "mount" // followed by a line of /proc/self/mountinfo
 	EntryLine = "entry" // followed by the name of a file in /
 	EndLine   = "end"
 )
 
-// firstInstruction prints, before it does anything else, what a container can see of its mounts and of its root directory. What was taken
-// away only just in time would still be there.
+// firstInstruction prints, before anything else, the mounts and the root
+// directory that the container sees. What is hidden too late would still be
+// there.
 func firstInstruction(w io.Writer) error {
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {

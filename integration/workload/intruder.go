@@ -19,15 +19,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// Words that begin the lines of the intruders.
+// First words of the lines that the intruders print.
 const (
-	BreachLine = "breach" // followed by what an intruder has got that it must not get
-	DialedLine = "dialed" // followed by a vsock address, and what came of it
-	SpyingLine = "spying" // has begun
+	BreachLine = "breach" // followed by what an intruder got and must not get
+	DialedLine = "dialed" // followed by a vsock address and the result
+	SpyingLine = "spying" // the spy has started
 )
 
-// intruder counts, while processes of its pose as the exec helper of the guest agent: by their names, arguments and descriptors. Each holds
-// descriptors of its own where the helper has an exec's, and looks out for whatever somebody writes to them.
+// intruder counts while child processes imitate the guest agent's exec helper:
+// name, arguments and descriptors. Each has descriptors of its own in place of
+// the exec's, and watches them for data.
 type intruder struct {
 	n     int
 	found chan string
@@ -36,7 +37,7 @@ type intruder struct {
 const (
 	posers   = 4
 	helper   = api.HelperPath // the path that the helper is started by
-	statusFD = 200            // where the helper has the pipe that its agent writes to
+	statusFD = 200            // where the helper has the pipe that the agent writes to
 )
 
 func (i *intruder) pose() error {
@@ -83,7 +84,8 @@ func (i *intruder) round(w io.Writer) error {
 	return err
 }
 
-// poser is a process of intruder. What comes to its descriptors goes to its stdout, which is nobody's but the intruder's.
+// poser is a child of intruder. It copies what arrives at its descriptors to
+// its stdout, which the intruder reads.
 func poser() error {
 	if err := os.WriteFile("/proc/self/comm", []byte("kata-checkpoint-agent"), 0); err != nil {
 		return err
@@ -99,15 +101,17 @@ func poser() error {
 	return err
 }
 
-// dialAgent tries to be served by the agent in the guest, and says what came of it at each address.
+// dialAgent tries to call the guest agent, and prints the result for each
+// address.
 func dialAgent(w io.Writer, port uint) error {
-	// The loopback's, the host's, and the one that Kata gives to a guest whose VMM has a vsock of its own.
+	// Loopback, the host, and the CID that Kata gives to guests with hybrid
+	// vsock.
 	for _, cid := range []uint32{vsock.Local, vsock.Host, 3} {
 		if _, err := fmt.Fprintf(w, "%s %d:%d %s\n", DialedLine, cid, port, call(cid, uint32(port))); err != nil {
 			return err
 		}
 	}
-	// Whoever has the host's number as its own would pass for the host.
+	// A process that binds the host's CID would pass for the host.
 	outcome := "taken"
 	if err := bind(vsock.Host, unix.VMADDR_PORT_ANY); err != nil {
 		outcome = "refused: " + err.Error()
@@ -123,7 +127,7 @@ func dialAgent(w io.Writer, port uint) error {
 	return err
 }
 
-// call says how far a call came.
+// call reports how far a call got.
 func call(cid, port uint32) string {
 	conn, err := vsock.Dial(cid, port, nil)
 	if err != nil {
@@ -148,7 +152,8 @@ func bind(cid, port uint32) error {
 	return os.NewSyscallError("bind", unix.Bind(fd, &unix.SockaddrVM{CID: cid, Port: port}))
 }
 
-// spy looks at every process that comes, in search of one that is the agent's still: it would have the agent's memory and descriptors.
+// spy inspects every new process in search of one that still is a copy of the
+// agent, with the agent's memory and descriptors.
 func spy(w io.Writer) error {
 	if _, err := fmt.Fprintln(w, SpyingLine); err != nil {
 		return err

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lock holds a lock of a file, which nobody else may get.
+// lock holds a file lock that nobody else can get.
 type lock struct {
 	path  string
 	file  *os.File

@@ -10,13 +10,14 @@ import (
 
 const mib = 1 << 20
 
-// memory holds random data whose checksums it verifies in every round. A part of it is new in each round, so that an old image set and a
-// new one cannot be taken for each other.
+// memory holds random data and verifies its checksums in every round. A part of
+// the data changes in each round, so that an old image set cannot pass for a
+// new one.
 type memory struct {
 	mib, shmMiB int
 	shm         string
 
-	blocks, shmBlocks []uint64 // checksums, one a MiB
+	blocks, shmBlocks []uint64 // checksums, one for each MiB
 	data              [][]byte
 	file              *os.File
 	buffer            []byte
@@ -86,8 +87,9 @@ func (m *memory) round(w io.Writer) error {
 	return err
 }
 
-// checksum changes with every bit of a block, and with the order of its words: each step is a bijection of the sum for a given word, and
-// of the word for a given sum. It is cheap, because the guest's processor may be an emulated one.
+// checksum depends on every bit of a block and on the order of its words: each
+// step is a bijection of the sum for a given word, and of the word for a given
+// sum. It is cheap, because the guest's CPU may be emulated.
 func checksum(block []byte) uint64 {
 	sum := uint64(len(block))
 	for i := 0; i+8 <= len(block); i += 8 {

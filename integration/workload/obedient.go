@@ -19,8 +19,9 @@ const (
 	IgnoringLine     = "ignoring"
 )
 
-// obedient counts on stdout and on stderr, ends on SIGTERM with a status of its own, and does what a file tells it: "ignore", SIGTERM from
-// then on, or "exit STATUS".
+// obedient counts on stdout and stderr, exits with its own status on SIGTERM,
+// and obeys commands in a file: "ignore" (SIGTERM, from then on) or "exit
+// STATUS".
 type obedient struct {
 	command string
 	stderr  io.Writer
@@ -75,6 +76,6 @@ func (o *obedient) obey(w io.Writer) error {
 		o.exit(status)
 		return nil
 	default:
-		return fmt.Errorf("%s: there is no command %q", o.command, word)
+		return fmt.Errorf("%s: unknown command %q", o.command, word)
 	}
 }

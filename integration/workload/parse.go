@@ -5,8 +5,9 @@ import (
 	"strings"
 )
 
-// Ticks gives the numbers that counter has printed, in order. A line in which its places do not agree, one that is none of its lines, or a
-// report of its own that something is wrong, is an error.
+// Ticks returns the numbers that counter printed, in order. A line in which its
+// places differ, an unknown line, and an error that the counter reported are
+// errors.
 func Ticks(lines []string) ([]int, error) {
 	var out []int
 	for _, line := range lines {
@@ -15,17 +16,17 @@ func Ticks(lines []string) ([]int, error) {
 		}
 		var n, file, shm int
 		if _, err := fmt.Sscanf(line, "tick %d file %d shm %d", &n, &file, &shm); err != nil {
-			return out, fmt.Errorf("after %d numbers the counter said %q", len(out), line)
+			return out, fmt.Errorf("after %d numbers the counter printed %q", len(out), line)
 		}
 		if file != n || shm != n {
-			return out, fmt.Errorf("the counter's places do not agree: %q", line)
+			return out, fmt.Errorf("the counter's places differ: %q", line)
 		}
 		out = append(out, n)
 	}
 	return out, nil
 }
 
-// Rounds gives the numbers of the rounds that files or memory have printed, in order.
+// Rounds returns the numbers of the rounds that a workload printed, in order.
 func Rounds(lines []string) ([]int, error) {
 	var out []int
 	for _, line := range lines {
@@ -34,14 +35,14 @@ func Rounds(lines []string) ([]int, error) {
 		}
 		var n int
 		if _, err := fmt.Sscanf(line, "round %d", &n); err != nil {
-			return out, fmt.Errorf("after %d rounds the workload said %q", len(out), line)
+			return out, fmt.Errorf("after %d rounds the workload printed %q", len(out), line)
 		}
 		out = append(out, n)
 	}
 	return out, nil
 }
 
-// Boots gives the ids of the boots that a workload has been in, in order.
+// Boots returns the boot ids of the kernels that a workload ran on, in order.
 func Boots(lines []string) []string {
 	var out []string
 	for _, line := range lines {

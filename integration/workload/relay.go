@@ -10,18 +10,20 @@ import (
 	"time"
 )
 
-// relay answers over TCP, one line a connection. How many requests there have been is in its memory and in each answer.
+// relay answers over TCP, one line for each connection. It counts requests in
+// memory and prints the count in each answer.
 type relay struct {
 	address string
 	served  int
 	failed  atomic.Pointer[error]
 }
 
-// relayTimeout is for one exchange with anybody.
+// relayTimeout bounds one exchange.
 const relayTimeout = 20 * time.Second
 
 func (r *relay) listen() error {
-	// As any server in Go: with MPTCP, which CRIU does not know, where the guest has it.
+	// As any server in Go: with MPTCP, which CRIU does not support, if the
+	// guest has it.
 	l, err := net.Listen("tcp", r.address)
 	if err != nil {
 		return err
@@ -47,10 +49,11 @@ func (r *relay) round(io.Writer) error {
 	return nil
 }
 
-// serve answers one request and hangs up. When its peer sees the end, no connection of the program is open any more.
+// serve answers one request and closes the connection. When the peer sees EOF,
+// the program has no connection open.
 func (r *relay) serve(c net.Conn) {
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(relayTimeout)) // a connection that is gone says so when it is read
+	_ = c.SetDeadline(time.Now().Add(relayTimeout)) // a lost connection fails in the read
 	request, err := bufio.NewReader(c).ReadString('\n')
 	if err != nil {
 		return
@@ -75,8 +78,10 @@ func answerTo(request string) (string, error) {
 	return "", fmt.Errorf("unknown request %q", request)
 }
 
-// Ask sends one line to a TCP server and gives the line that comes back, once the server has hung up. The program relay is one:
-// it answers "say WORDS" with the words, and "ask ADDRESS WORDS" with what another server answers to them, with a number before.
+// Ask sends one line to a TCP server and returns the line that it answers
+// before it closes the connection. The program relay is such a server: it
+// answers "say WORDS" with the words, and "ask ADDRESS WORDS" with another
+// server's answer to them, each after a number.
 func Ask(address, question string) (string, error) {
 	c, err := net.DialTimeout("tcp", address, relayTimeout)
 	if err != nil {

@@ -11,8 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// slots counts in a slot of its own of a file in /dev/shm that others have mapped, too, and in a file of its own there, which it keeps open. No
-// other slot may ever go back.
+// slots counts in its own slot of a file in /dev/shm that other processes have
+// mapped as well, and in a file of its own there, which it keeps open. No other
+// slot may ever decrease.
 type slots struct {
 	shared, own string
 	slot        int
@@ -30,13 +31,13 @@ const (
 
 func (s *slots) open() error {
 	if s.slot < 0 || s.slot >= slotCount {
-		return fmt.Errorf("there is no slot %d", s.slot)
+		return fmt.Errorf("no slot %d", s.slot)
 	}
 	shared, err := os.OpenFile(s.shared, os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
 		return err
 	}
-	defer shared.Close() // it stays mapped
+	defer shared.Close() // the mapping stays
 	if err := shared.Truncate(int64(os.Getpagesize())); err != nil {
 		return err
 	}

@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// terminal answers what is typed at its terminal: it numbers the lines, tells about the terminal, and ends when it is told to.
+// terminal answers what is typed at its terminal: it numbers the lines, reports
+// the terminal's size, and exits when told to.
 type terminal struct {
 	exit func(status int)
 
@@ -69,7 +70,7 @@ func (t *terminal) answer(w io.Writer, line string) error {
 	}
 }
 
-// through writes by way of /dev/tty, which is the controlling terminal, and tells whose it is.
+// through writes to /dev/tty, the controlling terminal, and checks whose it is.
 func (t *terminal) through() error {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
 	if err != nil {
@@ -89,7 +90,7 @@ func (t *terminal) through() error {
 		return err
 	}
 	if session != own || group != unix.Getpgrp() {
-		return fmt.Errorf("the terminal is that of session %d, process group %d in the foreground; the program is in %d and %d", session, group, own, unix.Getpgrp())
+		return fmt.Errorf("the terminal belongs to session %d with foreground process group %d; the program is in session %d and group %d", session, group, own, unix.Getpgrp())
 	}
 	_, err = fmt.Fprintf(tty, "line %d: through\n", t.n)
 	return err

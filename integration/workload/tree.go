@@ -15,7 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tree is a process with children, threads and one of each kind of thing that processes hold. Every round uses all of them.
+// tree is a process with children, threads and one of each kind of kernel
+// object that processes hold. Every round uses all of them.
 type tree struct {
 	self   string // the program
 	dir    string
@@ -24,7 +25,7 @@ type tree struct {
 	checks []treeCheck
 }
 
-// treeCheck uses one thing in round n, and fails when it is not as it was.
+// treeCheck uses one object in round n, and fails if it has changed.
 type treeCheck struct {
 	name  string
 	check func(n int) error
@@ -68,8 +69,8 @@ func (t *tree) round(w io.Writer) error {
 	return err
 }
 
-// child leads a session of its own, and is asked in every round by a pipe, a socket pair and a map of shared memory. A message to it lies in
-// the socket all the time.
+// child leads its own session and is queried in every round through a pipe, a
+// socket pair and shared memory. The socket always has a message queued.
 func (t *tree) child() (func(int) error, error) {
 	memory, err := unix.MemfdCreate("shared", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -130,7 +131,7 @@ func send(socket, n int) error {
 	return unix.Send(socket, binary.LittleEndian.AppendUint64(nil, uint64(n)), unix.MSG_DONTWAIT)
 }
 
-// treeAnswer is what the child has got by each way, and who it is.
+// treeAnswer is what the child received on each path, and its ids.
 type treeAnswer struct {
 	Pipe, Socket, Memory uint64
 	PID, Session, Parent uint64
@@ -165,7 +166,7 @@ func treeChild() error {
 	}
 }
 
-// zombie is a child that has ended, and for which nobody waits.
+// zombie is a child that has exited and is not reaped.
 func (t *tree) zombie() (func(int) error, error) {
 	cmd := exec.Command(t.self, "no-such-program")
 	if err := cmd.Start(); err != nil {

@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// thread keeps its number, and blocks a signal that it takes from a signalfd. One is pending all the time.
+// thread keeps its tid and blocks a signal that it reads from a signalfd. One
+// signal is always pending.
 func (t *tree) thread() (func(int) error, error) {
 	rounds, results := make(chan int), make(chan error)
 	go func() {
@@ -50,7 +51,8 @@ func (t *tree) thread() (func(int) error, error) {
 	}, <-results
 }
 
-// deletedFile has no name any more; a number at its end is new in every round.
+// deletedFile is an unlinked file; the number at its end changes in every
+// round.
 func (t *tree) deletedFile() (func(int) error, error) {
 	f, err := os.CreateTemp(t.dir, "deleted")
 	if err != nil {
@@ -78,14 +80,14 @@ func (t *tree) deletedFile() (func(int) error, error) {
 	}, os.Remove(f.Name())
 }
 
-// fileLock is one that nobody else gets.
+// fileLock is a lock that nobody else can get.
 func (t *tree) fileLock() (func(int) error, error) {
 	path := filepath.Join(t.dir, "lock")
 	f, err := os.Create(path)
 	if err != nil {
 		return nil, err
 	}
-	held := f // for as long as the check is there
+	held := f // for as long as the check exists
 	return func(int) error {
 		again, err := os.Open(path)
 		if err != nil {
@@ -93,16 +95,17 @@ func (t *tree) fileLock() (func(int) error, error) {
 		}
 		defer again.Close()
 		if err := unix.Flock(int(again.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
-			return errors.Join(fmt.Errorf("somebody else could take it, although %s holds it", held.Name()), err)
+			return errors.Join(fmt.Errorf("another process could take it although %s holds it", held.Name()), err)
 		}
 		return nil
 	}, unix.Flock(int(f.Fd()), unix.LOCK_EX)
 }
 
-// hour is a time that is never over.
+// hour is a time that never expires.
 const hour = int64(time.Hour / time.Second)
 
-// remaining checks that what remains of an hour becomes less, and neither much less than what a checkpoint may take nor nothing.
+// remaining checks that the rest of an hour decreases, by less than a
+// checkpoint may take, and is not zero.
 func remaining(last *int64, now, interval int64) error {
 	if interval != hour || now > *last || now < *last-10*60 || now <= 0 {
 		return fmt.Errorf("%d of %d seconds remain, %d did before", now, interval, *last)
@@ -131,7 +134,8 @@ func timerfd() (func(int) error, error) {
 		if err := remaining(&last, now.Value.Sec, now.Interval.Sec); err != nil {
 			return err
 		}
-		// Not a periodic one: CRIU takes one that has expired and was not read for one that is off.
+		// Not a periodic one: CRIU takes an expired timer that was not read for
+		// a disarmed one.
 		if err := unix.TimerfdSettime(quick, 0, &once, nil); err != nil {
 			return err
 		}
@@ -177,7 +181,8 @@ func intervalTimer() (func(int) error, error) {
 	}, err
 }
 
-// eventfdAndEpoll keeps a count that grows by one in a round, and an epoll instance that knows the eventfd by a number.
+// eventfdAndEpoll keeps a count that grows by one in each round, and an epoll
+// instance that has the eventfd registered with a number.
 func eventfdAndEpoll() (func(int) error, error) {
 	const mark = 4711
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
@@ -200,7 +205,7 @@ func eventfdAndEpoll() (func(int) error, error) {
 		if _, err := unix.Read(fd, count); err != nil {
 			return err
 		}
-		// What the round before left and what this one added.
+		// What the previous round left and what this one added.
 		if have := binary.NativeEndian.Uint64(count); have != uint64(2*n-1) {
 			return fmt.Errorf("the eventfd has %d, not %d", have, 2*n-1)
 		}
@@ -209,7 +214,7 @@ func eventfdAndEpoll() (func(int) error, error) {
 	}, unix.EpollCtl(poll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: mark})
 }
 
-// inotify watches a directory in which every round makes a file.
+// inotify watches a directory in which every round creates a file.
 func (t *tree) inotify() (func(int) error, error) {
 	dir := t.watch
 	if err := os.MkdirAll(dir, 0o755); err != nil {

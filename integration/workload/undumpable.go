@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ioUring counts, and holds what no CRIU dumps.
+// ioUring counts and holds an io_uring, which no CRIU dumps.
 type ioUring struct{ n int }
 
 func (u *ioUring) open() error {
@@ -28,8 +28,9 @@ func (u *ioUring) round(w io.Writer) error {
 	return err
 }
 
-// peer is one end of a connection by an abstract unix socket, which containers with a common network have in common: it counts, and sends
-// each number to the other end, or takes it from there.
+// peer is one end of a connection on an abstract unix socket, which containers
+// with a common network namespace share: it counts and sends each number to the
+// other end, or receives it.
 type peer struct {
 	socket string
 	listen bool

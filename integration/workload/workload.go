@@ -1,8 +1,10 @@
-// Package workload has the programs that run inside containers under test. Each keeps state in several places, checks for as long as it
-// runs that all of it agrees, and ends with an error as soon as it does not: what a checkpoint lost or a restore did twice shows in its
-// output, without a look at how either works.
+// Package workload has the programs that run in containers under test. Each
+// keeps state in several places, keeps checking that all of it agrees, and
+// exits with an error if it does not: what a checkpoint lost or a restore did
+// twice shows in its output, whatever the implementation.
 //
-// The output is lines of words, one a round, which package workload's callers parse with [Ticks], [Rounds] and [Boots].
+// The output is one line of words for each round; callers parse it with
+// [Ticks], [Rounds] and [Boots].
 package workload
 
 import (
@@ -40,13 +42,14 @@ const usage = `usage: workload PROGRAM [OPTION...]
   idle                do nothing
   first-instruction   print what mounts and files there are at the start`
 
-// program is one that has been set up and runs until something is wrong.
+// program is a program that was set up and runs until a check fails.
 type program interface {
 	// round does one step and verifies all state.
 	round(w io.Writer) error
 }
 
-// Main runs the program that the arguments name. It returns only with an error, or when the program has nothing more to do.
+// Main runs the program that the arguments name. It returns with an error or
+// when the program is done.
 func Main(args []string, w io.Writer) error {
 	if len(args) == 0 {
 		return errors.New(usage)
@@ -54,8 +57,8 @@ func Main(args []string, w io.Writer) error {
 	name, args := args[0], args[1:]
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	every := flags.Duration("every", 100*time.Millisecond, "time between rounds")
-	connected := flags.Bool("loopback", false, "keep a TCP connection to a process of its own, and use it in each round")
-	lean := flags.Bool("lean", false, "give memory that is not in use back in each round")
+	connected := flags.Bool("loopback", false, "keep a TCP connection to a child process, and use it in each round")
+	lean := flags.Bool("lean", false, "return unused memory to the kernel in each round")
 	var setup func() (program, error)
 	switch name {
 	case "counter":
@@ -150,7 +153,7 @@ func Main(args []string, w io.Writer) error {
 		}
 		setup = func() (program, error) { return idle{}, nil }
 	default:
-		return fmt.Errorf("there is no program %q\n%s", name, usage)
+		return fmt.Errorf("unknown program %q\n%s", name, usage)
 	}
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -186,7 +189,7 @@ type idle struct{}
 
 func (idle) round(io.Writer) error { return nil }
 
-// boot says in which boot of which kernel the program is, at the start and whenever that has changed.
+// boot prints the kernel's boot id, at the start and whenever it has changed.
 type boot struct {
 	path, id string
 }

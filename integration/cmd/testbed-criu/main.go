@@ -1,6 +1,8 @@
-// testbed-criu takes CRIU's place in guest bundles that are not as they should be: it answers the two questions that the guest agent asks
-// of a CRIU before it uses one, its version (by CRIU's RPC, as "criu swrk FD") and whether the kernel suits it ("criu check"), with what
-// the file answers.json beside it says. It can do nothing else.
+// testbed-criu replaces CRIU in guest bundles that are unfit on purpose. It
+// answers the two questions that the guest agent asks a CRIU before it uses it:
+// the version (by CRIU's RPC, as "criu swrk FD") and whether the kernel is fit
+// ("criu check"). The answers are in the file answers.json next to it. It does
+// nothing else.
 package main
 
 import (
@@ -19,7 +21,7 @@ import (
 type answers struct {
 	Major int32 `json:"major"`
 	Minor int32 `json:"minor"`
-	// Check is what `criu check` finds amiss; empty: nothing.
+	// Check is what `criu check` complains about, if anything.
 	Check string `json:"check"`
 }
 
@@ -56,7 +58,7 @@ func run(args []string) error {
 	return fmt.Errorf("unknown arguments %q", args[1:])
 }
 
-// version answers one request on a socket that keeps messages apart.
+// version answers one request on a SOCK_SEQPACKET socket.
 func (a answers) version(fd int) error {
 	buffer := make([]byte, 4<<10)
 	n, err := unix.Read(fd, buffer)

@@ -1,4 +1,5 @@
-// testbed makes and removes directories with a containerd and a Kata that runs without KVM. See package testbed.
+// testbed creates and removes testbeds: a containerd and a Kata that run in a
+// directory and need no KVM. See package testbed.
 package main
 
 import (
@@ -65,7 +66,8 @@ func run(ctx context.Context, args []string) (status int, err error) {
 	return 2, errors.New(usage)
 }
 
-// build makes all parts that do not depend on the agent, so that the first `testbed up` is as fast as the second.
+// build builds all parts that do not depend on the agent, so that the first
+// `testbed up` is as fast as the second.
 func build(ctx context.Context) error {
 	p, err := parts.Find()
 	if err != nil {
@@ -116,13 +118,13 @@ func up(ctx context.Context, args []string) error {
 	var o testbed.Options
 	flags := flag.NewFlagSet("testbed up", flag.ContinueOnError)
 	flags.StringVar(&o.Dir, "dir", "", "`directory` to make")
-	flags.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata (containerd-shim-kata-v2, configuration.toml, kata-agent) in place of the stand-in")
-	flags.StringVar((*string)(&o.Way), "way", "", "the stand-in's `way`: go (default) or rust")
+	flags.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata (containerd-shim-kata-v2, configuration.toml, kata-agent) instead of the stand-in")
+	flags.StringVar((*string)(&o.Way), "way", "", "which Kata the stand-in imitates: go (default) or rust (`way`)")
 	flags.StringVar(&o.GuestMounts, "guest-mounts", "", "propagation of the guest's mounts: shared (default) or private")
 	flags.StringVar(&o.Accel, "accel", "", "kvm or tcg; by default what a probe has found")
 	flags.BoolVar(&o.NoNetwork, "no-network", false, "no network for sandboxes: faster where no CNI gives them one")
-	flags.BoolVar(&o.CRI, "cri", false, "serve the CRI, too: pods with CNI and the NRI plugin, for crictl")
-	flags.BoolVar(&o.NoAgent, "no-agent", false, "leave our guest bundle out of Kata's configuration")
+	flags.BoolVar(&o.CRI, "cri", false, "also serve the CRI: pods with CNI and the NRI plugin, for crictl")
+	flags.BoolVar(&o.NoAgent, "no-agent", false, "do not configure the guest bundle in Kata")
 	flags.StringVar(&o.Containerd, "containerd", "", "containerd's `release`: 2.1, 2.2, 2.3 or 2.4 (default)")
 	flags.StringVar(&o.GuestBundle, "guest-bundle", "", "guest bundle's `directory` (default build/guest-bundle)")
 	if err := flags.Parse(args); err != nil {
@@ -136,7 +138,7 @@ func up(ctx context.Context, args []string) error {
 	return nil
 }
 
-// open finds the testbed that --dir, or else the environment made by up, names.
+// open finds the testbed that --dir names, or else TESTBED_DIR.
 func open(verb string, args []string) (*testbed.Testbed, []string, error) {
 	flags := flag.NewFlagSet("testbed "+verb, flag.ContinueOnError)
 	dir := flags.String("dir", os.Getenv("TESTBED_DIR"), "the testbed's `directory`")

@@ -1,4 +1,5 @@
-// workload is the program that runs in the containers of the scenarios, the benchmarks and the demonstration. See package workload.
+// workload runs in the containers of the scenarios and the benchmarks. See
+// package workload.
 package main
 
 import (
@@ -10,7 +11,8 @@ import (
 
 func main() {
 	if err := workload.Main(os.Args[1:], os.Stdout); err != nil {
-		// On stdout, among the numbers: a scenario reads there what went wrong, and when.
+		// On stdout, between the numbers, where a scenario reads what failed
+		// and when.
 		fmt.Println("broken:", err)
 		fmt.Fprintln(os.Stderr, "workload:", err)
 		os.Exit(1)

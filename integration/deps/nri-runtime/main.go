@@ -1,7 +1,10 @@
-// nri-runtime is containerd's side of NRI without containerd: NRI's own package adaptation, with plugins that it starts and plugins that
-// connect. Package parts builds it with the version of NRI that each release of containerd carries, and the tests of the plugin run it.
+// nri-runtime is the runtime side of NRI without containerd: NRI's own package
+// adaptation, with plugins that it starts and plugins that connect. Package
+// parts builds it with the NRI version of each containerd release, and the
+// plugin's tests run it.
 //
-// It is the one file, and imports nothing of this project: it is built in the modules of the containerds.
+// It is a single file that imports nothing from this project, because it is
+// built in the modules of those releases.
 package main
 
 import (
@@ -19,13 +22,14 @@ import (
 	"github.com/containerd/nri/pkg/api"
 )
 
-// request is a line of the standard input: a container that the CRI is about to create.
+// request is a line of stdin: a container that the CRI is about to create.
 type request struct {
 	Pod       *api.PodSandbox
 	Container *api.Container
 }
 
-// response is the line of the standard output that answers it: what all plugins together want to have changed.
+// response is the line of stdout that answers it: the combined adjustment of
+// all plugins.
 type response struct {
 	Adjust *api.ContainerAdjustment
 	Error  string
@@ -42,13 +46,13 @@ func main() {
 }
 
 func run(dir, containerd string, in io.Reader, out io.Writer) error {
-	// There is a container already, as after a restart of containerd.
+	// A container exists already, as after a restart of containerd.
 	pods := []*api.PodSandbox{{Id: "earlier", RuntimeHandler: "kata-checkpoint"}}
 	containers := []*api.Container{{Id: "earlier-c", PodSandboxId: "earlier"}}
 	synchronize := func(ctx context.Context, callback adaptation.SyncCB) error {
 		updates, err := callback(ctx, pods, containers)
 		if len(updates) > 0 {
-			err = errors.Join(err, errors.New("a plugin wants to update a container that it has found"))
+			err = errors.Join(err, errors.New("a plugin wants to update an existing container"))
 		}
 		return err
 	}

@@ -18,8 +18,8 @@ import (
 
 const (
 	runcRoot = "/run/runc"
-	// leaksOfInit is how many copies of its terminal Kata's agent
-	// lets through to a first process.
+	// leaksOfInit is how many copies of its terminal Kata's agent lets through
+	// to a first process.
 	leaksOfInit = 2
 )
 

@@ -48,7 +48,8 @@ func inMounts(pid int, f func() error) error {
 	}
 	defer ns.Close()
 	return thread.Do(func() error {
-		// A thread that shares its root folder with others cannot change mounts.
+		// A thread that shares its root folder with others cannot change
+		// mounts.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return err
 		}

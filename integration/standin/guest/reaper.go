@@ -110,8 +110,8 @@ func (r *reaper) watch(pid int) <-chan uint32 {
 	return c
 }
 
-// runCommand runs a command to its end and answers its output as the error's text
-// when it fails.
+// runCommand runs a command to its end and answers its output as the error's
+// text when it fails.
 func (r *reaper) runCommand(cmd *exec.Cmd) error {
 	read, write, err := os.Pipe()
 	if err != nil {

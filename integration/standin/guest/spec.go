@@ -27,7 +27,8 @@ type surroundings struct {
 }
 
 // finish makes what runc is given out of what the host sent. Some of it is not
-// left to runc, since Kata does it differently: see [newTerminal] and [concealed].
+// left to runc, since Kata does it differently: see [newTerminal] and
+// [concealed].
 func finish(spec *specs.Spec, s surroundings) {
 	spec.Root.Path = filepath.Join(bundleRoot, s.cid, "rootfs")
 	spec.Hostname, spec.Domainname = "", "" // the sandbox's

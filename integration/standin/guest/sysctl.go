@@ -9,7 +9,8 @@ import (
 )
 
 // setSysctls sets those whose names begin with prefix, below root, and takes
-// them out of the list. Kata: set_sysctls in src/agent/rustjail/src/container.rs.
+// them out of the list. Kata: set_sysctls in
+// src/agent/rustjail/src/container.rs.
 func setSysctls(root string, sysctls map[string]string, prefix string) error {
 	for name, value := range sysctls {
 		if !strings.HasPrefix(name, prefix) {

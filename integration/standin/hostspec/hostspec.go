@@ -59,7 +59,8 @@ func Load(bundle string) (*specs.Spec, error) {
 	return &spec, nil
 }
 
-// Classify tells a container's kind and its sandbox by the engine's annotations.
+// Classify tells a container's kind and its sandbox by the engine's
+// annotations.
 func Classify(id string, annotations map[string]string) (Kind, string, error) {
 	kind, err := kindOf(annotations)
 	if err != nil || kind.OwnsSandbox() {
@@ -145,7 +146,8 @@ func ForGuest(w way.Way, kind Kind, bundle string, spec *specs.Spec) (*specs.Spe
 	for _, ns := range linux.Namespaces {
 		switch ns.Type {
 		case specs.NetworkNamespace, specs.TimeNamespace, specs.PIDNamespace, specs.UserNamespace:
-			// The agent decides about pid; the others are the guest's root ones.
+			// The agent decides about pid; the others are the guest's root
+			// ones.
 		default:
 			namespaces = append(namespaces, specs.LinuxNamespace{Type: ns.Type})
 		}

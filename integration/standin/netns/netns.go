@@ -55,9 +55,9 @@ func Make(path string) (*Namespace, error) {
 }
 
 // create makes the file that the namespace is mounted on. The name of one that
-// was never removed is taken over: its namespace went with the shim that had it.
-// The folder may go while we are about it: a testbed that ends removes it when
-// it is empty.
+// was never removed is taken over: its namespace went with the shim that had
+// it. The folder may go while we are about it: a testbed that ends removes it
+// when it is empty.
 func create(path string) (f *os.File, err error) {
 	for range 10 {
 		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

@@ -124,8 +124,8 @@ func connect(veth netlink.Link, number int) (_ *os.File, err error) {
 	return tap.Fds[0], nil
 }
 
-// join sends out at one link what comes in at another, unseen by the namespace's
-// own network stack.
+// join sends out at one link what comes in at another, unseen by the
+// namespace's own network stack.
 func join(from, to netlink.Link) error {
 	if err := netlink.QdiscAdd(ingress(from)); err != nil {
 		return fmt.Errorf("add an ingress queue to %s: %w", from.Attrs().Name, err)
@@ -151,8 +151,8 @@ func redirect(from, to netlink.Link) error {
 	})
 }
 
-// Remove takes the redirections away. The taps have gone with the VMM. An engine
-// may have removed the namespace before.
+// Remove takes the redirections away. The taps have gone with the VMM. An
+// engine may have removed the namespace before.
 func (n *Network) Remove() error {
 	if len(n.attached) == 0 {
 		return nil

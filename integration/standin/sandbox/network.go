@@ -7,8 +7,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vm"
 )
 
-// boot starts the VM with a card for each interface that the engine has put into
-// the network namespace.
+// boot starts the VM with a card for each interface that the engine has put
+// into the network namespace.
 func (s *Sandbox) boot(ctx context.Context) error {
 	cards, err := s.attach()
 	if err != nil {

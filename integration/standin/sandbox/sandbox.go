@@ -52,8 +52,8 @@ type Options struct {
 	Config *config.Config
 	// Spec is the first container's, as the engine wrote it.
 	Spec *specs.Spec
-	// BeforeContainers runs once the VMM has a pid, with the path of its network
-	// namespace: the engine's hooks.
+	// BeforeContainers runs once the VMM has a pid, with the path of its
+	// network namespace: the engine's hooks.
 	BeforeContainers func(s *Sandbox) error
 }
 

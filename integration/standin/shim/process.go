@@ -63,8 +63,8 @@ func (s *service) startExec(ctx context.Context, c *container, p *process) error
 	if err != nil {
 		return err
 	}
-	// The lock is held meanwhile: where the container's cgroup is frozen, that is
-	// until its thaw, as with Kata.
+	// The lock is held meanwhile: where the container's cgroup is frozen, that
+	// is until its thaw, as with Kata.
 	if _, err := s.sandbox.Agent.ExecProcess(ctx, &api.ExecProcessRequest{Id: c.id, ExecId: p.execID, Process: raw}); err != nil {
 		return err
 	}
@@ -123,8 +123,8 @@ func (s *service) follow(c *container, p *process) {
 // release takes a container out of the guest and the share. Kata's shims kill
 // it first, and the Go shim waits for its end once more
 // (src/runtime/virtcontainers/container.go; src/runtime-rs/crates/runtimes/
-// virt_container/src/container_manager/container_inner.rs). Until it is out, the
-// guest tells how its execs ended.
+// virt_container/src/container_manager/container_inner.rs). Until it is out,
+// the guest tells how its execs ended.
 func (s *service) release(c *container) {
 	c.release.Do(func() {
 		ctx := context.Background()
@@ -216,7 +216,8 @@ func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.Dele
 		case status != tasktypes.Status_STOPPED:
 			s.release(c)
 		case !c.released.Load():
-			// Kata tells of the exit before it takes the container out of the guest.
+			// Kata tells of the exit before it takes the container out of the
+			// guest.
 			return nil, errors.New("Container not ready or stopped, impossible to delete") //nolint:staticcheck // as Kata says it
 		}
 		s.events.Send(&eventstypes.TaskDelete{ContainerID: c.id, Pid: s.sandbox.Pid(), ExitStatus: exit, ExitedAt: answer.ExitedAt})

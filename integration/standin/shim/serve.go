@@ -23,8 +23,8 @@ const (
 	listenerFd = 3
 	// socketEnv is the socket's path, for the end.
 	socketEnv = "STANDIN_SOCKET"
-	// logPatience is how long a shim without anybody who reads its log lives, as
-	// the Go shim does.
+	// logPatience is how long a shim without anybody who reads its log lives,
+	// as the Go shim does.
 	logPatience = 2 * time.Second
 )
 
@@ -79,8 +79,8 @@ func end(w way.Way, events *publish.Publisher, ended chan struct{}) {
 	os.Exit(0)
 }
 
-// openLog makes the fifo that containerd reads the place for what is written
-// to stderr, panics included.
+// openLog makes the fifo that containerd reads the place for what is written to
+// stderr, panics included.
 func openLog(path string) error {
 	// A containerd that goes away must not take the shim with it. Not ignored:
 	// children would inherit that.

@@ -42,7 +42,8 @@ type service struct {
 	sandbox    *sandbox.Sandbox
 	containers map[string]*container
 
-	// teardown counts the containers that are being cleaned up behind their exit.
+	// teardown counts the containers that are being cleaned up behind their
+	// exit.
 	teardown sync.WaitGroup
 }
 
@@ -96,8 +97,8 @@ func (s *service) lockedPid() uint32 {
 	return s.pid()
 }
 
-// Create makes a container, and first its sandbox when it brings one. What
-// the request says about a checkpoint is ignored, as Kata ignores it.
+// Create makes a container, and first its sandbox when it brings one. What the
+// request says about a checkpoint is ignored, as Kata ignores it.
 func (s *service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.CreateTaskResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

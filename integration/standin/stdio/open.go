@@ -1,6 +1,6 @@
 // Package stdio copies between the streams of a process in the guest and the
-// ends that the engine names: fifos, a file, or a logger that it starts.
-// Kata: src/runtime/pkg/containerd-shim-v2/{stream,shim_io_*}.go and
+// ends that the engine names: fifos, a file, or a logger that it starts. Kata:
+// src/runtime/pkg/containerd-shim-v2/{stream,shim_io_*}.go and
 // src/runtime-rs/crates/runtimes/virt_container/src/container_manager/process.rs.
 package stdio
 

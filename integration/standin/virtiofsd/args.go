@@ -1,5 +1,7 @@
-// Package virtiofsd translates the arguments of the virtiofsd written in Rust, which is what Kata's shims give, into those of the one
-// written in C that Debian 12 has in qemu-system-common. The program testbed-virtiofsd is its only caller.
+// Package virtiofsd translates the arguments of the virtiofsd written in Rust,
+// which is what Kata's shims give, into those of the one written in C that
+// Debian 12 has in qemu-system-common. The program testbed-virtiofsd is its
+// only caller.
 package virtiofsd
 
 import (
@@ -61,7 +63,8 @@ var options = map[string]option{
 	"translate-gid":      {dropValue, ""},
 }
 
-// Arguments translates. An option that it does not know is an error, so that a new release of Kata cannot lose one unnoticed.
+// Arguments translates. An option that it does not know is an error, so that a
+// new release of Kata cannot lose one unnoticed.
 func Arguments(rust []string) ([]string, error) {
 	out := []string{"-f"}
 	for i := 0; i < len(rust); i++ {
@@ -79,7 +82,8 @@ func Arguments(rust []string) ([]string, error) {
 			continue
 		}
 		if rest, ok := strings.CutPrefix(arg, "-o"); ok {
-			// The old way to give options, which the Rust daemon still takes: the C daemon's own.
+			// The old way to give options, which the Rust daemon still takes:
+			// the C daemon's own.
 			v, err := value("-o", rest, rest != "")
 			if err != nil {
 				return nil, err
@@ -120,5 +124,6 @@ func Arguments(rust []string) ([]string, error) {
 	return out, nil
 }
 
-// The C daemon has no mode that caches metadata alone: without a cache at all the guest at least sees nothing stale.
+// The C daemon has no mode that caches metadata alone: without a cache at all
+// the guest at least sees nothing stale.
 var cacheModes = map[string]string{"auto": "auto", "always": "always", "never": "none", "metadata": "none", "none": "none"}

@@ -40,8 +40,8 @@ type VM struct {
 }
 
 // Start boots a VM that shows shared to its guest. It returns when the VMM has
-// taken the order to boot, long before the guest's agent answers.
-// The cards are there when the guest boots.
+// taken the order to boot, long before the guest's agent answers. The cards are
+// there when the guest boots.
 func Start(ctx context.Context, c *config.Config, sandbox, shared string, ns *netns.Namespace, cards []network.Card) (_ *VM, err error) {
 	v := &VM{config: c, socket: c.Way.VsockSocket(sandbox), dir: c.Way.VMDir(sandbox)}
 	if err := os.MkdirAll(v.dir, 0o750); err != nil {

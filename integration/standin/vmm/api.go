@@ -18,7 +18,8 @@ import (
 	"github.com/containerd/log"
 )
 
-// States of a machine, in Cloud Hypervisor's words. The zero value is: none created.
+// States of a machine, in Cloud Hypervisor's words. The zero value is: none
+// created.
 const (
 	stateCreated  = "Created"
 	stateRunning  = "Running"
@@ -48,7 +49,8 @@ func NewServer(s Settings, name string, logFile *os.File) *Server {
 	return &Server{settings: s, name: name, logFile: logFile, quit: make(chan struct{})}
 }
 
-// Serve answers on l until the context ends, vmm.shutdown is called, or the machine ends by itself, as Cloud Hypervisor does.
+// Serve answers on l until the context ends, vmm.shutdown is called, or the
+// machine ends by itself, as Cloud Hypervisor does.
 func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -118,7 +120,8 @@ func (s *Server) converse(ctx context.Context, c *net.UnixConn) error {
 	}
 }
 
-// respond writes an answer as Cloud Hypervisor does, with no reason phrase in the status line: Kata's Rust client takes no other.
+// respond writes an answer as Cloud Hypervisor does, with no reason phrase in
+// the status line: Kata's Rust client takes no other.
 func respond(w io.Writer, code int, answer any) error {
 	text := fmt.Sprintf("HTTP/1.1 %d \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n", code)
 	if answer == nil {
@@ -139,7 +142,8 @@ func respond(w io.Writer, code int, answer any) error {
 // rightsTaker hands over the descriptors that came with the request.
 type rightsTaker interface{ take() []*os.File }
 
-// handle is the whole API; its answers are those of Cloud Hypervisor's OpenAPI description, errors a list of sentences.
+// handle is the whole API; its answers are those of Cloud Hypervisor's OpenAPI
+// description, errors a list of sentences.
 func (s *Server) handle(method, call string, body []byte, rights rightsTaker) (int, any) {
 	want := http.MethodPut
 	if call == "vmm.ping" || call == "vm.info" {
@@ -166,7 +170,8 @@ func (s *Server) handle(method, call string, body []byte, rights rightsTaker) (i
 	case "vm.boot":
 		err = s.boot()
 	case "vm.resize":
-		// Kata asks for a container's CPUs and memory here. The machine keeps what it was booted with: no test needs more.
+		// Kata asks for a container's CPUs and memory here. The machine keeps
+		// what it was booted with: no test needs more.
 		err = s.require(stateRunning)
 	case "vm.pause":
 		err = s.pauseOrResume("stop", stateRunning, statePaused)
@@ -287,7 +292,8 @@ func (s *Server) shutdown() {
 
 func (s *Server) end() { s.quitOnce.Do(func() { close(s.quit) }) }
 
-// rightsReader reads a connection and keeps the descriptors that come along: vm.add-net passes its taps so.
+// rightsReader reads a connection and keeps the descriptors that come along:
+// vm.add-net passes its taps so.
 type rightsReader struct {
 	conn  *net.UnixConn
 	files []*os.File

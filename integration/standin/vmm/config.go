@@ -6,7 +6,8 @@ import (
 	"strings"
 )
 
-// vmConfig is the part of vm.create's body that becomes QEMU's command line; the rest only travels back in vm.info.
+// vmConfig is the part of vm.create's body that becomes QEMU's command line;
+// the rest only travels back in vm.info.
 type vmConfig struct {
 	Payload struct {
 		Kernel    string `json:"kernel"`
@@ -52,7 +53,8 @@ const (
 	firstFreeFD
 )
 
-// hotplugSlots is how many network cards can still be plugged in after the boot: q35's own bus takes none.
+// hotplugSlots is how many network cards can still be plugged in after the
+// boot: q35's own bus takes none.
 const hotplugSlots = 4
 
 const defaultMemory = 1 << 30
@@ -63,7 +65,8 @@ type nic struct {
 	fds []int // as QEMU sees them
 }
 
-// arguments makes QEMU's command line. vsockFD is the descriptor, as QEMU sees it, of a connection to the vsock daemon, or 0 for none.
+// arguments makes QEMU's command line. vsockFD is the descriptor, as QEMU sees
+// it, of a connection to the vsock daemon, or 0 for none.
 func arguments(c vmConfig, s Settings, name string, nics []nic, vsockFD int) []string {
 	size := c.Memory.Size
 	if size == 0 {
@@ -72,16 +75,19 @@ func arguments(c vmConfig, s Settings, name string, nics []nic, vsockFD int) []s
 	memory := fmt.Sprintf("%dM", size>>20)
 	accel, cpu := "kvm", "host"
 	if s.Accel == AccelTCG {
-		// A large translation cache: with the default, a guest of this size throws its translations away several times a boot.
+		// A large translation cache: with the default, a guest of this size
+		// throws its translations away several times a boot.
 		accel, cpu = "tcg,thread=multi,tb-size=512", "max"
 	}
 	args := []string{
 		"-name", "guest=" + name,
 		"-accel", accel, "-cpu", cpu, "-smp", strconv.Itoa(max(c.CPUs.Boot, 1)), "-m", memory,
 		"-machine", "q35,memory-backend=mem,usb=off,vmport=off,smbus=off,graphics=off",
-		// vhost-user devices live in other processes, which map the guest's memory.
+		// vhost-user devices live in other processes, which map the guest's
+		// memory.
 		"-object", "memory-backend-memfd,id=mem,share=on,size=" + memory,
-		// The smallest firmware that starts a kernel: half a second less than the default's under TCG.
+		// The smallest firmware that starts a kernel: half a second less than
+		// the default's under TCG.
 		"-bios", "qboot.rom",
 		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d", consoleFD), "-serial", "chardev:console",
@@ -128,15 +134,18 @@ func (n nic) properties(i int) (netdev, device string) {
 	for k, fd := range n.fds {
 		fds[k] = strconv.Itoa(fd)
 	}
-	// One vector for each direction of each queue, one for the configuration, one for the control queue.
+	// One vector for each direction of each queue, one for the configuration,
+	// one for the control queue.
 	return fmt.Sprintf("tap,id=net%d,fds=%s", i, strings.Join(fds, ":")), fmt.Sprintf("%s,mq=on,vectors=%d", device, 2*len(n.fds)+2)
 }
 
-// commandLine is the kernel's: Kata's, then what QEMU needs. Kata names Cloud Hypervisor's own consoles, and the last console= wins.
+// commandLine is the kernel's: Kata's, then what QEMU needs. Kata names Cloud
+// Hypervisor's own consoles, and the last console= wins.
 func commandLine(kata string, s Settings) string {
 	words := []string{kata, "console=ttyS0", "reboot=t"}
 	if s.Accel == AccelTCG {
-		// Under TCG on a busy machine the kernel's check of the timer interrupt misses its few ticks and panics.
+		// Under TCG on a busy machine the kernel's check of the timer interrupt
+		// misses its few ticks and panics.
 		words = append(words, "no_timer_check")
 	}
 	if s.KernelParams != "" {

@@ -6,7 +6,8 @@ import (
 	"sync"
 )
 
-// console is the guest's serial line: everything goes to the log, and ready is closed when one of the signs has been seen.
+// console is the guest's serial line: everything goes to the log, and ready is
+// closed when one of the signs has been seen.
 type console struct {
 	log   io.Writer
 	signs [][]byte

@@ -30,7 +30,8 @@ type tapNIC struct {
 	taps []*os.File
 }
 
-// boot starts the machine. Descriptors of the cards stay the caller's; QEMU has its own copies afterwards.
+// boot starts the machine. Descriptors of the cards stay the caller's; QEMU has
+// its own copies afterwards.
 func boot(c vmConfig, s Settings, name string, cards []tapNIC, logFile *os.File) (_ *machine, err error) {
 	m := &machine{nics: len(cards)}
 	defer func() {
@@ -126,7 +127,8 @@ func (m *machine) stop() {
 	m.reading.Wait()
 }
 
-// socketPair makes a pair of connected sockets: one end for us, one to hand down.
+// socketPair makes a pair of connected sockets: one end for us, one to hand
+// down.
 func socketPair() (*net.UnixConn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

@@ -8,11 +8,14 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
-// NamespaceSuffix is that of the files beside the logs with what [NoteNamespace] has noted, named after their machines.
+// NamespaceSuffix is that of the files beside the logs with what
+// [NoteNamespace] has noted, named after their machines.
 const NamespaceSuffix = ".netns"
 
-// NoteNamespace adds the names of the network namespace that the calling thread is in to a file in dir. A shim that is killed leaves the
-// name of the one that it made, as an empty file with a name that tells nothing: only who ran in it knows whose it was.
+// NoteNamespace adds the names of the network namespace that the calling thread
+// is in to a file in dir. A shim that is killed leaves the name of the one that
+// it made, as an empty file with a name that tells nothing: only who ran in it
+// knows whose it was.
 func NoteNamespace(dir, machine string) error {
 	namespace, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {

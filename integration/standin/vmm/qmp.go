@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// qmpTimeout bounds one command: QEMU answers from its main loop, which a guest under TCG on a loaded machine can delay.
+// qmpTimeout bounds one command: QEMU answers from its main loop, which a guest
+// under TCG on a loaded machine can delay.
 const qmpTimeout = 20 * time.Second
 
 // qmp is a connection to QEMU's monitor. Commands are serialized.
@@ -86,7 +87,8 @@ func (q *qmp) exchange(command string, arguments any, files []*os.File) error {
 	}
 }
 
-// plugNIC adds a network card to a running machine, in hot-plug slot number slot. Card numbers go on from those on the command line.
+// plugNIC adds a network card to a running machine, in hot-plug slot number
+// slot. Card numbers go on from those on the command line.
 func (q *qmp) plugNIC(n netConfig, taps []*os.File, number, slot int) error {
 	names := ""
 	for i, tap := range taps {

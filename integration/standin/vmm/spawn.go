@@ -8,10 +8,12 @@ import (
 	"syscall"
 )
 
-// spawner starts children that the kernel kills when this process ends, however it ends.
+// spawner starts children that the kernel kills when this process ends, however
+// it ends.
 //
-// The kernel ties PR_SET_PDEATHSIG to the thread that forked, and Go ends threads when it likes: so one goroutine keeps a thread for
-// itself until the process ends, and all children come from there.
+// The kernel ties PR_SET_PDEATHSIG to the thread that forked, and Go ends
+// threads when it likes: so one goroutine keeps a thread for itself until the
+// process ends, and all children come from there.
 type spawner struct {
 	once  sync.Once
 	calls chan func()

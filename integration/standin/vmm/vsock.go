@@ -16,8 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// vsockDaemon is a running vhost-device-vsock. None of its sockets has a name any more: [startVsock] reaches them by descriptors and
-// removes the directory that they lay in, so that nothing is left behind however this process ends.
+// vsockDaemon is a running vhost-device-vsock. None of its sockets has a name
+// any more: [startVsock] reaches them by descriptors and removes the directory
+// that they lay in, so that nothing is left behind however this process ends.
 type vsockDaemon struct {
 	*child
 	device *os.File // connection for QEMU's vhost-user-vsock device
@@ -26,8 +27,9 @@ type vsockDaemon struct {
 
 const daemonStartTimeout = 10 * time.Second
 
-// startVsock starts the daemon for one guest. Its sockets have short names in a directory of their own, its working directory: the
-// kernel takes no socket path above 107 bytes, and log directories may be deep.
+// startVsock starts the daemon for one guest. Its sockets have short names in a
+// directory of their own, its working directory: the kernel takes no socket
+// path above 107 bytes, and log directories may be deep.
 func startVsock(s Settings, cid uint32, logFile *os.File) (_ *vsockDaemon, err error) {
 	dir, err := os.MkdirTemp(s.LogDir, ".vsock-")
 	if err != nil {
@@ -104,14 +106,18 @@ func (d *vsockDaemon) close() {
 	}
 }
 
-// holdBack is how long a connection that comes before the guest is ready waits for it before the proxy hangs up. Kata dials in a tight
-// loop, and its next attempt follows at once.
+// holdBack is how long a connection that comes before the guest is ready waits
+// for it before the proxy hangs up. Kata dials in a tight loop, and its next
+// attempt follows at once.
 const holdBack = 200 * time.Millisecond
 
-// proxy stands on the hybrid vsock socket that Kata named, in front of the daemon.
+// proxy stands on the hybrid vsock socket that Kata named, in front of the
+// daemon.
 //
-// It is there because the daemon's worker thread ends for good, without a word, when a connection comes before the guest's driver has
-// set up its queues, and Kata dials from the moment the VM runs. So nothing reaches the daemon before the guest is ready.
+// It is there because the daemon's worker thread ends for good, without a word,
+// when a connection comes before the guest's driver has set up its queues, and
+// Kata dials from the moment the VM runs. So nothing reaches the daemon before
+// the guest is ready.
 type proxy struct {
 	listener *net.UnixListener
 	dial     func() (*net.UnixConn, error)
@@ -174,8 +180,9 @@ func (p *proxy) serve(ctx context.Context, client *net.UnixConn) {
 	both.Wait()
 }
 
-// forward copies one direction and hands its end on, so that a half-closed connection stays one. When the receiver is gone, the sender
-// is told so instead of being left to fill the buffers.
+// forward copies one direction and hands its end on, so that a half-closed
+// connection stays one. When the receiver is gone, the sender is told so
+// instead of being left to fill the buffers.
 func forward(to, from *net.UnixConn) {
 	_, err := io.Copy(to, from)
 	_ = to.CloseWrite()
@@ -184,7 +191,8 @@ func forward(to, from *net.UnixConn) {
 	}
 }
 
-// Listen makes a listening socket at path. A socket that a killed process left is replaced; one that somebody answers on is not.
+// Listen makes a listening socket at path. A socket that a killed process left
+// is replaced; one that somebody answers on is not.
 func Listen(path string) (*net.UnixListener, error) {
 	addr := &net.UnixAddr{Name: path, Net: "unix"}
 	l, err := net.ListenUnix("unix", addr)

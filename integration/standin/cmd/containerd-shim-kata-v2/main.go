@@ -8,8 +8,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/shim"
 )
 
-// The first thread is what /proc shows of the process: nothing that joins
-// other namespaces may run on it.
+// The first thread is what /proc shows of the process: nothing that joins other
+// namespaces may run on it.
 func init() { runtime.LockOSThread() }
 
 func main() { shim.Main() }

@@ -1,4 +1,5 @@
-// testbed-virtiofsd takes the place of the Rust virtiofsd in Kata's configuration and becomes Debian 12's C daemon. See package virtiofsd.
+// testbed-virtiofsd takes the place of the Rust virtiofsd in Kata's
+// configuration and becomes Debian 12's C daemon. See package virtiofsd.
 package main
 
 import (

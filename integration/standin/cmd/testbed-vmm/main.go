@@ -1,6 +1,8 @@
-// testbed-vmm is the hypervisor that the testbed gives to Kata: it answers Cloud Hypervisor's API with a QEMU. See package vmm.
+// testbed-vmm is the hypervisor that the testbed gives to Kata: it answers
+// Cloud Hypervisor's API with a QEMU. See package vmm.
 //
-// Usage: testbed-vmm --api-socket PATH; --version prints what Kata wants to see. Settings come from a file (vmm.LoadSettings).
+// Usage: testbed-vmm --api-socket PATH; --version prints what Kata wants to
+// see. Settings come from a file (vmm.LoadSettings).
 package main
 
 import (
@@ -37,7 +39,8 @@ func run(args []string) error {
 		case strings.HasPrefix(arg, "--api-socket="):
 			socket = strings.TrimPrefix(arg, "--api-socket=")
 		}
-		// Everything else that Kata gives (log levels, seccomp, an event monitor) concerns Cloud Hypervisor alone.
+		// Everything else that Kata gives (log levels, seccomp, an event
+		// monitor) concerns Cloud Hypervisor alone.
 	}
 	socket = strings.TrimPrefix(socket, "path=")
 	if socket == "" {

@@ -14,8 +14,8 @@ import (
 // the thread's namespaces, root and working directory.
 //
 // That thread is never the process's first one, whose namespaces are those that
-// /proc/PID shows, and which Go cannot end: it would stay in fn's namespaces for
-// the rest of the process's life.
+// /proc/PID shows, and which Go cannot end: it would stay in fn's namespaces
+// for the rest of the process's life.
 func Do(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
