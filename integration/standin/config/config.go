@@ -1,5 +1,6 @@
 // Package config reads the part of a Kata configuration file that the stand-in
-// obeys. The file is Kata's own, and tells which of Kata's shims it is for.
+// supports. The file's format is Kata's, and it tells which of Kata's shims it
+// is for.
 package config
 
 import (
@@ -14,13 +15,13 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// DefaultPath is read when the engine's options name no file.
+// DefaultPath is read if the engine's options name no file.
 const DefaultPath = "/etc/kata-containers/configuration.toml"
 
-// Config is what a sandbox is made from.
+// Config is a sandbox's configuration.
 type Config struct {
 	Way          way.Way
-	VMM          string // path of the program that answers Cloud Hypervisor's API
+	VMM          string // path of the program with Cloud Hypervisor's API
 	Kernel       string
 	Initrd       string
 	KernelParams string
@@ -28,11 +29,11 @@ type Config struct {
 	VCPUs        int32
 	VirtioFSD    string
 	VirtioFSArgs []string // virtio_fs_extra_args
-	HookPath     string   // guest_hook_path, a folder in the guest
+	HookPath     string   // guest_hook_path, a directory in the guest
 	DebugConsole bool
-	// DialTimeout bounds the whole wait for the guest's agent.
+	// DialTimeout bounds the wait for the guest's agent.
 	DialTimeout time.Duration
-	// NoNetwork leaves the network namespace's interfaces alone.
+	// NoNetwork ignores the network namespace's interfaces.
 	NoNetwork bool
 	// BindMounts are shared with the guest below sandbox-mounts/.
 	BindMounts []BindMount
@@ -70,11 +71,11 @@ type file struct {
 	} `toml:"runtime"`
 }
 
-// tables are the names that the hypervisor's table has for Cloud Hypervisor.
+// tables are the names of the hypervisor table for Cloud Hypervisor.
 var tables = []string{"clh", "cloud-hypervisor"}
 
-// wayOf: the Rust shim's file says which of its hypervisors is meant, and the
-// Go shim's, which may name one only, does not.
+// wayOf returns which shim a file is for: only the Rust shim's file names the
+// hypervisor to use, the Go shim's may have one hypervisor only.
 func (f *file) wayOf(table string) way.Way {
 	if f.Runtime.Hypervisor != "" || table != "clh" {
 		return way.Rust
@@ -82,7 +83,7 @@ func (f *file) wayOf(table string) way.Way {
 	return way.Go
 }
 
-// Load reads the file that the engine's options name, or Kata's default one.
+// Load reads the file that the engine's options name, or Kata's default.
 func Load(path string) (*Config, error) {
 	if path == "" {
 		path = DefaultPath
@@ -150,7 +151,7 @@ func parse(raw []byte) (*Config, error) {
 	return nil, errors.New("no hypervisor table for Cloud Hypervisor")
 }
 
-// bindMount reads one entry. Only the Rust shim knows a mode behind a colon;
+// bindMount parses one entry. Only the Rust shim supports a mode after a colon;
 // the Go shim shares everything read-only.
 func bindMount(w way.Way, entry string) BindMount {
 	if w == way.Rust {

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// initMounts is what the agent finds missing as process 1, in Kata's order
+// initMounts are the mounts that the agent creates as PID 1, in Kata's order
 // (src/agent/src/mount.rs).
 var initMounts = []struct {
 	kind, source, target string
@@ -23,8 +23,8 @@ var initMounts = []struct {
 	{"cgroup2", "cgroup2", "/sys/fs/cgroup", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_RELATIME, "nsdelegate"},
 }
 
-// Boot makes the guest's root usable. Mounts get whatever propagation / has:
-// that is the guest's business.
+// Boot sets the guest's root up. Mounts inherit the propagation of /, which the
+// guest determines.
 func Boot() error {
 	for _, m := range initMounts {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {

@@ -17,9 +17,9 @@ import (
 
 const cgroupRoot = "/sys/fs/cgroup"
 
-// cgroupPath is where a container's cgroup is, by what the host calls it: the
-// cgroupfs driver's reading also of systemd's notation, since an agent that is
-// process 1 has no systemd.
+// cgroupPath returns a container's cgroup from its path on the host. Systemd's
+// notation is read as the cgroupfs driver does, because an agent that is PID 1
+// has no systemd.
 func cgroupPath(fromHost, cid string) string {
 	if fromHost == "" {
 		return "/" + cid
@@ -27,12 +27,13 @@ func cgroupPath(fromHost, cid string) string {
 	return filepath.Join("/", strings.ReplaceAll(fromHost, ":", "/"))
 }
 
-// cgroup is one of a container.
+// cgroup is a container's cgroup.
 type cgroup string
 
 func (c cgroup) file(name string) string { return filepath.Join(cgroupRoot, string(c), name) }
 
-// freeze stops the cgroup and all below it, and waits until they stand.
+// freeze freezes the cgroup and its descendants, and waits until they are
+// frozen.
 func (c cgroup) freeze() error {
 	if err := os.WriteFile(c.file("cgroup.freeze"), []byte("1"), 0); err != nil {
 		return fmt.Errorf("freeze cgroup %s: %w", c, err)
@@ -42,7 +43,7 @@ func (c cgroup) freeze() error {
 			return nil
 		}
 	}
-	return fmt.Errorf("freeze cgroup %s: not in time", c)
+	return fmt.Errorf("freeze cgroup %s: timed out", c)
 }
 
 func (c cgroup) thaw() error {
@@ -52,19 +53,19 @@ func (c cgroup) thaw() error {
 	return nil
 }
 
-// kill signals the processes of this cgroup alone, not of those below.
+// kill signals the processes of this cgroup, but not those of its descendants.
 func (c cgroup) kill(signal unix.Signal) error {
 	if err := c.freeze(); err != nil {
-		log.L.WithError(err).Warn("signalling a cgroup that is not frozen")
+		log.L.WithError(err).Warn("failed to freeze cgroup before signalling it")
 	}
 	pids, err := c.pids()
 	for _, pid := range pids {
 		if err := unix.Kill(pid, signal); err != nil {
-			log.L.WithError(err).WithField("pid", pid).Warn("signal failed")
+			log.L.WithError(err).WithField("pid", pid).Warn("failed to signal process")
 		}
 	}
 	if thaw := c.thaw(); thaw != nil {
-		log.L.WithError(thaw).Warn("a cgroup stays frozen")
+		log.L.WithError(thaw).Warn("failed to thaw cgroup")
 	}
 	return err
 }
@@ -83,8 +84,8 @@ func (c cgroup) pids() ([]int, error) {
 	return pids, nil
 }
 
-// remove removes the cgroup and all below it, whose processes may be ending
-// still.
+// remove removes the cgroup and its descendants, whose processes may still be
+// exiting.
 func (c cgroup) remove() error {
 	deadline := time.Now().Add(3 * time.Second)
 	for {
@@ -117,7 +118,7 @@ func removeBelow(dir string) error {
 	return nil
 }
 
-// keyed reads a flat keyed file; what cannot be read is 0.
+// keyed reads a flat keyed file; unreadable values are 0.
 func (c cgroup) keyed(name string) map[string]uint64 {
 	values := map[string]uint64{}
 	f, err := os.Open(c.file(name))
@@ -133,8 +134,8 @@ func (c cgroup) keyed(name string) map[string]uint64 {
 	return values
 }
 
-// single reads a file with one number; "max" and what cannot be read are the
-// largest number, which is what the engine takes for no limit.
+// single reads a file with one number; "max" and unreadable values are the
+// largest number, which engines take for no limit.
 func (c cgroup) single(name string) uint64 {
 	raw, err := os.ReadFile(c.file(name))
 	if err != nil {
@@ -148,7 +149,7 @@ func (c cgroup) single(name string) uint64 {
 	return value
 }
 
-// stats is what the engine shows of a container.
+// stats returns a container's metrics for the engine.
 func (c cgroup) stats() *stats.Metrics {
 	cpu, memory, events := c.keyed("cpu.stat"), c.keyed("memory.stat"), c.keyed("memory.events")
 	return &stats.Metrics{

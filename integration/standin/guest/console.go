@@ -17,7 +17,7 @@ import (
 
 var shells = []string{"/bin/bash", "/bin/sh"}
 
-// serveConsole gives whoever connects a shell on a terminal, in the guest's
+// serveConsole serves each connection a shell on a terminal, in the guest's
 // root.
 func serveConsole(r *reaper) error {
 	shell := ""
@@ -38,13 +38,13 @@ func serveConsole(r *reaper) error {
 		for {
 			c, err := l.Accept()
 			if err != nil {
-				log.L.WithError(err).Error("debug console")
+				log.L.WithError(err).Error("debug console failed")
 				return
 			}
 			go func() {
 				defer c.Close()
 				if err := runShell(r, shell, c); err != nil {
-					log.L.WithError(err).Error("debug console")
+					log.L.WithError(err).Error("debug console failed")
 				}
 			}()
 		}
@@ -52,7 +52,7 @@ func serveConsole(r *reaper) error {
 	return nil
 }
 
-// runShell ends with the shell, or kills it when the peer hangs up.
+// runShell returns when the shell exits, and kills it if the peer hangs up.
 func runShell(r *reaper, shell string, c net.Conn) error {
 	ours, theirs, err := newTerminal(0)
 	if err != nil {
@@ -76,8 +76,8 @@ func runShell(r *reaper, shell string, c net.Conn) error {
 	}()
 	go func() {
 		_, _ = io.Copy(ours.terminal, c)
-		// The shell's whole session has the terminal; what it left running with
-		// streams of its own stays.
+		// The shell's session loses the terminal; background processes with
+		// streams of their own survive.
 		_ = syscall.Kill(cmd.Process.Pid, syscall.SIGKILL)
 	}()
 	<-status

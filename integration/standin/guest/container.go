@@ -18,28 +18,28 @@ import (
 
 const (
 	runcRoot = "/run/runc"
-	// leaksOfInit is how many copies of its terminal Kata's agent lets through
-	// to a first process.
+	// leaksOfInit is how many copies of its terminal Kata's agent leaks to an
+	// init.
 	leaksOfInit = 2
 )
 
-// container is one of the sandbox's. Its methods are called under the sandbox's
-// lock.
+// container is a container of the sandbox. Its methods are called under the
+// sandbox's lock.
 type container struct {
 	id     string
 	bundle string
 	cgroup cgroup
 	spec   *specs.Spec
-	hooks  []string // folders with the guest's own hooks, none if they are skipped
+	hooks  []string // directories with the guest's own hooks, none if they are skipped
 	reaper *reaper
 	self   string
 	state  specs.State
 	init   *process
-	pinned []*os.File // the first process's namespaces, by execNamespaces
+	pinned []*os.File // init's namespaces, by execNamespaces
 }
 
-// create lays the bundle out, lets runc make the container, and leaves its
-// first process waiting for its start.
+// create writes the bundle and lets runc create the container, whose init waits
+// for its start.
 func (c *container) create(fit surroundings) (err error) {
 	source, terminal := c.spec.Root.Path, c.spec.Process.Terminal
 	hidden := concealed{c.spec.Linux.MaskedPaths, c.spec.Linux.ReadonlyPaths}
@@ -61,7 +61,7 @@ func (c *container) create(fit surroundings) (err error) {
 
 func (c *container) createWith(terminal bool, hidden concealed) error {
 	// The containers' network is the guest's own, and so are its settings: runc
-	// takes them only for a namespace of the container's.
+	// accepts them only for a namespace of the container's.
 	if err := setSysctls("/proc/sys", c.spec.Linux.Sysctl, "net."); err != nil {
 		return err
 	}
@@ -95,7 +95,7 @@ func (c *container) createWith(terminal bool, hidden concealed) error {
 	for _, ns := range execNamespaces {
 		f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", c.init.pid, ns.name))
 		if err != nil {
-			return fmt.Errorf("hold the %s namespace: %w", ns.name, err)
+			return fmt.Errorf("open the %s namespace: %w", ns.name, err)
 		}
 		c.pinned = append(c.pinned, f)
 	}
@@ -133,7 +133,7 @@ func (c *container) runc(args ...string) *exec.Cmd {
 	return exec.Command("runc", append([]string{"--root", runcRoot}, args...)...)
 }
 
-// helper runs the agent in one of its own modes.
+// helper runs the agent in one of its helper modes.
 func (c *container) helper(args ...string) error {
 	return c.reaper.runCommand(exec.Command(c.self, args...))
 }
@@ -163,13 +163,12 @@ func (c *container) update(resources []byte) error {
 	return c.reaper.runCommand(cmd)
 }
 
-// runHooks runs the guest's own hooks of a kind, other than those that runc
-// runs.
+// runHooks runs the guest's own hooks of a kind that runc does not run.
 func (c *container) runHooks(kind string, status specs.ContainerState) {
 	for _, root := range c.hooks {
 		for _, path := range findHooks(root, kind) {
 			if err := c.runHook(path, status); err != nil {
-				log.L.WithError(err).WithField("container", c.id).Error("guest hook")
+				log.L.WithError(err).WithField("container", c.id).Error("guest hook failed")
 			}
 		}
 	}
@@ -195,8 +194,8 @@ func (c *container) runHook(path string, status specs.ContainerState) error {
 	return c.reaper.runCommand(cmd)
 }
 
-// exec executes one more process, in the namespaces that the first one was
-// created with. It takes as long as the cgroup is frozen.
+// exec starts another process in the namespaces that init was created with. It
+// blocks while the cgroup is frozen.
 func (c *container) exec(p *specs.Process) (*process, error) {
 	ours, other, err := newStreams(p.Terminal, 0)
 	if err != nil {
@@ -251,12 +250,12 @@ func (c *container) execHelper(t *theirs, r execRequest) (int, error) {
 		return 0, errors.New(answer.Error)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("the helper ended with status %d: %w", code, err)
+		return 0, fmt.Errorf("the helper exited with status %d: %w", code, err)
 	}
 	return answer.Pid, nil
 }
 
-// destroy ends what is left of the container and takes its folder away.
+// destroy kills what is left of the container and removes its directory.
 func (c *container) destroy() error {
 	for _, f := range c.pinned {
 		f.Close()
@@ -271,7 +270,7 @@ func (c *container) destroy() error {
 	if err := c.cgroup.remove(); err != nil {
 		failures = append(failures, err)
 	}
-	// Nothing is removed through a mount that stays.
+	// Nothing is removed through a remaining mount.
 	if err := unix.Unmount(filepath.Join(c.bundle, "rootfs"), unix.MNT_DETACH); err != nil && err != unix.EINVAL {
 		return errors.Join(append(failures, fmt.Errorf("unmount the root: %w", err))...)
 	}

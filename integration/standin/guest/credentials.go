@@ -8,12 +8,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// capabilities are sets of them, a bit each.
+// capabilities are capability sets as bit masks.
 type capabilities struct {
 	bounding, effective, permitted, inheritable, ambient uint64
 }
 
-// capabilityNames is the kernel's order (linux/capability.h).
+// capabilityNames is in the kernel's order (linux/capability.h).
 var capabilityNames = []string{
 	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
 	"CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN", "CAP_NET_RAW",
@@ -45,7 +45,7 @@ func parseCapabilities(c *specs.LinuxCapabilities) (capabilities, error) {
 	return capabilities{sets[0], sets[1], sets[2], sets[3], sets[4]}, nil
 }
 
-// set gives them to the calling thread.
+// set applies them to the calling thread.
 func (c capabilities) set() error {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

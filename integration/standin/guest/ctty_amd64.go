@@ -10,14 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TerminalMode is the agent's own argument for giving a process the terminal on
-// its stdin. It is a process of its own because the agent, which waits for all
-// its children, would take a tracer's notices away.
+// TerminalMode is the agent's helper mode that gives a process the terminal on
+// its stdin. It is a separate process because the agent, which waits for all
+// its children, would consume the tracer's stops.
 const TerminalMode = "take-terminal"
 
-// TakeTerminal makes a session's first process take the terminal on its stdin,
-// from outside: only it can, and runc's init does it for runc's own terminals
-// only. args: PID. The process waits in a system call, for its start.
+// TakeTerminal makes a session leader take the terminal on its stdin as its
+// controlling terminal, from outside: only the leader can, and runc's init does
+// so only for runc's own terminals. args: PID. The process is blocked in a
+// system call, waiting for its start.
 func TakeTerminal(args []string) error {
 	if len(args) != 1 {
 		return fmt.Errorf("take the terminal: %d arguments", len(args))
@@ -26,10 +27,10 @@ func TakeTerminal(args []string) error {
 	if err != nil {
 		return fmt.Errorf("take the terminal: %w", err)
 	}
-	// All ptrace calls have to come from the thread that attached.
+	// All ptrace calls must come from the thread that attached.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	// It may be on its way into the system call still.
+	// It may not have entered the system call yet.
 	for deadline := time.Now().Add(2 * time.Second); ; {
 		err = injectTakeTerminal(pid)
 		if err == nil || time.Now().After(deadline) {
@@ -45,8 +46,8 @@ func TakeTerminal(args []string) error {
 
 var syscallInstruction = []byte{0x0f, 0x05}
 
-// injectTakeTerminal borrows the system call instruction that the process
-// stands behind.
+// injectTakeTerminal reuses the system call instruction at which the process is
+// stopped.
 func injectTakeTerminal(pid int) (err error) {
 	if err := unix.PtraceSeize(pid); err != nil {
 		return fmt.Errorf("seize: %w", err)
@@ -68,7 +69,7 @@ func injectTakeTerminal(pid int) (err error) {
 	}
 	code := make([]byte, len(syscallInstruction))
 	if _, err := unix.PtracePeekText(pid, uintptr(saved.Rip)-2, code); err != nil || !bytes.Equal(code, syscallInstruction) {
-		return fmt.Errorf("the process is in no system call (%x)", code)
+		return fmt.Errorf("the process is not in a system call (%x)", code)
 	}
 	call := saved
 	call.Rip -= 2
@@ -111,7 +112,7 @@ func waitStopped(pid int) error {
 		return fmt.Errorf("wait for the stop: %w", err)
 	}
 	if !status.Stopped() {
-		return fmt.Errorf("the process has ended, status %x", status)
+		return fmt.Errorf("the process has exited, status %x", status)
 	}
 	return nil
 }

@@ -14,25 +14,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ExecMode is the agent's own argument for executing one more process in a
-// container. It is a process of its own because it joins what it cannot leave:
-// the container's cgroup, where it stands still as long as that is frozen.
+// ExecMode is the agent's helper mode that executes a process in a container.
+// It is a separate process because it joins what it cannot leave: the
+// container's cgroup, in which it freezes while that is frozen.
 const ExecMode = "exec"
 
-// What the helper finds beside the process's stdio. The namespaces follow.
+// The helper's descriptors after the process's stdio. The namespaces follow.
 const (
 	execRequestFd = 3 + iota
 	execResultFd
 	execNamespacesFd
 )
 
-// firstLeak is the first of two copies of its terminal that Kata's agent lets
-// through to an exec.
+// firstLeak is the first of two copies of its terminal that Kata's agent leaks
+// to an exec.
 const firstLeak = 31
 
-// execNamespaces are the ones that are joined, in this order: the mount
-// namespace last, since the others are found by descriptors anyway and /proc is
-// not.
+// execNamespaces are the namespaces to join, in this order: the mount namespace
+// last, because /proc is needed until then.
 var execNamespaces = []struct {
 	name string
 	flag int
@@ -43,7 +42,7 @@ var execNamespaces = []struct {
 type execRequest struct {
 	Cgroup  string         `json:"cgroup"`
 	Process *specs.Process `json:"process"`
-	// Terminal: stdin is one, and copies of it leak.
+	// Terminal: stdin is a terminal, and copies of it leak.
 	Terminal bool `json:"terminal"`
 }
 
@@ -52,8 +51,8 @@ type execResult struct {
 	Error string `json:"error,omitempty"`
 }
 
-// Exec is the process: it answers the new process's pid and ends, so that the
-// agent inherits it.
+// Exec is the helper: it returns the new process's pid and exits, so that the
+// agent inherits the process.
 func Exec() {
 	runtime.LockOSThread()
 	result := os.NewFile(execResultFd, "result")
@@ -80,7 +79,7 @@ func execute() (int, error) {
 	if err := setLimits(p.Rlimits); err != nil {
 		return 0, err
 	}
-	// A folder shared with other threads stands against joining mounts.
+	// A thread that shares its fs_struct cannot join a mount namespace.
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWCGROUP); err != nil {
 		return 0, fmt.Errorf("unshare: %w", err)
 	}
@@ -133,7 +132,8 @@ func setLimits(limits []specs.POSIXRlimit) error {
 		if !ok {
 			return fmt.Errorf("unknown limit %q", l.Type)
 		}
-		// The syscall package's, which then leaves RLIMIT_NOFILE alone at exec.
+		// With package syscall, which then does not restore RLIMIT_NOFILE at
+		// exec.
 		if err := syscall.Setrlimit(number, &syscall.Rlimit{Cur: l.Soft, Max: l.Hard}); err != nil {
 			return fmt.Errorf("set %s: %w", l.Type, err)
 		}
@@ -141,7 +141,7 @@ func setLimits(limits []specs.POSIXRlimit) error {
 	return nil
 }
 
-// lookUp finds the program in the container, by the process's own PATH.
+// lookUp finds the program in the container by the process's PATH.
 func lookUp(args, env []string) (string, error) {
 	if len(args) == 0 {
 		return "", errors.New("no program")
@@ -164,9 +164,9 @@ func lookUp(args, env []string) (string, error) {
 	return "", fmt.Errorf("%s: not found in %s", args[0], path)
 }
 
-// become gives this thread, and so what it forks, the process's user and
-// capabilities. The calls are raw: Go's own would change all threads, some of
-// which are not in the container.
+// become changes this thread, and so what it forks, to the process's user and
+// capabilities. The calls are raw: Go's would change all threads, some of which
+// are not in the container.
 func become(p *specs.Process) error {
 	caps, err := parseCapabilities(p.Capabilities)
 	if err != nil {
@@ -174,7 +174,7 @@ func become(p *specs.Process) error {
 	}
 	for c := 0; c <= unix.CAP_LAST_CAP; c++ {
 		if caps.bounding&(1<<c) == 0 {
-			// A kernel that does not know a capability has none to drop.
+			// A capability unknown to the kernel need not be dropped.
 			if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil && err != unix.EINVAL {
 				return fmt.Errorf("drop capability %d: %w", c, err)
 			}

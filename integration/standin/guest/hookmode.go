@@ -13,20 +13,20 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/hook"
 )
 
-// HookMode is the agent's own argument for running one guest hook. It is a
-// process of its own because runc starts hooks before the pivot, and because
-// the agent waits for no process itself.
+// HookMode is the agent's helper mode that runs one guest hook. It is a
+// separate process because runc starts hooks before the pivot, and because only
+// the agent's reaper may wait for processes.
 const HookMode = "guest-hook"
 
 const annotateFlag = "-annotations"
 
-// RunHook is the process: [-annotations] STATUS PATH, a state on stdin. It
-// changes the state to what Kata's agent hands out and never fails: a guest
-// hook's failure is told and forgotten.
+// RunHook is the helper: [-annotations] STATUS PATH, a state on stdin. It
+// changes the state to the one of Kata's agent. It never fails: a guest hook's
+// failure is only logged.
 func RunHook(args []string) {
 	start := time.Now()
 	err := runHook(args)
-	// The console is where the agent's log goes.
+	// The agent logs to the console.
 	console, cerr := os.OpenFile("/dev/console", os.O_WRONLY, 0)
 	if cerr != nil {
 		return

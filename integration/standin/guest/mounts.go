@@ -7,14 +7,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// concealed are paths that a container is to see nothing or nothing writable
-// of.
+// concealed are a container's masked and read-only paths.
 type concealed struct {
 	masked, readOnly []string
 }
 
-// finishMounts does in a container's mount namespace what runc does in other
-// ways than Kata's agent.
+// finishMounts does in a container's mount namespace what runc does differently
+// from Kata's agent.
 func (c *container) finishMounts(hidden concealed) error {
 	root, err := unix.Open(filepath.Join(c.bundle, "rootfs"), unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -33,8 +32,8 @@ func (c *container) finishMounts(hidden concealed) error {
 	return nil
 }
 
-// followGuest makes the container's root a slave of the guest's mount of it,
-// where mounts in the guest are shared. runc makes it private.
+// followGuest makes the container's root a slave of the guest's mount of it if
+// mounts in the guest are shared. runc makes it private.
 func followGuest(root int) error {
 	own, err := unix.Open("/", unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -51,8 +50,8 @@ func followGuest(root int) error {
 	return unix.Mount("", "/", "", unix.MS_SLAVE, "")
 }
 
-// apply hides files behind the container's own null device. What is not there
-// stays so, and folders are not hidden: so it is with Kata's agent
+// apply masks files with the container's own null device. Missing paths and
+// directories are skipped, as by Kata's agent
 // (src/agent/rustjail/src/mount.rs).
 func (c concealed) apply() error {
 	for _, path := range c.masked {

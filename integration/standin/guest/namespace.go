@@ -10,10 +10,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 )
 
-// pinned holds the sandbox-wide namespaces.
+// pinned is the directory of the sandbox-wide namespaces.
 const pinned = "/var/run/sandbox-ns"
 
-// pin makes a namespace that lives on at pinned/NAME, and runs f in it.
+// pin creates a namespace, bind-mounts it at pinned/NAME, and runs f in it.
 func pin(name string, flag int, f func() error) (string, error) {
 	path := filepath.Join(pinned, name)
 	if err := os.MkdirAll(pinned, 0o755); err != nil {
@@ -39,8 +39,8 @@ func pin(name string, flag int, f func() error) (string, error) {
 	return path, nil
 }
 
-// inMounts runs f in the mount namespace of a process. f must do its system
-// calls itself and start nothing.
+// inMounts runs f in the mount namespace of a process. f must make its system
+// calls on its own thread and start nothing.
 func inMounts(pid int, f func() error) error {
 	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", pid))
 	if err != nil {
@@ -48,8 +48,8 @@ func inMounts(pid int, f func() error) error {
 	}
 	defer ns.Close()
 	return thread.Do(func() error {
-		// A thread that shares its root folder with others cannot change
-		// mounts.
+		// A thread that shares its fs_struct with others cannot join a mount
+		// namespace.
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return err
 		}

@@ -15,10 +15,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 )
 
-// plugTimeout is for a card that was plugged in while the guest booted.
+// plugTimeout bounds the wait for a card that was plugged in while the guest
+// booted.
 const plugTimeout = 20 * time.Second
 
-// updateNetwork sets the guest's interfaces up as the request has them. Kata:
+// updateNetwork sets the guest's interfaces up as requested. Kata:
 // src/agent/src/netlink.rs.
 func updateNetwork(r *api.UpdateNetworkRequest) error {
 	for _, i := range r.Interfaces {
@@ -26,7 +27,7 @@ func updateNetwork(r *api.UpdateNetworkRequest) error {
 			return fmt.Errorf("set up interface %s: %w", i.Name, err)
 		}
 	}
-	// Those with a gateway need the others to reach it.
+	// Routes with a gateway need the others to reach it.
 	routes := slices.Clone(r.Routes)
 	slices.SortStableFunc(routes, func(a, b *api.Route) int { return min(len(a.Gateway), 1) - min(len(b.Gateway), 1) })
 	for _, route := range routes {
@@ -62,7 +63,7 @@ func setInterface(i *api.Interface) error {
 	}
 	if i.NoArp {
 		if err := netlink.LinkSetARPOff(link); err != nil {
-			return fmt.Errorf("turn ARP off: %w", err)
+			return fmt.Errorf("disable ARP: %w", err)
 		}
 	}
 	for _, text := range i.Addresses {
@@ -89,7 +90,7 @@ func linkByMAC(mac net.HardwareAddr) (netlink.Link, error) {
 	defer func() {
 		close(done)
 		go func() {
-			for range changes { // closed once the watch has ended
+			for range changes { // closed when the watch ends
 			}
 		}()
 	}()
@@ -106,12 +107,13 @@ func linkByMAC(mac net.HardwareAddr) (netlink.Link, error) {
 		select {
 		case <-changes:
 		case <-timeout:
-			return nil, fmt.Errorf("there is no card with the address %s", mac)
+			return nil, fmt.Errorf("no card has the address %s", mac)
 		}
 	}
 }
 
-// rename gives a link its name. One that has it already gets that of the link.
+// rename gives a link a name. A link that already has it gets the old name in
+// exchange.
 func rename(link netlink.Link, name string) error {
 	old := link.Attrs().Name
 	if old == name {

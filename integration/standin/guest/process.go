@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process is a container's first one, or one that was executed in it.
+// process is a container's init or an exec.
 type process struct {
 	pid     int
 	streams *streams
@@ -20,7 +20,7 @@ type process struct {
 	status  uint32 // valid once done is closed
 }
 
-// follow waits for the process's end.
+// follow waits until the process exits.
 func (p *process) follow(status <-chan uint32) {
 	p.done = make(chan struct{})
 	go func() {
@@ -30,15 +30,15 @@ func (p *process) follow(status <-chan uint32) {
 	}()
 }
 
-// closeStdin ends a process's input. A terminal has no end.
+// closeStdin closes a process's stdin. A terminal stays open.
 func (p *process) closeStdin() {
 	if p.streams.terminal == nil {
 		p.stdin.Do(func() { p.streams.stdin.Close() })
 	}
 }
 
-// signal signals this process alone. A first process that does nothing about
-// SIGTERM would not get it, being the init of its pid namespace, and is killed.
+// signal signals only this process. An init that does not handle SIGTERM would
+// not get it, as PID 1 of its namespace, and is killed.
 func (p *process) signal(signal unix.Signal, first bool) error {
 	if first && signal == unix.SIGTERM && !heeds(p.pid, signal) {
 		signal = unix.SIGKILL
@@ -49,7 +49,7 @@ func (p *process) signal(signal unix.Signal, first bool) error {
 	return nil
 }
 
-// heeds says whether a process has done anything about a signal.
+// heeds reports whether a process handles, blocks or ignores a signal.
 func heeds(pid int, signal unix.Signal) bool {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -64,8 +64,8 @@ func heeds(pid int, signal unix.Signal) bool {
 	return false
 }
 
-// inMask reads one line of /proc/PID/status. Kata's agent takes a signal that
-// is blocked or ignored for one that is handled (src/agent/src/rpc.rs).
+// inMask reads one line of /proc/PID/status. Kata's agent treats a blocked or
+// ignored signal as handled (src/agent/src/rpc.rs).
 func inMask(line string, signal unix.Signal) bool {
 	key, value, _ := strings.Cut(line, ":")
 	switch key {

@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// reaper waits for every child of process 1, those that it started and those
-// that were left to it. Nobody else in the agent may wait for a process.
+// reaper waits for every child of PID 1, started or inherited. Nothing else in
+// the agent may wait for a process.
 type reaper struct {
 	mu      sync.Mutex
 	waiting map[int]chan uint32
-	// orphans are ends that nobody has asked for yet: a process may be over
-	// before its pid is known.
+	// orphans are exit statuses that nobody has asked for yet: a process may
+	// exit before its pid is known.
 	orphans map[int]orphan
 }
 
@@ -28,15 +28,14 @@ type orphan struct {
 	at     time.Time
 }
 
-// orphanLife is how long an end is kept for somebody who asks for it. Pids come
-// round again much later.
+// orphanLife is how long an exit status is kept. Pids are reused much later.
 const orphanLife = 30 * time.Second
 
 func newReaper() *reaper {
 	return &reaper{waiting: map[int]chan uint32{}, orphans: map[int]orphan{}}
 }
 
-// run reaps until the guest ends.
+// run reaps until the guest stops.
 func (r *reaper) run() {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGCHLD)
@@ -77,8 +76,8 @@ func (r *reaper) reap() {
 	}
 }
 
-// start starts a command whose streams are files, and answers where its exit
-// status will come. The command must not be waited for in any other way.
+// start starts a command whose streams are files, and returns the channel of
+// its exit status. The command must not be waited for in any other way.
 func (r *reaper) start(cmd *exec.Cmd) (<-chan uint32, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -87,14 +86,14 @@ func (r *reaper) start(cmd *exec.Cmd) (<-chan uint32, error) {
 	}
 	c, pid := make(chan uint32, 1), cmd.Process.Pid
 	r.waiting[pid] = c
-	// Its descriptor of the process would stay until the garbage is collected.
+	// Otherwise the pidfd would stay open until garbage collection.
 	_ = cmd.Process.Release()
 	cmd.Process.Pid = pid // which Release forgets
 	return c, nil
 }
 
-// watch answers where the exit status of a process will come that is, or was
-// until a moment ago, a descendant.
+// watch returns the channel of the exit status of a process that is, or just
+// was, a descendant.
 func (r *reaper) watch(pid int) <-chan uint32 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -110,8 +109,7 @@ func (r *reaper) watch(pid int) <-chan uint32 {
 	return c
 }
 
-// runCommand runs a command to its end and answers its output as the error's
-// text when it fails.
+// runCommand runs a command; if it fails, its output is part of the error.
 func (r *reaper) runCommand(cmd *exec.Cmd) error {
 	read, write, err := os.Pipe()
 	if err != nil {

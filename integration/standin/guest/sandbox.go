@@ -16,22 +16,22 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 )
 
-// sandbox is the one that the guest was booted for.
+// sandbox is the sandbox that the guest was booted for.
 type sandbox struct {
 	reaper *reaper
 	self   string
 
-	// mu is held while a container or a process is made, signalled or removed,
-	// as the lock of Kata's agent is: an exec that stands still in a frozen
-	// cgroup stops all of that for the whole sandbox.
+	// mu is held while a container or a process is created, signalled or
+	// removed, as the lock of Kata's agent is: an exec into a frozen cgroup
+	// blocks all of that for the whole sandbox.
 	mu         sync.Mutex
 	id         string
 	ipc, uts   string
 	hookPath   string
-	pidHolder  *os.File // pid namespace of the first container
+	pidHolder  *os.File // keeps the first container's PID namespace
 	containers map[string]*container
 
-	// found guards what is looked up without mu, so that it never waits.
+	// found guards lookups without mu, so that they never block.
 	found   sync.Mutex
 	process map[[2]string]*process
 	groups  map[string]cgroup
@@ -98,9 +98,9 @@ func (s *sandbox) createContainer(r *api.CreateContainerRequest) error {
 	if err := json.Unmarshal(r.Spec, &spec); err != nil {
 		return fmt.Errorf("container %s: %w", r.Id, err)
 	}
-	// Kata's agent takes no process whose capabilities are not named, either.
+	// Kata's agent also rejects a process without capabilities.
 	if spec.Root == nil || spec.Process == nil || spec.Linux == nil || spec.Process.Capabilities == nil {
-		return fmt.Errorf("container %s: an incomplete specification: %w", r.Id, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("container %s: incomplete OCI spec: %w", r.Id, errdefs.ErrInvalidArgument)
 	}
 	c := &container{
 		id:     r.Id,
@@ -118,7 +118,7 @@ func (s *sandbox) createContainer(r *api.CreateContainerRequest) error {
 	}
 	if r.SandboxPidns {
 		if s.pidHolder == nil && len(s.containers) > 0 {
-			return fmt.Errorf("container %s: the sandbox has no pid namespace: %w", r.Id, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("container %s: the sandbox has no PID namespace: %w", r.Id, errdefs.ErrFailedPrecondition)
 		}
 		if s.pidHolder != nil {
 			fit.pid = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), s.pidHolder.Fd())
@@ -139,7 +139,7 @@ func (s *sandbox) createContainer(r *api.CreateContainerRequest) error {
 	s.found.Lock()
 	s.groups[r.Id] = c.cgroup
 	s.found.Unlock()
-	log.L.WithField("container", r.Id).WithField("pid", c.init.pid).Info("created")
+	log.L.WithField("container", r.Id).WithField("pid", c.init.pid).Info("container created")
 	return nil
 }
 
@@ -153,7 +153,7 @@ func (s *sandbox) container(id string) (*container, error) {
 
 func notFound(id string) error { return fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound) }
 
-// with runs f on a container under the lock.
+// with calls f for a container, under the lock.
 func (s *sandbox) with(id string, f func(*container) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -167,7 +167,7 @@ func (s *sandbox) with(id string, f func(*container) error) error {
 func (s *sandbox) removeContainer(id string) error {
 	return s.with(id, func(c *container) error {
 		if err := c.cgroup.kill(unix.SIGKILL); err != nil && !errors.Is(err, os.ErrNotExist) {
-			log.L.WithError(err).Warn("kill what is left of a container")
+			log.L.WithError(err).Warn("failed to kill remaining processes of container")
 		}
 		delete(s.containers, id)
 		s.forget(id)
@@ -190,7 +190,8 @@ func (s *sandbox) exec(r *api.ExecProcessRequest) error {
 	})
 }
 
-// signal: the whole cgroup with SIGKILL for a container, one process otherwise.
+// signal signals one process, or, for a container and SIGKILL, its whole
+// cgroup.
 func (s *sandbox) signal(id, execID string, signal unix.Signal) error {
 	return s.with(id, func(c *container) error {
 		if execID == "" && signal == unix.SIGKILL {
@@ -222,8 +223,8 @@ func (s *sandbox) forget(id string) {
 	delete(s.groups, id)
 }
 
-// lookUp finds a process. A process that has ended stays until its container is
-// removed: its status is asked for last.
+// lookUp finds a process. A process that has exited stays until its container
+// is removed, because its status is requested last.
 func (s *sandbox) lookUp(id, execID string) (*process, error) {
 	s.found.Lock()
 	defer s.found.Unlock()

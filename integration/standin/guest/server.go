@@ -1,9 +1,10 @@
-// Package guest is the stand-in for Kata's agent: process 1 of the guest, which
-// mounts the share, makes the sandbox's namespaces, and has Debian's runc run
-// containers the way Kata's own agent would have them. Kata: src/agent.
+// Package guest is the stand-in for Kata's agent: PID 1 of the guest. It mounts
+// the share, creates the sandbox's namespaces, and runs containers with
+// Debian's runc such that they look like those of Kata's agent. Kata 4.1.0:
+// src/agent.
 //
-// [Boot] comes first, [Serve] then never returns. The agent's binary is also
-// started by itself, in the modes [HookMode], [ExecMode] and [TerminalMode].
+// Call [Boot] first; [Serve] then never returns. The agent also starts its own
+// binary in the modes [HookMode], [ExecMode] and [TerminalMode].
 package guest
 
 import (
@@ -26,14 +27,14 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/api"
 )
 
-// anyCID takes connections from wherever: only the host is there.
+// anyCID accepts connections from any CID: there is only the host.
 const anyCID = math.MaxUint32
 
-// readySign is printed once the agent listens; Kata's agent logs the same
-// words, and whoever starts the VM may wait for them.
+// readySign is logged once the agent listens, in the same words as by Kata's
+// agent, so that the VMM can wait for it.
 const readySign = "ttRPC server started"
 
-// Serve serves the shim until the guest ends.
+// Serve serves the shim until the guest stops.
 func Serve(ctx context.Context) error {
 	self, err := os.Executable()
 	if err != nil {
@@ -74,7 +75,7 @@ func debugConsoleWanted() (bool, error) {
 	return false, nil
 }
 
-// service turns requests into calls, and errors into codes.
+// service maps requests to calls, and errors to gRPC codes.
 type service struct {
 	sandbox *sandbox
 }
@@ -112,7 +113,7 @@ func (s *service) UpdateContainer(_ context.Context, r *api.UpdateContainerReque
 }
 
 func (s *service) Stats(_ context.Context, r *api.ContainerRequest) (*api.StatsResponse, error) {
-	// Without the lock: a frozen container has statistics, too.
+	// Without the lock: a frozen container has statistics as well.
 	s.sandbox.found.Lock()
 	group, ok := s.sandbox.groups[r.Id]
 	s.sandbox.found.Unlock()

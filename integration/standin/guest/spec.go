@@ -9,26 +9,26 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// bundleRoot has a folder for each container, as Kata's agent has: config.json
-// and rootfs.
+// bundleRoot has a directory for each container, as with Kata's agent:
+// config.json and rootfs.
 const bundleRoot = "/run/kata-containers"
 
-// surroundings is what a container's specification has to fit into.
+// surroundings are the parts of the sandbox that a container's spec refers to.
 type surroundings struct {
 	cid string
-	// ipc and uts are the sandbox's, pid is "" for one of the container's own.
+	// ipc and uts are the sandbox's; pid is empty for a namespace of the
+	// container's own.
 	ipc, uts, pid string
 	// hooks are the guest's own prestart hooks.
 	hooks []string
 	// self is the agent's binary.
 	self string
-	// annotate: the guest's hooks get to see the annotations.
+	// annotate passes the annotations to the guest's hooks.
 	annotate bool
 }
 
-// finish makes what runc is given out of what the host sent. Some of it is not
-// left to runc, since Kata does it differently: see [newTerminal] and
-// [concealed].
+// finish turns the host's spec into runc's. Some parts are not left to runc,
+// because Kata does them differently: see [newTerminal] and [concealed].
 func finish(spec *specs.Spec, s surroundings) {
 	spec.Root.Path = filepath.Join(bundleRoot, s.cid, "rootfs")
 	spec.Hostname, spec.Domainname = "", "" // the sandbox's
@@ -56,7 +56,7 @@ func finish(spec *specs.Spec, s surroundings) {
 	if linux.Resources == nil {
 		linux.Resources = &specs.LinuxResources{}
 	}
-	// Kata's agent restricts no device on cgroup v2.
+	// Kata's agent restricts no devices on cgroup v2.
 	linux.Resources.Devices = []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
 
 	if len(s.hooks) > 0 && spec.Hooks == nil {
@@ -67,18 +67,18 @@ func finish(spec *specs.Spec, s surroundings) {
 		if s.annotate {
 			args = append(args, annotateFlag)
 		}
-		//nolint:staticcheck // deprecated for others; it is the moment before the pivot
+		//nolint:staticcheck // deprecated; the only hook that runs before the pivot
 		spec.Hooks.Prestart = append(spec.Hooks.Prestart, specs.Hook{Path: s.self, Args: append(args, "created", path)})
 	}
 }
 
-// findHooks lists the guest's hooks of a kind: files that can be executed, by
-// name. Links are none.
+// findHooks lists the guest's hooks of a kind: executable regular files, sorted
+// by name. Symbolic links are skipped.
 func findHooks(root, kind string) []string {
 	dir := filepath.Join(root, kind)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		// A folder of hooks need not have them of all kinds.
+		// A hook directory need not have hooks of all kinds.
 		log.L.WithError(err).Info("no guest hooks")
 		return nil
 	}

@@ -10,20 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// streams are the agent's ends of a process's stdio, made in the guest's root:
-// three pipes, or a terminal of the agent's own devpts. A container never sees
-// a socket as its stdio, nor a terminal of its own devpts.
+// streams are the agent's ends of a process's stdio, created in the guest's
+// root: three pipes, or a terminal of the agent's devpts. A container's stdio
+// is never a socket nor a terminal of its own devpts.
 type streams struct {
 	stdin          *os.File
 	stdout, stderr *os.File
-	terminal       *os.File // the master, which then is stdin and stdout, too
+	terminal       *os.File // the master, which then is also stdin and stdout
 }
 
 // theirs are the process's ends.
 type theirs struct {
 	stdio [3]*os.File
-	// leaked are copies of the terminal that the process gets beyond its stdio:
-	// Kata's agent lets some through, and a checkpoint has to cope.
+	// leaked are copies of the terminal that the process inherits in addition
+	// to its stdio: Kata's agent leaks some, and a checkpoint has to cope with
+	// them.
 	leaked []*os.File
 }
 
@@ -51,8 +52,8 @@ func newStreams(terminal bool, leaks int) (*streams, *theirs, error) {
 		if i == 0 {
 			mine, other = fds[1], fds[0]
 		}
-		// Only the agent's own end must not block; the other one is somebody
-		// else's program's.
+		// Only the agent's end is non-blocking; the other one is the
+		// workload's.
 		_ = unix.SetNonblock(mine, true)
 		*ours = os.NewFile(uintptr(mine), "pipe")
 		t.stdio[i] = os.NewFile(uintptr(other), "pipe")
@@ -100,12 +101,12 @@ func (s *streams) close() {
 	}
 }
 
-// resize tells a terminal its size.
+// resize sets a terminal's size.
 func (s *streams) resize(width, height uint32) error {
 	if s.terminal == nil {
 		return errors.New("no terminal")
 	}
-	// Not by Fd, which may make it blocking.
+	// Not with Fd, which may make it blocking.
 	raw, err := s.terminal.SyscallConn()
 	if err != nil {
 		return err
@@ -117,8 +118,8 @@ func (s *streams) resize(width, height uint32) error {
 	return err
 }
 
-// drainLimit is how long a terminal's output is still read once its process has
-// ended: others may hold it open for ever.
+// drainLimit is how long a terminal's output is still read after its process
+// has exited: others may hold it open forever.
 const drainLimit = 200 * time.Millisecond
 
 func (s *streams) drain() {
@@ -127,9 +128,8 @@ func (s *streams) drain() {
 	}
 }
 
-// ended says whether an error of a read means that nothing more will come: a
-// terminal whose last user is gone, or whose process has ended, says so in its
-// own ways.
+// ended reports whether a read error means the end of the output: terminals
+// report theirs with errors of their own.
 func ended(err error) bool {
 	return errors.Is(err, unix.EIO) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, os.ErrClosed)
 }

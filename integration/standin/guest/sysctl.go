@@ -8,9 +8,8 @@ import (
 	"strings"
 )
 
-// setSysctls sets those whose names begin with prefix, below root, and takes
-// them out of the list. Kata: set_sysctls in
-// src/agent/rustjail/src/container.rs.
+// setSysctls sets the sysctls with the prefix, below root, and removes them
+// from the list. Kata: set_sysctls in src/agent/rustjail/src/container.rs.
 func setSysctls(root string, sysctls map[string]string, prefix string) error {
 	for name, value := range sysctls {
 		if !strings.HasPrefix(name, prefix) {

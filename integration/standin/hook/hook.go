@@ -1,5 +1,5 @@
-// Package hook runs OCI hooks, the engine's on the host and the guest's own in
-// the guest. Kata: src/runtime/pkg/katautils/hook.go and
+// Package hook runs OCI hooks: the engine's on the host, the guest's own in the
+// guest. Kata 4.1.0: src/runtime/pkg/katautils/hook.go and
 // src/libs/kata-sys-util/src/hooks.rs.
 package hook
 
@@ -16,13 +16,13 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// Limit is what a hook without a timeout of its own gets in the guest, and in
-// the Rust way on the host.
+// Limit is the timeout of a hook without its own, in the guest and, in the Rust
+// way, on the host.
 const Limit = 10 * time.Second
 
 // Run runs one hook with state on its stdin until it has exited and its output
-// has ended: a daemon that it leaves behind has to close what it inherited.
-// Limit 0 means as long as it takes; the hook's own timeout comes first.
+// is closed: a daemon that it starts has to close its streams. A limit of 0
+// means none; the hook's own timeout takes precedence.
 func Run(ctx context.Context, h specs.Hook, state any, limit time.Duration) error {
 	input, err := json.Marshal(state)
 	if err != nil {
@@ -41,16 +41,16 @@ func Run(ctx context.Context, h specs.Hook, state any, limit time.Duration) erro
 	if len(h.Args) > 0 {
 		cmd.Args = h.Args
 	}
-	cmd.Env = append([]string{}, h.Env...) // not nil, which would mean ours
+	cmd.Env = append([]string{}, h.Env...) // not nil, which would mean this process's
 	cmd.Stdin = bytes.NewReader(input)
 	cmd.Stdout, cmd.Stderr = &output, &output
-	// A killed hook may have left its output to somebody.
+	// A killed hook's child may hold its output open.
 	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			err = fmt.Errorf("not done after %s", limit)
+			err = fmt.Errorf("timed out after %s", limit)
 		} else if errors.Is(err, syscall.EPIPE) {
-			return nil // it did not read its state, which is its own affair
+			return nil // a hook need not read its state
 		}
 		return fmt.Errorf("hook %s: %w: %s", h.Path, err, bytes.TrimSpace(output.Bytes()))
 	}

@@ -1,7 +1,8 @@
-// Package hostspec reads a bundle's specification as Kata's shims do, and
-// rewrites it for the guest: what belongs to the host is taken out. It is pure.
-// Kata: constrainGRPCSpec in src/runtime/virtcontainers/kata_agent.go, and
-// amend_spec in src/runtime-rs/crates/runtimes/virt_container.
+// Package hostspec reads a bundle's OCI spec as Kata's shims do, and rewrites
+// it for the guest by removing what belongs to the host. It has no side
+// effects. Kata 4.1.0: constrainGRPCSpec in
+// src/runtime/virtcontainers/kata_agent.go, and amend_spec in
+// src/runtime-rs/crates/runtimes/virt_container.
 package hostspec
 
 import (
@@ -16,19 +17,19 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// Kind is a container's place in its sandbox.
+// Kind is a container's role in its sandbox.
 type Kind string
 
 const (
-	// Single is a sandbox of its own.
+	// Single is a container with a sandbox of its own.
 	Single Kind = "single_container"
-	// PodSandbox is the first container of a pod.
+	// PodSandbox is a pod's sandbox container.
 	PodSandbox Kind = "pod_sandbox"
-	// PodContainer joins a sandbox that is there.
+	// PodContainer joins an existing sandbox.
 	PodContainer Kind = "pod_container"
 )
 
-// OwnsSandbox says whether the sandbox begins and ends with the container.
+// OwnsSandbox reports whether the sandbox starts and ends with the container.
 func (k Kind) OwnsSandbox() bool { return k != PodContainer }
 
 var kindKeys = []string{
@@ -59,7 +60,7 @@ func Load(bundle string) (*specs.Spec, error) {
 	return &spec, nil
 }
 
-// Classify tells a container's kind and its sandbox by the engine's
+// Classify returns a container's kind and its sandbox from the engine's
 // annotations.
 func Classify(id string, annotations map[string]string) (Kind, string, error) {
 	kind, err := kindOf(annotations)
@@ -71,7 +72,7 @@ func Classify(id string, annotations map[string]string) (Kind, string, error) {
 			return kind, sandbox, nil
 		}
 	}
-	return "", "", fmt.Errorf("container %s belongs to a sandbox that no annotation names", id)
+	return "", "", fmt.Errorf("container %s has no annotation that names its sandbox", id)
 }
 
 func kindOf(annotations map[string]string) (Kind, error) {
@@ -89,8 +90,8 @@ func kindOf(annotations map[string]string) (Kind, error) {
 	return Single, nil
 }
 
-// NetworkNamespace is the network namespace that the engine made, "" for a new
-// one.
+// NetworkNamespace returns the engine's network namespace, or an empty string
+// for a new one.
 func NetworkNamespace(spec *specs.Spec) string {
 	for _, ns := range spec.Linux.Namespaces {
 		if ns.Type == specs.NetworkNamespace {
@@ -100,8 +101,8 @@ func NetworkNamespace(spec *specs.Spec) string {
 	return ""
 }
 
-// SharesPidNamespace says whether the container joins the pid namespace of its
-// sandbox: it does if the engine names any.
+// SharesPidNamespace reports whether the container joins the PID namespace of
+// its sandbox: it does if the spec names any.
 func SharesPidNamespace(spec *specs.Spec) bool {
 	for _, ns := range spec.Linux.Namespaces {
 		if ns.Type == specs.PIDNamespace {
@@ -111,12 +112,13 @@ func SharesPidNamespace(spec *specs.Spec) bool {
 	return false
 }
 
-// HasHooks says whether the specification has a hooks object, be it empty. The
-// Rust shim then sends one to the guest, where the guest's own hooks get lost.
+// HasHooks reports whether the spec has a hooks object, even an empty one. The
+// Rust shim then sends it to the guest, where it replaces the guest's own
+// hooks.
 func HasHooks(spec *specs.Spec) bool { return spec.Hooks != nil }
 
-// ForGuest answers the specification that the guest gets. Mounts and the root's
-// path are the share's business.
+// ForGuest returns the guest's spec. Mounts and the root's path are set by
+// package share.
 func ForGuest(w way.Way, kind Kind, bundle string, spec *specs.Spec) (*specs.Spec, error) {
 	guest, err := clone(spec)
 	if err != nil {
@@ -146,8 +148,8 @@ func ForGuest(w way.Way, kind Kind, bundle string, spec *specs.Spec) (*specs.Spe
 	for _, ns := range linux.Namespaces {
 		switch ns.Type {
 		case specs.NetworkNamespace, specs.TimeNamespace, specs.PIDNamespace, specs.UserNamespace:
-			// The agent decides about pid; the others are the guest's root
-			// ones.
+			// The agent sets the PID namespace; the others are the guest's root
+			// namespaces.
 		default:
 			namespaces = append(namespaces, specs.LinuxNamespace{Type: ns.Type})
 		}
@@ -165,11 +167,11 @@ func ForGuest(w way.Way, kind Kind, bundle string, spec *specs.Spec) (*specs.Spe
 func clone(spec *specs.Spec) (*specs.Spec, error) {
 	raw, err := json.Marshal(spec)
 	if err != nil {
-		return nil, fmt.Errorf("copy the specification: %w", err)
+		return nil, fmt.Errorf("copy the OCI spec: %w", err)
 	}
 	var out specs.Spec
 	if err := json.Unmarshal(raw, &out); err != nil {
-		return nil, fmt.Errorf("copy the specification: %w", err)
+		return nil, fmt.Errorf("copy the OCI spec: %w", err)
 	}
 	return &out, nil
 }

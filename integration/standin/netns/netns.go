@@ -1,6 +1,6 @@
-// Package netns makes and enters network namespaces that have a name in the
-// file system: a sandbox's own, where the engine brings none, and those that
-// the scenarios make as a network plugin does.
+// Package netns creates and enters named network namespaces: a sandbox's own,
+// if the engine provides none, and those that scenarios create as a network
+// plugin does.
 package netns
 
 import (
@@ -14,19 +14,19 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 )
 
-// Dir is where namespaces have their names, for `ip netns`, too.
+// Dir is the directory of named namespaces, also for `ip netns`.
 const Dir = "/run/netns"
 
-// Namespace is a network namespace with a name in the file system.
+// Namespace is a network namespace that is bind-mounted at a path.
 type Namespace struct {
 	Path    string
 	created bool
 }
 
-// Path is where the namespace that a sandbox has made for itself has its name.
+// Path returns the path of a namespace that a sandbox creates for itself.
 func Path(sandbox string) string { return filepath.Join(Dir, "kata-"+sandbox) }
 
-// New opens the engine's namespace, or makes one where the engine names none.
+// New returns the engine's namespace, or creates one if path is empty.
 func New(path, sandbox string) (*Namespace, error) {
 	if path != "" {
 		return &Namespace{Path: path}, nil
@@ -34,11 +34,11 @@ func New(path, sandbox string) (*Namespace, error) {
 	return Make(Path(sandbox))
 }
 
-// Make makes a namespace that has a name at path until Remove is called.
+// Make creates a namespace that is bind-mounted at path until Remove is called.
 func Make(path string) (*Namespace, error) {
 	f, err := create(path)
 	if err != nil {
-		return nil, fmt.Errorf("make a network namespace: %w", err)
+		return nil, fmt.Errorf("create a network namespace: %w", err)
 	}
 	f.Close()
 	err = thread.Do(func() error {
@@ -49,15 +49,14 @@ func Make(path string) (*Namespace, error) {
 	})
 	if err != nil {
 		os.Remove(path)
-		return nil, fmt.Errorf("make a network namespace: %w", err)
+		return nil, fmt.Errorf("create a network namespace: %w", err)
 	}
 	return &Namespace{Path: path, created: true}, nil
 }
 
-// create makes the file that the namespace is mounted on. The name of one that
-// was never removed is taken over: its namespace went with the shim that had
-// it. The folder may go while we are about it: a testbed that ends removes it
-// when it is empty.
+// create creates the file that the namespace is mounted on. A leftover file is
+// reused: its namespace disappeared with its shim. The directory may disappear
+// meanwhile: the end of a testbed removes it if it is empty.
 func create(path string) (f *os.File, err error) {
 	for range 10 {
 		if err = os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -70,8 +69,8 @@ func create(path string) (f *os.File, err error) {
 	return f, err
 }
 
-// Do runs f in the namespace. A process that f starts is in it, too, and dies
-// of no thread's end: f must not ask for a parent death signal.
+// Do runs f in the namespace, and processes that f starts. They must not have a
+// parent death signal, because f's thread exits.
 func (n *Namespace) Do(f func() error) error {
 	ns, err := os.Open(n.Path)
 	if err != nil {
@@ -86,7 +85,7 @@ func (n *Namespace) Do(f func() error) error {
 	})
 }
 
-// Remove takes away what New or Make made.
+// Remove removes what New or Make created.
 func (n *Namespace) Remove() error {
 	if !n.created {
 		return nil

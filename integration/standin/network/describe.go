@@ -41,7 +41,7 @@ func interfaceOf(link *netlink.LinkAttrs, addresses []netlink.Addr) *api.Interfa
 	return out
 }
 
-// routesOf leaves out the routes that the kernel makes by itself.
+// routesOf leaves out the routes that the kernel adds on its own.
 func routesOf(link string, routes []netlink.Route) []*api.Route {
 	var out []*api.Route
 	for _, r := range routes {
@@ -57,7 +57,7 @@ func routesOf(link string, routes []netlink.Route) []*api.Route {
 	return out
 }
 
-// neighboursOf takes what is permanent, and a gateway that is known.
+// neighboursOf returns permanent entries and resolved gateways.
 func neighboursOf(link string, routes []netlink.Route, neighbours []netlink.Neigh) []*api.Neighbour {
 	gateways := map[string]bool{}
 	for _, r := range routes {

@@ -1,10 +1,9 @@
 // Package network connects a VM with the interfaces of its sandbox's network
-// namespace by Kata's default model, tcfilter: each veth gets a tap beside it,
-// which is the VM's network card, and whatever arrives at either is redirected
-// to the other. The guest then takes over the veth's name, hardware address and
-// addresses. Kata: setupTCFiltering in
-// src/runtime/virtcontainers/network_linux.go and, in src/runtime-rs,
-// resource/src/network.
+// namespace by Kata's default model, tcfilter: each veth gets a tap, which is
+// the VM's network card, and what arrives at either is redirected to the other.
+// The guest then takes over the veth's name, hardware address and addresses.
+// Kata: setupTCFiltering in src/runtime/virtcontainers/network_linux.go and, in
+// src/runtime-rs, resource/src/network.
 package network
 
 import (
@@ -21,25 +20,24 @@ import (
 
 // Card is a network card for the VM.
 type Card struct {
-	// MAC is the veth's.
+	// MAC is the veth's address.
 	MAC string
-	// Tap is to be closed once the VMM has it. The tap goes with its last
-	// descriptor.
+	// Tap has to be closed once the VMM has it. The tap disappears with its
+	// last descriptor.
 	Tap *os.File
 }
 
-// Network is what a sandbox has in its network namespace.
+// Network is a sandbox's part of its network namespace.
 type Network struct {
 	namespace *netns.Namespace
 	attached  []netlink.Link
 }
 
-// New attaches nothing yet.
+// New returns a Network with nothing attached.
 func New(namespace *netns.Namespace) *Network { return &Network{namespace: namespace} }
 
-// Attach looks for interfaces that have come since the last time and makes a
-// card for each. As in Kata, one without an address is not configured, and left
-// alone.
+// Attach finds the interfaces that were added since the last call and creates a
+// card for each. As in Kata, an interface without an address is ignored.
 func (n *Network) Attach() (cards []Card, err error) {
 	defer func() {
 		if err != nil {
@@ -87,7 +85,7 @@ func (n *Network) has(link netlink.Link) bool {
 	return false
 }
 
-// connect makes the tap of a veth and gives its descriptor.
+// connect creates a veth's tap and returns its descriptor.
 func connect(veth netlink.Link, number int) (_ *os.File, err error) {
 	tap := &netlink.Tuntap{
 		LinkAttrs:  netlink.LinkAttrs{Name: fmt.Sprintf("tap%d_kata", number)},
@@ -97,7 +95,7 @@ func connect(veth netlink.Link, number int) (_ *os.File, err error) {
 		NonPersist: true,
 	}
 	if err := netlink.LinkAdd(tap); err != nil {
-		return nil, fmt.Errorf("make a tap: %w", err)
+		return nil, fmt.Errorf("create a tap: %w", err)
 	}
 	defer func() {
 		if err != nil {
@@ -114,7 +112,7 @@ func connect(veth netlink.Link, number int) (_ *os.File, err error) {
 	if err := netlink.LinkSetUp(made); err != nil {
 		return nil, fmt.Errorf("set %s up: %w", tap.Name, err)
 	}
-	// The tap's queue goes with the tap, the veth's would stay.
+	// The tap's qdisc disappears with the tap, the veth's would stay.
 	if err := join(made, veth); err != nil {
 		return nil, err
 	}
@@ -124,11 +122,11 @@ func connect(veth netlink.Link, number int) (_ *os.File, err error) {
 	return tap.Fds[0], nil
 }
 
-// join sends out at one link what comes in at another, unseen by the
-// namespace's own network stack.
+// join redirects what arrives at one link to another, bypassing the namespace's
+// network stack.
 func join(from, to netlink.Link) error {
 	if err := netlink.QdiscAdd(ingress(from)); err != nil {
-		return fmt.Errorf("add an ingress queue to %s: %w", from.Attrs().Name, err)
+		return fmt.Errorf("add an ingress qdisc to %s: %w", from.Attrs().Name, err)
 	}
 	if err := redirect(from, to); err != nil {
 		return fmt.Errorf("redirect %s to %s: %w", from.Attrs().Name, to.Attrs().Name, err)
@@ -151,8 +149,8 @@ func redirect(from, to netlink.Link) error {
 	})
 }
 
-// Remove takes the redirections away. The taps have gone with the VMM. An
-// engine may have removed the namespace before.
+// Remove removes the redirections. The taps have disappeared with the VMM. The
+// engine may have removed the namespace already.
 func (n *Network) Remove() error {
 	if len(n.attached) == 0 {
 		return nil
@@ -172,7 +170,8 @@ func (n *Network) Remove() error {
 	return nil
 }
 
-// Describe says what the guest has to set up: what is in the namespace now.
+// Describe returns what the guest has to set up: the current state of the
+// namespace.
 func (n *Network) Describe() (*api.UpdateNetworkRequest, error) {
 	r := &api.UpdateNetworkRequest{}
 	if len(n.attached) == 0 {

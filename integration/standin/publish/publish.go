@@ -1,6 +1,5 @@
-// Package publish sends a shim's events to containerd, by the address that
-// containerd left in the environment. Where there is none (CRI-O), events are
-// logged only.
+// Package publish sends a shim's events to containerd, at the address in the
+// environment. Without one (CRI-O), events are only logged.
 package publish
 
 import (
@@ -21,10 +20,10 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// limit is how long one event may take before it is given up, as in Kata.
+// limit is the timeout of one event, as in Kata.
 const limit = 5 * time.Second
 
-// Publisher sends events one after another, in the order of Send.
+// Publisher sends events one at a time, in the order of Send.
 type Publisher struct {
 	address   string
 	namespace string
@@ -35,7 +34,7 @@ type Publisher struct {
 	closed bool
 }
 
-// New starts the sending. The address is connected to with the first event.
+// New starts a publisher. It connects with the first event.
 func New(address, namespace string) *Publisher {
 	p := &Publisher{address: strings.TrimPrefix(address, "unix://"), namespace: namespace, queue: make(chan *types.Envelope, 128)}
 	p.done.Go(p.run)
@@ -44,10 +43,10 @@ func New(address, namespace string) *Publisher {
 
 // Send queues an event.
 func (p *Publisher) Send(event proto.Message) {
-	// The bare message name is what containerd looks types up by.
+	// containerd looks types up by the bare message name.
 	raw, err := proto.Marshal(event)
 	if err != nil {
-		log.L.WithError(err).Error("an event was not sent")
+		log.L.WithError(err).Error("failed to send event")
 		return
 	}
 	p.mu.Lock()
@@ -63,7 +62,7 @@ func (p *Publisher) Send(event proto.Message) {
 	}
 }
 
-// Close sends what is queued and ends. Later events are dropped.
+// Close sends the queued events and stops. Later events are dropped.
 func (p *Publisher) Close() {
 	p.mu.Lock()
 	if !p.closed {
@@ -87,7 +86,7 @@ func (p *Publisher) run() {
 			continue
 		}
 		var err error
-		// A containerd that restarted has closed the old connection.
+		// A restarted containerd has closed the old connection.
 		for range 2 {
 			if client == nil {
 				if client, err = p.connect(); err != nil {
@@ -104,7 +103,7 @@ func (p *Publisher) run() {
 			client = nil
 		}
 		if err != nil {
-			log.L.WithError(err).WithField("topic", e.Topic).Error("an event was not sent")
+			log.L.WithError(err).WithField("topic", e.Topic).Error("failed to send event")
 		}
 	}
 }

@@ -12,8 +12,7 @@ import (
 	"github.com/containerd/log"
 )
 
-// monitor is the sandbox's management socket, of whose requests the stand-in
-// knows one.
+// monitor serves the sandbox's management socket, with one of Kata's requests.
 type monitor struct {
 	server http.Server
 	done   chan struct{}
@@ -33,7 +32,7 @@ func serveMonitor(socket, agentURL string) (*monitor, error) {
 	go func() {
 		defer close(m.done)
 		if err := m.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			log.L.WithError(err).Error("management socket")
+			log.L.WithError(err).Error("management socket failed")
 		}
 	}()
 	return m, nil

@@ -7,8 +7,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/vm"
 )
 
-// boot starts the VM with a card for each interface that the engine has put
-// into the network namespace.
+// boot starts the VM with a card for each interface in the network namespace.
 func (s *Sandbox) boot(ctx context.Context) error {
 	cards, err := s.attach()
 	if err != nil {
@@ -19,7 +18,7 @@ func (s *Sandbox) boot(ctx context.Context) error {
 	return err
 }
 
-// plug adds cards for the interfaces that the engine's hooks have brought.
+// plug adds cards for the interfaces that the engine's hooks have added.
 func (s *Sandbox) plug(ctx context.Context) error {
 	cards, err := s.attach()
 	if err != nil {
@@ -36,7 +35,7 @@ func (s *Sandbox) attach() ([]network.Card, error) {
 	return s.network.Attach()
 }
 
-// updateNetwork has the guest take the interfaces over.
+// updateNetwork has the guest configure the interfaces.
 func (s *Sandbox) updateNetwork(ctx context.Context) error {
 	if s.network == nil {
 		return nil

@@ -14,12 +14,12 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// record is what a later process needs to clean up behind a shim that died.
+// record is what a later process needs to clean up after a dead shim.
 type record struct {
 	Processes []started `json:"processes"`
 }
 
-// started is a process that cannot be mistaken for another of the same pid.
+// started identifies a process by its pid and start time.
 type started struct {
 	Pid int `json:"pid"`
 	// Start is in clock ticks since the machine's boot.
@@ -53,7 +53,8 @@ func (s *Sandbox) record() error {
 	return os.WriteFile(path, raw, 0o600)
 }
 
-// startOf is field 22 of /proc/PID/stat; the name before it may hold anything.
+// startOf returns field 22 of /proc/PID/stat; the name before it may contain
+// anything.
 func startOf(pid int) (string, error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -67,8 +68,8 @@ func startOf(pid int) (string, error) {
 	return fields[19], nil
 }
 
-// RemoveRemains ends and removes what a shim left of a sandbox. The mounts went
-// with the shim's namespace; what it shows of them here is empty.
+// RemoveRemains kills and removes what a dead shim left of a sandbox. The
+// mounts disappeared with the shim's namespace; their mount points are empty.
 func RemoveRemains(w way.Way, id string) error {
 	var failures []error
 	var r record
@@ -84,7 +85,7 @@ func RemoveRemains(w way.Way, id string) error {
 			failures = append(failures, syscall.Kill(-p.Pid, syscall.SIGKILL))
 		}
 	}
-	// The namespace went with the shim; an empty file is its name.
+	// The namespace disappeared with the shim; an empty file is left.
 	if err := os.Remove(netns.Path(id)); !errors.Is(err, os.ErrNotExist) {
 		failures = append(failures, err)
 	}

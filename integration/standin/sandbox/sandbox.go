@@ -1,6 +1,5 @@
-// Package sandbox is one VM with the containers in it, seen from the host: its
-// share, its processes and its agent. The shim's service decides when; this
-// package does.
+// Package sandbox manages one VM with its containers from the host: its share,
+// its processes and its agent. Package shim is the caller.
 package sandbox
 
 import (
@@ -27,18 +26,20 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// Sandbox is one VM.
+// Sandbox is one VM with its containers.
 type Sandbox struct {
 	ID     string
 	config *config.Config
-	// shareLock guards the share: a container may go while another one comes.
+	// shareLock guards the share: containers are added and removed
+	// concurrently.
 	shareLock sync.Mutex
 	share     *share.Share
 	netns     *netns.Namespace
-	network   *network.Network // nil where the configuration wants none
+	network   *network.Network // nil if the configuration disables it
 	vm        *vm.VM
 	client    *ttrpc.Client
-	// Agent is the guest's. Streams and waits may use it without a lock.
+	// Agent is the client of the guest's agent. Streams and waits may use it
+	// without a lock.
 	Agent   api.AgentService
 	monitor *monitor
 
@@ -46,18 +47,18 @@ type Sandbox struct {
 	removed              error
 }
 
-// Options is what a sandbox is made from.
+// Options describes a sandbox.
 type Options struct {
 	ID     string
 	Config *config.Config
-	// Spec is the first container's, as the engine wrote it.
+	// Spec is the first container's OCI spec, as the engine wrote it.
 	Spec *specs.Spec
-	// BeforeContainers runs once the VMM has a pid, with the path of its
-	// network namespace: the engine's hooks.
+	// BeforeContainers is called once the VMM has a pid, with the path of its
+	// network namespace, to run the engine's hooks.
 	BeforeContainers func(s *Sandbox) error
 }
 
-// Create boots a sandbox and returns when its agent has taken it over.
+// Create boots a sandbox and returns when its agent has accepted it.
 func Create(ctx context.Context, o Options) (_ *Sandbox, err error) {
 	start := time.Now()
 	s := &Sandbox{ID: o.ID, config: o.Config}
@@ -110,8 +111,8 @@ func Create(ctx context.Context, o Options) (_ *Sandbox, err error) {
 	return s, nil
 }
 
-// claim makes a sandbox's folders, none of which may be there: an id that is in
-// use elsewhere on the machine would lose its own, further on or at the end.
+// claim creates a sandbox's directories, none of which may exist: otherwise a
+// sandbox with the same id elsewhere on the machine would lose its own.
 func claim(dirs ...string) error {
 	for i, dir := range dirs {
 		err := os.MkdirAll(filepath.Dir(dir), 0o750)
@@ -136,29 +137,29 @@ func (s *Sandbox) connect(ctx context.Context) error {
 	s.client = ttrpc.NewClient(c)
 	s.Agent = api.NewAgentClient(s.client)
 	go func() {
-		// Requests under way must not outlive the VM.
+		// Requests in progress must not outlive the VM.
 		<-s.vm.Gone()
 		s.client.Close()
 	}()
 	return nil
 }
 
-// Serve opens the sandbox's management socket: nobody may find the sandbox by
-// it before its first container is there.
+// Serve opens the sandbox's management socket. Call it once the first container
+// exists: others find the sandbox by this socket.
 func (s *Sandbox) Serve() (err error) {
 	w := s.config.Way
 	s.monitor, err = serveMonitor(w.MonitorSocket(s.ID), fmt.Sprintf("hvsock://%s:%d", w.VsockSocket(s.ID), api.Port))
 	return err
 }
 
-// Pid is the VMM's.
+// Pid returns the VMM's pid.
 func (s *Sandbox) Pid() uint32 { return uint32(s.vm.Pid()) }
 
-// NetworkNamespace is the VMM's.
+// NetworkNamespace returns the VMM's network namespace.
 func (s *Sandbox) NetworkNamespace() *netns.Namespace { return s.netns }
 
-// CreateContainer shares a bundle's root and volumes and has the agent make the
-// container.
+// CreateContainer shares a bundle's root and volumes and has the agent create
+// the container.
 func (s *Sandbox) CreateContainer(ctx context.Context, id string, kind hostspec.Kind, bundle string, spec *specs.Spec) (err error) {
 	guest, err := hostspec.ForGuest(s.config.Way, kind, bundle, spec)
 	if err != nil {
@@ -180,14 +181,14 @@ func (s *Sandbox) CreateContainer(ctx context.Context, id string, kind hostspec.
 		Id:           id,
 		Spec:         raw,
 		SandboxPidns: hostspec.SharesPidNamespace(spec),
-		// The Rust shim's empty hooks object makes the agent lose its own.
+		// The Rust shim's empty hooks object replaces the agent's own hooks.
 		SkipGuestHooks: s.config.Way == way.Rust && hostspec.HasHooks(spec),
 	})
 	return err
 }
 
-// shareContainer shares what spec names, and names it in guest as the guest
-// sees it.
+// shareContainer shares the paths in spec, and sets the paths in guest as the
+// guest sees them.
 func (s *Sandbox) shareContainer(id, bundle string, spec, guest *specs.Spec) (err error) {
 	s.shareLock.Lock()
 	defer s.shareLock.Unlock()
@@ -208,18 +209,18 @@ func (s *Sandbox) release(id string) error {
 	return s.share.Release(id)
 }
 
-// RemoveContainer ends what is left of a container and withdraws its part of
-// the share. A guest that no longer answers has nothing left.
+// RemoveContainer kills what is left of a container and removes its part of the
+// share. A guest that no longer answers has nothing left.
 func (s *Sandbox) RemoveContainer(ctx context.Context, id string) error {
 	_, err := s.Agent.RemoveContainer(ctx, &api.ContainerRequest{Id: id})
 	if err != nil {
-		log.L.WithError(err).WithField("container", id).Warn("the agent removed no container")
+		log.L.WithError(err).WithField("container", id).Warn("failed to remove container in the guest")
 	}
 	return s.release(id)
 }
 
-// Stop ends the VM. It may be called more than once, and returns when the VM is
-// gone.
+// Stop stops the VM and returns when it has exited. It may be called more than
+// once.
 func (s *Sandbox) Stop(ctx context.Context) {
 	s.stopOnce.Do(func() {
 		if s.monitor != nil {
@@ -234,7 +235,7 @@ func (s *Sandbox) Stop(ctx context.Context) {
 	})
 }
 
-// Remove takes away what the sandbox has on the host, after Stop.
+// Remove removes the sandbox's files on the host, after Stop.
 func (s *Sandbox) Remove() error {
 	s.removeOnce.Do(func() {
 		var failures []error

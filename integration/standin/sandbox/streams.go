@@ -8,7 +8,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/stdio"
 )
 
-// Streams are those of a process in the guest.
+// Streams are the streams of a process in the guest.
 func (s *Sandbox) Streams(id, execID string) stdio.Guest {
 	p := stream{s.Agent, id, execID}
 	return stdio.Guest{

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bind mounts source on target, one mount alone as Kata does: what is mounted
-// below source does not come along. The target is made to fit the source.
+// bind bind-mounts source on target, non-recursively as Kata does. The target
+// is created as a file or a directory like the source.
 func bind(source, target string, propagation uintptr) error {
 	info, err := os.Stat(source)
 	if err != nil {
@@ -47,8 +47,8 @@ func touch(path string) error {
 	return f.Close()
 }
 
-// setReadOnly turns one mount read-only, or back. The other mounts of its peer
-// group keep their own flag.
+// setReadOnly makes one mount read-only or writable. The other mounts of its
+// peer group keep their own flag.
 func setReadOnly(path string, on bool) error {
 	flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT)
 	if on {
@@ -68,7 +68,7 @@ func unmount(path string) error {
 }
 
 // Below lists the mount points at and below root in the caller's mount
-// namespace, the latest first.
+// namespace, latest first.
 func Below(root string) ([]string, error) {
 	f, err := os.Open("/proc/thread-self/mountinfo")
 	if err != nil {
@@ -92,12 +92,12 @@ func mountsBelow(mountinfo io.Reader, root string) ([]string, error) {
 	return found, lines.Err()
 }
 
-// unescape undoes the octal escapes of mountinfo.
+// unescape decodes mountinfo's octal escapes.
 var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace
 
 // RemoveTree unmounts everything at and below root and removes it. It removes
-// nothing as long as anything is mounted there: Kata does, through a mount that
-// somebody else left, and takes its source's content with it.
+// nothing while something is mounted there. Kata does, and deletes the content
+// of the mount's source.
 func RemoveTree(root string) error {
 	for range 10 {
 		points, err := Below(root)
@@ -113,5 +113,5 @@ func RemoveTree(root string) error {
 			}
 		}
 	}
-	return fmt.Errorf("%s stays mounted", root)
+	return fmt.Errorf("%s is still mounted", root)
 }

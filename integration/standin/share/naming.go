@@ -14,16 +14,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// passthrough is the level that the Rust way has between the share and
-// everything in it.
+// passthrough is the Rust way's directory level between the share and its
+// content.
 const passthrough = "passthrough"
 
-// sandboxMounts is the folder of the operator's sandbox_bind_mounts.
+// sandboxMounts is the directory of the operator's sandbox_bind_mounts.
 const sandboxMounts = "sandbox-mounts"
 
-// volumeName is the name that a volume gets in the share: of the container and
-// its destination in the Go way, of its source in the Rust way, where all
-// containers of a sandbox that have the same source share one.
+// volumeName returns a volume's name in the share: derived from the container
+// and the destination in the Go way, from the source in the Rust way, where all
+// containers of a sandbox share a volume with the same source.
 func volumeName(w way.Way, cid string, m specs.Mount, random string) string {
 	if w == way.Rust {
 		return fmt.Sprintf("sandbox-%s-%s", random[:8], filepath.Base(m.Source))
@@ -37,15 +37,15 @@ func randomHex() string {
 	return hex.EncodeToString(b)
 }
 
-// travels says whether a mount of a container's specification is shared with
-// the guest. All others stay in the specification as they are, and mean
-// whatever they mean there: a source that only the host has fails in the guest.
+// travels reports whether a mount of a container's spec is shared with the
+// guest. All others stay in the spec unchanged and are resolved in the guest: a
+// source that exists only on the host fails there.
 func travels(w way.Way, m specs.Mount) bool {
 	if m.Type != "bind" || m.Destination == "/dev/shm" || below(m.Source, "/proc") || below(m.Source, "/sys") {
 		return false
 	}
 	if w == way.Rust {
-		// The Rust shim looks at the destination, and looks for it on the host
+		// The Rust shim checks the destination, and checks it on the host
 		// (src/runtime-rs/crates/resource/src/volume/share_fs_volume.rs).
 		return m.Destination != "/dev" && (!below(m.Destination, "/dev") || !existsAsOther(m.Destination))
 	}
@@ -61,7 +61,7 @@ func below(path, root string) bool {
 	return path == root || strings.HasPrefix(path, root+"/")
 }
 
-// existsAsOther says whether path is there and no regular file.
+// existsAsOther reports whether path exists and is not a regular file.
 func existsAsOther(path string) bool {
 	info, err := os.Stat(path)
 	return err == nil && !info.Mode().IsRegular()

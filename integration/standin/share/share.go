@@ -1,8 +1,9 @@
-// Package share lays out a sandbox's part of the host as Kata does: the folder
-// that virtiofsd shows to the guest, read-only, and the folder behind it where
-// mounts appear later and reach the guest by propagation, writable where they
-// are meant to be. It runs in the shim's own mount namespace, whose mounts have
-// to be shared. Kata: src/runtime/virtcontainers/fs_share_linux.go and
+// Package share lays out a sandbox's directories on the host as Kata does: the
+// directory that virtiofsd exports to the guest, read-only, and the directory
+// behind it, in which later mounts are made that propagate to the guest,
+// writable where required. It runs in the shim's own mount namespace, whose
+// mounts have to be shared. Kata 4.1.0:
+// src/runtime/virtcontainers/fs_share_linux.go and
 // src/runtime-rs/crates/resource/src/share_fs.
 package share
 
@@ -21,16 +22,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// Share is one sandbox's. Its methods are called under the sandbox's lock.
+// Share is a sandbox's share. Its methods are called under the sandbox's lock.
 type Share struct {
 	way    way.Way
 	root   string // of the sandbox
-	behind string // where mounts are made
-	shown  string // what virtiofsd shows
+	behind string // where mounts are created
+	shown  string // what virtiofsd exports
 	guest  string // the share in the guest
 
-	mounts map[string][]string // of a container, in the order they were made
-	// volumes are the Rust way's, by source.
+	mounts map[string][]string // of a container, in the order of their creation
+	// volumes are the Rust way's volumes, by source.
 	volumes map[string]*volume
 }
 
@@ -40,7 +41,7 @@ type volume struct {
 	users    map[string]bool
 }
 
-// New makes the folders.
+// New creates the directories.
 func New(w way.Way, sandbox string) (*Share, error) {
 	s := &Share{
 		way:     w,
@@ -56,26 +57,26 @@ func New(w way.Way, sandbox string) (*Share, error) {
 	s.behind, s.shown = filepath.Join(s.root, behind), filepath.Join(s.root, shown)
 	for _, dir := range []string{s.behind, s.shown} {
 		if err := os.MkdirAll(dir, 0o750); err != nil {
-			return nil, fmt.Errorf("make the share: %w", err)
+			return nil, fmt.Errorf("create the share: %w", err)
 		}
 	}
 	if err := bind(s.behind, s.shown, unix.MS_SLAVE); err != nil {
-		return nil, fmt.Errorf("make the share: %w", err)
+		return nil, fmt.Errorf("create the share: %w", err)
 	}
 	if err := setReadOnly(s.shown, true); err != nil {
-		return nil, fmt.Errorf("make the share: %w", err)
+		return nil, fmt.Errorf("create the share: %w", err)
 	}
 	if w == way.Rust {
 		s.behind, s.shown = filepath.Join(s.behind, passthrough), filepath.Join(s.shown, passthrough)
 		s.guest = filepath.Join(s.guest, passthrough)
 		if err := os.MkdirAll(s.behind, 0o750); err != nil {
-			return nil, fmt.Errorf("make the share: %w", err)
+			return nil, fmt.Errorf("create the share: %w", err)
 		}
 	}
 	return s, nil
 }
 
-// Dir is the folder that virtiofsd is to show.
+// Dir is the directory that virtiofsd exports.
 func (s *Share) Dir() string {
 	if s.way == way.Rust {
 		return filepath.Dir(s.shown)
@@ -83,7 +84,7 @@ func (s *Share) Dir() string {
 	return s.shown
 }
 
-// BindSandbox shares the operator's folders, before the VM starts.
+// BindSandbox shares the operator's directories, before the VM starts.
 func (s *Share) BindSandbox(mounts []config.BindMount) error {
 	for _, m := range mounts {
 		name := filepath.Join(sandboxMounts, filepath.Base(m.Source))
@@ -94,8 +95,8 @@ func (s *Share) BindSandbox(mounts []config.BindMount) error {
 	return nil
 }
 
-// Rootfs shares a container's root and answers its path in the guest. A
-// read-only root stays a matter of the guest.
+// Rootfs shares a container's root and returns its path in the guest. A
+// read-only root is left to the guest.
 func (s *Share) Rootfs(cid, source string) (string, error) {
 	name := filepath.Join(cid, "rootfs")
 	if err := s.add(source, name, false); err != nil {
@@ -105,13 +106,13 @@ func (s *Share) Rootfs(cid, source string) (string, error) {
 	return filepath.Join(s.guest, name), nil
 }
 
-// Volumes shares the bind mounts of a container and answers its mounts as the
-// guest has to have them.
+// Volumes shares the bind mounts of a container and returns its mounts for the
+// guest.
 func (s *Share) Volumes(cid string, mounts []specs.Mount) ([]specs.Mount, error) {
 	rewritten := make([]specs.Mount, 0, len(mounts))
 	for _, m := range mounts {
 		if slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind") {
-			m.Type = "bind" // nerdctl calls it none; Kata goes by the options, as runc does
+			m.Type = "bind" // nerdctl's type is none; Kata looks at the options, as runc does
 		}
 		switch {
 		case m.Destination == "/dev/shm":
@@ -157,9 +158,9 @@ func (s *Share) volume(cid string, m specs.Mount) (string, error) {
 	return v.name, nil
 }
 
-// add mounts source at name behind the share. Turning a mount read-only does
-// not propagate, so the Go way binds what is read-only already, and the Rust
-// way turns both mounts.
+// add mounts source at name behind the share. Making a mount read-only does not
+// propagate, so that the Go way bind-mounts what is read-only already, and the
+// Rust way changes both mounts.
 func (s *Share) add(source, name string, readOnly bool) error {
 	target := filepath.Join(s.behind, name)
 	if s.way == way.Rust {
@@ -183,7 +184,7 @@ func (s *Share) add(source, name string, readOnly bool) error {
 	return errors.Join(err, unmount(private))
 }
 
-// Release takes a container's mounts away, once the guest has let go of them.
+// Release unmounts a container's mounts, once the guest has released them.
 func (s *Share) Release(cid string) error {
 	var failures []error
 	names := s.mounts[cid]
@@ -201,17 +202,17 @@ func (s *Share) Release(cid string) error {
 			failures = append(failures, err)
 			continue
 		}
-		// An empty mount point is left; os.Remove takes nothing else.
+		// os.Remove removes only an empty mount point.
 		failures = append(failures, os.Remove(path))
 	}
 	if err := os.Remove(filepath.Join(s.behind, cid)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		failures = append(failures, err)
 	}
 	if err := errors.Join(failures...); err != nil {
-		return fmt.Errorf("withdraw the mounts of %s: %w", cid, err)
+		return fmt.Errorf("remove the mounts of %s: %w", cid, err)
 	}
 	return nil
 }
 
-// Remove takes the whole share away, after the VM and virtiofsd are gone.
+// Remove removes the whole share, after the VM and virtiofsd have exited.
 func (s *Share) Remove() error { return RemoveTree(s.root) }

@@ -16,12 +16,13 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// unknownStatus is the exit status of a process that nobody can ask any more.
+// unknownStatus is the exit status of a process whose status is lost.
 const unknownStatus = 255
 
-// container is one of the sandbox's.
+// container is a container of the sandbox.
 type container struct {
-	// mu is the Rust way's lock, one a container. The Go way has one for all.
+	// mu is the Rust way's lock, one for each container. The Go way has one for
+	// all.
 	mu      sync.Mutex
 	id      string
 	kind    hostspec.Kind
@@ -29,19 +30,19 @@ type container struct {
 	spec    *specs.Spec
 	mounted bool
 	release sync.Once
-	// released: it is out of the guest.
+	// released reports whether the container was removed from the guest.
 	released atomic.Bool
 	init     *process
 	execs    map[string]*process
 }
 
-// process is a container's first one, whose execID is empty, or one more.
+// process is a container's init, with an empty execID, or an exec.
 type process struct {
 	container string
 	execID    string
 	paths     stdio.Paths
 	spec      *specs.Process // of an exec
-	copy      *stdio.Copy    // once it is started
+	copy      *stdio.Copy    // nil before its start
 
 	mu       sync.Mutex
 	status   tasktypes.Status
@@ -76,7 +77,7 @@ func (p *process) state() (status tasktypes.Status, exit uint32, at time.Time) {
 	return p.status, p.exit, p.exitedAt
 }
 
-// startIO copies the process's streams from now on.
+// startIO starts copying the process's streams.
 func (p *process) startIO(w way.Way, namespace string, s *sandbox.Sandbox) error {
 	id := p.container
 	if p.execID != "" {
@@ -90,7 +91,7 @@ func (p *process) startIO(w way.Way, namespace string, s *sandbox.Sandbox) error
 	return nil
 }
 
-// wait returns once the process's output has ended and it has exited.
+// wait returns once the process has exited and its output is copied.
 func (p *process) wait(s *sandbox.Sandbox) uint32 {
 	<-p.copy.Done()
 	answer, err := s.Agent.WaitProcess(context.Background(), &api.ProcessRequest{Id: p.container, ExecId: p.execID})

@@ -15,8 +15,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// remove is `delete`: containerd asks for it when a shim is gone. What it
-// answers is the same whatever it found.
+// remove implements `delete`, which containerd runs when a shim is gone. The
+// answer does not depend on what it finds.
 func remove(w way.Way, f *flags) error {
 	bundle, kind, id, err := sandboxOf(f.id)
 	if err != nil {
@@ -36,7 +36,7 @@ func remove(w way.Way, f *flags) error {
 	return write(&task.DeleteResponse{ExitStatus: 128 + uint32(syscall.SIGKILL), ExitedAt: timestamppb.New(time.Now())})
 }
 
-// killShim kills the shim that the bundle names, if it is one still.
+// killShim kills the shim that the bundle names, if the process still is one.
 func killShim() {
 	raw, err := os.ReadFile("shim.pid")
 	if err != nil {

@@ -25,8 +25,8 @@ func annotateNetwork(spec *specs.Spec, path string) {
 	spec.Annotations["nerdctl/network-namespace"] = path
 }
 
-// runtimeHooks runs the engine's hooks on the host that set up what a container
-// needs there. pid 0 stands for the shim's own.
+// runtimeHooks runs the engine's prestart and createRuntime hooks on the host.
+// pid 0 stands for the shim's own.
 func (s *service) runtimeHooks(ctx context.Context, c *container, pid int) error {
 	h := c.spec.Hooks
 	if h == nil {
@@ -39,8 +39,8 @@ func (s *service) runtimeHooks(ctx context.Context, c *container, pid int) error
 	return s.runHooks(ctx, c, h.CreateRuntime, pid, specs.StateCreating)
 }
 
-// containerHooks runs those that come right before a container is made. The Go
-// way leaves them out.
+// containerHooks runs the hooks right before a container's creation. The Go way
+// does not run them.
 func (s *service) containerHooks(ctx context.Context, c *container, sandbox *sandbox.Sandbox) error {
 	if c.spec.Hooks == nil || s.way != way.Rust {
 		return nil
@@ -50,8 +50,8 @@ func (s *service) containerHooks(ctx context.Context, c *container, sandbox *san
 	})
 }
 
-// runHooks: the Go way tells no status, gives a hook all the time it wants, and
-// stops at the first that fails; the Rust way lets them fail.
+// runHooks runs hooks. The Go way passes no status, has no timeout, and stops
+// at the first failure; the Rust way ignores failures.
 func (s *service) runHooks(ctx context.Context, c *container, hooks []specs.Hook, pid int, status specs.ContainerState) error {
 	if pid == 0 {
 		pid = os.Getpid()
@@ -72,12 +72,12 @@ func (s *service) runHooks(ctx context.Context, c *container, hooks []specs.Hook
 		if s.way == way.Go {
 			return fmt.Errorf("run the engine's hooks: %w", err)
 		}
-		log.L.WithError(err).WithField("container", c.id).Error("a hook of the engine failed")
+		log.L.WithError(err).WithField("container", c.id).Error("engine hook failed")
 	}
 	return nil
 }
 
-// afterStart runs the engine's poststart hooks; nothing depends on them.
+// afterStart runs the engine's poststart hooks; their failure is only logged.
 func (s *service) afterStart(ctx context.Context, c *container) {
 	if c.spec.Hooks == nil {
 		return
@@ -92,7 +92,7 @@ func (s *service) afterStart(ctx context.Context, c *container) {
 		run = func() error { return s.sandbox.NetworkNamespace().Do(inside) }
 	}
 	if err := run(); err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("poststart hooks")
+		log.L.WithError(err).WithField("container", c.id).Warn("poststart hooks failed")
 	}
 }
 
@@ -106,6 +106,6 @@ func (s *service) afterStop(ctx context.Context, c *container) {
 		pid = int(s.sandbox.Pid())
 	}
 	if err := s.runHooks(ctx, c, c.spec.Hooks.Poststop, pid, specs.StateStopped); err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("poststop hooks")
+		log.L.WithError(err).WithField("container", c.id).Warn("poststop hooks failed")
 	}
 }

@@ -16,11 +16,11 @@ import (
 
 const (
 	runtimeName = "io.containerd.kata.v2"
-	// kataVersion is the Kata whose contract is kept.
+	// kataVersion is the Kata release that is imitated.
 	kataVersion = "4.1.0"
 )
 
-// flags are containerd's, in either of its ways to write them.
+// flags are containerd's, with one or two dashes.
 type flags struct {
 	namespace, id, address, publish, socket, bundle string
 	debug, info, version                            bool
@@ -48,7 +48,7 @@ func parse(args []string) (*flags, error) {
 	return &f, nil
 }
 
-// check asks for what each of the shims asks for.
+// check requires the flags that the respective shim requires.
 func (f *flags) check(w way.Way) error {
 	if f.namespace == "" {
 		return errors.New("no -namespace")
@@ -65,8 +65,8 @@ func (f *flags) check(w way.Way) error {
 	return nil
 }
 
-// Main is the binary. The Rust shim has an exit status of its own only for
-// panics: its errors are on stderr and nowhere else.
+// Main is the binary's main. The Rust shim reports errors only on stderr: its
+// exit status is 0 unless it panics.
 func Main() {
 	w, err := way.OfBinary(executable())
 	if err == nil {
@@ -93,7 +93,7 @@ func run(w way.Way) error {
 	if err != nil {
 		return err
 	}
-	// The Go shim looks for these two where they are its only argument.
+	// The Go shim looks for these two as its only argument.
 	alone := len(os.Args) == 2 || w == way.Rust
 	switch {
 	case f.version && alone:

@@ -63,8 +63,8 @@ func (s *service) startExec(ctx context.Context, c *container, p *process) error
 	if err != nil {
 		return err
 	}
-	// The lock is held meanwhile: where the container's cgroup is frozen, that
-	// is until its thaw, as with Kata.
+	// The lock is held meanwhile: if the container's cgroup is frozen, until
+	// the thaw, as with Kata.
 	if _, err := s.sandbox.Agent.ExecProcess(ctx, &api.ExecProcessRequest{Id: c.id, ExecId: p.execID, Process: raw}); err != nil {
 		return err
 	}
@@ -84,7 +84,7 @@ func (s *service) startExec(ctx context.Context, c *container, p *process) error
 	return nil
 }
 
-// follow waits for a process that has been started.
+// follow waits for a started process.
 func (s *service) follow(c *container, p *process) {
 	if s.way == way.Rust {
 		s.announceExit(c, p)
@@ -93,7 +93,7 @@ func (s *service) follow(c *container, p *process) {
 		exit := p.wait(s.sandbox)
 		at := time.Now()
 		if s.way == way.Rust {
-			// Kata's Rust shim cleans up first, and then says that it is over.
+			// Kata's Rust shim cleans up first and reports the exit afterwards.
 			if p.execID == "" {
 				c.mu.Lock()
 				s.release(c)
@@ -120,27 +120,27 @@ func (s *service) follow(c *container, p *process) {
 	}()
 }
 
-// release takes a container out of the guest and the share. Kata's shims kill
-// it first, and the Go shim waits for its end once more
+// release removes a container from the guest and the share. Kata's shims kill
+// it first, and the Go shim waits for its exit again
 // (src/runtime/virtcontainers/container.go; src/runtime-rs/crates/runtimes/
-// virt_container/src/container_manager/container_inner.rs). Until it is out,
-// the guest tells how its execs ended.
+// virt_container/src/container_manager/container_inner.rs). Until then, the
+// guest reports how its execs exited.
 func (s *service) release(c *container) {
 	c.release.Do(func() {
 		ctx := context.Background()
-		// Both fail for a guest that is gone, as does what comes next.
+		// Both fail if the guest is gone, as does the rest.
 		_, _ = s.sandbox.Agent.SignalProcess(ctx, &api.SignalProcessRequest{Id: c.id, Signal: uint32(syscall.SIGKILL)})
 		if s.way == way.Go {
 			_, _ = s.sandbox.Agent.WaitProcess(ctx, &api.ProcessRequest{Id: c.id})
 		}
 		if err := s.sandbox.RemoveContainer(ctx, c.id); err != nil {
-			log.L.WithError(err).WithField("container", c.id).Warn("release a container")
+			log.L.WithError(err).WithField("container", c.id).Warn("failed to release container")
 		}
 		c.released.Store(true)
 	})
 }
 
-// releaseAll comes before the end of the VM in the Go way
+// releaseAll runs before the VM is stopped in the Go way
 // (src/runtime/virtcontainers/sandbox.go).
 func (s *service) releaseAll() {
 	s.mu.Lock()
@@ -154,11 +154,11 @@ func (s *service) releaseAll() {
 func (s *service) endSandbox() {
 	s.sandbox.Stop(context.Background())
 	if err := s.sandbox.Remove(); err != nil {
-		log.L.WithError(err).Error("end the sandbox")
+		log.L.WithError(err).Error("failed to stop sandbox")
 	}
 }
 
-// announceExit is the Rust way's: one exit is told as often as somebody waits.
+// announceExit is the Rust way's: an exit is reported once for each waiter.
 func (s *service) announceExit(c *container, p *process) {
 	sandbox := s.sandbox
 	go func() {
@@ -182,7 +182,7 @@ func (s *service) sendExit(p *process) {
 }
 
 // Wait returns when a process has exited. In the Rust way the engine's wait for
-// the sandbox's first container is what ends the sandbox.
+// the sandbox's first container stops the sandbox.
 func (s *service) Wait(_ context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
 	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
 	if err != nil {
@@ -197,7 +197,7 @@ func (s *service) Wait(_ context.Context, r *task.WaitRequest) (*task.WaitRespon
 	return &task.WaitResponse{ExitStatus: exit, ExitedAt: timestamppb.New(at)}, nil
 }
 
-// Delete forgets a process that has exited, or, in the Go way, ends it.
+// Delete removes a process that has exited, or, in the Go way, kills it first.
 func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
 	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
 	if err != nil {
@@ -216,9 +216,9 @@ func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.Dele
 		case status != tasktypes.Status_STOPPED:
 			s.release(c)
 		case !c.released.Load():
-			// Kata tells of the exit before it takes the container out of the
+			// Kata reports the exit before it removes the container from the
 			// guest.
-			return nil, errors.New("Container not ready or stopped, impossible to delete") //nolint:staticcheck // as Kata says it
+			return nil, errors.New("Container not ready or stopped, impossible to delete") //nolint:staticcheck // Kata's text
 		}
 		s.events.Send(&eventstypes.TaskDelete{ContainerID: c.id, Pid: s.sandbox.Pid(), ExitStatus: exit, ExitedAt: answer.ExitedAt})
 		delete(s.containers, c.id)
@@ -233,7 +233,7 @@ func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.Dele
 	return answer, nil
 }
 
-// Exec prepares one more process.
+// Exec adds a process to a container.
 func (s *service) Exec(_ context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
 	c, leave, err := s.enter(r.ID)
 	if err != nil {
@@ -260,9 +260,9 @@ func (s *service) Exec(_ context.Context, r *task.ExecProcessRequest) (*emptypb.
 	return &emptypb.Empty{}, nil
 }
 
-// execSpec is what gets through to the guest of a process that the engine asks
-// for: no capabilities in either way, and neither limits nor no-new-privileges
-// in the Go way.
+// execSpec returns the part of an exec's process that reaches the guest: no
+// capabilities in either way, and neither rlimits nor no-new-privileges in the
+// Go way.
 func execSpec(w way.Way, process *anypb.Any) (*specs.Process, error) {
 	if process == nil {
 		return nil, fmt.Errorf("exec without a process: %w", errdefs.ErrInvalidArgument)
@@ -280,8 +280,8 @@ func execSpec(w way.Way, process *anypb.Any) (*specs.Process, error) {
 	return &p, nil
 }
 
-// Kill signals a process. A container without an exec id is signalled as a
-// whole where the signal is SIGKILL: the agent sees to that.
+// Kill signals a process. Without an exec id, SIGKILL goes to the whole
+// container: the agent sees to that.
 func (s *service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
 	final := r.Signal == uint32(syscall.SIGKILL) || r.Signal == uint32(syscall.SIGTERM)
 	_, p, leave, err := s.enterProcess(r.ID, r.ExecID)
@@ -305,8 +305,8 @@ func (s *service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty
 	return &emptypb.Empty{}, nil
 }
 
-// State tells how a process is. Like all others it waits for a request that
-// holds the lock.
+// State returns a process's state. Like all others it waits for the request
+// that holds the lock.
 func (s *service) State(_ context.Context, r *task.StateRequest) (*task.StateResponse, error) {
 	c, p, leave, err := s.enterProcess(r.ID, r.ExecID)
 	if err != nil {
@@ -321,8 +321,8 @@ func (s *service) State(_ context.Context, r *task.StateRequest) (*task.StateRes
 	}, nil
 }
 
-// ResizePty tells a terminal its size. That of an exec which has not started is
-// kept for its start.
+// ResizePty sets a terminal's size. Before the start of an exec, the size is
+// stored for it.
 func (s *service) ResizePty(ctx context.Context, r *task.ResizePtyRequest) (*emptypb.Empty, error) {
 	_, p, leave, err := s.enterProcess(r.ID, r.ExecID)
 	if err != nil {
@@ -344,7 +344,7 @@ func (s *service) resize(ctx context.Context, p *process) error {
 	return err
 }
 
-// CloseIO ends a process's stdin.
+// CloseIO closes a process's stdin.
 func (s *service) CloseIO(_ context.Context, r *task.CloseIORequest) (*emptypb.Empty, error) {
 	_, p, leave, err := s.enterProcess(r.ID, r.ExecID)
 	if err != nil {
@@ -359,7 +359,7 @@ func (s *service) CloseIO(_ context.Context, r *task.CloseIORequest) (*emptypb.E
 	return &emptypb.Empty{}, nil
 }
 
-// Connect tells the pids.
+// Connect returns the pids.
 func (s *service) Connect(context.Context, *task.ConnectRequest) (*task.ConnectResponse, error) {
 	return &task.ConnectResponse{ShimPid: uint32(os.Getpid()), TaskPid: s.lockedPid()}, nil
 }

@@ -21,14 +21,14 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// Pids tells the VMM's.
+// Pids returns the VMM's pid.
 func (s *service) Pids(context.Context, *task.PidsRequest) (*task.PidsResponse, error) {
 	return &task.PidsResponse{Processes: []*tasktypes.ProcessInfo{{Pid: s.lockedPid()}}}, nil
 }
 
-// errKept: whoever checkpoints under Kata has to pause by himself. Kata would
-// take these requests, and then come to grief over a container that ends.
-var errKept = errors.New("a pause or resume has reached the shim below, which would break on Kata")
+// errKept: who checkpoints below Kata has to pause without Kata, which accepts
+// these requests but breaks if a paused container exits.
+var errKept = errors.New("a pause or resume was forwarded, which breaks on Kata")
 
 // Pause is an error.
 func (s *service) Pause(_ context.Context, r *task.PauseRequest) (*emptypb.Empty, error) {
@@ -42,7 +42,7 @@ func (s *service) Resume(_ context.Context, r *task.ResumeRequest) (*emptypb.Emp
 	return nil, errKept
 }
 
-// Checkpoint is not there, in the words of either shim.
+// Checkpoint fails as unimplemented, in the words of either shim.
 func (s *service) Checkpoint(context.Context, *task.CheckpointTaskRequest) (*emptypb.Empty, error) {
 	if s.way == way.Rust {
 		return nil, status.Error(codes.NotFound, "/containerd.task.v2.Task/Checkpoint is not supported")
@@ -63,7 +63,7 @@ func (s *service) Update(ctx context.Context, r *task.UpdateTaskRequest) (*empty
 	return &emptypb.Empty{}, nil
 }
 
-// Stats tells what a container uses in the guest.
+// Stats returns a container's metrics in the guest.
 func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsResponse, error) {
 	_, leave, err := s.enter(r.ID)
 	if err != nil {
@@ -77,8 +77,8 @@ func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsR
 	return &task.StatsResponse{Stats: &anypb.Any{TypeUrl: "io.containerd.cgroups.v2.Metrics", Value: answer.Metrics}}, nil
 }
 
-// Shutdown ends the shim when its sandbox is of no more use. The Go way is gone
-// before it could answer.
+// Shutdown stops the shim when its sandbox is stopped. The Go way exits before
+// it answers.
 func (s *service) Shutdown(_ context.Context, r *task.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
 	containers, sandbox := len(s.containers), s.sandbox
@@ -104,16 +104,16 @@ func (s *service) Shutdown(_ context.Context, r *task.ShutdownRequest) (*emptypb
 	return &emptypb.Empty{}, nil
 }
 
-// asKata is a server's interceptor for what all requests have in common. A
-// caller that gives up stops nothing: a signal that waited for a lock is still
-// sent. Errors become codes, of which the Rust shim has one for everything.
+// asKata is the server interceptor for what all requests have in common. A
+// caller that gives up cancels nothing: a signal that waited for a lock is
+// still sent. Errors become gRPC codes; the Rust shim uses one for everything.
 func asKata(w way.Way) ttrpc.UnaryServerInterceptor {
 	return func(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
 		answer, err := method(context.WithoutCancel(ctx), unmarshal)
 		if err == nil {
 			return answer, nil
 		}
-		// What the agent answered has a code already.
+		// An answer of the agent has a code already.
 		if _, ok := status.FromError(err); ok {
 			err = errgrpc.ToNative(err)
 		}

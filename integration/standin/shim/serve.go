@@ -19,16 +19,16 @@ import (
 )
 
 const (
-	// listenerFd is the socket that `start` leaves open.
+	// listenerFd is the socket that `start` passes on.
 	listenerFd = 3
-	// socketEnv is the socket's path, for the end.
+	// socketEnv has the socket's path, to remove it.
 	socketEnv = "STANDIN_SOCKET"
-	// logPatience is how long a shim without anybody who reads its log lives,
-	// as the Go shim does.
+	// logPatience is how long a shim lives without a reader of its log, as the
+	// Go shim does.
 	logPatience = 2 * time.Second
 )
 
-// serve is the shim itself.
+// serve runs the shim.
 func serve(w way.Way, f *flags) error {
 	unix.CloseOnExec(listenerFd)
 	if err := openLog("log"); err != nil {
@@ -62,8 +62,8 @@ func serve(w way.Way, f *flags) error {
 	return fmt.Errorf("serve: %w", err)
 }
 
-// answerTime is what the answer to the last request gets to leave the Rust
-// shim; the Go shim does not answer it.
+// answerTime is how long the Rust shim waits for the answer to the last request
+// to be sent; the Go shim does not answer it.
 const answerTime = 50 * time.Millisecond
 
 // end exits. The Go shim leaves its socket behind.
@@ -79,17 +79,16 @@ func end(w way.Way, events *publish.Publisher, ended chan struct{}) {
 	os.Exit(0)
 }
 
-// openLog makes the fifo that containerd reads the place for what is written to
-// stderr, panics included.
+// openLog redirects stderr, panics included, to the FIFO that containerd reads.
 func openLog(path string) error {
-	// A containerd that goes away must not take the shim with it. Not ignored:
-	// children would inherit that.
+	// The exit of containerd must not kill the shim. SIGPIPE is not ignored,
+	// because children would inherit that.
 	broken := make(chan os.Signal, 1)
 	signal.Notify(broken, unix.SIGPIPE)
 	for deadline := time.Now().Add(logPatience); ; {
 		fd, err := unix.Open(path, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 		if err == nil {
-			// Blocking from here on: nothing of the log may get lost.
+			// Blocking from here on: no log line may get lost.
 			if err := unix.SetNonblock(fd, false); err != nil {
 				return fmt.Errorf("open the log: %w", err)
 			}

@@ -1,8 +1,7 @@
 // Package shim is the stand-in for Kata's shim: the binary that containerd
-// starts and the task service that it speaks to. It keeps the contract of
-// either of Kata's shims, its oddities included, as far as a shim around it or
-// an engine above it can see them. Kata: src/runtime/pkg/containerd-shim-v2 and
-// src/runtime-rs/crates.
+// starts and its task service. It keeps the contract of either of Kata's shims,
+// quirks included, as far as a wrapping shim or an engine can observe it. Kata
+// 4.1.0: src/runtime/pkg/containerd-shim-v2 and src/runtime-rs/crates.
 package shim
 
 import (
@@ -33,16 +32,17 @@ type service struct {
 	id        string // the sandbox's
 	namespace string
 	events    *publish.Publisher
-	// exit ends the shim, with or without an answer to the request under way.
+	// exit stops the shim, with or without an answer to the request in
+	// progress.
 	exit func()
 
-	// mu guards what follows. The Go way holds it for the whole of nearly every
-	// request, what the guest is asked for included.
+	// mu guards what follows. The Go way holds it for nearly the whole of every
+	// request, including calls to the guest.
 	mu         sync.Mutex
 	sandbox    *sandbox.Sandbox
 	containers map[string]*container
 
-	// teardown counts the containers that are being cleaned up behind their
+	// teardown counts the containers that are being cleaned up after their
 	// exit.
 	teardown sync.WaitGroup
 }
@@ -51,7 +51,7 @@ func newService(w way.Way, id, namespace string, events *publish.Publisher, exit
 	return &service{way: w, id: id, namespace: namespace, events: events, exit: exit, containers: map[string]*container{}}
 }
 
-// enter finds a container and locks what its way locks for a request on it.
+// enter finds a container and takes the lock that its way uses for a request.
 func (s *service) enter(id string) (c *container, leave func(), err error) {
 	s.mu.Lock()
 	c, ok := s.containers[id]
@@ -83,7 +83,7 @@ func (s *service) enterProcess(id, execID string) (*container, *process, func(),
 	return c, p, leave, nil
 }
 
-// pid is all that the engine ever sees of a guest's processes.
+// pid is the only pid that the engine sees, for all of a guest's processes.
 func (s *service) pid() uint32 {
 	if s.sandbox == nil {
 		return 0
@@ -97,8 +97,8 @@ func (s *service) lockedPid() uint32 {
 	return s.pid()
 }
 
-// Create makes a container, and first its sandbox when it brings one. What the
-// request says about a checkpoint is ignored, as Kata ignores it.
+// Create creates a container, and first its sandbox if the container owns one.
+// A checkpoint in the request is ignored, as by Kata.
 func (s *service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.CreateTaskResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -124,7 +124,7 @@ func (s *service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.
 		created.Rootfs, created.Checkpoint = r.Rootfs, r.Checkpoint
 		created.IO = &eventstypes.TaskIO{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}
 	} else {
-		// The Rust shim begins to wait here and once more at the start.
+		// The Rust shim starts a wait here and another one at the start.
 		s.announceExit(c, c.init)
 	}
 	s.events.Send(created)
@@ -136,7 +136,7 @@ func (s *service) create(ctx context.Context, c *container, sandboxID string, r 
 		if s.sandbox != nil {
 			return fmt.Errorf("the shim has sandbox %s already: %w", s.sandbox.ID, errdefs.ErrFailedPrecondition)
 		}
-		return fmt.Errorf("sandbox %s is not there: %w", sandboxID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("sandbox %s does not exist: %w", sandboxID, errdefs.ErrFailedPrecondition)
 	}
 	var fresh *sandbox.Sandbox
 	defer func() {
@@ -146,7 +146,7 @@ func (s *service) create(ctx context.Context, c *container, sandboxID string, r 
 		if fresh != nil {
 			fresh.Stop(ctx)
 			if rerr := fresh.Remove(); rerr != nil {
-				log.L.WithError(rerr).Error("after a failed create")
+				log.L.WithError(rerr).Error("failed to clean up after a failed create")
 			}
 			s.sandbox = nil
 		}
@@ -192,7 +192,7 @@ func (s *service) createSandbox(ctx context.Context, c *container, options *anyp
 	return sandbox.Create(ctx, sandbox.Options{
 		ID: s.id, Config: cfg, Spec: c.spec,
 		BeforeContainers: func(fresh *sandbox.Sandbox) error {
-			// In the host's network namespace: a hook makes a bridge there.
+			// In the host's network namespace: a hook creates a bridge there.
 			annotateNetwork(c.spec, fresh.NetworkNamespace().Path)
 			if err := s.runtimeHooks(ctx, c, int(fresh.Pid())); err != nil {
 				return err
@@ -202,8 +202,8 @@ func (s *service) createSandbox(ctx context.Context, c *container, options *anyp
 	})
 }
 
-// configPath reads the engine's options. Those of another runtime, which CRI
-// may send, say nothing.
+// configPath reads the engine's options. Those of another runtime, which the
+// CRI may send, are ignored.
 func configPath(options *anypb.Any) (string, error) {
 	var o runtimeoptions.Options
 	if options == nil || options.TypeUrl != string(o.ProtoReflect().Descriptor().FullName()) {
@@ -215,8 +215,8 @@ func configPath(options *anypb.Any) (string, error) {
 	return o.ConfigPath, nil
 }
 
-// mountRootfs mounts a container's root in the bundle, in the shim's mount
-// namespace alone.
+// mountRootfs mounts a container's root in the bundle, only in the shim's mount
+// namespace.
 func (s *service) mountRootfs(c *container, r *task.CreateTaskRequest) error {
 	if len(r.Rootfs) == 0 {
 		return nil
@@ -238,6 +238,6 @@ func (s *service) unmountRootfs(c *container) {
 	}
 	c.mounted = false
 	if err := mount.UnmountAll(rootfs(c.bundle), 0); err != nil {
-		log.L.WithError(err).WithField("container", c.id).Warn("the root stays mounted")
+		log.L.WithError(err).WithField("container", c.id).Warn("failed to unmount root")
 	}
 }

@@ -18,8 +18,8 @@ import (
 )
 
 // start prints the address of the sandbox's shim, and starts that shim unless
-// the container joins one that runs. Nothing else may be printed: containerd
-// takes all of it for the address.
+// the container joins a running one. Nothing else may be printed: containerd
+// takes the whole output for the address.
 func start(w way.Way, f *flags) error {
 	_, kind, sandbox, err := sandboxOf(f.id)
 	if err != nil {
@@ -52,7 +52,8 @@ func startDaemon(w way.Way, f *flags, path string) error {
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=2", way.Env+"="+string(w), socketEnv+"="+path)
 	cmd.ExtraFiles = []*os.File{socket} // descriptor 3
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	// The thread's mounts become the child's; nobody else may run on it.
+	// The child inherits the thread's mount namespace; nothing else may run on
+	// the thread.
 	runtime.LockOSThread()
 	if err := ownMounts(); err != nil {
 		return err
@@ -66,8 +67,7 @@ func startDaemon(w way.Way, f *flags, path string) error {
 	return cmd.Process.Release()
 }
 
-// listen takes the socket's place. The Go shim takes it from another one, if it
-// has to.
+// listen listens on the shim's socket. The Go shim replaces an existing one.
 func listen(w way.Way, path string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, err
@@ -90,21 +90,21 @@ func listen(w way.Way, path string) (*os.File, error) {
 	return l.File()
 }
 
-// ownMounts gives the calling thread a mount namespace that follows the host's
-// and shows it nothing.
+// ownMounts gives the calling thread a mount namespace that is a slave of the
+// host's.
 func ownMounts() error {
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("own mounts: %w", err)
+		return fmt.Errorf("private mount namespace: %w", err)
 	}
 	for _, propagation := range []uintptr{unix.MS_SLAVE, unix.MS_SHARED} {
 		if err := unix.Mount("", "/", "", unix.MS_REC|propagation, ""); err != nil {
-			return fmt.Errorf("own mounts: %w", err)
+			return fmt.Errorf("private mount namespace: %w", err)
 		}
 	}
 	return nil
 }
 
-// replace writes a file that may be there already, at once.
+// replace writes a file atomically.
 func replace(name, content string) error {
 	temporary := "." + name
 	if err := os.WriteFile(temporary, []byte(content), 0o600); err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// Guest is the far end of the streams.
+// Guest is the guest's end of the streams.
 type Guest struct {
 	Stdin          io.WriteCloser
 	Stdout, Stderr io.Reader
@@ -22,15 +22,16 @@ type Copy struct {
 	way   way.Way
 	guest Guest
 	done  chan struct{}
-	// stdinDone is closed when the engine's stdin has ended.
+	// stdinDone is closed at the end of the engine's stdin.
 	stdinDone chan struct{}
-	// keep is the Rust way's own write end of stdin: without it the engine's
-	// first writer to leave would end the stream.
+	// keep is the Rust way's own write end of stdin: without it the stream
+	// would end when the engine's first writer closes it.
 	keep      *os.File
 	keepClose sync.Once
 }
 
-// Start opens the engine's ends and copies until the process's output ends.
+// Start opens the engine's ends and copies until the end of the process's
+// output.
 func Start(w way.Way, namespace, id string, p Paths, guest Guest) (*Copy, error) {
 	c := &Copy{way: w, guest: guest, done: make(chan struct{}), stdinDone: make(chan struct{})}
 	if p.None() {
@@ -39,15 +40,15 @@ func Start(w way.Way, namespace, id string, p Paths, guest Guest) (*Copy, error)
 		return c, nil
 	}
 	if w == way.Rust && p.Stdin != "" {
-		// For reading, too, so that opening it waits for nobody; the reader
-		// opens it next and finds a writer.
+		// Also for reading, so that opening it does not block; the reader opens
+		// it next and finds a writer.
 		keep, err := os.OpenFile(p.Stdin, os.O_RDWR|syscall.O_NONBLOCK, 0)
 		if err != nil {
 			return nil, fmt.Errorf("open stdin: %w", err)
 		}
 		c.keep = keep
 	}
-	// The copy outlives the request that asks for it.
+	// The copy outlives the request that starts it.
 	e, err := open(context.Background(), w, namespace, id, p)
 	if err != nil {
 		c.closeKeep()
@@ -78,17 +79,17 @@ func (c *Copy) run(e *ends) {
 	}
 	output.Wait()
 	c.closeKeep()
-	e.close() // ends the copy of stdin as well
+	e.close() // also ends the copy of stdin
 	all.Wait()
 	close(c.done)
 }
 
-// Done is closed when the process's output has ended and all of it is copied.
+// Done is closed when all of the process's output is copied.
 func (c *Copy) Done() <-chan struct{} { return c.done }
 
-// CloseStdin ends the process's stdin once all of it is through. The Go way
-// waits here, under its caller's lock, for as long as the engine keeps its own
-// end open: that is Kata's behaviour, too.
+// CloseStdin closes the process's stdin once all of it is copied. The Go way
+// waits here, under its caller's lock, while the engine keeps its own end open,
+// as Kata does.
 func (c *Copy) CloseStdin() error {
 	if c.way == way.Rust {
 		c.closeKeep()

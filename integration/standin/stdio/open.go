@@ -1,6 +1,6 @@
 // Package stdio copies between the streams of a process in the guest and the
-// ends that the engine names: fifos, a file, or a logger that it starts. Kata:
-// src/runtime/pkg/containerd-shim-v2/{stream,shim_io_*}.go and
+// ends that the engine names: FIFOs, a file, or a logger that it starts. Kata
+// 4.1.0: src/runtime/pkg/containerd-shim-v2/{stream,shim_io_*}.go and
 // src/runtime-rs/crates/runtimes/virt_container/src/container_manager/process.rs.
 package stdio
 
@@ -21,20 +21,20 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// Paths are the engine's names for a process's streams; empty ones are unused.
+// Paths are the engine's names for a process's streams; an empty one is unused.
 type Paths struct {
 	Stdin, Stdout, Stderr string
 	Terminal              bool
 }
 
-// None says whether the engine wants no stream at all.
+// None reports whether the engine uses no stream.
 func (p Paths) None() bool { return p.Stdin == "" && p.Stdout == "" && p.Stderr == "" }
 
-// ends are the opened ones.
+// ends are the opened streams.
 type ends struct {
 	in       io.ReadCloser
 	out, err io.WriteCloser
-	// after runs when the output has ended.
+	// after is called at the end of the output.
 	after func()
 }
 
@@ -54,8 +54,8 @@ func open(ctx context.Context, w way.Way, namespace, id string, p Paths) (*ends,
 	return nil, fmt.Errorf("open stdio: unknown scheme %q", uri.Scheme)
 }
 
-// openFifos opens the output for reading, too, so that nothing fails or blocks
-// where the engine's reader is late or gone.
+// openFifos opens the output also for reading, so that nothing fails or blocks
+// if the engine's reader is late or gone.
 func openFifos(ctx context.Context, w way.Way, p Paths) (_ *ends, err error) {
 	e := &ends{}
 	defer func() {
@@ -81,8 +81,8 @@ func openFifos(ctx context.Context, w way.Way, p Paths) (_ *ends, err error) {
 	return e, nil
 }
 
-// openStdin: the Rust way has a writer of its own by now, the Go way waits for
-// the engine's in the background.
+// openStdin opens stdin: the Rust way has its own writer by now, the Go way
+// waits for the engine's in the background.
 func openStdin(ctx context.Context, w way.Way, path string) (io.ReadCloser, error) {
 	if w == way.Go {
 		return fifo.OpenFifo(ctx, path, syscall.O_RDONLY|syscall.O_NONBLOCK, 0)
@@ -116,11 +116,12 @@ func openFile(path string, terminal bool) (*ends, error) {
 	return &ends{out: out, err: stderr}, nil
 }
 
-// loggerPatience is what a logger gets to write out what it has.
+// loggerPatience is how long a logger may take to write its remaining input.
 const loggerPatience = 12 * time.Second
 
 // startLogger starts the engine's logger with the output's read ends as
-// descriptors 3 and 4, and waits until it closes 5: then it is ready.
+// descriptors 3 and 4, and waits until the logger closes 5 to report that it is
+// ready.
 func startLogger(namespace, id string, uri *url.URL) (_ *ends, err error) {
 	var args []string
 	for key, values := range uri.Query() {

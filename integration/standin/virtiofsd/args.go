@@ -1,7 +1,6 @@
-// Package virtiofsd translates the arguments of the virtiofsd written in Rust,
-// which is what Kata's shims give, into those of the one written in C that
-// Debian 12 has in qemu-system-common. The program testbed-virtiofsd is its
-// only caller.
+// Package virtiofsd translates the arguments of the Rust virtiofsd, which
+// Kata's shims use, into those of the C virtiofsd in Debian 12's
+// qemu-system-common. The program testbed-virtiofsd is its only caller.
 package virtiofsd
 
 import (
@@ -9,15 +8,15 @@ import (
 	"strings"
 )
 
-// Daemon is where Debian's qemu-system-common puts the C daemon.
+// Daemon is the path of the C daemon from Debian's qemu-system-common.
 const Daemon = "/usr/lib/qemu/virtiofsd"
 
-// kind says what becomes of an option.
+// kind is how an option is translated.
 type kind int
 
 const (
 	drop      kind = iota // a flag that the C daemon does not need
-	dropValue             // the same, with a value
+	dropValue             // the same, for an option with a value
 	keep                  // a flag of the same name
 	keepValue             // an option of the same name, given as --name=value
 	mount                 // a flag that is a mount option there: -o name
@@ -27,7 +26,7 @@ const (
 
 type option struct {
 	kind kind
-	name string // in the C daemon
+	name string // of the C daemon's option
 }
 
 var options = map[string]option{
@@ -51,7 +50,7 @@ var options = map[string]option{
 	"xattrmap":           {mountValue, "xattrmap"},
 	"modcaps":            {mountValue, "modcaps"},
 	"log-level":          {mountValue, "log_level"},
-	"sandbox":            {dropValue, ""}, // namespace is the default of both, and none does not exist
+	"sandbox":            {dropValue, ""}, // namespace is the default of both, the C daemon has no none
 	"seccomp":            {dropValue, ""},
 	"inode-file-handles": {dropValue, ""},
 	"preserve-noatime":   {drop, ""},
@@ -63,8 +62,8 @@ var options = map[string]option{
 	"translate-gid":      {dropValue, ""},
 }
 
-// Arguments translates. An option that it does not know is an error, so that a
-// new release of Kata cannot lose one unnoticed.
+// Arguments translates arguments. An unknown option is an error, so that a new
+// option of Kata's cannot be lost unnoticed.
 func Arguments(rust []string) ([]string, error) {
 	out := []string{"-f"}
 	for i := 0; i < len(rust); i++ {
@@ -82,8 +81,7 @@ func Arguments(rust []string) ([]string, error) {
 			continue
 		}
 		if rest, ok := strings.CutPrefix(arg, "-o"); ok {
-			// The old way to give options, which the Rust daemon still takes:
-			// the C daemon's own.
+			// The C daemon's syntax, which the Rust daemon still accepts.
 			v, err := value("-o", rest, rest != "")
 			if err != nil {
 				return nil, err
@@ -124,6 +122,6 @@ func Arguments(rust []string) ([]string, error) {
 	return out, nil
 }
 
-// The C daemon has no mode that caches metadata alone: without a cache at all
-// the guest at least sees nothing stale.
+// The C daemon cannot cache only metadata; without a cache the guest at least
+// sees nothing stale.
 var cacheModes = map[string]string{"auto": "auto", "always": "always", "never": "none", "metadata": "none", "none": "none"}

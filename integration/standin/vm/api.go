@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The part of Cloud Hypervisor's configuration that a sandbox needs; the names
-// are its own.
+// The part of Cloud Hypervisor's configuration that a sandbox needs, with Cloud
+// Hypervisor's names.
 type vmConfig struct {
 	CPUs    cpus    `json:"cpus"`
 	Memory  memory  `json:"memory"`
@@ -59,7 +59,7 @@ type console struct {
 	Mode string `json:"mode"`
 }
 
-// netConfig is what vm.add-net takes. The tap comes beside it, as a descriptor.
+// netConfig is the body of vm.add-net. The tap is passed as a descriptor.
 type netConfig struct {
 	MAC       string `json:"mac"`
 	NumQueues int    `json:"num_queues"`
@@ -82,8 +82,8 @@ func newVMM(socket string) *vmm {
 	}}}
 }
 
-// call makes one request. The VMM answers 200 or 204, and anything else with
-// its reason as the body.
+// call makes one request. Status codes other than 200 and 204 are errors, with
+// the reason in the body.
 func (v *vmm) call(ctx context.Context, method, name string, body any) error {
 	request, err := newRequest(ctx, method, name, body)
 	if err != nil {
@@ -122,8 +122,8 @@ func outcome(name string, answer *http.Response) error {
 	return nil
 }
 
-// addNet gives the VM a network card. Before the boot it is there from the
-// start, afterwards it is plugged in.
+// addNet adds a network card to the VM: before the boot as part of the machine,
+// afterwards as a hotplug.
 func (v *vmm) addNet(ctx context.Context, c netConfig, tap *os.File) error {
 	const name = "vm.add-net"
 	request, err := newRequest(ctx, http.MethodPut, name, c)
@@ -142,7 +142,7 @@ func (v *vmm) addNet(ctx context.Context, c netConfig, tap *os.File) error {
 	if deadline, ok := ctx.Deadline(); ok {
 		_ = conn.SetDeadline(deadline)
 	}
-	// The descriptor goes with the request's first byte.
+	// The descriptor is sent with the request's first byte.
 	if _, _, err := conn.WriteMsgUnix(message.Bytes(), unix.UnixRights(int(tap.Fd())), nil); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -153,7 +153,7 @@ func (v *vmm) addNet(ctx context.Context, c netConfig, tap *os.File) error {
 	return outcome(name, answer)
 }
 
-// waitFor pings until the VMM answers, which it does once its socket is there.
+// waitFor pings until the VMM answers.
 func (v *vmm) waitFor(ctx context.Context, gone <-chan struct{}) error {
 	for {
 		err := v.call(ctx, http.MethodGet, "vmm.ping", nil)

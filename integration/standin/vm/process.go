@@ -11,18 +11,17 @@ import (
 	"github.com/containerd/log"
 )
 
-// process is a child that may be waited for by many.
+// process is a child with any number of waiters.
 type process struct {
 	name string
 	cmd  *exec.Cmd
 	gone chan struct{}
 }
 
-// start starts a child in a process group of its own, with nothing on stdin,
-// and writes what it says to the log.
+// start starts a child in its own process group, without stdin, and logs its
+// output.
 func start(cmd *exec.Cmd) (*process, error) {
-	// A pipe of our own: exec's would make the wait last as long as any
-	// grandchild keeps it open.
+	// Not os/exec's pipe: Wait would block while any grandchild keeps it open.
 	output, theirs, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -43,7 +42,7 @@ func start(cmd *exec.Cmd) (*process, error) {
 	go func() {
 		defer close(p.gone)
 		err := cmd.Wait()
-		log.L.WithField("program", p.name).WithField("pid", cmd.Process.Pid).Infof("ended: %v", err)
+		log.L.WithField("program", p.name).WithField("pid", cmd.Process.Pid).WithError(err).Info("process exited")
 	}()
 	return p, nil
 }
@@ -53,10 +52,10 @@ func logLines(name string, r io.Reader) {
 	for lines.Scan() {
 		log.L.WithField("program", name).Info(lines.Text())
 	}
-	_, _ = io.Copy(io.Discard, r) // a line beyond the scanner's limit
+	_, _ = io.Copy(io.Discard, r) // after a line beyond the scanner's limit
 }
 
-// end waits for the child, and kills it with its group when it takes too long.
+// end waits for the child, and kills its process group after a timeout.
 func (p *process) end(patience time.Duration) {
 	select {
 	case <-p.gone:

@@ -1,5 +1,5 @@
-// Package vm starts a sandbox's virtiofsd and its VMM, as Kata does for Cloud
-// Hypervisor, and reaches the guest by the VMM's hybrid vsock socket.
+// Package vm starts a sandbox's virtiofsd and VMM, as Kata does for Cloud
+// Hypervisor, and connects to the guest through the VMM's hybrid vsock socket.
 package vm
 
 import (
@@ -24,11 +24,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/way"
 )
 
-// guestCID is the same for every guest: with hybrid vsock a sandbox's socket is
-// what tells guests apart.
+// guestCID is the same for every guest: with hybrid vsock, guests are told
+// apart by their sockets.
 const guestCID = 3
 
-// VM is a running one.
+// VM is a running virtual machine.
 type VM struct {
 	config  *config.Config
 	socket  string // hybrid vsock
@@ -39,9 +39,9 @@ type VM struct {
 	stopped bool
 }
 
-// Start boots a VM that shows shared to its guest. It returns when the VMM has
-// taken the order to boot, long before the guest's agent answers. The cards are
-// there when the guest boots.
+// Start boots a VM with the cards that exports the directory shared to its
+// guest. It returns when the VMM has accepted the boot request, long before the
+// guest's agent answers.
 func Start(ctx context.Context, c *config.Config, sandbox, shared string, ns *netns.Namespace, cards []network.Card) (_ *VM, err error) {
 	v := &VM{config: c, socket: c.Way.VsockSocket(sandbox), dir: c.Way.VMDir(sandbox)}
 	if err := os.MkdirAll(v.dir, 0o750); err != nil {
@@ -96,7 +96,7 @@ func (v *VM) boot(ctx context.Context, apiSocket, virtiofs string, cards []netwo
 	return v.api.call(ctx, http.MethodPut, "vm.boot", nil)
 }
 
-// Plug gives the VM more network cards. Their taps stay the caller's.
+// Plug hotplugs network cards. The caller still owns their taps.
 func (v *VM) Plug(ctx context.Context, cards []network.Card) error {
 	for _, c := range cards {
 		if err := v.api.addNet(ctx, netConfig{MAC: c.MAC, NumQueues: 2, QueueSize: 256}, c.Tap); err != nil {
@@ -106,7 +106,8 @@ func (v *VM) Plug(ctx context.Context, cards []network.Card) error {
 	return nil
 }
 
-// commandLine is the kernel's. The agent finds its own settings there.
+// commandLine is the kernel's command line, which contains the agent's
+// settings.
 func commandLine(c *config.Config) string {
 	words := []string{"panic=1", "no_timer_check", "quiet", c.KernelParams}
 	if c.DebugConsole {
@@ -115,8 +116,9 @@ func commandLine(c *config.Config) string {
 	return strings.Join(words, " ")
 }
 
-// startVirtiofsd hands the Go way's a listening socket, and has the Rust way's
-// make its own, with the arguments that each of Kata's shims gives.
+// startVirtiofsd starts virtiofsd with the arguments of the respective Kata
+// shim: with a listening socket in the Go way, with a socket path in the Rust
+// way.
 func startVirtiofsd(c *config.Config, socket, shared string) (*process, error) {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -149,27 +151,27 @@ func startVirtiofsd(c *config.Config, socket, shared string) (*process, error) {
 		}
 		select {
 		case <-p.gone:
-			return nil, errors.New("ended before its socket was there")
+			return nil, errors.New("exited before it created its socket")
 		case <-time.After(10 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
 			p.end(0)
-			return nil, fmt.Errorf("%s did not appear", socket)
+			return nil, fmt.Errorf("%s was not created in time", socket)
 		}
 	}
 }
 
-// Pid is the VMM's, the only one of a sandbox that the engine ever sees.
+// Pid returns the VMM's pid, the only one of a sandbox that the engine sees.
 func (v *VM) Pid() int { return v.vmm.cmd.Process.Pid }
 
-// VirtiofsdPid is virtiofsd's.
+// VirtiofsdPid returns virtiofsd's pid.
 func (v *VM) VirtiofsdPid() int { return v.virtio.cmd.Process.Pid }
 
-// Gone is closed when the VMM has ended, for whatever reason.
+// Gone is closed when the VMM has exited, for whatever reason.
 func (v *VM) Gone() <-chan struct{} { return v.vmm.gone }
 
-// DialAgent connects to the guest's agent, and keeps trying as long as the
-// configuration allows: the guest is booting.
+// DialAgent connects to the guest's agent. It retries until the configured
+// timeout, because the guest is booting.
 func (v *VM) DialAgent(ctx context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, v.config.DialTimeout)
 	defer cancel()
@@ -180,7 +182,7 @@ func (v *VM) DialAgent(ctx context.Context) (net.Conn, error) {
 		}
 		select {
 		case <-v.Gone():
-			return nil, fmt.Errorf("the VM ended before its agent answered: %w", err)
+			return nil, fmt.Errorf("the VM exited before its agent answered: %w", err)
 		case <-ctx.Done():
 			return nil, fmt.Errorf("the guest's agent did not answer within %s: %w", v.config.DialTimeout, err)
 		case <-time.After(100 * time.Millisecond):
@@ -188,8 +190,8 @@ func (v *VM) DialAgent(ctx context.Context) (net.Conn, error) {
 	}
 }
 
-// dial asks a hybrid vsock socket for a port: one line to and one line fro, and
-// then the connection is the guest's.
+// dial connects to a port through a hybrid vsock socket: after a line in each
+// direction the connection is the guest's.
 func dial(ctx context.Context, socket string, port uint32) (net.Conn, error) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", socket)
@@ -203,8 +205,8 @@ func dial(ctx context.Context, socket string, port uint32) (net.Conn, error) {
 		c.Close()
 		return nil, err
 	}
-	// The server speaks only after the client has, so nothing beyond the line
-	// can be in the reader.
+	// The server does not speak first, so that the reader cannot contain
+	// anything beyond the line.
 	line, err := bufio.NewReaderSize(c, 32).ReadString('\n')
 	if err != nil || !strings.HasPrefix(line, "OK") {
 		c.Close()
@@ -214,7 +216,7 @@ func dial(ctx context.Context, socket string, port uint32) (net.Conn, error) {
 	return c, nil
 }
 
-// Stop ends the VM and virtiofsd. It may be called more than once.
+// Stop stops the VM and virtiofsd. It may be called more than once.
 func (v *VM) Stop(ctx context.Context) {
 	if v.stopped {
 		return
@@ -225,16 +227,16 @@ func (v *VM) Stop(ctx context.Context) {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
 			if err := v.api.call(ctx, http.MethodPut, "vmm.shutdown", nil); err != nil {
-				log.L.WithError(err).Info("the VMM did not take its shutdown")
+				log.L.WithError(err).Info("failed to shut down vmm")
 			}
 		}
 		v.vmm.end(5 * time.Second)
 	}
 	if v.virtio != nil {
-		// virtiofsd ends when its only client hangs up.
+		// virtiofsd exits when its only client disconnects.
 		v.virtio.end(2 * time.Second)
 	}
 }
 
-// RemoveFiles takes the VM's sockets away.
+// RemoveFiles removes the VM's sockets.
 func (v *VM) RemoveFiles() error { return os.RemoveAll(filepath.Clean(v.dir)) }

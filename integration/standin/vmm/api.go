@@ -18,8 +18,8 @@ import (
 	"github.com/containerd/log"
 )
 
-// States of a machine, in Cloud Hypervisor's words. The zero value is: none
-// created.
+// States of a machine, in Cloud Hypervisor's words. The zero value means that
+// none was created.
 const (
 	stateCreated  = "Created"
 	stateRunning  = "Running"
@@ -27,30 +27,30 @@ const (
 	stateShutdown = "Shutdown"
 )
 
-// Server answers the API for one machine.
+// Server serves the API for one machine.
 type Server struct {
 	settings Settings
-	name     string   // of the machine in names of logs and in QEMU's arguments: Kata's sandbox id
+	name     string   // of the machine, in log names and QEMU's arguments: Kata's sandbox id
 	logFile  *os.File // the children's stdout and stderr
 
 	mu      sync.Mutex
 	state   string
 	config  vmConfig
-	raw     json.RawMessage // vm.create's body: vm.info gives it back
-	cards   []tapNIC        // given before the boot
+	raw     json.RawMessage // vm.create's body, which vm.info returns
+	cards   []tapNIC        // added before the boot
 	machine *machine
 
 	quitOnce sync.Once
-	quit     chan struct{} // closed by vmm.shutdown, and when the machine ends by itself
+	quit     chan struct{} // closed by vmm.shutdown and when the machine powers off
 }
 
-// NewServer makes a server whose children write to logFile.
+// NewServer returns a server whose children write to logFile.
 func NewServer(s Settings, name string, logFile *os.File) *Server {
 	return &Server{settings: s, name: name, logFile: logFile, quit: make(chan struct{})}
 }
 
-// Serve answers on l until the context ends, vmm.shutdown is called, or the
-// machine ends by itself, as Cloud Hypervisor does.
+// Serve serves on l until the context ends, vmm.shutdown is called, or the
+// machine powers off, as Cloud Hypervisor does.
 func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -75,16 +75,16 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 		}
 		running.Go(func() {
 			defer c.Close()
-			stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Now()) }) // the answer under way still goes out
+			stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Now()) }) // an answer in progress is still sent
 			defer stop()
 			if err := s.converse(ctx, c); err != nil && ctx.Err() == nil {
-				log.G(ctx).WithError(err).Warn("api connection")
+				log.G(ctx).WithError(err).Warn("api connection failed")
 			}
 		})
 	}
 }
 
-// converse answers the requests of one connection.
+// converse serves the requests of one connection.
 func (s *Server) converse(ctx context.Context, c *net.UnixConn) error {
 	in := &rightsReader{conn: c}
 	defer in.close()
@@ -105,7 +105,7 @@ func (s *Server) converse(ctx context.Context, c *net.UnixConn) error {
 		start := time.Now()
 		code, answer := s.handle(request.Method, call, body, in)
 		entry := log.G(ctx).WithFields(log.Fields{"call": call, "code": code, "took": time.Since(start)})
-		if call == "vmm.ping" || call == "vm.info" { // asked in a loop
+		if call == "vmm.ping" || call == "vm.info" { // polled
 			entry.Debug("api")
 		} else {
 			entry.WithField("body", string(body)).Info("api")
@@ -120,8 +120,8 @@ func (s *Server) converse(ctx context.Context, c *net.UnixConn) error {
 	}
 }
 
-// respond writes an answer as Cloud Hypervisor does, with no reason phrase in
-// the status line: Kata's Rust client takes no other.
+// respond writes an answer as Cloud Hypervisor does, without a reason phrase in
+// the status line: Kata's Rust client accepts no other.
 func respond(w io.Writer, code int, answer any) error {
 	text := fmt.Sprintf("HTTP/1.1 %d \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n", code)
 	if answer == nil {
@@ -139,11 +139,11 @@ func respond(w io.Writer, code int, answer any) error {
 	return nil
 }
 
-// rightsTaker hands over the descriptors that came with the request.
+// rightsTaker returns the descriptors that came with the request.
 type rightsTaker interface{ take() []*os.File }
 
-// handle is the whole API; its answers are those of Cloud Hypervisor's OpenAPI
-// description, errors a list of sentences.
+// handle implements the API. Its answers are those of Cloud Hypervisor's
+// OpenAPI description; an error is a list of sentences.
 func (s *Server) handle(method, call string, body []byte, rights rightsTaker) (int, any) {
 	want := http.MethodPut
 	if call == "vmm.ping" || call == "vm.info" {
@@ -170,8 +170,8 @@ func (s *Server) handle(method, call string, body []byte, rights rightsTaker) (i
 	case "vm.boot":
 		err = s.boot()
 	case "vm.resize":
-		// Kata asks for a container's CPUs and memory here. The machine keeps
-		// what it was booted with: no test needs more.
+		// Kata requests a container's CPUs and memory here. The machine keeps
+		// what it was booted with; no test needs more.
 		err = s.require(stateRunning)
 	case "vm.pause":
 		err = s.pauseOrResume("stop", stateRunning, statePaused)
@@ -252,7 +252,7 @@ func (s *Server) boot() error {
 		asked := s.machine != m
 		s.mu.Unlock()
 		if !asked {
-			log.L.WithError(m.qemu.err).Info("qemu ended")
+			log.L.WithError(m.qemu.err).Info("qemu exited")
 			s.end()
 		}
 	}()
@@ -272,7 +272,7 @@ func (s *Server) pauseOrResume(command, from, to string) error {
 
 func (s *Server) stopMachine() {
 	m := s.machine
-	s.machine = nil // tells the waiter that the end was asked for
+	s.machine = nil // tells the waiter that the exit was requested
 	m.stop()
 	s.dropCards()
 }
@@ -292,8 +292,8 @@ func (s *Server) shutdown() {
 
 func (s *Server) end() { s.quitOnce.Do(func() { close(s.quit) }) }
 
-// rightsReader reads a connection and keeps the descriptors that come along:
-// vm.add-net passes its taps so.
+// rightsReader reads a connection and keeps received descriptors: vm.add-net
+// passes taps this way.
 type rightsReader struct {
 	conn  *net.UnixConn
 	files []*os.File

@@ -7,7 +7,7 @@ import (
 )
 
 // vmConfig is the part of vm.create's body that becomes QEMU's command line;
-// the rest only travels back in vm.info.
+// the rest is only returned by vm.info.
 type vmConfig struct {
 	Payload struct {
 		Kernel    string `json:"kernel"`
@@ -46,27 +46,27 @@ type netConfig struct {
 	MAC string `json:"mac"`
 }
 
-// Descriptors that QEMU inherits: os/exec numbers its extra files from 3 on.
+// Descriptors that QEMU inherits: os/exec numbers extra files from 3.
 const (
 	consoleFD = 3 + iota
 	qmpFD
 	firstFreeFD
 )
 
-// hotplugSlots is how many network cards can still be plugged in after the
-// boot: q35's own bus takes none.
+// hotplugSlots is how many network cards can be plugged in after the boot:
+// q35's own bus supports no hotplug.
 const hotplugSlots = 4
 
 const defaultMemory = 1 << 30
 
-// nic is a network card with the descriptors of its tap, one a queue.
+// nic is a network card with its tap's descriptors, one for each queue.
 type nic struct {
 	netConfig
 	fds []int // as QEMU sees them
 }
 
-// arguments makes QEMU's command line. vsockFD is the descriptor, as QEMU sees
-// it, of a connection to the vsock daemon, or 0 for none.
+// arguments returns QEMU's command line. vsockFD is QEMU's descriptor of a
+// connection to the vsock daemon, or 0 for none.
 func arguments(c vmConfig, s Settings, name string, nics []nic, vsockFD int) []string {
 	size := c.Memory.Size
 	if size == 0 {
@@ -75,19 +75,18 @@ func arguments(c vmConfig, s Settings, name string, nics []nic, vsockFD int) []s
 	memory := fmt.Sprintf("%dM", size>>20)
 	accel, cpu := "kvm", "host"
 	if s.Accel == AccelTCG {
-		// A large translation cache: with the default, a guest of this size
-		// throws its translations away several times a boot.
+		// A large translation cache: with the default, this guest flushes its
+		// translations several times during a boot.
 		accel, cpu = "tcg,thread=multi,tb-size=512", "max"
 	}
 	args := []string{
 		"-name", "guest=" + name,
 		"-accel", accel, "-cpu", cpu, "-smp", strconv.Itoa(max(c.CPUs.Boot, 1)), "-m", memory,
 		"-machine", "q35,memory-backend=mem,usb=off,vmport=off,smbus=off,graphics=off",
-		// vhost-user devices live in other processes, which map the guest's
-		// memory.
+		// vhost-user devices are other processes, which map the guest's memory.
 		"-object", "memory-backend-memfd,id=mem,share=on,size=" + memory,
-		// The smallest firmware that starts a kernel: half a second less than
-		// the default's under TCG.
+		// The smallest firmware that boots a kernel: half a second faster than
+		// the default under TCG.
 		"-bios", "qboot.rom",
 		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d", consoleFD), "-serial", "chardev:console",
@@ -134,18 +133,18 @@ func (n nic) properties(i int) (netdev, device string) {
 	for k, fd := range n.fds {
 		fds[k] = strconv.Itoa(fd)
 	}
-	// One vector for each direction of each queue, one for the configuration,
-	// one for the control queue.
+	// One vector for each direction of each queue, one for configuration
+	// changes, one for the control queue.
 	return fmt.Sprintf("tap,id=net%d,fds=%s", i, strings.Join(fds, ":")), fmt.Sprintf("%s,mq=on,vectors=%d", device, 2*len(n.fds)+2)
 }
 
-// commandLine is the kernel's: Kata's, then what QEMU needs. Kata names Cloud
-// Hypervisor's own consoles, and the last console= wins.
+// commandLine is the kernel's command line: Kata's, then QEMU's additions. Kata
+// names Cloud Hypervisor's consoles, and the last console= wins.
 func commandLine(kata string, s Settings) string {
 	words := []string{kata, "console=ttyS0", "reboot=t"}
 	if s.Accel == AccelTCG {
-		// Under TCG on a busy machine the kernel's check of the timer interrupt
-		// misses its few ticks and panics.
+		// Under TCG on a loaded machine the kernel's check of the timer
+		// interrupt misses its few ticks and panics.
 		words = append(words, "no_timer_check")
 	}
 	if s.KernelParams != "" {

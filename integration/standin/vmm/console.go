@@ -6,14 +6,14 @@ import (
 	"sync"
 )
 
-// console is the guest's serial line: everything goes to the log, and ready is
-// closed when one of the signs has been seen.
+// console is the guest's serial line: everything is written to the log, and
+// ready is closed when one of the signs was printed.
 type console struct {
 	log   io.Writer
 	signs [][]byte
 	ready chan struct{}
 	once  sync.Once
-	tail  []byte // the end of what came before, as long as a sign may have begun there
+	tail  []byte // the end of earlier output, in which a sign may begin
 }
 
 func newConsole(log io.Writer, signs []string) *console {
@@ -24,7 +24,7 @@ func newConsole(log io.Writer, signs []string) *console {
 	return c
 }
 
-// Write never fails: a full disk must not end the guest's console.
+// Write never fails: a full disk must not stop the guest's console.
 func (c *console) Write(p []byte) (int, error) {
 	_, _ = c.log.Write(p)
 	select {

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// machine is a running QEMU with the parts around it.
+// machine is a running QEMU with its helper processes.
 type machine struct {
 	qemu    *child
 	qmp     *qmp
@@ -21,17 +21,17 @@ type machine struct {
 	console net.Conn
 	reading sync.WaitGroup // the goroutine that reads the console
 	nics    int            // cards so far, plugged or not
-	plugged int            // of them, those plugged in after the boot
+	plugged int            // those plugged in after the boot
 }
 
-// tapNIC is a network card that the API was given, with its taps.
+// tapNIC is a network card from vm.add-net, with its taps.
 type tapNIC struct {
 	netConfig
 	taps []*os.File
 }
 
-// boot starts the machine. Descriptors of the cards stay the caller's; QEMU has
-// its own copies afterwards.
+// boot starts the machine. The caller still owns the cards' descriptors; QEMU
+// has copies.
 func boot(c vmConfig, s Settings, name string, cards []tapNIC, logFile *os.File) (_ *machine, err error) {
 	m := &machine{nics: len(cards)}
 	defer func() {
@@ -54,7 +54,7 @@ func boot(c vmConfig, s Settings, name string, cards []tapNIC, logFile *os.File)
 	m.console = ours
 	m.reading.Go(func() {
 		defer consoleLog.Close()
-		_, _ = io.Copy(line, ours) // ends with QEMU or with stop
+		_, _ = io.Copy(line, ours) // until QEMU exits or stop is called
 	})
 
 	monitor, qemuMonitor, err := socketPair()
@@ -110,7 +110,7 @@ func (m *machine) plug(card tapNIC) error {
 	return nil
 }
 
-// stop kills everything and returns when it is gone.
+// stop kills all processes and waits for them.
 func (m *machine) stop() {
 	if m == nil {
 		return
@@ -127,8 +127,8 @@ func (m *machine) stop() {
 	m.reading.Wait()
 }
 
-// socketPair makes a pair of connected sockets: one end for us, one to hand
-// down.
+// socketPair returns a pair of connected sockets: one end for this process, one
+// to pass to a child.
 func socketPair() (*net.UnixConn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

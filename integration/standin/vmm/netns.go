@@ -8,34 +8,33 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
-// NamespaceSuffix is that of the files beside the logs with what
-// [NoteNamespace] has noted, named after their machines.
+// NamespaceSuffix is the suffix of the files that [NoteNamespace] writes next
+// to the logs, named by machine.
 const NamespaceSuffix = ".netns"
 
-// NoteNamespace adds the names of the network namespace that the calling thread
-// is in to a file in dir. A shim that is killed leaves the name of the one that
-// it made, as an empty file with a name that tells nothing: only who ran in it
-// knows whose it was.
+// NoteNamespace adds the paths of the calling thread's network namespace to a
+// file in dir. A killed shim leaves an empty file at the path of the namespace
+// that it created; only a process that ran in it can tell whose it was.
 func NoteNamespace(dir, machine string) error {
 	namespace, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
-		return fmt.Errorf("note the network namespace: %w", err)
+		return fmt.Errorf("record the network namespace: %w", err)
 	}
 	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return m.FSType != "nsfs" || m.Root != namespace, false })
 	if err != nil {
-		return fmt.Errorf("note the network namespace: %w", err)
+		return fmt.Errorf("record the network namespace: %w", err)
 	}
 	if len(mounts) == 0 {
-		return nil // the machine's own
+		return nil // the host's own
 	}
 	f, err := os.OpenFile(filepath.Join(dir, machine+NamespaceSuffix), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
-		return fmt.Errorf("note the network namespace: %w", err)
+		return fmt.Errorf("record the network namespace: %w", err)
 	}
 	defer f.Close()
 	for _, m := range mounts {
 		if _, err := fmt.Fprintln(f, m.Mountpoint); err != nil {
-			return fmt.Errorf("note the network namespace: %w", err)
+			return fmt.Errorf("record the network namespace: %w", err)
 		}
 	}
 	return f.Close()

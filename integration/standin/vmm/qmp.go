@@ -12,7 +12,7 @@ import (
 )
 
 // qmpTimeout bounds one command: QEMU answers from its main loop, which a guest
-// under TCG on a loaded machine can delay.
+// under TCG can delay on a loaded machine.
 const qmpTimeout = 20 * time.Second
 
 // qmp is a connection to QEMU's monitor. Commands are serialized.
@@ -37,7 +37,7 @@ func newQMP(conn *net.UnixConn) *qmp {
 	return &qmp{conn: conn, dec: json.NewDecoder(conn)}
 }
 
-// execute runs one command; files travel with it, as getfd wants them.
+// execute runs one command. Files are passed along, as getfd requires.
 func (q *qmp) execute(command string, arguments any, files ...*os.File) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -83,12 +83,12 @@ func (q *qmp) exchange(command string, arguments any, files []*os.File) error {
 		case m.Return != nil:
 			return nil
 		}
-		// The greeting and events come in between.
+		// Skip the greeting and events.
 	}
 }
 
-// plugNIC adds a network card to a running machine, in hot-plug slot number
-// slot. Card numbers go on from those on the command line.
+// plugNIC adds a network card to a running machine, in hotplug slot number
+// slot. Card numbers continue those on the command line.
 func (q *qmp) plugNIC(n netConfig, taps []*os.File, number, slot int) error {
 	names := ""
 	for i, tap := range taps {

@@ -8,12 +8,12 @@ import (
 	"syscall"
 )
 
-// spawner starts children that the kernel kills when this process ends, however
-// it ends.
+// spawner starts children that the kernel kills when this process exits,
+// however it exits.
 //
-// The kernel ties PR_SET_PDEATHSIG to the thread that forked, and Go ends
-// threads when it likes: so one goroutine keeps a thread for itself until the
-// process ends, and all children come from there.
+// The kernel sends PR_SET_PDEATHSIG when the forking thread exits, and Go may
+// end threads at any time: so one goroutine stays locked to a thread for the
+// life of the process and starts all children.
 type spawner struct {
 	once  sync.Once
 	calls chan func()
@@ -35,10 +35,10 @@ func (s *spawner) start(cmd *exec.Cmd) error {
 	return <-result
 }
 
-// children is the one spawner of the process.
+// children is the spawner of the process.
 var children spawner
 
-// child is a started process with the one goroutine that waits for it.
+// child is a started process with the goroutine that waits for it.
 type child struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed once the process is reaped
@@ -58,11 +58,11 @@ func startChild(cmd *exec.Cmd, env []string) (*child, error) {
 	return c, nil
 }
 
-// kill ends the child and returns when it is reaped. A nil child is none.
+// kill kills the child and returns when it is reaped. It does nothing for nil.
 func (c *child) kill() {
 	if c == nil {
 		return
 	}
-	_ = c.cmd.Process.Kill() // an error means that it has ended
+	_ = c.cmd.Process.Kill() // an error means that it has exited
 	<-c.done
 }

@@ -1,17 +1,16 @@
-// Package vmm answers the part of Cloud Hypervisor's HTTP API that Kata's Go
-// and Rust shims use, and runs a QEMU for it.
+// Package vmm implements the part of Cloud Hypervisor's HTTP API that Kata's Go
+// and Rust shims use, with QEMU.
 //
-// It exists because the tests need a VM where Cloud Hypervisor, which knows
-// nothing but KVM, cannot run: QEMU falls back to TCG. The program testbed-vmm
-// is its only caller; Kata starts that as its hypervisor and never notices.
+// The tests need VMs on machines without KVM, on which Cloud Hypervisor cannot
+// run: QEMU has TCG. The program testbed-vmm is the only caller; Kata starts it
+// as its hypervisor. Written for Kata 4.1.0.
 //
-// The order of calls is Cloud Hypervisor's: [Server.Serve] first, then over the
-// socket vm.create, vm.add-net (any number), vm.boot. vm.add-net after vm.boot
-// plugs the card into the running machine. When the guest powers off, when
-// vmm.shutdown comes, or when the context given to Serve ends, Serve kills what
-// it started and returns; nothing of it outlives the process, not even one
-// killed with SIGKILL, because every child asks the kernel for a SIGKILL of its
-// own at the parent's death.
+// The order of calls is Cloud Hypervisor's: [Server.Serve] first, then, over
+// the socket, vm.create, vm.add-net (any number), vm.boot. vm.add-net after
+// vm.boot plugs the card into the running machine. When the guest powers off,
+// on vmm.shutdown, or when the context given to Serve ends, Serve kills what it
+// started and returns. No child outlives the process, even if that is killed
+// with SIGKILL, because every child has a parent death signal.
 package vmm
 
 import (
@@ -23,38 +22,38 @@ import (
 	"path/filepath"
 )
 
-// Version is what --version prints: Kata parses it and refuses releases that it
+// Version is what --version prints: Kata parses it and rejects releases that it
 // considers too old.
 const Version = "cloud-hypervisor v50.0"
 
-// Accelerators that [Settings].Accel takes.
+// Values of [Settings].Accel.
 const (
 	AccelKVM = "kvm"
 	AccelTCG = "tcg"
 )
 
-// ConfigEnv names the environment variable with the settings file's path.
-// Without it the file lies beside the program, with the program's name and
-// ".json" appended: Kata starts its hypervisor with arguments of its own only.
+// ConfigEnv is the environment variable with the settings file's path. By
+// default the file is next to the program, with ".json" appended to the
+// program's name: Kata's arguments cannot name it.
 const ConfigEnv = "TESTBED_VMM_CONFIG"
 
-// Settings is everything that Cloud Hypervisor's API does not tell.
+// Settings are what Cloud Hypervisor's API does not provide.
 type Settings struct {
 	QEMU             string   `json:"qemu"`
 	VhostDeviceVsock string   `json:"vhost_device_vsock"`
 	Accel            string   `json:"accel"`
 	LogDir           string   `json:"log_dir"`
-	ReadySigns       []string `json:"ready_signs"` // a line on the guest's console that contains one of these says that the agent listens
+	ReadySigns       []string `json:"ready_signs"` // the agent listens once the guest's console has a line that contains one of these
 	KernelParams     string   `json:"kernel_params,omitempty"`
-	Env              []string `json:"env,omitempty"` // added to the children's environment, so that a cleaner finds them
+	Env              []string `json:"env,omitempty"` // added to the children's environment, so that a cleanup finds them
 }
 
-// DefaultReadySign is printed by Kata's agent once its ttRPC server listens,
-// and so once the guest's vsock driver works.
+// DefaultReadySign is printed by Kata's agent once its ttrpc server listens,
+// and therefore once the guest's vsock driver works.
 const DefaultReadySign = "ttRPC server started"
 
-// LoadSettings reads the settings file: the one that the environment names,
-// else the one beside the program at exe.
+// LoadSettings reads the settings file that the environment names, or else the
+// one next to the program at exe.
 func LoadSettings(exe string) (Settings, error) {
 	path := os.Getenv(ConfigEnv)
 	if beside := exe + ".json"; path == "" {

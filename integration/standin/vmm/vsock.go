@@ -16,20 +16,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// vsockDaemon is a running vhost-device-vsock. None of its sockets has a name
-// any more: [startVsock] reaches them by descriptors and removes the directory
-// that they lay in, so that nothing is left behind however this process ends.
+// vsockDaemon is a running vhost-device-vsock. Its sockets have no paths any
+// more: [startVsock] opens descriptors of them and removes their directory, so
+// that nothing is left behind however this process exits.
 type vsockDaemon struct {
 	*child
 	device *os.File // connection for QEMU's vhost-user-vsock device
-	host   *os.File // O_PATH descriptor of the socket that speaks the CONNECT/OK protocol
+	host   *os.File // O_PATH descriptor of the socket with the CONNECT/OK protocol
 }
 
 const daemonStartTimeout = 10 * time.Second
 
-// startVsock starts the daemon for one guest. Its sockets have short names in a
-// directory of their own, its working directory: the kernel takes no socket
-// path above 107 bytes, and log directories may be deep.
+// startVsock starts the daemon for one guest. Its sockets have short relative
+// paths in a temporary working directory: the kernel limits socket paths to 107
+// bytes, and log directories may be deep.
 func startVsock(s Settings, cid uint32, logFile *os.File) (_ *vsockDaemon, err error) {
 	dir, err := os.MkdirTemp(s.LogDir, ".vsock-")
 	if err != nil {
@@ -53,7 +53,7 @@ func startVsock(s Settings, cid uint32, logFile *os.File) (_ *vsockDaemon, err e
 			d.close()
 		}
 	}()
-	// The daemon says nothing when its sockets listen.
+	// The daemon does not report when its sockets listen.
 	deadline := time.Now().Add(daemonStartTimeout)
 	for {
 		if d.device, err = dialFile(descriptorPath(handle, "device")); err == nil {
@@ -61,7 +61,7 @@ func startVsock(s Settings, cid uint32, logFile *os.File) (_ *vsockDaemon, err e
 		}
 		select {
 		case <-d.done:
-			return nil, fmt.Errorf("vsock daemon ended: %w", errors.Join(d.err, err))
+			return nil, fmt.Errorf("vsock daemon exited: %w", errors.Join(d.err, err))
 		case <-time.After(5 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
@@ -106,18 +106,17 @@ func (d *vsockDaemon) close() {
 	}
 }
 
-// holdBack is how long a connection that comes before the guest is ready waits
-// for it before the proxy hangs up. Kata dials in a tight loop, and its next
-// attempt follows at once.
+// holdBack is how long a connection waits for the guest to become ready before
+// the proxy closes it. Kata dials in a tight loop, and its next attempt follows
+// immediately.
 const holdBack = 200 * time.Millisecond
 
-// proxy stands on the hybrid vsock socket that Kata named, in front of the
+// proxy listens on the hybrid vsock socket that Kata named, in front of the
 // daemon.
 //
-// It is there because the daemon's worker thread ends for good, without a word,
-// when a connection comes before the guest's driver has set up its queues, and
-// Kata dials from the moment the VM runs. So nothing reaches the daemon before
-// the guest is ready.
+// The daemon's worker thread exits silently if a connection arrives before the
+// guest's driver has set up its queues, and Kata dials from the moment the VM
+// runs. So nothing is forwarded to the daemon before the guest is ready.
 type proxy struct {
 	listener *net.UnixListener
 	dial     func() (*net.UnixConn, error)
@@ -145,7 +144,7 @@ func startProxy(socket string, ready <-chan struct{}, dial func() (*net.UnixConn
 	return p, nil
 }
 
-// close removes the socket, ends all connections and waits for them.
+// close removes the socket, closes all connections and waits for them.
 func (p *proxy) close() {
 	if p == nil {
 		return
@@ -180,9 +179,9 @@ func (p *proxy) serve(ctx context.Context, client *net.UnixConn) {
 	both.Wait()
 }
 
-// forward copies one direction and hands its end on, so that a half-closed
-// connection stays one. When the receiver is gone, the sender is told so
-// instead of being left to fill the buffers.
+// forward copies one direction and forwards EOF, so that a half-closed
+// connection stays half-closed. If the receiver is gone, the sender's
+// connection is shut down for reading, instead of filling its buffers.
 func forward(to, from *net.UnixConn) {
 	_, err := io.Copy(to, from)
 	_ = to.CloseWrite()
@@ -191,8 +190,8 @@ func forward(to, from *net.UnixConn) {
 	}
 }
 
-// Listen makes a listening socket at path. A socket that a killed process left
-// is replaced; one that somebody answers on is not.
+// Listen creates a listening socket at path. The stale socket of a killed
+// process is replaced, a live one is not.
 func Listen(path string) (*net.UnixListener, error) {
 	addr := &net.UnixAddr{Name: path, Net: "unix"}
 	l, err := net.ListenUnix("unix", addr)

@@ -1,6 +1,5 @@
-// Package way names the two ways in which Kata is built, the Go shim's and the
-// Rust shim's, and what differs between them in file names alone. Everything
-// here is pure: the rest of the stand-in asks it and does.
+// Package way names Kata's two shims, written in Go and in Rust, and the file
+// names in which they differ. It has no side effects. Kata 4.1.0.
 package way
 
 import (
@@ -11,7 +10,7 @@ import (
 	"strings"
 )
 
-// Way is which of Kata's shims is stood in for.
+// Way is which of Kata's shims is imitated.
 type Way string
 
 const (
@@ -21,10 +20,10 @@ const (
 	Rust Way = "rust"
 )
 
-// Env overrides the way where nothing else tells it.
+// Env selects the way if nothing else does.
 const Env = "STANDIN_WAY"
 
-// Parse takes a way by its name.
+// Parse returns the way with a name.
 func Parse(name string) (Way, error) {
 	switch w := Way(name); w {
 	case Go, Rust:
@@ -33,26 +32,26 @@ func Parse(name string) (Way, error) {
 	return "", fmt.Errorf("unknown way %q, want go or rust", name)
 }
 
-// OfBinary tells the way before any configuration is known: `start` names its
-// socket by it. The environment comes first, then the name of the folder that
-// the binary lies in.
+// OfBinary returns the way before any configuration is known: `start` derives
+// its socket's name from it. The environment takes precedence over the name of
+// the binary's directory.
 func OfBinary(executable string) (Way, error) {
 	if name := os.Getenv(Env); name != "" {
 		return Parse(name)
 	}
 	w, err := Parse(filepath.Base(filepath.Dir(executable)))
 	if err != nil {
-		return "", fmt.Errorf("%s lies in no folder named go or rust, and %s is not set", executable, Env)
+		return "", fmt.Errorf("%s is not in a directory named go or rust, and %s is not set", executable, Env)
 	}
 	return w, nil
 }
 
-// socketRoot is where both of Kata's shims listen, whatever containerd's own
-// state folder is.
+// socketRoot is where both of Kata's shims listen, whatever containerd's state
+// directory is.
 const socketRoot = "/run/containerd/s"
 
 // Address is the shim's address: a digest of the -address flag, the namespace
-// and the sandbox, in lower-case hex in Go and in upper-case in Rust.
+// and the sandbox, in lower case hex in Go, in upper case in Rust.
 func (w Way) Address(containerd, namespace, sandbox string) string {
 	sum := sha256.Sum256([]byte(filepath.Join(containerd, namespace, sandbox)))
 	name := fmt.Sprintf("%x", sum)
@@ -62,7 +61,7 @@ func (w Way) Address(containerd, namespace, sandbox string) string {
 	return "unix://" + filepath.Join(socketRoot, name)
 }
 
-// VMDir holds the VM's sockets.
+// VMDir is the directory of the VM's sockets.
 func (w Way) VMDir(sandbox string) string {
 	if w == Rust {
 		return filepath.Join("/run/kata", sandbox)
@@ -70,7 +69,7 @@ func (w Way) VMDir(sandbox string) string {
 	return filepath.Join("/run/vc/vm", sandbox)
 }
 
-// StateDir holds the sandbox's management socket.
+// StateDir is the directory of the sandbox's management socket.
 func (w Way) StateDir(sandbox string) string {
 	if w == Rust {
 		return filepath.Join("/run/kata", sandbox)
@@ -92,7 +91,7 @@ func (w Way) VsockSocket(sandbox string) string {
 	return filepath.Join(w.VMDir(sandbox), "clh.sock")
 }
 
-// APISocket is the VMM's own.
+// APISocket is the VMM's API socket.
 func (w Way) APISocket(sandbox string) string {
 	if w == Rust {
 		return filepath.Join(w.VMDir(sandbox), "ch-api.sock")
@@ -100,13 +99,13 @@ func (w Way) APISocket(sandbox string) string {
 	return filepath.Join(w.VMDir(sandbox), "clh-api.sock")
 }
 
-// VirtiofsSocket is what the VMM reaches virtiofsd by.
+// VirtiofsSocket is virtiofsd's socket.
 func (w Way) VirtiofsSocket(sandbox string) string {
 	return filepath.Join(w.VMDir(sandbox), "virtiofsd.sock")
 }
 
-// ShareDir holds the folders of the sandbox's share. It is the same in both
-// ways; what is below differs.
+// ShareDir is the directory of the sandbox's share. It is the same in both
+// ways; its content differs.
 func ShareDir(sandbox string) string {
 	return filepath.Join("/run/kata-containers/shared/sandboxes", sandbox)
 }

@@ -1,5 +1,5 @@
-// containerd-shim-kata-v2 is the stand-in for Kata's shim. It lies in a folder
-// named go or rust, and stands in for the shim that Kata builds that way.
+// containerd-shim-kata-v2 is the stand-in for Kata's shim. The name of its
+// directory, go or rust, selects which of Kata's two shims it imitates.
 package main
 
 import (
@@ -8,8 +8,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/shim"
 )
 
-// The first thread is what /proc shows of the process: nothing that joins other
-// namespaces may run on it.
+// /proc/PID shows the main thread's namespaces, so that nothing that joins
+// others may run on it.
 func init() { runtime.LockOSThread() }
 
 func main() { shim.Main() }

@@ -1,5 +1,5 @@
 // standin-agent is the stand-in for Kata's agent: /usr/bin/kata-agent in the
-// guest, started by /init as process 1. With an argument it is one of its own
+// guest, executed by /init as PID 1. With an argument it is one of its own
 // helpers.
 package main
 
@@ -13,8 +13,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/guest"
 )
 
-// The first thread is what /proc shows of the process: nothing that joins other
-// namespaces may run on it.
+// /proc/PID shows the main thread's namespaces, so that nothing that joins
+// others may run on it.
 func init() { runtime.LockOSThread() }
 
 func main() {

@@ -1,5 +1,5 @@
-// testbed-virtiofsd takes the place of the Rust virtiofsd in Kata's
-// configuration and becomes Debian 12's C daemon. See package virtiofsd.
+// testbed-virtiofsd replaces the Rust virtiofsd in Kata's configuration and
+// executes Debian 12's C daemon. See package virtiofsd.
 package main
 
 import (
@@ -13,7 +13,7 @@ import (
 func main() {
 	args, err := virtiofsd.Arguments(os.Args[1:])
 	if err == nil {
-		// The name stays ours: it tells which testbed the daemon belongs to.
+		// argv[0] stays: it tells which testbed the daemon belongs to.
 		err = syscall.Exec(virtiofsd.Daemon, append([]string{os.Args[0]}, args...), os.Environ())
 		err = fmt.Errorf("exec %s: %w", virtiofsd.Daemon, err)
 	}

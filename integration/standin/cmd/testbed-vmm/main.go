@@ -1,8 +1,8 @@
-// testbed-vmm is the hypervisor that the testbed gives to Kata: it answers
-// Cloud Hypervisor's API with a QEMU. See package vmm.
+// testbed-vmm is a hypervisor for Kata that implements Cloud Hypervisor's API
+// with QEMU. See package vmm.
 //
-// Usage: testbed-vmm --api-socket PATH; --version prints what Kata wants to
-// see. Settings come from a file (vmm.LoadSettings).
+// Usage: testbed-vmm --api-socket PATH; --version prints a version that Kata
+// accepts. Settings come from a file (vmm.LoadSettings).
 package main
 
 import (
@@ -39,8 +39,8 @@ func run(args []string) error {
 		case strings.HasPrefix(arg, "--api-socket="):
 			socket = strings.TrimPrefix(arg, "--api-socket=")
 		}
-		// Everything else that Kata gives (log levels, seccomp, an event
-		// monitor) concerns Cloud Hypervisor alone.
+		// Kata's other arguments (log levels, seccomp, an event monitor)
+		// concern only Cloud Hypervisor.
 	}
 	socket = strings.TrimPrefix(socket, "path=")
 	if socket == "" {
@@ -57,14 +57,14 @@ func run(args []string) error {
 	if err := os.MkdirAll(settings.LogDir, 0o755); err != nil {
 		return fmt.Errorf("log directory: %w", err)
 	}
-	name := filepath.Base(filepath.Dir(socket)) // both shims make a directory for each sandbox, named with its id
+	name := filepath.Base(filepath.Dir(socket)) // both shims create a directory for each sandbox, named by its id
 	logFile, err := os.OpenFile(filepath.Join(settings.LogDir, name+".vmm"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return fmt.Errorf("log: %w", err)
 	}
 	defer logFile.Close()
 	log.L.Logger.SetOutput(logFile)
-	log.L.WithField("args", args).WithField("accel", settings.Accel).Info("start")
+	log.L.WithField("args", args).WithField("accel", settings.Accel).Info("vmm started")
 
 	if err := vmm.NoteNamespace(settings.LogDir, name); err != nil {
 		return err
@@ -76,6 +76,6 @@ func run(args []string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	err = vmm.NewServer(settings, name, logFile).Serve(ctx, listener)
-	log.L.WithError(err).Info("end")
+	log.L.WithError(err).Info("vmm stopped")
 	return err
 }

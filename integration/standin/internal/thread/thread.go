@@ -1,6 +1,6 @@
 // Package thread runs code in other namespaces. Namespaces belong to threads,
-// and Go moves goroutines between threads: so each such piece of code gets a
-// thread of its own, which ends with it.
+// and Go moves goroutines between threads, so that such code gets a thread of
+// its own, which exits afterwards.
 package thread
 
 import (
@@ -10,18 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Do runs fn on a thread that is thrown away afterwards, so that fn may change
-// the thread's namespaces, root and working directory.
+// Do runs fn on a thread that exits afterwards, so that fn may change the
+// thread's namespaces, root and working directory.
 //
-// That thread is never the process's first one, whose namespaces are those that
-// /proc/PID shows, and which Go cannot end: it would stay in fn's namespaces
-// for the rest of the process's life.
+// That thread is never the main thread, whose namespaces /proc/PID shows and
+// which Go cannot end: it would stay in fn's namespaces for the rest of the
+// process's life.
 func Do(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
-			// Held here meanwhile, the first thread cannot be chosen again.
+			// While it is locked here, the main thread cannot be chosen again.
 			err := Do(fn)
 			runtime.UnlockOSThread()
 			done <- err
