@@ -109,12 +109,12 @@ func describe(bed *testbed.Testbed) {
 
 // start creates and starts a container of the workload, and waits until it has
 // completed a few rounds.
-func (b *bench) start(ctx context.Context, id string, args ...string) (*engine.Run, error) {
-	container, err := b.engine.Create(ctx, engine.Container{ID: id, Image: parts.WorkloadImageName, Args: append([]string{workload.Path}, args...)})
+func (s *bench) start(ctx context.Context, id string, args ...string) (*engine.Run, error) {
+	container, err := s.engine.Create(ctx, engine.Container{ID: id, Image: parts.WorkloadImageName, Args: append([]string{workload.Path}, args...)})
 	if err != nil {
 		return nil, err
 	}
-	run, err := b.engine.Start(ctx, container)
+	run, err := s.engine.Start(ctx, container)
 	if err != nil {
 		return nil, err
 	}

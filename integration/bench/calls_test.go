@@ -22,15 +22,15 @@ import (
 )
 
 const (
-	// cheapCalls is the number of pairs an iteration of calls that start nothing,
-	// execCalls that of calls that start a process in the guest.
+	// cheapCalls is the number of pairs an iteration of calls that start
+	// nothing, execCalls that of calls that start a process in the guest.
 	cheapCalls = 100
 	execCalls  = 4
 	// callBound is the bound of a call through the shim over one past it.
 	callBound = 1.10
 )
 
-// shimClient calls a shim's Task service, as containerd does.
+// shimClient calls a shim's task service, as containerd does.
 type shimClient struct {
 	task.TTRPCTaskService
 	conn *ttrpc.Client

@@ -30,8 +30,8 @@ func BenchmarkCheckpoint(b *testing.B) {
 			bound float64
 		}{{16, 1.6}, {256, 1.25}} {
 			id := fmt.Sprintf("memory-%d", size.mib)
-			// It rarely verifies its memory: in a guest with one processor the dump
-			// is to be measured, not the workload.
+			// It rarely verifies its memory: in a guest with one processor the
+			// dump is to be measured, not the workload.
 			run, err := s.start(b.Context(), id, "memory", "--mib", strconv.Itoa(size.mib), "--shm-mib", "0", "--every", "3s")
 			if err != nil {
 				return err
@@ -96,15 +96,18 @@ func (s *bench) sized(b *testing.B, run *engine.Run, mib int, bound float64) err
 }
 
 const (
-	// spareMiB is what else a sample needs of the page cache, generously.
+	// spareMiB is a generous allowance for a sample's other use of the page
+	// cache.
 	spareMiB = 128
-	// warmPasses bounds how often memory is used before a sample.
+	// warmPasses is the maximum number of passes of warm before a sample.
 	warmPasses = 6
 )
 
-// warm has the machine use memory for files and free it again, until that gets no faster. Where a hypervisor takes the free memory of a virtual machine
-// back (free page reporting), the first use of a page costs many times what the next does. A checkpoint, which leaves a copy, would pay for twice the
-// pages of a bare dump, and on a machine without that neither would.
+// warm faults the machine's memory in, by writing files and removing them until
+// that gets no faster. On a VM whose hypervisor reclaims free memory (free page
+// reporting), the first use of a page costs many times as much as the next. A
+// checkpoint, which leaves a copy, would pay for twice the pages of a bare
+// dump.
 func (s *bench) warm(mib int) error {
 	if *cold {
 		return nil
@@ -123,7 +126,7 @@ func (s *bench) warm(mib int) error {
 	return nil
 }
 
-// useMemory writes a file, removes it, and returns the time that the writing took.
+// useMemory writes a file and removes it, and returns how long the write took.
 func (s *bench) useMemory(mib int) (time.Duration, error) {
 	f, err := os.CreateTemp(filepath.Join(s.bed.Dir, "tmp"), "warm-")
 	if err != nil {
@@ -140,23 +143,23 @@ func (s *bench) useMemory(mib int) (time.Duration, error) {
 	return d, errors.Join(err, os.Remove(f.Name()), f.Close())
 }
 
-// sample is one checkpoint.
+// sample is a measured checkpoint.
 type sample struct {
 	dir         string
 	whole, call time.Duration
 	guest, shim int64 // bytes written
 	size        int64
-	files       int
-	externals   string // CRIU's options for what of the container is not to be dumped
+	externals   string // CRIU's options for external mounts
 }
 
-// Names of the processes that write: the guest's files are written by the virtiofsd that shares them.
+// Names of the processes that write: virtiofsd writes the guest's files.
 const (
 	virtiofsd = "testbed-virtiofsd"
 	shim      = "containerd-shim-kata-checkpoint-v2"
 )
 
-// checkpoint makes an image set by the calls of `ctr task checkpoint --image-path`, without that command's images of the file system.
+// checkpoint creates an image set with the calls of `ctr task checkpoint
+// --image-path`, but without that command's image of the root file system.
 func (s *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample, error) {
 	taken := &sample{dir: filepath.Join(s.bed.Dir, "tmp", fmt.Sprintf("%s-%d", run.ID(), i))}
 	if err := os.Mkdir(taken.dir, 0o700); err != nil {
@@ -205,7 +208,6 @@ func (s *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample
 			return nil, err
 		}
 		taken.size += info.Size()
-		taken.files++
 	}
 	if taken.externals, err = externals(taken.dir); err != nil {
 		return nil, err
@@ -213,8 +215,9 @@ func (s *bench) checkpoint(ctx context.Context, run *engine.Run, i int) (*sample
 	return taken, os.RemoveAll(taken.dir)
 }
 
-// bareScript dumps the container's processes from the guest's root to the directory that the shim's image sets go through, by the same CRIU. The
-// times are of the guest's clock, in hundredths of a second.
+// bareScript dumps the container's processes from the guest's root to the
+// exchange directory, with the same CRIU. Times are from the guest's clock, in
+// hundredths of a second.
 const bareScript = `set -e
 pid=$(busybox pidof workload)
 dir=/run/kata-checkpoint/exchange/%[1]s/bare
@@ -230,7 +233,7 @@ rm -rf $dir $work
 echo $start $end
 `
 
-// externals takes from an image set what of the container is not to be dumped.
+// externals returns CRIU's options for the external mounts in an image set.
 func externals(dir string) (string, error) {
 	data, err := os.ReadFile(filepath.Join(dir, "kata-checkpoint.json"))
 	if err != nil {
@@ -252,7 +255,7 @@ func externals(dir string) (string, error) {
 	return out.String(), nil
 }
 
-// bareDump gives the time of a bare dump, with options of CRIU's.
+// bareDump returns the duration of a bare dump with CRIU options.
 func (s *bench) bareDump(ctx context.Context, id, options string) (time.Duration, error) {
 	out, status, err := s.bed.GuestExec(ctx, id, fmt.Sprintf(bareScript, id, options))
 	if err != nil {
