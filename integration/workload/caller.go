@@ -47,7 +47,8 @@ func (c *caller) round(w io.Writer) error {
 	return err
 }
 
-// exchange sends a number and waits for its return. There is no deadline: one that was set before a checkpoint would be over after it.
+// exchange sends a number and waits for it to come back. There is no deadline:
+// one set before a checkpoint would have passed after it.
 func (c *caller) exchange() error {
 	c.count++
 	if _, err := fmt.Fprintln(c.conn, c.count); err != nil {

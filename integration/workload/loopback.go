@@ -9,15 +9,17 @@ import (
 	"os/exec"
 )
 
-// loopback is a program whose two processes have a TCP connection over the loopback interface, as a notebook server and its kernel have. Each
-// round is the program's own after an exchange over it. A third connection waits in the backlog of a socket that nobody accepts from.
+// loopback wraps a program with a TCP connection to a child process over the
+// loopback interface, like that of a notebook server to its kernel. Each round
+// is an exchange over it followed by the program's round. Another connection
+// stays in the backlog of a listening socket that nobody accepts from.
 type loopback struct {
 	program
 	caller caller
 	stuck  net.Listener
 }
 
-// open starts the second process, which ends with the connection.
+// open starts the child process, which exits with the connection.
 func (l *loopback) open() error {
 	local := "127.0.0.1:0"
 	var err error
@@ -60,7 +62,7 @@ func (l *loopback) round(w io.Writer) error {
 	return l.program.round(w)
 }
 
-// echoOnce serves one connection to the listening socket that it was started with.
+// echoOnce serves one connection to the listening socket that it inherited.
 func echoOnce() error {
 	l, err := net.FileListener(os.NewFile(3, "listener"))
 	if err != nil {
@@ -73,7 +75,7 @@ func echoOnce() error {
 	for lines := bufio.NewReader(c); ; {
 		line, err := lines.ReadString('\n')
 		if err != nil {
-			return nil //nolint:nilerr // its caller has ended
+			return nil //nolint:nilerr // the peer has exited
 		}
 		if _, err := io.WriteString(c, line); err != nil {
 			return nil //nolint:nilerr // the same
