@@ -37,7 +37,7 @@ func deadline(s *scenario) {
 		s.Errorf("a checkpoint for which there was no time ended after %s with: %v", took, err)
 	}
 	s.checkUndone(run, dir)
-	if !s.eventually(settleTimeout, func() bool { return s.hasLogged("checkpoint failed") }) {
+	if !s.eventually(settleTimeout, func() bool { return s.hasLogged("failed to checkpoint container") }) {
 		s.Error("the log has no word of the checkpoint that failed")
 	}
 	s.remove(c)
@@ -48,7 +48,7 @@ func deadline(s *scenario) {
 	_, run = remembering("small", "16")
 	s.stopAt("checkpoint-prepare")
 	took, err = s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(s.ctx, run, dir, true) })
-	if err == nil || !strings.Contains(err.Error(), "checkpoint_timeout of "+limit.String()+" has run out") {
+	if err == nil || !strings.Contains(err.Error(), "checkpoint_timeout of "+limit.String()+" has expired") {
 		s.Errorf("a checkpoint that hangs ended after %s with: %v", took, err)
 	}
 	s.checkUndone(run, dir)

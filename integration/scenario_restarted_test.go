@@ -154,7 +154,7 @@ func containerdKilledMidCheckpoint(s *scenario) {
 		}
 		s.step("it goes on")
 	}
-	for _, words := range []string{"checkpoint failed", "whoever paused it for a checkpoint has given up"} {
+	for _, words := range []string{"failed to checkpoint container", "resumed container that its caller paused for an abandoned checkpoint"} {
 		if !s.eventually(settleTimeout, func() bool { return s.hasLogged(words) }) {
 			s.Errorf("the log does not say: %s", words)
 		}
