@@ -85,7 +85,15 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 				out = append(out, c.finding(p, r))
 			}
 		}
+		for _, m := range p.Mappings {
+			// A ring may be mapped after its descriptor was closed or registered.
+			if kind, ok := strings.CutPrefix(m.Path, anonInode); ok && anonymous[kind].class != Good {
+				out = append(out, c.finding(p, anonymous[kind]))
+			}
+		}
 	}
+	out = append(out, c.nestedNamespaces()...)
+	out = append(out, c.unusualSockets()...)
 	if !o.GetExternalUnixSockets() {
 		external, err := c.externalSockets()
 		if err != nil {
@@ -127,6 +135,9 @@ var anonymous = map[string]rule{
 	"[io_uring]":  {Refused, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring"},
 }
 
+// anonInode starts the names of such descriptors and of their mappings.
+const anonInode = "anon_inode:"
+
 // controllingTTY is a process that has /dev/tty open: CRIU looks for the
 // terminal only among those that the container has both ends of (criu/tty.c,
 // tty_verify_ctty).
@@ -144,7 +155,7 @@ func classify(p *Process, f File, stdio []*api.Stdio) rule {
 	if f.Name == "/dev/tty" && isStdio(p.Terminal, stdio) {
 		return controllingTTY
 	}
-	kind, ok := strings.CutPrefix(f.Name, "anon_inode:")
+	kind, ok := strings.CutPrefix(f.Name, anonInode)
 	if !ok {
 		return rule{} // paths, pipes and namespaces; sockets are looked at as a whole
 	}

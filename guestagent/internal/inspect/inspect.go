@@ -53,8 +53,9 @@ type Process struct {
 	Parent int
 	// Terminal is the device number of the controlling terminal, or 0.
 	Terminal uint64
-	// NetNS is the network namespace, as its link in /proc shows it.
-	NetNS string
+	// Namespaces are those of the kinds in [nested], as their links in /proc
+	// show them.
+	Namespaces map[string]string
 	// Files are the open descriptors.
 	Files []File
 	// Mappings are those of files. Neighbours of one file that only differ in
@@ -147,7 +148,7 @@ func readProcess(pid int) (*Process, error) {
 		return nil, err
 	}
 	// A zombie has no namespaces, and nothing open or mapped.
-	if p.NetNS, err = os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil && !gone(err) {
+	if p.Namespaces, err = readNamespaces(pid); err != nil {
 		return nil, err
 	}
 	if p.Files, err = readFiles(pid); err != nil {
@@ -256,6 +257,9 @@ func readMappings(pid int) ([]Mapping, error) {
 // permissions, offset, device, inode, and the path.
 func parseMapping(line string) (Mapping, bool) {
 	i := strings.IndexByte(line, '/')
+	if anonymous := strings.Index(line, anonInode); anonymous >= 0 && (i < 0 || anonymous < i) {
+		i = anonymous
+	}
 	if i < 0 {
 		return Mapping{}, false
 	}

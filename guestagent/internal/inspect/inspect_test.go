@@ -30,7 +30,7 @@ func TestProcessesAreReadAsTheyAre(t *testing.T) {
 	testproc.Ready(t, cmd)
 
 	p := processes(t, cmd.Process.Pid)[0]
-	if p.Name != "sh" || p.Parent != os.Getpid() || p.PIDs[0] != p.PID || p.NetNS == "" {
+	if p.Name != "sh" || p.Parent != os.Getpid() || p.PIDs[0] != p.PID || p.Namespaces["net"] == "" {
 		t.Errorf("%+v", p)
 	}
 	for fd, writable := range map[int]bool{3: true, 4: false} {
@@ -90,10 +90,11 @@ func TestProcessesThatHaveExited(t *testing.T) {
 
 func TestParseMapping(t *testing.T) {
 	for line, want := range map[string]Mapping{
-		"00400000-0040b000 r--p 00000000 fe:01 1234    /usr/bin/a file":   {"400000-40b000", false, "fe:01", "/usr/bin/a file", 1234},
-		"7f0000000000-7f0000001000 rw-s 00000000 00:1c 7 /dev/shm/x":      {"7f0000000000-7f0000001000", true, "00:1c", "/dev/shm/x", 7},
-		"7ffd1c000000-7ffd1c021000 rw-p 00000000 00:00 0         [stack]": {},
-		"00000000-00001000 r--p 00000000 fe:01 1234 /zero":                {"0-1000", false, "fe:01", "/zero", 1234},
+		"00400000-0040b000 r--p 00000000 fe:01 1234    /usr/bin/a file":           {"400000-40b000", false, "fe:01", "/usr/bin/a file", 1234},
+		"7f0000000000-7f0000001000 rw-s 00000000 00:1c 7 /dev/shm/x":              {"7f0000000000-7f0000001000", true, "00:1c", "/dev/shm/x", 7},
+		"7f0000000000-7f0000001000 rw-s 00000000 00:0f 600 anon_inode:[io_uring]": {"7f0000000000-7f0000001000", true, "00:0f", "anon_inode:[io_uring]", 600},
+		"7ffd1c000000-7ffd1c021000 rw-p 00000000 00:00 0         [stack]":         {},
+		"00000000-00001000 r--p 00000000 fe:01 1234 /zero":                        {"0-1000", false, "fe:01", "/zero", 1234},
 		"": {},
 	} {
 		if got, ok := parseMapping(line); got != want || ok != (want != Mapping{}) {

@@ -67,7 +67,7 @@ func readSockets(processes []*Process) (sockets, error) {
 			if _, seen := s.owners[inode]; !seen {
 				s.owners[inode] = owner{p, f.FD}
 			}
-			namespaces[p.NetNS] = p.PID
+			namespaces[p.Namespaces["net"]] = p.PID
 		}
 	}
 	for _, pid := range namespaces {

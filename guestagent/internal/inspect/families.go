@@ -1,0 +1,117 @@
+package inspect
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
+)
+
+// families is the table of socket families: what CRIU 4.2 has a dump_ops for
+// (criu/sockets.c, dump_socket), and what programs in containers are known to
+// use besides. In Kata a container can have vsock sockets: the guest has them.
+var families = map[int]rule{
+	unix.AF_UNIX:      {},
+	unix.AF_INET:      {},
+	unix.AF_INET6:     {},
+	unix.AF_PACKET:    {},
+	unix.AF_NETLINK:   {},
+	unix.AF_VSOCK:     unsupportedSocket("vsock (AF_VSOCK)"),
+	unix.AF_ALG:       unsupportedSocket("kernel crypto (AF_ALG)"),
+	unix.AF_CAN:       unsupportedSocket("CAN (AF_CAN)"),
+	unix.AF_XDP:       unsupportedSocket("XDP (AF_XDP)"),
+	unix.AF_TIPC:      unsupportedSocket("TIPC (AF_TIPC)"),
+	unix.AF_RDS:       unsupportedSocket("RDS (AF_RDS)"),
+	unix.AF_BLUETOOTH: unsupportedSocket("Bluetooth (AF_BLUETOOTH)"),
+}
+
+// protocols is the table of those of AF_INET and AF_INET6 (criu/sk-inet.c,
+// can_dump_ipproto). Raw sockets may have any.
+var protocols = map[int]rule{
+	unix.IPPROTO_IP:      {},
+	unix.IPPROTO_TCP:     {},
+	unix.IPPROTO_UDP:     {},
+	unix.IPPROTO_UDPLITE: {},
+	unix.IPPROTO_ICMP:    {},
+	unix.IPPROTO_ICMPV6:  {},
+	unix.IPPROTO_MPTCP:   unsupportedSocket("MPTCP"),
+	unix.IPPROTO_SCTP:    unsupportedSocket("SCTP"),
+	unix.IPPROTO_DCCP:    unsupportedSocket("DCCP"),
+	unix.IPPROTO_L2TP:    unsupportedSocket("L2TP"),
+}
+
+func unsupportedSocket(kind string) rule {
+	return rule{Refused, "has a socket of the kind " + kind + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
+}
+
+// maxNetlinkGroups is how many multicast groups of a netlink socket CRIU can
+// restore (criu/sk-netlink.c).
+const maxNetlinkGroups = 32
+
+// unusualSockets finds sockets by what they are, which only the socket itself
+// tells: each is looked at through a copy of its descriptor.
+func (c *Container) unusualSockets() (findings []Finding) {
+	byProcess := make(map[*Process][]int)
+	for _, o := range c.sockets.owners {
+		byProcess[o.process] = append(byProcess[o.process], o.fd)
+	}
+	for _, p := range c.Processes {
+		fds := byProcess[p]
+		if len(fds) == 0 {
+			continue
+		}
+		process, err := pidfd.Open(p.PID)
+		if err != nil {
+			continue // exited meanwhile
+		}
+		slices.Sort(fds)
+		for _, fd := range fds {
+			if r := classifySocket(process, fd); r.class != Good {
+				findings = append(findings, c.finding(p, r))
+			}
+		}
+		unix.Close(process)
+	}
+	return findings
+}
+
+// classifySocket finds the rule for a socket that a process has open.
+func classifySocket(process, fd int) rule {
+	socket, err := unix.PidfdGetfd(process, fd, 0)
+	if err != nil {
+		return rule{} // closed or exited meanwhile
+	}
+	defer unix.Close(socket)
+	var option [3]int
+	for i, name := range []int{unix.SO_DOMAIN, unix.SO_TYPE, unix.SO_PROTOCOL} {
+		if option[i], err = unix.GetsockoptInt(socket, unix.SOL_SOCKET, name); err != nil {
+			return rule{} // another file has the number by now
+		}
+	}
+	domain, kind, protocol := option[0], option[1], option[2]
+	r, known := families[domain]
+	switch {
+	case !known:
+		return rule{class: Unknown, what: fmt.Sprintf("has a socket of the address family %d open, which this version does not know", domain)}
+	case domain == unix.AF_NETLINK && netlinkGroups(socket) > maxNetlinkGroups:
+		return rule{Refused, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
+	case (domain == unix.AF_INET || domain == unix.AF_INET6) && kind != unix.SOCK_RAW:
+		if r, known = protocols[protocol]; !known {
+			return unsupportedSocket(fmt.Sprintf("IP protocol %d", protocol))
+		}
+	}
+	return r
+}
+
+// netlinkGroups is the highest multicast group that a netlink socket is a
+// member of, as far as the first 64 go: no protocol of the kernel has more.
+func netlinkGroups(socket int) int {
+	members, err := unix.GetsockoptUint64(socket, unix.SOL_NETLINK, unix.NETLINK_LIST_MEMBERSHIPS)
+	if err != nil {
+		return 0
+	}
+	return bits.Len64(members)
+}

@@ -1,0 +1,55 @@
+package inspect
+
+import (
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+)
+
+func TestNestedNamespaces(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes namespaces: only as root")
+	}
+	for name, tc := range map[string]struct {
+		flags uintptr
+		want  string
+	}{
+		"none":    {},
+		"mount":   {flags: unix.CLONE_NEWNS},
+		"cgroup":  {flags: unix.CLONE_NEWCGROUP},
+		"network": {unix.CLONE_NEWNET, "is in a network namespace of its own"},
+		"user":    {unix.CLONE_NEWUSER, "is in a user namespace of its own"},
+		"PID":     {unix.CLONE_NEWPID, "is in a PID namespace of its own"},
+		"UTS":     {unix.CLONE_NEWUTS, "is in a UTS namespace of its own"},
+		"IPC":     {unix.CLONE_NEWIPC, "is in an IPC namespace of its own"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+			cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: tc.flags}
+			testproc.Ready(t, cmd)
+			err := refusal(t, os.Getpid(), []int{os.Getpid(), cmd.Process.Pid}, &api.CheckpointOptions{ExternalUnixSockets: true, TcpEstablished: true})
+			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+				t.Errorf("got %v, want %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestMappedIOUringIsRefused(t *testing.T) {
+	p := &Process{PID: 10, PIDs: []int{10, 1}, Name: "db", Mappings: []Mapping{{Path: "anon_inode:[io_uring]"}}}
+	c := &Container{Root: p, Processes: []*Process{p}}
+	findings, err := c.Check(nil, &api.CheckpointOptions{ExternalUnixSockets: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Refusal(findings); err == nil || !strings.Contains(err.Error(), "db (pid 1) uses io_uring") {
+		t.Errorf("got %v", err)
+	}
+}
