@@ -2,6 +2,7 @@ package nri
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -26,9 +27,7 @@ func exchangeMount(id string) *api.Mount {
 func TestAdjustment(t *testing.T) {
 	marker := map[string]string{"kata-checkpoint.dev/nri": version.Version}
 	with := func(annotations map[string]string) *api.ContainerAdjustment {
-		for k, v := range marker {
-			annotations[k] = v
-		}
+		maps.Copy(annotations, marker)
 		return &api.ContainerAdjustment{Annotations: annotations, Mounts: []*api.Mount{exchangeMount("c1")}}
 	}
 	shm := &api.Mount{Destination: "/dev/shm", Type: "bind", Source: "/run/shm", Options: []string{"rbind", "ro"}}

@@ -13,7 +13,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/daemon"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/manager"
-	_ "github.com/kata-checkpoint/kata-checkpoint/plugin/internal/task/register"
+	_ "github.com/kata-checkpoint/kata-checkpoint/plugin/internal/task/register" // what the daemon serves
 )
 
 // Name is the name of the runtime.

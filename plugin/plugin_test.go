@@ -321,7 +321,7 @@ func (n *node) wantNothing() {
 			return
 		}
 		what = fmt.Sprint(left, sockets)
-		<-time.After(5 * time.Millisecond)
+		time.Sleep(5 * time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 	n.t.Errorf("left over: %s", what)
 }
@@ -600,7 +600,7 @@ func TestDaemonIsTold(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("processes %v", n.processes())
 		}
-		<-time.After(5 * time.Millisecond)
+		time.Sleep(5 * time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 	n.delete(dir)
 	n.wantNothing()

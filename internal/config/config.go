@@ -186,8 +186,7 @@ func parse(data []byte) (*Config, error) {
 
 // explain adds key and line, which the decoder's messages lack.
 func explain(err error) error {
-	var strict *toml.StrictMissingError
-	if errors.As(err, &strict) {
+	if strict, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var errs []error
 		for _, e := range strict.Errors {
 			line, _ := e.Position()
@@ -195,8 +194,7 @@ func explain(err error) error {
 		}
 		return errors.Join(errs...)
 	}
-	var de *toml.DecodeError
-	if errors.As(err, &de) {
+	if de, ok := errors.AsType[*toml.DecodeError](err); ok {
 		line, column := de.Position()
 		if key := de.Key(); len(key) > 0 {
 			return fmt.Errorf("line %d: %s: %w", line, strings.Join(key, "."), err)

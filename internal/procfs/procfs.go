@@ -57,12 +57,12 @@ func parseStat(data []byte) (Stat, error) {
 		return Stat{}, errors.New("no command")
 	}
 	fields := strings.Fields(string(data[i+1:]))
-	// proc(5) counts from 1, and two fields are cut off.
-	const state, parent, terminal, startTime = 3 - 3, 4 - 3, 7 - 3, 22 - 3
+	// By their numbers in proc(5), which start from 1, less the first two fields.
+	const parent, terminal, startTime = 4 - 3, 7 - 3, 22 - 3
 	if len(fields) <= startTime {
 		return Stat{}, fmt.Errorf("%d fields after the command", len(fields))
 	}
-	s := Stat{State: fields[state][0]}
+	s := Stat{State: fields[0][0]}
 	var errs [3]error
 	s.Parent, errs[0] = strconv.Atoi(fields[parent])
 	// The kernel prints these 32 bits with a sign.

@@ -37,7 +37,7 @@ func cpuFeatures() ([]string, error) {
 			continue
 		}
 		var out []string
-		for _, f := range strings.Fields(value) {
+		for f := range strings.FieldsSeq(value) {
 			if instructionSet(f) {
 				out = append(out, f)
 			}

@@ -60,7 +60,7 @@ func expandSlice(slice string) string {
 		return strings.TrimSuffix(slice, "-.slice")
 	}
 	var path, prefix string
-	for _, part := range strings.Split(name, "-") {
+	for part := range strings.SplitSeq(name, "-") {
 		prefix += part
 		path = filepath.Join(path, prefix+".slice")
 		prefix += "-"
@@ -76,7 +76,7 @@ func Procs(dir string, deep bool) ([]int, error) {
 		if err != nil {
 			return err
 		}
-		for _, f := range strings.Fields(string(data)) {
+		for f := range strings.FieldsSeq(string(data)) {
 			pid, err := strconv.Atoi(f)
 			if err != nil {
 				return fmt.Errorf("cgroup.procs of %s: %w", d, err)

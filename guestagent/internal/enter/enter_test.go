@@ -159,7 +159,7 @@ func find(t *testing.T, cgroup string, above int) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, field := range strings.Fields(string(procs)) {
+	for field := range strings.FieldsSeq(string(procs)) {
 		pid, err := strconv.Atoi(field)
 		if err != nil {
 			t.Fatal(err)

@@ -25,7 +25,7 @@ func candidates(name string, env []string) []string {
 		}
 	}
 	var out []string
-	for _, dir := range strings.Split(search, ":") {
+	for dir := range strings.SplitSeq(search, ":") {
 		if dir == "" {
 			dir = "."
 		}

@@ -244,12 +244,12 @@ func parseSysV(titles, fields []string, kind string, pidColumns []string) (ipcOb
 func semaphorePIDs(id int) (pids []int) {
 	const getPID = 11 // GETPID of linux/sem.h
 	for n := 0; ; n++ {
-		pid, _, errno := unix.Syscall6(unix.SYS_SEMCTL, uintptr(id), uintptr(n), getPID, 0, 0, 0) //nolint:gosec // an id of the kernel's
+		pid, _, errno := unix.Syscall6(unix.SYS_SEMCTL, uintptr(id), uintptr(n), getPID, 0, 0, 0)
 		if errno != 0 {
 			return pids // beyond the last, or removed meanwhile
 		}
 		if pid != 0 {
-			pids = append(pids, int(pid)) //nolint:gosec // a pid
+			pids = append(pids, int(pid))
 		}
 	}
 }

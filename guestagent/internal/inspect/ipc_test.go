@@ -85,8 +85,8 @@ func TestIPCObjectsOfANamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
 	})
 	root := cmd.Process.Pid
 	if objects, queues, err := ipcObjects(root); err != nil || len(objects) > 0 || len(queues) > 0 {

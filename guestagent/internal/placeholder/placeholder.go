@@ -126,7 +126,7 @@ func findRoot() (int, bool) {
 				return pid, true
 			}
 		}
-		<-time.After(20 * time.Millisecond)
+		time.Sleep(20 * time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 	return 0, false
 }

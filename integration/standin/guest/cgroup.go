@@ -93,7 +93,7 @@ func (c cgroup) remove() error {
 		if err == nil || time.Now().After(deadline) {
 			return err
 		}
-		<-time.After(5 * time.Millisecond)
+		time.Sleep(5 * time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 }
 

@@ -36,7 +36,7 @@ func TakeTerminal(args []string) error {
 		if err == nil || time.Now().After(deadline) {
 			break
 		}
-		<-time.After(5 * time.Millisecond)
+		time.Sleep(5 * time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 	if err != nil {
 		return fmt.Errorf("take the terminal for process %d: %w", pid, err)

@@ -125,7 +125,7 @@ func TestAProcessMayEndBeforeItsPidIsKnown(t *testing.T) {
 	}
 	r := theReaper()
 	for deadline := time.Now().Add(10 * time.Second); unix.Kill(early.Pid, 0) == nil && time.Now().Before(deadline); {
-		<-time.After(time.Millisecond)
+		time.Sleep(time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 	if got := <-r.watch(early.Pid); got != 3 {
 		t.Errorf("exit status %d, want 3", got)

@@ -70,7 +70,7 @@ const answerTime = 50 * time.Millisecond
 func end(w way.Way, events *publish.Publisher, ended chan struct{}) {
 	defer close(ended)
 	if w == way.Rust {
-		<-time.After(answerTime)
+		time.Sleep(answerTime) //nolint:forbidigo // as Kata does
 		if path := os.Getenv(socketEnv); path != "" {
 			_ = os.Remove(path)
 		}
@@ -101,6 +101,6 @@ func openLog(path string) error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("open the log: %w", err)
 		}
-		<-time.After(10 * time.Millisecond)
+		time.Sleep(10 * time.Millisecond) //nolint:forbidigo // the pause between two attempts
 	}
 }

@@ -72,9 +72,10 @@ func relocate(ctx context.Context, program string) error {
 
 // describe writes the licences of the packages and their list.
 func describe(source *tree, used []debian.Package, out string) error {
-	manifest := "# Debian " + suite + ": the binary packages whose files are in criu/, and their versions\n"
+	var manifest strings.Builder
+	fmt.Fprintf(&manifest, "# Debian %s: the binary packages whose files are in criu/, and their versions\n", suite)
 	for _, p := range used {
-		manifest += p.Name + " " + p.Version + "\n"
+		fmt.Fprintln(&manifest, p.Name, p.Version)
 		copyright, err := source.resolve(filepath.Join("usr/share/doc", p.Name, "copyright"))
 		if err != nil {
 			return fmt.Errorf("licence of %s: %w", p.Name, err)
@@ -93,7 +94,7 @@ func describe(source *tree, used []debian.Package, out string) error {
 			return err
 		}
 	}
-	return os.WriteFile(filepath.Join(out, "MANIFEST"), []byte(manifest), 0o644)
+	return os.WriteFile(filepath.Join(out, "MANIFEST"), []byte(manifest.String()), 0o644)
 }
 
 // copyFile copies what a path leads to: the bundle has regular files only.

@@ -49,8 +49,8 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 	if err := os.Mkdir(filepath.Join(target, imageset.ArchiveImages), 0o700); err != nil {
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
-	x := &extractor{ctx: ctx, target: target, left: limits}
-	if err := x.extract(tar.NewReader(stream)); err != nil {
+	x := &extractor{target: target, left: limits}
+	if err := x.extract(ctx, tar.NewReader(stream)); err != nil {
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	if x.images == 0 {
@@ -138,16 +138,15 @@ func open(dir, name string) (*os.File, error) {
 }
 
 type extractor struct {
-	ctx    context.Context
 	target string
 	left   imageset.Limits
 	images int
 }
 
-func (x *extractor) extract(r *tar.Reader) error {
+func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 	for {
-		if x.ctx.Err() != nil {
-			return context.Cause(x.ctx)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		header, err := r.Next()
 		if errors.Is(err, io.EOF) {

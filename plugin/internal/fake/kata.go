@@ -110,12 +110,7 @@ func (k *Kata) Calls() []string {
 
 // Called reports whether Calls has a call.
 func (k *Kata) Called(call string) bool {
-	for _, c := range k.Calls() {
-		if c == call {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(k.Calls(), call)
 }
 
 // Request returns the last request to a method.

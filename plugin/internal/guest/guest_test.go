@@ -92,7 +92,7 @@ func TestAnAgentThatWasStartedAgainIsFound(t *testing.T) {
 	}
 	// It is told by a goroutine of its own.
 	for deadline := time.Now().Add(20 * time.Second); lost.Load() == 0 && time.Now().Before(deadline); {
-		<-time.After(time.Millisecond)
+		time.Sleep(time.Millisecond) //nolint:forbidigo // the pause between two checks
 	}
 	if lost.Load() != 1 {
 		t.Errorf("told %d times", lost.Load())

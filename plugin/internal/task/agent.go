@@ -139,9 +139,7 @@ func (s *Service) onAgentLost() {
 	if len(s.frozen()) == 0 {
 		return
 	}
-	s.wg.Add(1)
-	go func() {
-		defer s.wg.Done()
+	s.wg.Go(func() {
 		ctx, cancel := context.WithTimeout(s.base, s.cfg.AgentTimeout)
 		defer cancel()
 		restart := func(ctx context.Context) error {
@@ -173,7 +171,7 @@ func (s *Service) onAgentLost() {
 				log.L.WithError(err).WithField("container", c.id).Warn("failed to keep container frozen")
 			}
 		}
-	}()
+	})
 }
 
 // frozen returns the containers that the agent holds frozen for this shim.

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,12 +20,10 @@ import (
 // annotations, given as key and value in turns.
 func podContainer(annotations ...string) func(*specs.Spec) {
 	return func(s *specs.Spec) {
-		for key, value := range map[string]string{
+		maps.Copy(s.Annotations, map[string]string{
 			"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod", "io.kubernetes.cri.container-name": "web",
 			"io.kubernetes.cri.sandbox-namespace": "shop", "io.kubernetes.cri.sandbox-uid": "u-1",
-		} {
-			s.Annotations[key] = value
-		}
+		})
 		for i := 0; i < len(annotations); i += 2 {
 			s.Annotations[annotations[i]] = annotations[i+1]
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -222,9 +223,7 @@ func TestAfterCheckpoint(t *testing.T) {
 	cri := map[string]string{"io.kubernetes.cri.container-type": "container"}
 	with := func(m map[string]string, after string) map[string]string {
 		out := map[string]string{annotations.AfterKey: after}
-		for k, v := range m {
-			out[k] = v
-		}
+		maps.Copy(out, m)
 		return out
 	}
 	for name, tc := range map[string]struct {

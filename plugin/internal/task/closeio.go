@@ -43,15 +43,13 @@ func (s *Service) closeIO(ctx context.Context, r *task.CloseIORequest) (*emptypb
 	}
 	kctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	unhook := context.AfterFunc(s.base, cancel)
-	s.wg.Add(1)
-	go func() {
-		defer s.wg.Done()
+	s.wg.Go(func() {
 		defer cancel()
 		defer unhook()
 		resp := &emptypb.Empty{}
 		err := s.down.call(kctx, "CloseIO", r, resp)
 		answered <- answer{resp, err}
-	}()
+	})
 	select {
 	case a := <-answered:
 		if errors.Is(a.err, ttrpc.ErrClosed) {

@@ -61,7 +61,7 @@ func (d *downstream) unlink() {
 				return
 			}
 			conn.Close()
-			<-time.After(5 * time.Millisecond)
+			time.Sleep(5 * time.Millisecond) //nolint:forbidigo // the pause between two checks
 		}
 	})
 }
