@@ -20,27 +20,27 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// Path is the program's in the container image.
+// Path is the program's path in the container image.
 const Path = "/bin/workload"
 
 const usage = `usage: workload PROGRAM [OPTION...]
   counter             count in memory, in a file and in /dev/shm
-  files               keep files open: on a volume, mapped, too, on the root file system, in /dev/shm, and a deleted one
+  files               keep files open: on a volume (also mapped), on the root file system, in /dev/shm, and an unlinked one
   memory              verify checksums of random memory
-  slots               count in a file of /dev/shm that others have mapped, too
-  obedient            count, end on SIGTERM, and do what a file says
-  terminal            answer what is typed
-  relay               answer over TCP, and ask others
-  caller              count with the help of a TCP server
-  lock                count, with a file locked
-  io-uring            count, with an io_uring
-  peer                count in step with a peer at the other end of a unix socket
-  intruder            count, with processes that pose as the guest agent's exec helper
-  dial-agent          try to be served by the guest agent
-  spy                 look for a process of the guest agent's
-  tree                use one of each kind of thing that processes have
+  slots               count in a file of /dev/shm that other processes have mapped as well
+  obedient            count, exit on SIGTERM, and obey commands in a file
+  terminal            answer what is typed at the terminal
+  relay               answer over TCP, also by asking other servers
+  caller              count over a connection to a TCP server
+  lock                count while holding a file lock
+  io-uring            count while holding an io_uring
+  peer                count in step with a peer over a unix socket
+  intruder            count while child processes imitate the guest agent's exec helper
+  dial-agent          try to call the guest agent
+  spy                 look for copies of the guest agent
+  tree                use one of each kind of kernel object that processes hold
   idle                do nothing
-  first-instruction   print what mounts and files there are at the start`
+  first-instruction   print the mounts and files that exist at the start`
 
 // program is a program that was set up and runs until a check fails.
 type program interface {

@@ -18,11 +18,11 @@ import (
 )
 
 const usage = `usage:
-  testbed build                 make everything that a testbed needs and that is not there yet
-  testbed build-kubelet         make the kubelet for the scenario kubelet-checkpoint-api
-  testbed build-docker          make docker and dockerd for the scenario docker-life
-  testbed up --dir DIR [...]    make a testbed; prints what a shell evaluates to work with it (testbed up -h: options)
-  testbed down --dir DIR        end all that runs in it and remove it
+  testbed build                 build everything that a testbed needs
+  testbed build-kubelet         build the kubelet for the scenario kubelet-checkpoint-api
+  testbed build-docker          build docker and dockerd for the scenario docker-life
+  testbed up --dir DIR [...]    start a testbed and print its environment for a shell (testbed up -h: options)
+  testbed down --dir DIR        kill everything that runs in it and remove it
   testbed shell --dir DIR SANDBOX_ID -- COMMAND [ARGUMENT...]
                                 run a command in the guest's root; exits with its status`
 
@@ -117,7 +117,7 @@ func buildDocker(ctx context.Context) error {
 func up(ctx context.Context, args []string) error {
 	var o testbed.Options
 	flags := flag.NewFlagSet("testbed up", flag.ContinueOnError)
-	flags.StringVar(&o.Dir, "dir", "", "`directory` to make")
+	flags.StringVar(&o.Dir, "dir", "", "`directory` to create")
 	flags.StringVar(&o.Kata, "kata", "", "`directory` with a real Kata (containerd-shim-kata-v2, configuration.toml, kata-agent) instead of the stand-in")
 	flags.StringVar((*string)(&o.Way), "way", "", "which Kata the stand-in imitates: go (default) or rust (`way`)")
 	flags.StringVar(&o.GuestMounts, "guest-mounts", "", "propagation of the guest's mounts: shared (default) or private")

@@ -5,7 +5,7 @@
 // source: integration/standin/api/agent.proto
 
 // The protocol between the stand-in's shim and its guest agent: ttrpc over
-// AF_VSOCK port 1024. Nobody else speaks it.
+// AF_VSOCK port 1024. It is private to the two.
 
 package api
 
@@ -85,13 +85,13 @@ func (x *UpdateNetworkRequest) GetNeighbours() []*Neighbour {
 	return nil
 }
 
-// Interface is found by its hardware address and gets the rest.
+// Interface is identified by its hardware address; the rest is configured.
 type Interface struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Mac   string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
 	Mtu   uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
-	// addresses have their prefix length behind a slash.
+	// addresses are in CIDR notation.
 	Addresses     []string `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	NoArp         bool     `protobuf:"varint,5,opt,name=no_arp,json=noArp,proto3" json:"no_arp,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -163,7 +163,7 @@ func (x *Interface) GetNoArp() bool {
 	return false
 }
 
-// Route is one of the main table. Empty strings stand for what it does not have.
+// Route is a route of the main table. Absent attributes are empty.
 type Route struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
@@ -336,10 +336,10 @@ type CreateSandboxRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Id       string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Hostname string                 `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	// guest_hook_path is the folder with prestart/, poststart/ and poststop/;
-	// empty: no guest hooks.
+	// guest_hook_path is the directory with prestart/, poststart/ and poststop/, or
+	// empty for no guest hooks.
 	GuestHookPath string `protobuf:"bytes,3,opt,name=guest_hook_path,json=guestHookPath,proto3" json:"guest_hook_path,omitempty"`
-	// share_nodev: the share is mounted nodev.
+	// share_nodev mounts the share nodev.
 	ShareNodev    bool `protobuf:"varint,4,opt,name=share_nodev,json=shareNodev,proto3" json:"share_nodev,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -452,10 +452,9 @@ type CreateContainerRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// spec is the OCI runtime specification as JSON, rewritten for the guest.
 	Spec []byte `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
-	// sandbox_pidns: the pid namespace is the one of the sandbox's first
-	// container.
+	// sandbox_pidns joins the PID namespace of the sandbox's first container.
 	SandboxPidns bool `protobuf:"varint,3,opt,name=sandbox_pidns,json=sandboxPidns,proto3" json:"sandbox_pidns,omitempty"`
-	// skip_guest_hooks: no guest hook runs for this container.
+	// skip_guest_hooks disables guest hooks for this container.
 	SkipGuestHooks bool `protobuf:"varint,4,opt,name=skip_guest_hooks,json=skipGuestHooks,proto3" json:"skip_guest_hooks,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
