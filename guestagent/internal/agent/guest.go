@@ -25,7 +25,7 @@ func bootID() string {
 }
 
 // cpuFeatures are the instruction set extensions of the guest's processor: a
-// process that found one at its start may use it for ever.
+// process that found one at its start may use it indefinitely.
 func cpuFeatures() ([]string, error) {
 	data, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {

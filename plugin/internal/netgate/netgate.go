@@ -17,7 +17,7 @@
 //
 // The gate is the namespace's: it outlives the shim that closed it, a namespace
 // that goes takes it along, and whoever next creates a sandbox there opens it or
-// goes on from it. The shim (package plugin/internal/task) calls it.
+// continues from it. The shim (package plugin/internal/task) calls it.
 package netgate
 
 import (

@@ -8,7 +8,7 @@ import (
 // startBarrier holds back CloseIO until Start has returned, by exec ID, which
 // is empty for init. In CloseIO Kata's Go shim holds its only lock while it
 // waits for a copy that Start begins, so that closing an exec's stdin too early
-// blocks the shim for ever (src/runtime/pkg/containerd-shim-v2/service.go). The
+// blocks the shim forever (src/runtime/pkg/containerd-shim-v2/service.go). The
 // zero value is ready to use.
 type startBarrier struct {
 	mu  sync.Mutex
