@@ -13,7 +13,6 @@ import (
 	"io"
 	"os"
 	"syscall"
-	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
@@ -200,8 +199,6 @@ func (e *Engine) EndTask(ctx context.Context, container client.Container) error 
 // Remove removes the container with its writable layer, killing its task first.
 // It is no error if the container does not exist.
 func (e *Engine) Remove(ctx context.Context, id string) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
 	container, err := e.Client.LoadContainer(ctx, id)
 	if errdefs.IsNotFound(err) {
 		return nil

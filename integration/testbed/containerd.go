@@ -206,7 +206,7 @@ func (t *Testbed) containerdConfig() string { return filepath.Join(t.Dir, "conta
 // KillContainerd kills containerd with SIGKILL, as a crash would.
 func (t *Testbed) KillContainerd(ctx context.Context) error {
 	t.Containerd.signal(syscall.SIGKILL)
-	if !waitGone(ctx, 5*time.Second, t.Containerd) {
+	if !waitGone(ctx, hang, t.Containerd) {
 		return fmt.Errorf("containerd (pid %d) did not exit", t.Containerd.PID)
 	}
 	return nil
@@ -243,7 +243,7 @@ func (t *Testbed) StartContainerd(ctx context.Context) error {
 	if err := t.record(); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, hang)
 	defer cancel()
 	for {
 		err := t.serves(ctx)

@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -244,7 +243,7 @@ func (t *Testbed) StartNRI(ctx context.Context) error {
 	if err := t.record(); err != nil {
 		return err
 	}
-	if !eventually(ctx, 20*time.Second, func() bool {
+	if !eventually(ctx, hang, func() bool {
 		data, err := os.ReadFile(path)
 		return err == nil && strings.Contains(string(data[before.Size():]), nriReady) || !t.CRI.NRI.alive()
 	}) || !t.CRI.NRI.alive() {
@@ -259,7 +258,7 @@ const nriReady = "registered with NRI"
 // KillNRI kills the NRI plugin with SIGKILL, as a crash would.
 func (t *Testbed) KillNRI(ctx context.Context) error {
 	t.CRI.NRI.signal(syscall.SIGKILL)
-	if !waitGone(ctx, 5*time.Second, t.CRI.NRI) {
+	if !waitGone(ctx, hang, t.CRI.NRI) {
 		return fmt.Errorf("the NRI plugin (pid %d) did not exit", t.CRI.NRI.PID)
 	}
 	return nil

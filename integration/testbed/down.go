@@ -29,7 +29,7 @@ func (t *Testbed) Down(ctx context.Context) error {
 	// containerd first, with SIGTERM, so that it can write its database. After
 	// that nobody restarts shims.
 	t.Containerd.signal(syscall.SIGTERM)
-	waitGone(ctx, 5*time.Second, t.Containerd)
+	waitGone(ctx, hang, t.Containerd)
 	if err := t.endAll(ctx); err != nil {
 		return err
 	}
@@ -104,7 +104,7 @@ func removeCgroups(ctx context.Context, id string) error {
 	})
 	for _, path := range found {
 		var e error
-		if eventually(ctx, 5*time.Second, func() bool {
+		if eventually(ctx, hang, func() bool {
 			e = unix.Rmdir(path)
 			return !errors.Is(e, unix.EBUSY)
 		}); e != nil && !errors.Is(e, unix.ENOENT) {

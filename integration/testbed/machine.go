@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -225,7 +224,7 @@ func (s *machineState) startSyslogd() error {
 		return fmt.Errorf("start syslogd: %w", err)
 	}
 	listens := false
-	eventually(context.Background(), 5*time.Second, func() bool {
+	eventually(context.Background(), hang, func() bool {
 		_, err := os.Stat(syslogSocket)
 		listens = err == nil
 		return listens || !s.Syslogd.alive()
@@ -241,7 +240,7 @@ func (s *machineState) stopSyslogd() error {
 		return nil
 	}
 	s.Syslogd.signal(syscall.SIGTERM) // it removes its pid file
-	if !waitGone(context.Background(), 5*time.Second, s.Syslogd) {
+	if !waitGone(context.Background(), hang, s.Syslogd) {
 		return errors.New("syslogd did not exit")
 	}
 	return removeSocket(syslogSocket)

@@ -58,6 +58,10 @@ func (p process) signal(s syscall.Signal) {
 	}
 }
 
+// hang is how long to wait for what takes a moment, on any machine, before it is
+// taken for hung.
+const hang = time.Minute
+
 // waitGone waits for the processes to exit and reports whether they did.
 func waitGone(ctx context.Context, limit time.Duration, processes ...process) bool {
 	return eventually(ctx, limit, func() bool { return !slices.ContainsFunc(processes, process.alive) })
@@ -179,8 +183,7 @@ func unixSockets() []unixSocket {
 // endAll kills the testbed's processes until none is left: a shim may start one
 // while it is being killed.
 func (t *Testbed) endAll(ctx context.Context) error {
-	const limit = 20 * time.Second
-	for deadline := time.Now().Add(limit); ; {
+	for deadline := time.Now().Add(hang); ; {
 		left, err := t.owned()
 		if err != nil {
 			return err

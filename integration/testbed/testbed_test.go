@@ -103,7 +103,7 @@ func shellOn(t *testing.T, command []string) net.Conn {
 		conn.Close()
 		_ = cmd.Wait() // the console's end kills the shell
 	})
-	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(hang)); err != nil {
 		t.Fatal(err)
 	}
 	return conn
@@ -160,7 +160,7 @@ func TestProcessesAreTheTestbeds(t *testing.T) {
 				_ = cmd.Wait()
 			}()
 			// Start returns a moment before the kernel shows the new program's arguments.
-			for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+			for deadline := time.Now().Add(hang); time.Now().Before(deadline); {
 				if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); len(cmdline) > 0 {
 					break
 				}

@@ -135,7 +135,7 @@ func call(cid, port uint32) string {
 	}
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if _, err = api.NewAgentClient(client).Info(ctx, &api.InfoRequest{}); err != nil {
 		return "connected and refused: " + err.Error()

@@ -19,7 +19,7 @@ type relay struct {
 }
 
 // relayTimeout bounds one exchange.
-const relayTimeout = 20 * time.Second
+const relayTimeout = time.Minute
 
 func (r *relay) listen() error {
 	// As any server in Go: with MPTCP, which CRIU does not support, if the

@@ -163,7 +163,7 @@ func (f *fixture) waitEnd() {
 			f.t.Errorf("serve: %v", err)
 		}
 		f.ended <- nil
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		f.t.Fatal("the server does not end")
 	}
 }
@@ -317,7 +317,7 @@ func TestVsockWaitsForTheGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	var answer string
-	for deadline := time.Now().Add(10 * time.Second); answer == "" && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(time.Minute); answer == "" && time.Now().Before(deadline); {
 		c := dial()
 		fmt.Fprint(c, strings.Repeat("x", 1<<20))
 		if err := c.CloseWrite(); err != nil {
@@ -386,7 +386,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 }
 
 func poll(is func() bool) bool {
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(time.Minute)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for !is() {

@@ -13,7 +13,7 @@ import (
 
 // qmpTimeout bounds one command: QEMU answers from its main loop, which a guest
 // under TCG can delay on a loaded machine.
-const qmpTimeout = 20 * time.Second
+const qmpTimeout = time.Minute
 
 // qmp is a connection to QEMU's monitor. Commands are serialized.
 type qmp struct {

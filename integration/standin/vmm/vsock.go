@@ -25,7 +25,7 @@ type vsockDaemon struct {
 	host   *os.File // O_PATH descriptor of the socket with the CONNECT/OK protocol
 }
 
-const daemonStartTimeout = 10 * time.Second
+const daemonStartTimeout = time.Minute
 
 // startVsock starts the daemon for one guest. Its sockets have short relative
 // paths in a temporary working directory: the kernel limits socket paths to 107
