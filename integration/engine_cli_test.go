@@ -45,11 +45,6 @@ func (c *command) mustRun(args ...string) string {
 	return out
 }
 
-// adopt says that a container is the scenario's.
-func (c *command) adopt(id string) {
-	c.ids, c.testbed.ids = append(c.ids, id), append(c.testbed.ids, id)
-}
-
 // waitCount waits until a container's log has so many numbers, and checks that none is lost or doubled.
 func (c *command) waitCount(container string, atLeast int) int {
 	c.Helper()
@@ -87,7 +82,7 @@ func (s *scenario) startDaemon(dir, program string, args ...string) (log string)
 		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
 		select {
 		case <-ended:
-		case <-time.After(settleTimeout):
+		case <-time.After(paced(settleTimeout)):
 			_ = cmd.Process.Kill()
 			<-ended
 		}

@@ -1,20 +1,18 @@
 package integration
 
 import (
-	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/pelletier/go-toml/v2"
@@ -23,42 +21,68 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
-	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
+// Limits, for [paced] and what calls it.
 const (
-	// scenarioTimeout ends a scenario that waits for what does not come. Every wait of a scenario ends with it.
+	// scenarioTimeout ends a scenario that waits in vain: all its waits end then.
 	scenarioTimeout = 4 * time.Minute
-	// settleTimeout is for what goes away by itself once its container is removed.
+	// settleTimeout is for what disappears on its own after its container.
 	settleTimeout = 10 * time.Second
+	// answerTimeout is for the answer to a call whose helper was killed, and for
+	// the end of a task whose VM was.
+	answerTimeout = time.Minute
+	// cleanUpTimeout is for the removal of all that a scenario has made.
+	cleanUpTimeout = 2 * time.Minute
 )
 
-// scenario is one run of one scenario on one variant. Its methods fail the test rather than return errors.
+// scenario is one run of one scenario on one variant. Its methods fail the test
+// instead of returning errors.
+//
+// The verbs:
+//
+//   - create, run, checkpoint, restore, remove: what an engine does with a
+//     container. startPod and runPod make a sandbox, as the engine's client and
+//     as the CRI; create on a pod and runIn put containers into it.
+//   - shell runs a script in a container and returns the lines it prints;
+//     startExec and createExec leave an exec running, or not yet started.
+//   - Whatever begins with wait returns when it has happened: waitNumbers (a
+//     workload has counted so far), waitLine, waitExit, waitExecExit. It ends
+//     with the scenario's time.
+//   - Whatever begins with check looks now, and fails the scenario if it is not
+//     so: checkConsecutive (no number is lost or doubled), checkOtherVM,
+//     checkKeepsRunning, checkRefused, checkExitEvents, ... check itself is for
+//     errors.
+//   - printedNumbers, bootID, archiveEntries and the like return what there is.
+//   - eventually polls a condition for which nobody sends a signal.
+//   - afterContainers, configure and newDir set up what goes away with the
+//     scenario; step logs how long a part of it took.
 type scenario struct {
 	*testing.T
-	ctx        context.Context
-	testbed    *sharedTestbed
-	engine     *engine.Engine
-	events     *engine.Events
-	ids        []string // of its containers
-	pods       []*cri.Pod
-	execs      int // that there have been
-	start      time.Time
-	logAt      int64          // containerd's log before this is of others
-	afterwards []func() error // once the containers are removed, the last first
+	ctx       context.Context
+	testbed   *sharedTestbed
+	engine    *engine.Engine
+	events    *engine.Events
+	ids       []string // of its containers
+	pods      []*cri.Pod
+	execs     int       // started so far
+	lastStep  time.Time // when it ended
+	logStart  int64     // of containerd's log, what is before belongs to others
+	afterward []func() error
 }
 
 func newScenario(t *testing.T, beds *testbeds, v variant, limit time.Duration) *scenario {
 	t.Helper()
-	beds.lock(t, v)
 	bed := beds.get(t, v)
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	s := &scenario{T: t, ctx: ctx, testbed: bed, engine: bed.engine, events: bed.engine.Watch(ctx), start: time.Now()}
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), paced(limit))
+	s := &scenario{T: t, ctx: ctx, testbed: bed, engine: bed.engine, events: bed.engine.Watch(ctx), lastStep: begin}
 	if info, err := os.Stat(bed.ContainerdLog()); err == nil {
-		s.logAt = info.Size()
+		s.logStart = info.Size()
 	}
 	t.Cleanup(func() {
 		defer cancel()
+		defer func() { noteTime(t.Name(), time.Since(begin)) }()
 		if t.Failed() {
 			s.attachLogs()
 			if os.Getenv(keepEnv) != "" {
@@ -75,9 +99,10 @@ func newScenario(t *testing.T, beds *testbeds, v variant, limit time.Duration) *
 	return s
 }
 
-// cleanUp removes the scenario's containers and checks that nothing is left of them.
+// cleanUp removes the scenario's containers and checks that nothing of them is
+// left.
 func (s *scenario) cleanUp() {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), paced(cleanUpTimeout))
 	defer cancel()
 	for _, pod := range s.pods {
 		if err := pod.Remove(ctx); err != nil {
@@ -89,7 +114,7 @@ func (s *scenario) cleanUp() {
 			s.Error(err)
 		}
 	}
-	for _, undo := range slices.Backward(s.afterwards) {
+	for _, undo := range slices.Backward(s.afterward) {
 		if err := undo(); err != nil {
 			s.Error(err)
 		}
@@ -98,23 +123,21 @@ func (s *scenario) cleanUp() {
 		s.Error(err)
 	}
 	var left []string
-	for deadline := time.Now().Add(settleTimeout); ; {
-		var err error
-		if left, err = s.residue(ctx); err != nil {
-			s.Error(err)
-			return
-		}
-		if len(left) == 0 || time.Now().After(deadline) {
-			break
-		}
-		time.Sleep(50 * time.Millisecond) //nolint:forbidigo // between two looks at what goes away by itself
+	var err error
+	poll(ctx, paced(settleTimeout), func() bool {
+		left, err = s.residue(ctx)
+		return err != nil || len(left) == 0
+	})
+	if err != nil {
+		s.Error(err)
 	}
 	for _, what := range left {
 		s.Errorf("the scenario left %s", what)
 	}
 }
 
-// residue lists what there is in containerd and on the machine that was not there before the scenario.
+// residue lists what there is in containerd and on the machine that was not
+// there before the scenario.
 func (s *scenario) residue(ctx context.Context) ([]string, error) {
 	left, err := s.testbed.Residue(s.ids...)
 	if err != nil {
@@ -134,7 +157,8 @@ func (s *scenario) residue(ctx context.Context) ([]string, error) {
 	return left, nil
 }
 
-// storedObjects lists what a scenario may leave in a namespace of containerd's.
+// storedObjects lists what a scenario may have left in one of containerd's
+// namespaces.
 func (s *scenario) storedObjects(ctx context.Context) (left []string, err error) {
 	containers, err := s.engine.Client.Containers(ctx)
 	if err != nil {
@@ -149,7 +173,7 @@ func (s *scenario) storedObjects(ctx context.Context) (left []string, err error)
 	}
 	for _, image := range images {
 		name := image.Name()
-		// The CRI knows each image by its digest, too.
+		// The CRI also knows each image by its digest.
 		if !slices.Contains([]string{testbed.Image, testbed.PauseImage, parts.WorkloadImageName}, name) && !strings.HasPrefix(name, "sha256:") {
 			left = append(left, "image "+name)
 		}
@@ -163,8 +187,9 @@ func (s *scenario) storedObjects(ctx context.Context) (left []string, err error)
 	return left, err
 }
 
-// afterContainers has the scenario undo something that its containers need.
-func (s *scenario) afterContainers(undo func() error) { s.afterwards = append(s.afterwards, undo) }
+// afterContainers has something undone that the scenario's containers need,
+// once they are removed. The last is undone first.
+func (s *scenario) afterContainers(undo func() error) { s.afterward = append(s.afterward, undo) }
 
 // check fails the scenario if there is an error.
 func (s *scenario) check(err error) {
@@ -174,196 +199,53 @@ func (s *scenario) check(err error) {
 	}
 }
 
-// step notes in the test's log how long a part of the scenario took.
+// step logs how long a part of the scenario took.
 func (s *scenario) step(format string, args ...any) {
 	s.Helper()
 	now := time.Now()
-	s.Logf("%6.2fs  %s", now.Sub(s.start).Seconds(), fmt.Sprintf(format, args...))
-	s.start = now
+	s.Logf("%6.2fs  %s", now.Sub(s.lastStep).Seconds(), fmt.Sprintf(format, args...))
+	s.lastStep = now
 }
 
-// runTag is in the ids of all containers: another run of the scenarios may be under way on the machine, where Kata has one place for each id.
+// runTag is in the IDs of all containers: scenarios may be running on this
+// machine in another process, and Kata has one place for each ID.
 var runTag = hex.EncodeToString(random(2))
 
-// id makes a container's id that no other scenario has.
+func random(n int) []byte {
+	out := make([]byte, n)
+	_, _ = rand.Read(out) // never fails
+	return out
+}
+
+// fileName is the scenario's name, fit to be part of a file's or a container's.
+func (s *scenario) fileName() string {
+	return strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name())
+}
+
+// id makes an ID that no container of another scenario has.
 func (s *scenario) id(name string) string {
-	id := strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name()) + "-" + runTag + "-" + name
-	s.ids = append(s.ids, id)
-	s.testbed.ids = append(s.testbed.ids, id)
+	id := s.fileName() + "-" + runTag + "-" + name
+	s.adopt(id)
 	return id
 }
 
-// dir makes a directory for image sets or volumes that goes with the scenario.
-func (s *scenario) dir() string {
+// adopt makes a container the scenario's: it is removed with it.
+func (s *scenario) adopt(id string) {
+	s.ids = append(s.ids, id)
+	s.testbed.ids = append(s.testbed.ids, id)
+}
+
+// newDir makes a directory for image sets or volumes that goes away with the
+// scenario.
+func (s *scenario) newDir() string {
 	s.Helper()
 	dir, err := os.MkdirTemp(s.TempDir(), "")
 	s.check(err)
 	return dir
 }
 
-// withID makes a container the scenario's own, and one of the workload image.
-func (s *scenario) withID(c engine.Container) engine.Container {
-	c.ID, c.Image = s.id(c.ID), parts.WorkloadImageName
-	return c
-}
-
-// create makes a container of the workload image.
-func (s *scenario) create(c engine.Container) client.Container {
-	s.Helper()
-	container, err := s.engine.Create(s.ctx, s.withID(c))
-	s.check(err)
-	return container
-}
-
-// run starts a container.
-func (s *scenario) run(c client.Container) *engine.Run {
-	s.Helper()
-	run, err := s.engine.Start(s.ctx, c)
-	s.check(err)
-	s.step("started %s", c.ID())
-	return run
-}
-
-// checkpoint has the image set of a task written to a new directory.
-func (s *scenario) checkpoint(run *engine.Run, exit bool) (dir string) {
-	s.Helper()
-	dir = s.dir()
-	s.check(s.engine.CheckpointTo(s.ctx, run, dir, exit))
-	s.step("checkpointed %s", run.ID())
-	return dir
-}
-
-// restore starts a container from an image set.
-func (s *scenario) restore(c client.Container, dir string) *engine.Run {
-	s.Helper()
-	run, err := s.engine.Restore(s.ctx, c, dir)
-	s.check(err)
-	s.step("restored %s", c.ID())
-	return run
-}
-
-// waitExit waits for the end of a task, checks its exit status, and deletes it. All its output has arrived then.
-func (s *scenario) waitExit(run *engine.Run, want uint32) {
-	s.Helper()
-	status, err := run.Exit(s.ctx)
-	s.check(err)
-	if status != want {
-		s.Errorf("%s ended with status %d, not %d", run.ID(), status, want)
-	}
-	_, err = run.Delete(s.ctx)
-	s.check(err)
-}
-
-// remove ends a container and removes it before the scenario's end.
-func (s *scenario) remove(c client.Container) {
-	s.Helper()
-	s.check(s.engine.Remove(s.ctx, c.ID()))
-	s.step("removed %s", c.ID())
-}
-
-// checkStatus checks a task's.
-func (s *scenario) checkStatus(run *engine.Run, want client.ProcessStatus) {
-	s.Helper()
-	status, err := run.Status(s.ctx)
-	s.check(err)
-	if status.Status != want {
-		s.Fatalf("%s is %s, not %s", run.ID(), status.Status, want)
-	}
-}
-
-// checkExitEvents checks the exit statuses that containerd has reported of a container, one an event.
-func (s *scenario) checkExitEvents(c client.Container, want ...uint32) {
-	s.Helper()
-	deadline := time.Now().Add(settleTimeout)
-	for len(s.events.Exits(c.ID())) < len(want) && time.Now().Before(deadline) {
-		time.Sleep(10 * time.Millisecond) //nolint:forbidigo // events come when they come
-	}
-	if have := s.events.Exits(c.ID()); !slices.Equal(have, want) {
-		s.Errorf("%s: the exit events have the statuses %v, not %v", c.ID(), have, want)
-	}
-}
-
-// waitNumbers waits until a workload has printed n numbers, and gives all that it has printed by then.
-func (s *scenario) waitNumbers(out *engine.Output, parse func([]string) ([]int, error), n int) []int {
-	s.Helper()
-	var numbers []int
-	s.check(out.Wait(s.ctx, func(lines []string) (bool, error) {
-		var err error
-		numbers, err = parse(lines)
-		return len(numbers) >= n, err
-	}))
-	return numbers
-}
-
-// printedNumbers gives what a workload has printed.
-func (s *scenario) printedNumbers(out *engine.Output, parse func([]string) ([]int, error)) []int {
-	s.Helper()
-	numbers, err := parse(out.Lines())
-	s.check(err)
-	return numbers
-}
-
-// checkConsecutive checks that numbers follow each other from first on, none lost and none doubled.
-func (s *scenario) checkConsecutive(first int, numbers []int) {
-	s.Helper()
-	for i, n := range numbers {
-		if n != first+i {
-			s.Fatalf("after %v comes %d, not %d", numbers[max(0, i-3):i], n, first+i)
-		}
-	}
-}
-
-// bootID gives the id of the one kernel's boot that a task has run in.
-func (s *scenario) bootID(run *engine.Run) string {
-	s.Helper()
-	boots := workload.Boots(run.Output.Lines())
-	if len(boots) != 1 {
-		s.Fatalf("%s was in the boots %v, not in one", run.ID(), boots)
-	}
-	return boots[0]
-}
-
-// checkOtherVM checks that a restored task runs in another VM than the first.
-func (s *scenario) checkOtherVM(first, restored *engine.Run) {
-	s.Helper()
-	if a, b := s.bootID(first), s.bootID(restored); a == b {
-		s.Errorf("restored in the same boot %s", a)
-	}
-}
-
-// checkSilent checks that a task prints nothing for a second: a tenth of that is time for a workload's round.
-func (s *scenario) checkSilent(out *engine.Output) {
-	s.Helper()
-	n := len(out.Lines())
-	ctx, cancel := context.WithTimeout(s.ctx, time.Second)
-	defer cancel()
-	if err := out.Wait(ctx, func(lines []string) (bool, error) { return len(lines) > n, nil }); err == nil {
-		s.Errorf("went on with %q", out.Lines()[n:])
-	}
-}
-
-// ctr runs containerd's command line tool.
-func (s *scenario) ctr(args ...string) string {
-	s.Helper()
-	program := ""
-	for dir := range strings.SplitSeq(s.testbed.Path, ":") {
-		if path := filepath.Join(dir, "ctr"); program == "" && exec.Command(path, "--version").Run() == nil {
-			program = path
-		}
-	}
-	cmd := exec.CommandContext(s.ctx, program, args...)
-	cmd.Env = append(os.Environ(), "CONTAINERD_ADDRESS="+s.testbed.Address, "CONTAINERD_NAMESPACE="+testbed.Namespace)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err != nil {
-		s.Fatalf("ctr %s: %v\n%s%s", strings.Join(args, " "), err, out, stderr.Bytes())
-	}
-	s.step("ctr %s", strings.Join(args, " "))
-	return string(out)
-}
-
-// configure changes the configuration of the shims that are started from now on, until the end of the scenario.
+// configure changes the configuration of the shims that are started from now
+// on, until the end of the scenario.
 func (s *scenario) configure(key string, value any) {
 	s.Helper()
 	path := filepath.Join(s.testbed.Dir, "kata-checkpoint.toml")

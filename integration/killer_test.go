@@ -49,7 +49,7 @@ func afterAnswer(commands string) string {
 // shellInGuestOf runs a script in a sandbox's guest.
 func (s *scenario) shellInGuestOf(id, script string) string {
 	s.Helper()
-	ctx, cancel := context.WithTimeout(s.ctx, answerTimeout)
+	ctx, cancel := context.WithTimeout(s.ctx, paced(answerTimeout))
 	defer cancel()
 	out, status, err := s.testbed.GuestExec(ctx, id, script)
 	if err != nil {
@@ -194,7 +194,7 @@ func verify(dir, scratch string) error {
 		return err
 	}
 	defer set.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), paced(time.Minute))
 	defer cancel()
 	to := filepath.Join(scratch, "copy")
 	if err := set.CopyTo(ctx, to); err != nil {

@@ -14,8 +14,8 @@ const agentLog = "tail -n 40 /run/kata-checkpoint/agent.log"
 // attachLogs writes the ends of all logs that may say why a scenario failed to the test's.
 func (s *scenario) attachLogs() {
 	if data, err := os.ReadFile(s.testbed.ContainerdLog()); err == nil {
-		if int64(len(data)) > s.logAt {
-			data = data[s.logAt:]
+		if int64(len(data)) > s.logStart {
+			data = data[s.logStart:]
 		}
 		s.attach("containerd and shims", tail(string(data), 60, func(line string) bool {
 			// At level info, Kata's shims tell all that they do.
@@ -30,7 +30,7 @@ func (s *scenario) attachLogs() {
 				return !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, `"level":"DEBG"`)
 			}))
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), paced(5*time.Second))
 		if out, _, err := s.testbed.GuestExec(ctx, id, agentLog); err == nil {
 			s.attach("guest agent of "+id, string(out))
 		}
@@ -64,5 +64,5 @@ func (s *scenario) hasLogged(text string) bool {
 	s.Helper()
 	data, err := os.ReadFile(s.testbed.ContainerdLog())
 	s.check(err)
-	return bytes.Contains(data[s.logAt:], []byte(text))
+	return bytes.Contains(data[s.logStart:], []byte(text))
 }

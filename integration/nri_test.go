@@ -20,8 +20,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
-// nriTimeout is for what is to happen soon: the longest is a registration after NRI's first wait for a plugin that does not answer.
-const nriTimeout = 30 * time.Second
+// nriTimeout is for what happens soon, on any machine. The longest is a
+// registration after NRI's first wait for a plugin that does not answer.
+const nriTimeout = 2 * time.Minute
 
 // TestNRI runs the plugin's binary against the version of NRI that each release of containerd carries.
 func TestNRI(t *testing.T) {

@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"crypto/rand"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -34,12 +33,6 @@ const mtu = 1420
 // linkPath is a path for a link's namespace that nobody else has.
 func linkPath() string {
 	return filepath.Join(netns.Dir, "kata-checkpoint-test-"+hex.EncodeToString(random(4)))
-}
-
-func random(n int) []byte {
-	out := make([]byte, n)
-	_, _ = rand.Read(out) // never fails
-	return out
 }
 
 // connectedLink makes one with addresses of its own, which goes with the scenario if not before.

@@ -1,64 +1,86 @@
 package integration
 
 import (
+	"cmp"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
-// complaints are what scenarios failed for, in the order in which it was said.
-var failures struct {
-	mu   sync.Mutex
-	said []string
+// report is what [TestMain] repeats at the very end.
+var report struct {
+	mu       sync.Mutex
+	failures []string // in the order in which they came
+	times    []scenarioTime
 }
 
-// TestMain repeats at the very end why scenarios failed: their logs are thousands of lines, of which the last ones are all that a reader may have.
+type scenarioTime struct {
+	name string
+	took time.Duration
+}
+
+// TestMain prints at the end how long each scenario took and why scenarios
+// failed: their logs are thousands of lines, of which a reader may have only
+// the last.
 func TestMain(m *testing.M) {
 	code := m.Run()
-	failures.mu.Lock()
-	defer failures.mu.Unlock()
-	for _, what := range failures.said {
-		fmt.Println("FAILED", what)
+	report.mu.Lock()
+	defer report.mu.Unlock()
+	slices.SortStableFunc(report.times, func(a, b scenarioTime) int { return cmp.Compare(b.took, a.took) })
+	for _, s := range report.times {
+		fmt.Printf("%6.0f s  %s\n", s.took.Seconds(), s.name)
+	}
+	for _, failure := range report.failures {
+		fmt.Println("FAILED", failure)
 	}
 	os.Exit(code)
 }
 
-// noteFailure notes what a scenario fails for.
-func (s *scenario) noteFailure(what string) {
-	const longest = 2000 // characters
-	what = strings.TrimSpace(what)
-	if len(what) > longest {
-		what = what[:longest] + " …"
-	}
-	failures.mu.Lock()
-	defer failures.mu.Unlock()
-	failures.said = append(failures.said, s.Name()+": "+what)
+// noteTime notes how long a scenario took.
+func noteTime(name string, took time.Duration) {
+	report.mu.Lock()
+	defer report.mu.Unlock()
+	report.times = append(report.times, scenarioTime{strings.TrimPrefix(name, "TestScenario/"), took})
 }
 
-// Error is [testing.T]'s, and noted for the end.
+// noteFailure notes why a scenario failed.
+func (s *scenario) noteFailure(why string) {
+	const longest = 2000 // characters
+	why = strings.TrimSpace(why)
+	if len(why) > longest {
+		why = why[:longest] + " …"
+	}
+	report.mu.Lock()
+	defer report.mu.Unlock()
+	report.failures = append(report.failures, s.Name()+": "+why)
+}
+
+// Error is that of [testing.T], noted for the end.
 func (s *scenario) Error(args ...any) {
 	s.Helper()
 	s.noteFailure(fmt.Sprintln(args...))
 	s.T.Error(args...)
 }
 
-// Errorf is [testing.T]'s, and noted for the end.
+// Errorf is that of [testing.T], noted for the end.
 func (s *scenario) Errorf(format string, args ...any) {
 	s.Helper()
 	s.noteFailure(fmt.Sprintf(format, args...))
 	s.T.Errorf(format, args...)
 }
 
-// Fatal is [testing.T]'s, and noted for the end.
+// Fatal is that of [testing.T], noted for the end.
 func (s *scenario) Fatal(args ...any) {
 	s.Helper()
 	s.noteFailure(fmt.Sprintln(args...))
 	s.T.Fatal(args...)
 }
 
-// Fatalf is [testing.T]'s, and noted for the end.
+// Fatalf is that of [testing.T], noted for the end.
 func (s *scenario) Fatalf(format string, args ...any) {
 	s.Helper()
 	s.noteFailure(fmt.Sprintf(format, args...))

@@ -53,7 +53,7 @@ func brokenImages(s *scenario) {
 	before := s.printedNumbers(first.Output, workload.Ticks)
 
 	for _, damage := range damages {
-		bad := s.dir()
+		bad := s.newDir()
 		s.check(os.CopyFS(bad, os.DirFS(good)))
 		s.check(damage.do(bad))
 		run, err := s.engine.Restore(s.ctx, c, bad)
@@ -79,19 +79,6 @@ func brokenImages(s *scenario) {
 	restored := s.restore(c, good)
 	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 3)...))
 	s.checkStatus(restored, client.Running)
-}
-
-// settledResidue lists what there is of processes, mounts and files while no task exists.
-func (s *scenario) settledResidue() []string {
-	s.Helper()
-	var left []string
-	s.eventually(settleTimeout, func() bool {
-		var err error
-		left, err = s.testbed.Residue(s.ids...)
-		s.check(err)
-		return len(left) == 0
-	})
-	return left
 }
 
 func largest(dir string) string {

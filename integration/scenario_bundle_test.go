@@ -44,7 +44,7 @@ func refusedGuestBundle(s *scenario) {
 	pod := s.startPod()
 	run := s.run(pod.create(counter("c")))
 	s.waitNumbers(run.Output, workload.Ticks, 3)
-	s.checkRefused("no CRIU", run, s.dir(), "no CRIU", "install the whole guest bundle")
+	s.checkRefused("no CRIU", run, s.newDir(), "no CRIU", "install the whole guest bundle")
 	s.checkKeepsRunning(run)
 
 	// A program in CRIU's place that answers as one does which is too old, or which finds that the kernel lacks what it needs. The agent asks
@@ -62,13 +62,13 @@ func refusedGuestBundle(s *scenario) {
 		s.check(bundle.putBack())
 		s.check(bundle.replace("criu", func(to string) error { return makeCRIU(to, tc.answers) }))
 		s.restartAgent(pod)
-		s.checkRefused(name, run, s.dir(), tc.words...)
+		s.checkRefused(name, run, s.newDir(), tc.words...)
 		s.checkKeepsRunning(run)
 	}
 
 	s.check(bundle.putBack())
 	s.restartAgent(pod)
-	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
+	s.check(s.engine.CheckpointTo(s.ctx, run, s.newDir(), false))
 	s.checkKeepsRunning(run)
 	s.step("whole again")
 }
@@ -151,7 +151,7 @@ func (s *scenario) buildOtherAgent() string {
 	if strings.Count(string(source), before) != 1 {
 		s.Fatalf("%s does not say %q", file, before)
 	}
-	dir := s.dir()
+	dir := s.newDir()
 	changed := filepath.Join(dir, "api.go")
 	s.check(os.WriteFile(changed, []byte(strings.Replace(string(source), before, after, 1)), 0o644))
 	absolute, err := filepath.Abs(file)

@@ -18,7 +18,7 @@ func exitAndRestore(s *scenario) {
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Ticks, 5)
 
-	dir := s.dir()
+	dir := s.newDir()
 	s.ctr("task", "checkpoint", "--exit", "--image-path", dir, c.ID())
 	s.waitExit(first, 137)
 	s.checkExitEvents(c, 137)
@@ -108,7 +108,7 @@ func shmAndMemory(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "16"}})
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Rounds, 2)
-	dir := s.dir()
+	dir := s.newDir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, first, dir))
 	s.step("checkpointed as nerdctl does")
 	s.waitExit(first, 137)

@@ -223,7 +223,7 @@ func restoreArchive(s *scenario) {
 	s.check(pod.Remove(s.ctx))
 
 	const image = "checkpoint.test/c:latest"
-	layout := filepath.Join(s.dir(), "image.tar")
+	layout := filepath.Join(s.newDir(), "image.tar")
 	f, err := os.Create(layout)
 	s.check(err)
 	s.check(errors.Join(parts.WriteCheckpointImage(f, image, "c", archive), f.Close()))
@@ -274,7 +274,7 @@ func archiveHasNoAuthority(s *scenario) {
 	archive := s.archive("c")
 	earliest, latest := s.checkpointRunning(c, archive)
 	s.check(pod.Remove(s.ctx))
-	secret := filepath.Join(s.dir(), "secret")
+	secret := filepath.Join(s.newDir(), "secret")
 	s.check(os.WriteFile(secret, []byte("the node's own"), 0o600))
 
 	forged := s.archive("forged")

@@ -73,7 +73,7 @@ func (s *scenario) archive(name string) string {
 	s.Helper()
 	dir := s.testbed.RestoreDir()
 	s.check(os.MkdirAll(dir, 0o700))
-	path := filepath.Join(dir, strings.NewReplacer("TestScenario/", "", "/", "-").Replace(s.Name())+"-"+name+".tar")
+	path := filepath.Join(dir, s.fileName()+"-"+name+".tar")
 	s.afterContainers(func() error { return os.RemoveAll(path) })
 	return path
 }

@@ -67,7 +67,7 @@ func thirtyCycles(s *scenario) {
 	drifts := series{}
 	for i := range all {
 		s.waitNumbers(run.Output, workload.Ticks, 2)
-		dir, begin := s.dir(), time.Now()
+		dir, begin := s.newDir(), time.Now()
 		s.check(s.engine.CheckpointTo(s.ctx, run, dir, true))
 		drifts.add(checkpointTime, int(time.Since(begin).Milliseconds()))
 		drifts.add("image set, in KiB", s.size(dir)>>10)

@@ -21,15 +21,15 @@ func deadline(s *scenario) {
 		return c, run
 	}
 	c, run := remembering("large", "256")
-	took, err := s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(s.ctx, run, s.dir(), false) })
+	took, err := s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(s.ctx, run, s.newDir(), false) })
 	s.check(err)
 	s.step("checkpointed, which took %s", took.Round(time.Millisecond))
 
 	// The caller's deadline, with all images written.
-	dir := s.dir()
+	dir := s.newDir()
 	const written = "checkpoint-copy-images"
 	s.stopAt(written)
-	ctx, cancel := context.WithTimeout(s.ctx, 2*took+5*time.Second)
+	ctx, cancel := context.WithTimeout(s.ctx, 2*took+paced(3*time.Second))
 	defer cancel()
 	took, err = s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
 	// containerd does not keep the kind of this error when it comes from a shim.
@@ -43,7 +43,7 @@ func deadline(s *scenario) {
 	s.remove(c)
 
 	// The one of the configuration, in an operation that hangs.
-	const limit = 15 * time.Second // covers the start of the container, too
+	limit := paced(10 * time.Second).Round(time.Second) // covers the start of the container, too
 	s.configure("checkpoint_timeout", limit.String())
 	_, run = remembering("small", "16")
 	s.stopAt("checkpoint-prepare")

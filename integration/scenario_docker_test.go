@@ -19,7 +19,7 @@ const dockerStart = 30 * time.Second
 // all of that again; its log goes on without a gap, and it is as healthy as before. One whose annotation says so goes on when docker leaves it running.
 func dockerLife(s *scenario) {
 	d := s.docker()
-	volume := s.dir()
+	volume := s.newDir()
 	s.check(os.WriteFile(filepath.Join(volume, "healthy"), nil, 0o644))
 	id := d.runCounter("counter", "--volume", volume+":/volume", "--health-cmd", "ls /volume/healthy", "--health-interval", "1s", "--health-timeout", "20s")
 	d.waitCount("counter", 5)

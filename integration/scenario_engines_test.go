@@ -4,8 +4,6 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
@@ -23,7 +21,7 @@ func workPath(s *scenario) {
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Rounds, 2)
 
-	dir, work := s.dir(), filepath.Join(s.dir(), "work")
+	dir, work := s.newDir(), filepath.Join(s.newDir(), "work")
 	// ctr has no option for file locks: they are always included.
 	options := &runcoptions.CheckpointOptions{Exit: true, WorkPath: work, ExternalUnixSockets: true, CgroupsMode: "ignore"}
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, options))
@@ -52,8 +50,8 @@ func workPath(s *scenario) {
 	s.checkOtherVM(first, restored)
 
 	// By the binary, and without an end.
-	work = s.dir()
-	s.ctr("task", "checkpoint", "--image-path", s.dir(), "--work-path", work, s.startCounter().ID())
+	work = s.newDir()
+	s.ctr("task", "checkpoint", "--image-path", s.newDir(), "--work-path", work, s.startCounter().ID())
 	if _, err := os.Stat(filepath.Join(work, "dump.log")); err != nil {
 		s.Error(err)
 	}
@@ -66,10 +64,10 @@ func annotationLeaveRunning(s *scenario) {
 	container := s.create(c)
 	run := s.run(container)
 	s.waitNumbers(run.Output, workload.Ticks, 5)
-	s.check(s.engine.CheckpointByDefault(s.ctx, run, s.dir()))
+	s.check(s.engine.CheckpointByDefault(s.ctx, run, s.newDir()))
 	s.step("checkpointed as nerdctl does")
 	s.checkKeepsRunning(run)
-	dir := s.dir()
+	dir := s.newDir()
 	s.ctr("task", "checkpoint", "--exit", "--image-path", dir, container.ID())
 	s.checkKeepsRunning(run)
 	s.checkStateEvents(container, "paused", "checkpointed", "resumed", "paused", "checkpointed "+dir, "resumed")
@@ -80,7 +78,7 @@ func annotationLeaveRunning(s *scenario) {
 	container = s.startPod().create(counter("cri"))
 	run = s.run(container)
 	s.waitNumbers(run.Output, workload.Ticks, 5)
-	s.check(s.engine.CheckpointByDefault(s.ctx, run, s.dir()))
+	s.check(s.engine.CheckpointByDefault(s.ctx, run, s.newDir()))
 	s.checkKeepsRunning(run)
 	s.checkStateEvents(container, "paused", "checkpointed", "resumed")
 	s.checkExitEvents(container)
@@ -89,7 +87,7 @@ func annotationLeaveRunning(s *scenario) {
 // nerdctlDefaultStops: `nerdctl checkpoint create` without a flag stops a container, and `nerdctl start --checkpoint` brings it back, again and
 // again. nerdctl keeps a checkpoint in a directory of its name, where nothing but our files are.
 func nerdctlDefaultStops(s *scenario) {
-	checkpoints := s.dir()
+	checkpoints := s.newDir()
 	c := s.create(counter("c"))
 	run := s.run(c)
 	var all []int
@@ -157,19 +155,4 @@ func (s *scenario) startCounter() client.Container {
 	c := s.create(counter("counting"))
 	s.waitNumbers(s.run(c).Output, workload.Ticks, 2)
 	return c
-}
-
-// checkStateEvents checks what containerd has reported of a container but its exits, in order. A path that is not given may be any.
-func (s *scenario) checkStateEvents(c client.Container, want ...string) {
-	s.Helper()
-	fits := func(have, want string) bool {
-		return have == want || want == "checkpointed" && strings.HasPrefix(have, "checkpointed /")
-	}
-	var have []string
-	if !s.eventually(settleTimeout, func() bool {
-		have = slices.DeleteFunc(s.events.States(c.ID()), func(what string) bool { return strings.HasPrefix(what, "exit ") })
-		return len(have) >= len(want)
-	}) || !slices.EqualFunc(have, want, fits) {
-		s.Errorf("%s: the events say %q, not %q", c.ID(), have, want)
-	}
 }

@@ -46,7 +46,7 @@ func execRunningDuringCheckpoint(s *scenario) {
 
 // execWhileFrozen: execs that come during a pause or a checkpoint wait for its end, within a bound, and nothing else waits for them.
 func execWhileFrozen(s *scenario) {
-	const wait = 3 * time.Second
+	wait := paced(3 * time.Second).Round(time.Second)
 	s.configure("exec_wait_timeout", wait.String())
 	pod := s.startPod()
 	c := pod.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "0"}})
@@ -103,7 +103,7 @@ func execWhileFrozen(s *scenario) {
 		s.Fatal("an exec was started in a frozen container")
 	case !strings.Contains(err.Error(), "paused") || !strings.Contains(err.Error(), "exec_wait_timeout"):
 		s.Errorf("the refusal does not say why: %v", err)
-	case took < wait-time.Second || took > wait+2*time.Second:
+	case took < wait-time.Second || took > wait+paced(2*time.Second):
 		s.Errorf("an exec waited %s for the end of a pause, and not %s", took, wait)
 	}
 	_, err = p.Delete(s.ctx, client.WithProcessKill)
@@ -154,14 +154,6 @@ func execWhileFrozen(s *scenario) {
 	s.checkConsecutive(1, s.waitNumbers(next.Output, workload.Ticks, len(s.printedNumbers(next.Output, workload.Ticks))+3))
 }
 
-// createExec makes an exec that is not started yet.
-func (s *scenario) createExec(run *engine.Run, id string, args ...string) *engine.Process {
-	s.Helper()
-	p, err := s.engine.Add(s.ctx, run, engine.Command{ID: id, Args: args})
-	s.check(err)
-	return p
-}
-
 // probe is what a kubelet's liveness probe does.
 func (s *scenario) probe(run *engine.Run, n int) error {
 	p, err := s.engine.Exec(s.ctx, run, engine.Command{ID: fmt.Sprintf("probe-%d", n), Args: []string{"true"}})
@@ -173,14 +165,4 @@ func (s *scenario) probe(run *engine.Run, n int) error {
 		err = fmt.Errorf("status %d", status)
 	}
 	return err
-}
-
-// checkPrompt checks that something does not wait for a frozen container.
-func (s *scenario) checkPrompt(what string, do func()) {
-	s.Helper()
-	begin := time.Now()
-	do()
-	if took := time.Since(begin); took > 2*time.Second {
-		s.Errorf("%s took %s", what, took)
-	}
 }

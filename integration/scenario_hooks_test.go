@@ -15,7 +15,7 @@ import (
 // hooksInSpec: a container with the hooks, mounts and annotations that nerdctl gives to every one. The hooks, which set up a network and take
 // it away, run once for each life of the container. Kata's Rust shim runs no guest hook for such a container.
 func hooksInSpec(s *scenario) {
-	dir := s.dir()
+	dir := s.newDir()
 	ran := filepath.Join(dir, "ran")
 	hook := func(name string) []specs.Hook {
 		path := filepath.Join(dir, name)
@@ -47,7 +47,7 @@ func hooksInSpec(s *scenario) {
 	first := s.run(container)
 	hooks("createRuntime")
 	s.waitNumbers(first.Output, workload.Ticks, 5)
-	images := s.dir()
+	images := s.newDir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, first, images))
 	s.step("checkpointed as nerdctl does")
 	s.waitExit(first, 137)

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"testing"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -16,12 +18,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// killedEnv chooses what is killed where: `all`, or a part of a trial's name, such as agent, restore or "checkpoint-freeze vm". Without it
-// each way of Kata gets a half of all, and the other way the other.
+// killedEnv chooses what is killed where: `all`, or a part of a trial's name,
+// such as agent, restore or "checkpoint-freeze vm". Without it each way of Kata
+// gets a half of all, and the core set has each victim once or twice.
 const killedEnv = "TESTBED_KILLED"
-
-// answerTimeout is for the answer to a call whose helper was killed, and for the end of a task whose VM was.
-const answerTimeout = time.Minute
 
 // victims, the ones first with which the container lives on.
 var victims = []string{"criu", "agent", "shim", "kata", "vm"}
@@ -33,25 +33,26 @@ type point struct {
 	guest     bool   // the phase is the agent's
 	midway    bool   // what follows the phase is CRIU's work, which is to be under way
 	victims   string
+	core      string // the victim in the core set
 }
 
 var points = []point{
 	{operation: "checkpoint", phase: "prepare", victims: "agent shim kata vm"},
-	{operation: "checkpoint", phase: "freeze", victims: "agent shim kata vm"},
-	{operation: "checkpoint", phase: "inspect", guest: true, victims: "agent shim kata vm"},
-	{operation: "checkpoint", phase: "inspect", guest: true, midway: true, victims: "criu agent shim kata vm"},
+	{operation: "checkpoint", phase: "freeze", victims: "agent shim kata vm", core: "kata"},
+	{operation: "checkpoint", phase: "inspect", guest: true, victims: "agent shim kata vm", core: "agent"},
+	{operation: "checkpoint", phase: "inspect", guest: true, midway: true, victims: "criu agent shim kata vm", core: "criu"},
 	{operation: "checkpoint", phase: "copy-logs", guest: true, victims: "agent shim kata vm"},
-	{operation: "checkpoint", phase: "copy-images", victims: "agent shim kata vm"},
-	{operation: "checkpoint", phase: "commit", victims: "agent shim kata vm"},
+	{operation: "checkpoint", phase: "copy-images", victims: "agent shim kata vm", core: "shim"},
+	{operation: "checkpoint", phase: "commit", victims: "agent shim kata vm", core: "vm"},
 	{operation: "restore", phase: "stage-images", victims: "shim kata"},
 	// An agent that dies before the shim has met it is one that never was: refused-without-agent.
 	{operation: "restore", phase: "create", victims: "shim kata vm"},
 	{operation: "restore", phase: "adopt", victims: "agent shim kata vm"},
-	{operation: "restore", phase: "start", victims: "agent shim kata vm"},
+	{operation: "restore", phase: "start", victims: "agent shim kata vm", core: "shim"},
 	{operation: "restore", phase: "restore-devshm", guest: true, victims: "agent shim kata vm"},
-	{operation: "restore", phase: "restore-devshm", guest: true, midway: true, victims: "criu agent shim kata vm"},
+	{operation: "restore", phase: "restore-devshm", guest: true, midway: true, victims: "criu agent shim kata vm", core: "agent"},
 	{operation: "restore", phase: "prepare-for-execs", guest: true, victims: "agent shim kata vm"},
-	{operation: "restore", phase: "restored", victims: "agent shim kata vm"},
+	{operation: "restore", phase: "restored", victims: "agent shim kata vm", core: "vm"},
 }
 
 // trial is one kill.
@@ -71,9 +72,10 @@ func (t trial) String() string {
 // containerSurvives says whether the container is to outlive the victim.
 func (t trial) containerSurvives() bool { return t.victim == "agent" || t.victim == "criu" }
 
-func trials(operation string, way testbed.Way) []trial {
+// trials lists what is killed during an operation on one way of Kata: what was
+// chosen with [killedEnv], else the core set or one half of all.
+func trials(operation string, way testbed.Way, chosen string, core bool) []trial {
 	var out []trial
-	chosen := os.Getenv(killedEnv)
 	n := 0
 	for _, v := range victims {
 		for _, p := range points {
@@ -82,13 +84,51 @@ func trials(operation string, way testbed.Way) []trial {
 				continue
 			}
 			n++
-			half := v == "criu" || (n%2 == 0) == (way == testbed.Go)
-			if p.operation == operation && (chosen == "all" || chosen == "" && half || chosen != "" && strings.Contains(t.String(), chosen)) {
+			mine := v == "criu" || (n%2 == 0) == (way == testbed.Go)
+			switch {
+			case chosen == "all":
+				mine = true
+			case chosen != "":
+				mine = strings.Contains(t.String(), chosen)
+			case core:
+				mine = v == p.core
+			}
+			if mine && p.operation == operation {
 				out = append(out, t)
 			}
 		}
 	}
 	return out
+}
+
+func TestTrials(t *testing.T) {
+	names := func(way testbed.Way, chosen string, core bool) (out []string) {
+		for _, operation := range []string{"checkpoint", "restore"} {
+			for _, t := range trials(operation, way, chosen, core) {
+				out = append(out, t.String())
+			}
+		}
+		return out
+	}
+	all := names(testbed.Go, "all", false)
+	halves := append(names(testbed.Go, "", false), names(testbed.Rust, "", false)...)
+	for _, trial := range all {
+		if !slices.Contains(halves, trial) {
+			t.Errorf("%s is in neither half", trial)
+		}
+	}
+	core := names(testbed.Go, "", true)
+	for _, victim := range victims {
+		if !slices.ContainsFunc(core, func(trial string) bool { return strings.HasSuffix(trial, " "+victim) }) {
+			t.Errorf("the core set does not kill %s: %q", victim, core)
+		}
+	}
+	if len(core) > len(all)/4 {
+		t.Errorf("the core set has %d trials of %d", len(core), len(all))
+	}
+	if have := names(testbed.Rust, "freeze vm", true); !slices.Equal(have, []string{"checkpoint-freeze vm"}) {
+		t.Errorf("chosen are %q", have)
+	}
 }
 
 // killer is the scenario's state.
@@ -103,19 +143,19 @@ type killer struct {
 // killed: whatever is killed at whatever moment of a checkpoint or a restore, nothing is left frozen, half done or without an owner, and
 // the next one works.
 func killed(s *scenario) {
-	k := &killer{scenario: s, targets: s.dir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
+	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
 	k.ensureRunning()
 	k.whole = filepath.Join(k.targets, "whole")
 	s.check(os.Mkdir(k.whole, 0o700))
 	s.check(s.requestCheckpoint(k.run, k.whole))
 
-	for i, t := range trials("checkpoint", s.testbed.Way) {
+	for i, t := range trials("checkpoint", s.testbed.Way, os.Getenv(killedEnv), core) {
 		k.checkpoint(i, t)
 	}
 	if k.run != nil {
 		k.endTask()
 	}
-	for _, t := range trials("restore", s.testbed.Way) {
+	for _, t := range trials("restore", s.testbed.Way, os.Getenv(killedEnv), core) {
 		k.restore(t)
 	}
 	restored := s.restore(k.c, k.whole)
@@ -281,7 +321,7 @@ func (k *killer) waitAnswer(t trial, answer <-chan error) error {
 	select {
 	case err := <-answer:
 		return err
-	case <-time.After(answerTimeout):
+	case <-time.After(paced(answerTimeout)):
 		k.Fatalf("%s: the call is not answered", t)
 	case <-k.ctx.Done():
 		k.Fatal(k.ctx.Err())
@@ -297,7 +337,7 @@ func (k *killer) checkWholeOrNothing(t trial, dir string, must bool) {
 	if len(entries) == 0 && !must {
 		return
 	}
-	if err := verify(dir, k.dir()); err != nil {
+	if err := verify(dir, k.newDir()); err != nil {
 		k.Errorf("%s: %v", t, errors.Join(err, fmt.Errorf("there is %v", entries)))
 	}
 	beside, err := filepath.Glob(filepath.Join(k.targets, ".*"))

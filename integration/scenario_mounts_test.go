@@ -25,7 +25,7 @@ func bind(source, destination string, options ...string) specs.Mount {
 // volumesAndFiles: files that processes hold open come back, wherever they are. A restore that would have to fail because one has changed
 // says which. While the container is paused the host sees what it has written last, by a mapping, too.
 func volumesAndFiles(s *scenario) {
-	volume, etc := s.dir(), s.dir()
+	volume, etc := s.newDir(), s.newDir()
 	for name, content := range map[string]string{"hosts": "127.0.0.1 localhost\n", "resolv.conf": "nameserver 127.0.0.1\n"} {
 		s.check(os.WriteFile(filepath.Join(etc, name), []byte(content), 0o644))
 	}

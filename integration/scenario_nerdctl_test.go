@@ -15,7 +15,7 @@ import (
 // network and its restart policy.
 func nerdctlLife(s *scenario) {
 	n := s.nerdctl()
-	volume := s.dir()
+	volume := s.newDir()
 	id := n.container("run", "counter", "-d", "--net", "none", "-v", volume+":/volume", parts.WorkloadImageName, workload.Path, "counter")
 	n.waitCount("counter", 5)
 	if out := n.mustRun("exec", "counter", "sh", "-c", "echo hello from $(hostname)"); out != "hello from "+id[:12] {
@@ -127,7 +127,7 @@ func (s *scenario) nerdctl() *nerdctl {
 	options, network := s.testbed.CNIOptions()
 	return &nerdctl{command{
 		scenario: s, program: program,
-		options: append([]string{"--address", s.testbed.Address, "--namespace", testbed.Namespace, "--data-root", s.dir()}, options...),
+		options: append([]string{"--address", s.testbed.Address, "--namespace", testbed.Namespace, "--data-root", s.newDir()}, options...),
 		env:     append(os.Environ(), "PATH="+s.testbed.Path),
 	}, network}
 }

@@ -96,7 +96,7 @@ func answerOnce(l net.Listener, from net.IP) error {
 	if peer := c.RemoteAddr().(*net.TCPAddr); !peer.IP.Equal(from) {
 		return fmt.Errorf("the connection comes from %s, not from %s", peer, from)
 	}
-	if err := c.SetDeadline(time.Now().Add(settleTimeout)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(paced(settleTimeout))); err != nil {
 		return err
 	}
 	question, err := bufio.NewReader(c).ReadString('\n')

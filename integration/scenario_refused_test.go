@@ -28,17 +28,17 @@ func refused(s *scenario) {
 
 	// The guest, as if its kernel had been built otherwise. The agent asks a kernel once.
 	s.shellInGuest(pod, "mount -t tmpfs none /proc/sys/kernel")
-	s.checkRefused("a kernel without CHECKPOINT_RESTORE", run, s.dir(), "CONFIG_CHECKPOINT_RESTORE", "configs/kernel")
+	s.checkRefused("a kernel without CHECKPOINT_RESTORE", run, s.newDir(), "CONFIG_CHECKPOINT_RESTORE", "configs/kernel")
 	s.shellInGuest(pod, "umount /proc/sys/kernel")
 	s.checkKeepsRunning(run)
 	// An agent that has died is started again, and asks again.
 	s.killAgent(pod)
-	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
+	s.check(s.engine.CheckpointTo(s.ctx, run, s.newDir(), false))
 	s.checkKeepsRunning(run)
 	s.step("the guest")
 
 	// The directory for the image set.
-	s.checkRefused("a directory that does not exist", run, filepath.Join(s.dir(), "none"), "does not exist", "create it")
+	s.checkRefused("a directory that does not exist", run, filepath.Join(s.newDir(), "none"), "does not exist", "create it")
 	for name, mount := range map[string]struct {
 		flags   uintptr
 		options string
@@ -47,7 +47,7 @@ func refused(s *scenario) {
 		"a directory that cannot be written to": {syscall.MS_RDONLY, "", []string{"cannot be written to", "read-only file system"}},
 		"a full file system":                    {0, "size=1m", []string{"no room", "make room", "no space left on device"}},
 	} {
-		dir := s.dir()
+		dir := s.newDir()
 		s.check(syscall.Mount("tmpfs", dir, "tmpfs", mount.flags, mount.options))
 		s.checkRefused(name, run, dir, mount.words...)
 		left, err := os.ReadDir(dir)
@@ -64,9 +64,9 @@ func refused(s *scenario) {
 	c = pod.create(engine.Container{ID: "io-uring", Args: []string{workload.Path, "io-uring"}})
 	uring := s.run(c)
 	s.waitNumbers(uring.Output, workload.Rounds, 2)
-	s.checkRefused("io_uring", uring, s.dir(), "io_uring", "workload")
+	s.checkRefused("io_uring", uring, s.newDir(), "io_uring", "workload")
 	s.checkKeepsRunning(uring)
-	if err := s.engine.CheckpointTo(s.ctx, uring, s.dir(), false); err == nil || !strings.Contains(err.Error(), "io_uring") { // which pauses it first
+	if err := s.engine.CheckpointTo(s.ctx, uring, s.newDir(), false); err == nil || !strings.Contains(err.Error(), "io_uring") { // which pauses it first
 		s.Errorf("io_uring, by a client of containerd's: %v", err)
 	}
 	s.checkKeepsRunning(uring)
@@ -77,14 +77,14 @@ func refused(s *scenario) {
 	c = pod.create(engine.Container{ID: "peer", Args: []string{workload.Path, "peer"}})
 	peer := s.run(c)
 	s.waitNumbers(peer.Output, workload.Rounds, 2)
-	s.checkRefused("a unix socket connected to outside", peer, s.dir(), "unix socket", "outside of the container", "close the connection")
+	s.checkRefused("a unix socket connected to outside", peer, s.newDir(), "unix socket", "outside of the container", "close the connection")
 	s.checkKeepsRunning(peer)
 	s.remove(c)
 	s.remove(listener)
 	c = pod.create(pod.withPodPIDs(engine.Container{ID: "strayed", Args: []string{"sh", "-c", "(sleep 1000 &); exec " + workload.Path + " counter --shm /dev/shm/strayed"}}))
 	strayed := s.run(c)
 	s.waitNumbers(strayed.Output, workload.Ticks, 2)
-	s.checkRefused("a process that has strayed to its pod", strayed, s.dir(), "sleep (pid", "lost its parent", "subreaper", "pid namespace of its own")
+	s.checkRefused("a process that has strayed to its pod", strayed, s.newDir(), "sleep (pid", "lost its parent", "subreaper", "pid namespace of its own")
 	s.checkKeepsRunning(strayed)
 	s.remove(c)
 	s.step("the workload")
@@ -93,12 +93,12 @@ func refused(s *scenario) {
 	c = pod.create(counter("not-yet"))
 	task, err := c.NewTask(s.ctx, cio.NullIO)
 	s.check(err)
-	s.checkRefused("a task that was not started", &engine.Run{Task: task}, s.dir(), "has not been started")
+	s.checkRefused("a task that was not started", &engine.Run{Task: task}, s.newDir(), "has not been started")
 	_, err = task.Delete(s.ctx, client.WithProcessKill)
 	s.check(err)
 	second := make(chan error, 1)
 	first := make(chan error, 1)
-	dir := s.dir()
+	dir := s.newDir()
 	go func() { first <- s.requestCheckpoint(run, dir) }()
 	if !s.eventually(settleTimeout, func() bool {
 		status, err := run.Status(s.ctx)
@@ -106,7 +106,7 @@ func refused(s *scenario) {
 	}) {
 		s.Fatal("a checkpoint does not begin")
 	}
-	go func() { second <- s.requestCheckpoint(run, s.dir()) }()
+	go func() { second <- s.requestCheckpoint(run, s.newDir()) }()
 	err = <-second
 	if err == nil || !strings.Contains(err.Error(), "in progress") {
 		s.Errorf("a second checkpoint meanwhile: %v", err)
@@ -117,7 +117,7 @@ func refused(s *scenario) {
 	s.check(run.Kill(s.ctx, syscall.SIGKILL))
 	_, err = run.Exit(s.ctx)
 	s.check(err)
-	s.checkRefused("a task that has stopped", run, s.dir(), "has stopped")
+	s.checkRefused("a task that has stopped", run, s.newDir(), "has stopped")
 	_, err = run.Delete(s.ctx)
 	s.check(err)
 	s.step("the time")
@@ -137,7 +137,7 @@ func refusedWithoutAgent(s *scenario) {
 	s.configure("guest_agent", "optional")
 	run := s.run(s.create(counter("c")))
 	s.waitNumbers(run.Output, workload.Ticks, 3)
-	s.checkRefused("no agent", run, s.dir(), "agent")
+	s.checkRefused("no agent", run, s.newDir(), "agent")
 	s.checkKeepsRunning(run)
 }
 
@@ -152,11 +152,11 @@ func refusedNoRoom(s *scenario) {
 	run := s.run(c)
 	s.waitNumbers(run.Output, workload.Ticks, 3)
 	for range 2 { // the first one leaves nothing that the second one would find in its way
-		s.checkRefused("no room in state_dir", run, s.dir(), "no room", "state_dir", "make room")
+		s.checkRefused("no room in state_dir", run, s.newDir(), "no room", "state_dir", "make room")
 		s.checkKeepsRunning(run)
 	}
 	s.check(syscall.Mount("", state, "", syscall.MS_REMOUNT, "size=100m"))
-	s.check(s.engine.CheckpointTo(s.ctx, run, s.dir(), false))
+	s.check(s.engine.CheckpointTo(s.ctx, run, s.newDir(), false))
 	s.checkKeepsRunning(run)
 	s.remove(c) // by the shim that has this configuration
 }
@@ -185,19 +185,6 @@ func (s *scenario) checkRefused(what string, run *engine.Run, dir string, words 
 			s.Errorf("%s: the refusal does not say %q: %v", what, word, err)
 		}
 	}
-}
-
-// checkKeepsRunning checks that a workload runs, and has lost nothing.
-func (s *scenario) checkKeepsRunning(run *engine.Run) {
-	s.Helper()
-	s.checkStatus(run, client.Running)
-	at := len(run.Output.Lines())
-	s.check(run.Output.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) > at+2, nil }))
-	parse := workload.Rounds
-	if strings.HasPrefix(run.Output.Lines()[at], "tick") {
-		parse = workload.Ticks
-	}
-	s.checkConsecutive(1, s.printedNumbers(run.Output, parse))
 }
 
 // killAgent kills the agent in the guest of a pod.

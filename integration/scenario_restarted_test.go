@@ -39,13 +39,6 @@ func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.step("started containerd again")
 }
 
-// checkKeepsCounting checks that a counter goes on, none of its numbers lost.
-func (s *scenario) checkKeepsCounting(run *engine.Run) {
-	s.Helper()
-	at := len(s.printedNumbers(run.Output, workload.Ticks))
-	s.checkConsecutive(1, s.waitNumbers(run.Output, workload.Ticks, at+5))
-}
-
 // containerdKilledIdle: containers of a pod run on while containerd is away, and one ends. The next containerd finds all of it, and goes on from there.
 func containerdKilledIdle(s *scenario) {
 	pod := s.startPod()
@@ -125,7 +118,7 @@ func containerdKilledMidCheckpoint(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Ticks, 5)
-	dir, other := s.dir(), s.dir()
+	dir, other := s.newDir(), s.newDir()
 	for _, checkpoint := range []struct {
 		phase string
 		ask   func() error
@@ -175,7 +168,7 @@ func containerdKilledMidCheckpoint(s *scenario) {
 func containerdKilledMidRestore(s *scenario) {
 	counting := counter("c")
 	// Kata removes what of a sandbox it thinks is its own.
-	volume := s.dir()
+	volume := s.newDir()
 	kept := filepath.Join(volume, "kept")
 	s.check(os.WriteFile(kept, []byte("data"), 0o600))
 	counting.Mounts = []specs.Mount{{Type: "bind", Source: volume, Destination: "/data", Options: []string{"rbind", "rw"}}}
@@ -225,19 +218,5 @@ func (s *scenario) checkNotRunning(c client.Container) {
 	s.check(err)
 	if status.Status != client.Created && status.Status != client.Stopped {
 		s.Errorf("%s is %s", c.ID(), status.Status)
-	}
-}
-
-// checkNothingRuns checks that without tasks there is nothing of them.
-func (s *scenario) checkNothingRuns() {
-	s.Helper()
-	var left []string
-	if !s.eventually(settleTimeout, func() bool {
-		var err error
-		left, err = s.testbed.Residue(s.ids...)
-		s.check(err)
-		return len(left) == 0
-	}) {
-		s.Errorf("there is %q", left)
 	}
 }

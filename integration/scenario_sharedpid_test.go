@@ -58,7 +58,7 @@ func podSharedPID(s *scenario) {
 	s.waitExecExit(s.startExec(restored, engine.Command{Args: []string{"sh", "-c", "exit 7"}}), 7)
 	// What has lost its parent there has no place in the next checkpoint, and leaves nothing once it has ended.
 	stray := s.shell(restored, "(sleep 1000 </dev/null >/dev/null 2>&1 & echo $!)")[0]
-	s.checkRefused("a process that has strayed", restored, s.dir(), "sleep (pid", "lost its parent")
+	s.checkRefused("a process that has strayed", restored, s.newDir(), "sleep (pid", "lost its parent")
 	s.shell(restored, fmt.Sprintf("kill -9 %s; while [ -e /proc/%s ]; do sleep 0.05; done", stray, stray))
 	s.step("execs")
 
@@ -86,7 +86,7 @@ func podSharedPID(s *scenario) {
 	}))
 	many := s.run(crowd)
 	s.waitNumbers(many.Output, workload.Ticks, 3)
-	dir = s.dir()
+	dir = s.newDir()
 	s.check(s.engine.CheckpointWith(s.ctx, many, dir, &runcoptions.CheckpointOptions{Exit: true}))
 	s.waitExit(many, 137)
 	counted := s.printedNumbers(many.Output, workload.Ticks)
@@ -97,7 +97,7 @@ func podSharedPID(s *scenario) {
 	c = pod.create(pod.withPodPIDs(engine.Container{ID: "tree", Args: []string{workload.Path, "tree"}}))
 	tree := s.run(c)
 	s.waitNumbers(tree.Output, workload.Rounds, 3)
-	dir = s.dir()
+	dir = s.newDir()
 	s.check(s.engine.CheckpointWith(s.ctx, tree, dir, &runcoptions.CheckpointOptions{Exit: true, FileLocks: true}))
 	s.waitExit(tree, 137)
 	after = s.printedNumbers(tree.Output, workload.Rounds)

@@ -73,16 +73,6 @@ func podShmTwoRestores(s *scenario) {
 	s.remove(c)
 }
 
-// checkContinuesAfter checks that a restored workload goes on after the number that it had at the checkpoint.
-func (s *scenario) checkContinuesAfter(run *engine.Run, at int) {
-	s.Helper()
-	after := s.waitNumbers(run.Output, workload.Rounds, 5)
-	if after[0] != at+1 {
-		s.Errorf("%s goes on with %d, and was at %d", run.ID(), after[0], at)
-	}
-	s.checkConsecutive(after[0], after)
-}
-
 // checkShm checks the small files of a pod's /dev/shm: name and content a line. Those of the workloads are left out.
 func (s *scenario) checkShm(run *engine.Run, want ...string) {
 	s.Helper()

@@ -48,8 +48,8 @@ func tcpEstablishedRefused(s *scenario) {
 	run := s.run(c)
 	s.waitNumbers(run.Output, workload.Rounds, 3)
 	const sentence = "has an open TCP connection from"
-	s.checkRefused("an open connection", run, s.dir(), sentence, peer.Addr().String(), "kata-checkpoint.dev/tcp")
-	err := s.engine.CheckpointByDefault(s.ctx, run, s.dir())
+	s.checkRefused("an open connection", run, s.newDir(), sentence, peer.Addr().String(), "kata-checkpoint.dev/tcp")
+	err := s.engine.CheckpointByDefault(s.ctx, run, s.newDir())
 	if err == nil || !strings.Contains(err.Error(), sentence) || strings.Contains(err.Error(), "\n") {
 		s.Errorf("the refusal is not one sentence: %v", err)
 	}
@@ -62,7 +62,7 @@ func tcpEstablishedRefused(s *scenario) {
 	c = s.create(caller)
 	run = s.run(c)
 	s.waitNumbers(run.Output, workload.Rounds, 3)
-	dir := s.dir()
+	dir := s.newDir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, run, dir))
 	s.waitExit(run, 137)
 	path := w.namespace.Path
@@ -82,11 +82,11 @@ func tcpEstablished(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path})
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Rounds, 2)
-	s.check(s.engine.CheckpointWith(s.ctx, first, s.dir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
+	s.check(s.engine.CheckpointWith(s.ctx, first, s.newDir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
 	s.step("checkpointed %s, which goes on", c.ID())
 	s.checkKeepsRunning(first)
 
-	dir := s.dir()
+	dir := s.newDir()
 	s.check(s.engine.CheckpointWith(s.ctx, first, dir, &runcoptions.CheckpointOptions{OpenTcp: true, Exit: true}))
 	s.step("checkpointed %s", c.ID())
 	s.waitExit(first, 137)
@@ -118,7 +118,7 @@ func tcpInside(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "counter", "-loopback"}})
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Ticks, 2)
-	dir := s.dir()
+	dir := s.newDir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, first, dir))
 	s.step("checkpointed %s", c.ID())
 	s.waitExit(first, 137)

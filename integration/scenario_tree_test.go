@@ -10,7 +10,7 @@ func processTree(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "tree"}})
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Rounds, 5)
-	dir := s.dir()
+	dir := s.newDir()
 	s.check(s.engine.CheckpointByDefault(s.ctx, first, dir)) // as nerdctl does, whose checkpoints have file locks
 	s.step("checkpointed")
 	s.waitExit(first, 137)

@@ -1,12 +1,18 @@
-// Package integration has the scenarios: what users do with checkpoints, from an engine's calls to the workload's own numbers, in VMs.
+// Package integration has the scenarios: what users do with checkpoints, from
+// an engine's calls to the workload's own numbers, in VMs.
 //
-// A scenario gets its results from containerd, from what the workload prints and from files; it never looks into the parts under test. Each
-// leaves nothing behind, and that is checked. `make e2e RUN=NAME` runs one.
+// A scenario takes its results from containerd, from what the workload prints
+// and from files; it never looks into the parts under test. Each leaves nothing
+// behind, and that is checked. `make e2e RUN=NAME` runs one of them.
 package integration
 
 import (
 	"cmp"
+	"flag"
 	"os"
+	"slices"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -14,93 +20,154 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 )
 
-// kataEnv names the directory of a real Kata, on which the scenarios then run in place of the stand-in.
-const kataEnv = "TESTBED_KATA"
+const (
+	// kataEnv names the directory of a real Kata, on which the scenarios run in
+	// place of the stand-in.
+	kataEnv = "TESTBED_KATA"
+	// coreEnv leaves out the scenarios, and the ways of the stand-in, that are
+	// not in the core set.
+	coreEnv = "TESTBED_CORE"
+)
 
-// bothWaysEnv has all scenarios run on both ways of the stand-in.
-const bothWaysEnv = "TESTBED_BOTH_WAYS"
+// core reports whether only the core set runs.
+var core = os.Getenv(coreEnv) != ""
+
+// kind is what a scenario is about. The core set has at least one of each.
+type kind string
+
+const (
+	kindBasics         kind = "checkpoint and restore"
+	kindFiles          kind = "files and mounts"
+	kindMemory         kind = "memory"
+	kindExecs          kind = "exec, signals and terminals"
+	kindProcesses      kind = "processes"
+	kindCycles         kind = "repeated checkpoints"
+	kindDamage         kind = "damaged image sets"
+	kindRefusals       kind = "refusals"
+	kindAttacks        kind = "attack surface"
+	kindSandboxes      kind = "several containers in a sandbox"
+	kindNetworks       kind = "networks and connections"
+	kindEngines        kind = "engines and their options"
+	kindRestarts       kind = "containerd restarts"
+	kindDeadlines      kind = "deadlines"
+	kindReleases       kind = "containerd releases"
+	kindPodCheckpoints kind = "checkpoints by the CRI"
+	kindPodRestores    kind = "restores by the CRI"
+	kindNRI            kind = "NRI plugin"
+	kindKills          kind = "killed parts"
+)
 
 // scenarioCase is a scenario and what it is tried with.
 type scenarioCase struct {
 	name string
+	kind kind
 	run  func(*scenario)
-	// guestMounts are the propagations with which the guest is tried; shared, as systemd has it, where none is given.
+	// core lists the ways of the stand-in on which the scenario is part of the
+	// core set. All scenarios together run on both.
+	core []testbed.Way
+	// guestMounts are the propagations with which the guest is tried; shared, as
+	// under systemd, by default.
 	guestMounts []string
-	// containerd is the release, where it is another than that of the rest.
+	// containerd is the release, if it is not that of most scenarios.
 	containerd string
-	// way is the stand-in's, where one is enough for most runs. Two of these scenarios run at a time, after the others.
-	way testbed.Way
-	// cri: it is about pods, or about their network.
+	// cri serves the CRI as well: pods and their network.
 	cri bool
-	// timeout is [scenarioTimeout] where none is given.
+	// timeout defaults to [scenarioTimeout].
 	timeout time.Duration
 }
 
+var (
+	onGo   = []testbed.Way{testbed.Go}
+	onRust = []testbed.Way{testbed.Rust}
+	onBoth = []testbed.Way{testbed.Go, testbed.Rust}
+)
+
+// scenarios are all there are. What is in the core set runs on the one way or
+// the other, alternately; what every user depends on, and what depends on the
+// way, runs on both.
 var scenarios = []scenarioCase{
-	{name: "exit-and-restore", run: exitAndRestore},
-	{name: "leave-running", run: leaveRunning},
-	{name: "paused-before", run: pausedBefore},
-	{name: "volumes-and-files", run: volumesAndFiles},
-	{name: "exchange-withdrawn", run: exchangeWithdrawn},
-	{name: "shared-and-private-mounts", run: sharedAndPrivateMounts, guestMounts: []string{testbed.Shared, testbed.Private}},
-	{name: "shm-and-memory", run: shmAndMemory},
-	{name: "lifecycle-after-restore", run: lifecycleAfterRestore},
-	{name: "terminal", run: terminal},
-	{name: "exec-running-during-checkpoint", run: execRunningDuringCheckpoint},
-	{name: "exec-while-frozen", run: execWhileFrozen},
-	{name: "process-tree", run: processTree},
-	{name: "three-cycles", run: threeCycles},
-	{name: "thirty-cycles", run: thirtyCycles, way: testbed.Go, timeout: 8 * time.Minute},
-	{name: "broken-images", run: brokenImages},
-	{name: "refused", run: refused},
-	{name: "refused-without-agent", run: refusedWithoutAgent},
-	{name: "refused-no-room", run: refusedNoRoom},
-	{name: "refused-guest-bundle", run: refusedGuestBundle},
-	{name: "ways-in", run: waysIn},
-	{name: "memory-256m", run: memory256},
-	{name: "pod-shared-pid", run: podSharedPID},
-	{name: "pod-shm-two-restores", run: podShmTwoRestores},
-	{name: "network", run: networked},
-	{name: "network-hotplugged", run: networkHotplugged},
-	{name: "work-path", run: workPath},
-	{name: "annotation-leave-running", run: annotationLeaveRunning},
-	{name: "nerdctl-default-stops", run: nerdctlDefaultStops},
-	{name: "nerdctl-life", run: nerdctlLife, cri: true, way: testbed.Rust, timeout: 8 * time.Minute},
-	{name: "docker-life", run: dockerLife, way: testbed.Go, timeout: 8 * time.Minute},
-	{name: "ctr-image-roundtrip", run: ctrImageRoundtrip},
-	{name: "hooks-in-spec", run: hooksInSpec},
-	{name: "tcp-listen", run: tcpListen},
-	{name: "tcp-established-refused", run: tcpEstablishedRefused},
-	{name: "tcp-established", run: tcpEstablished},
-	{name: "tcp-inside", run: tcpInside},
-	{name: "containerd-killed-idle", run: containerdKilledIdle},
-	{name: "containerd-killed-paused", run: containerdKilledPaused},
-	{name: "containerd-killed-mid-checkpoint", run: containerdKilledMidCheckpoint},
-	{name: "containerd-killed-mid-restore", run: containerdKilledMidRestore},
-	{name: "deadline", run: deadline},
-	{name: "containerd-2.1", run: containerdRelease, containerd: "2.1", way: testbed.Go},
-	{name: "containerd-2.2", run: containerdRelease, containerd: "2.2", way: testbed.Rust},
-	{name: "containerd-2.3", run: containerdRelease, containerd: "2.3", way: testbed.Go},
-	{name: "containerd-2.4", run: containerdRelease, containerd: "2.4", way: testbed.Rust},
-	{name: "crictl-checkpoint", run: crictlCheckpoint, cri: true},
-	{name: "crictl-checkpoint-2.1", run: crictlCheckpoint, cri: true, containerd: parts.OldestContainerd, way: testbed.Go},
-	{name: "restore-archive-2.3", run: restoreArchive, cri: true, containerd: "2.3", way: testbed.Rust},
-	{name: "checkpointctl-reads-it", run: checkpointctlReadsIt, cri: true, way: testbed.Rust},
-	{name: "pod-two-containers", run: podTwoContainers, cri: true, way: testbed.Go},
-	{name: "pod-two-at-once", run: podTwoAtOnce, cri: true, way: testbed.Rust},
-	{name: "exec-probe-outlives-checkpoint", run: execProbeOutlivesCheckpoint, cri: true, way: testbed.Go},
-	{name: "restore-by-annotation", run: restoreByAnnotation, cri: true},
-	{name: "restore-by-annotation-missing", run: restoreByAnnotationMissing, cri: true, way: testbed.Rust},
-	{name: "rootfs-diff-applied", run: rootfsDiffApplied, cri: true, way: testbed.Go},
-	{name: "archive-has-no-authority", run: archiveHasNoAuthority, cri: true, way: testbed.Rust},
-	{name: "nri-absent", run: nriAbsent, cri: true, way: testbed.Go},
-	{name: "nri-restarted", run: nriRestarted, cri: true, way: testbed.Rust},
-	{name: "nri-other-runtime-untouched", run: nriOtherRuntimeUntouched, cri: true, way: testbed.Go},
-	{name: "kubelet-checkpoint-api", run: kubeletCheckpointAPI, cri: true, way: testbed.Rust},
-	{name: "killed", run: killed, timeout: 30 * time.Minute},
+	{name: "exit-and-restore", kind: kindBasics, run: exitAndRestore, core: onBoth},
+	{name: "leave-running", kind: kindBasics, run: leaveRunning, core: onRust},
+	{name: "paused-before", kind: kindBasics, run: pausedBefore, core: onGo},
+
+	{name: "volumes-and-files", kind: kindFiles, run: volumesAndFiles, core: onGo},
+	{name: "exchange-withdrawn", kind: kindFiles, run: exchangeWithdrawn, core: onBoth},
+	{name: "shared-and-private-mounts", kind: kindFiles, run: sharedAndPrivateMounts, guestMounts: []string{testbed.Shared, testbed.Private}},
+
+	{name: "shm-and-memory", kind: kindMemory, run: shmAndMemory, core: onRust},
+	{name: "memory-256m", kind: kindMemory, run: memory256},
+
+	{name: "lifecycle-after-restore", kind: kindExecs, run: lifecycleAfterRestore, core: onBoth},
+	{name: "terminal", kind: kindExecs, run: terminal, core: onRust},
+	{name: "exec-running-during-checkpoint", kind: kindExecs, run: execRunningDuringCheckpoint},
+	{name: "exec-while-frozen", kind: kindExecs, run: execWhileFrozen, core: onGo},
+
+	{name: "process-tree", kind: kindProcesses, run: processTree, core: onGo},
+
+	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
+	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},
+
+	{name: "broken-images", kind: kindDamage, run: brokenImages, core: onGo},
+
+	{name: "refused", kind: kindRefusals, run: refused, core: onRust},
+	{name: "refused-without-agent", kind: kindRefusals, run: refusedWithoutAgent, core: onRust},
+	{name: "refused-no-room", kind: kindRefusals, run: refusedNoRoom, core: onGo},
+	{name: "refused-guest-bundle", kind: kindRefusals, run: refusedGuestBundle},
+
+	{name: "ways-in", kind: kindAttacks, run: waysIn, core: onGo},
+
+	{name: "pod-shared-pid", kind: kindSandboxes, run: podSharedPID},
+	{name: "pod-shm-two-restores", kind: kindSandboxes, run: podShmTwoRestores, core: onGo},
+
+	{name: "network", kind: kindNetworks, run: networked, core: onGo},
+	{name: "network-hotplugged", kind: kindNetworks, run: networkHotplugged, core: onRust},
+	{name: "tcp-listen", kind: kindNetworks, run: tcpListen},
+	{name: "tcp-established-refused", kind: kindNetworks, run: tcpEstablishedRefused, core: onRust},
+	{name: "tcp-inside", kind: kindNetworks, run: tcpInside, core: onRust},
+	{name: "tcp-established", kind: kindNetworks, run: tcpEstablished, core: onGo},
+
+	{name: "work-path", kind: kindEngines, run: workPath},
+	{name: "annotation-leave-running", kind: kindEngines, run: annotationLeaveRunning, core: onGo},
+	{name: "nerdctl-default-stops", kind: kindEngines, run: nerdctlDefaultStops},
+	{name: "nerdctl-life", kind: kindEngines, run: nerdctlLife, core: onRust, cri: true, timeout: 8 * time.Minute},
+	{name: "docker-life", kind: kindEngines, run: dockerLife, timeout: 8 * time.Minute},
+	{name: "ctr-image-roundtrip", kind: kindEngines, run: ctrImageRoundtrip, core: onGo},
+	{name: "hooks-in-spec", kind: kindEngines, run: hooksInSpec, core: onRust},
+
+	{name: "containerd-killed-idle", kind: kindRestarts, run: containerdKilledIdle},
+	{name: "containerd-killed-paused", kind: kindRestarts, run: containerdKilledPaused},
+	{name: "containerd-killed-mid-checkpoint", kind: kindRestarts, run: containerdKilledMidCheckpoint, core: onGo},
+	{name: "containerd-killed-mid-restore", kind: kindRestarts, run: containerdKilledMidRestore, core: onRust},
+
+	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
+
+	{name: "containerd-2.1", kind: kindReleases, run: containerdRelease, core: onGo, containerd: "2.1"},
+	{name: "containerd-2.2", kind: kindReleases, run: containerdRelease, containerd: "2.2"},
+	{name: "containerd-2.3", kind: kindReleases, run: containerdRelease, containerd: "2.3"},
+	{name: "containerd-2.4", kind: kindReleases, run: containerdRelease, containerd: "2.4"},
+
+	{name: "crictl-checkpoint", kind: kindPodCheckpoints, run: crictlCheckpoint, core: onGo, cri: true},
+	{name: "crictl-checkpoint-2.1", kind: kindPodCheckpoints, run: crictlCheckpoint, cri: true, containerd: parts.OldestContainerd},
+	{name: "checkpointctl-reads-it", kind: kindPodCheckpoints, run: checkpointctlReadsIt, cri: true},
+	{name: "pod-two-containers", kind: kindPodCheckpoints, run: podTwoContainers, cri: true},
+	{name: "pod-two-at-once", kind: kindPodCheckpoints, run: podTwoAtOnce, core: onRust, cri: true},
+	{name: "exec-probe-outlives-checkpoint", kind: kindPodCheckpoints, run: execProbeOutlivesCheckpoint, cri: true},
+	{name: "kubelet-checkpoint-api", kind: kindPodCheckpoints, run: kubeletCheckpointAPI, cri: true},
+
+	{name: "restore-by-annotation", kind: kindPodRestores, run: restoreByAnnotation, core: onGo, cri: true},
+	{name: "restore-by-annotation-missing", kind: kindPodRestores, run: restoreByAnnotationMissing, cri: true},
+	{name: "restore-archive-2.3", kind: kindPodRestores, run: restoreArchive, cri: true, containerd: "2.3"},
+	{name: "rootfs-diff-applied", kind: kindPodRestores, run: rootfsDiffApplied, core: onRust, cri: true},
+	{name: "archive-has-no-authority", kind: kindPodRestores, run: archiveHasNoAuthority, core: onGo, cri: true},
+
+	{name: "nri-absent", kind: kindNRI, run: nriAbsent, cri: true},
+	{name: "nri-restarted", kind: kindNRI, run: nriRestarted, core: onRust, cri: true},
+	{name: "nri-other-runtime-untouched", kind: kindNRI, run: nriOtherRuntimeUntouched, cri: true},
+
+	{name: "killed", kind: kindKills, run: killed, core: onRust, timeout: 30 * time.Minute},
 }
 
-// variant is a kind of guest under the parts under test.
+// variant is a kind of guest below the parts under test.
 type variant struct {
 	kata        string // directory of a real Kata; empty: the stand-in
 	way         testbed.Way
@@ -127,33 +194,40 @@ func (v variant) name() string {
 	return name
 }
 
-func (c scenarioCase) variants(t *testing.T) []variant {
-	t.Helper()
-	kinds := []variant{{way: testbed.Go}, {way: testbed.Rust}}
-	if c.way != "" && os.Getenv(bothWaysEnv) == "" {
-		kinds = []variant{{way: c.way}}
+// variants lists what the scenario runs on: on the given real Kata, or else on
+// the stand-in. Out of the core set it may be nothing.
+func (c scenarioCase) variants(kata string, core bool) ([]variant, error) {
+	if core && len(c.core) == 0 {
+		return nil, nil
 	}
-	if dir := os.Getenv(kataEnv); dir != "" {
-		way, err := testbed.WayOfKata(dir)
+	ways := onBoth
+	switch {
+	case kata != "":
+		way, err := testbed.WayOfKata(kata)
 		if err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
-		kinds = []variant{{kata: dir, way: way}}
+		ways = []testbed.Way{way}
+	case core:
+		ways = c.core
 	}
 	guestMounts := c.guestMounts
 	if len(guestMounts) == 0 {
 		guestMounts = []string{testbed.Shared}
 	}
 	var out []variant
-	for _, kind := range kinds {
+	for _, way := range ways {
 		for _, mounts := range guestMounts {
-			kind.guestMounts, kind.containerd, kind.cri = mounts, cmp.Or(c.containerd, parts.ContainerdVersion), c.cri
-			out = append(out, kind)
+			out = append(out, variant{
+				kata: kata, way: way, guestMounts: mounts, containerd: cmp.Or(c.containerd, parts.ContainerdVersion), cri: c.cri,
+			})
 		}
 	}
-	return out
+	return out, nil
 }
 
+// TestScenario runs as many scenarios at a time as -parallel says, each in a VM
+// of its own.
 func TestScenario(t *testing.T) {
 	if testing.Short() {
 		t.Skip("scenarios boot VMs, which takes minutes: not with -short")
@@ -161,18 +235,71 @@ func TestScenario(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("scenarios mount, make network namespaces and start containerd: only as root")
 	}
+	atOnce, err := strconv.Atoi(flag.Lookup("test.parallel").Value.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	turns := newTurns(atOnce)
+	waiting := map[string][]*turn{} // by the scenario's name
+	for _, c := range scenarios {
+		variants, err := c.variants(os.Getenv(kataEnv), core)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range variants {
+			waiting[c.name] = append(waiting[c.name], turns.add(v, c.timeout))
+		}
+	}
 	beds := newTestbeds(t)
-	for _, s := range scenarios {
-		t.Run(s.name, func(t *testing.T) {
-			if s.way != "" {
-				t.Parallel()
-			}
-			for _, v := range s.variants(t) {
-				t.Run(v.name(), func(t *testing.T) {
-					t.Parallel() // with the scenario's other variants
-					s.run(newScenario(t, beds, v, cmp.Or(s.timeout, scenarioTimeout)))
-				})
+	turns.begin()
+	var all sync.WaitGroup
+	for _, c := range scenarios {
+		mine := waiting[c.name]
+		if len(mine) == 0 {
+			continue
+		}
+		all.Go(func() {
+			t.Run(c.name, func(t *testing.T) {
+				var each sync.WaitGroup
+				defer each.Wait()
+				for _, turn := range mine {
+					each.Go(func() {
+						<-turn.come
+						defer turns.end(turn)
+						t.Run(turn.variant.name(), func(t *testing.T) { c.run(newScenario(t, beds, turn.variant, cmp.Or(c.timeout, scenarioTimeout))) })
+					})
+				}
+			})
+			for _, turn := range mine {
+				turns.end(turn) // -run has left it out
 			}
 		})
+	}
+	all.Wait()
+}
+
+// TestCore checks that the core set is what it is meant to be.
+func TestCore(t *testing.T) {
+	covered, names, ways := map[kind]bool{}, map[string]bool{}, map[testbed.Way]int{}
+	for _, c := range scenarios {
+		if c.kind == "" || c.name == "" || names[c.name] {
+			t.Errorf("scenario %q of kind %q: needs a kind and a name of its own", c.name, c.kind)
+		}
+		names[c.name] = true
+		covered[c.kind] = covered[c.kind] || len(c.core) > 0
+		for _, way := range c.core {
+			ways[way]++
+		}
+		if (c.name == "exit-and-restore" || c.name == "lifecycle-after-restore") && !slices.Equal(c.core, onBoth) {
+			t.Errorf("%s is in the core set on %v, not on both ways", c.name, c.core)
+		}
+	}
+	for kind, has := range covered {
+		if !has {
+			t.Errorf("no scenario of the kind %q is in the core set", kind)
+		}
+	}
+	if a, b := ways[testbed.Go], ways[testbed.Rust]; a < b/2 || b < a/2 {
+		t.Errorf("of the core set %d run on one way and %d on the other", a, b)
 	}
 }

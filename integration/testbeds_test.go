@@ -15,18 +15,20 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// keepEnv leaves the testbed of a failed scenario up, containers included, for a look at it by hand.
+// keepEnv leaves the testbed of a failed scenario up, containers included, for
+// a look at it by hand.
 const keepEnv = "TESTBED_KEEP"
 
-// sharedTestbed is a testbed that scenarios of the same variant share.
+// sharedTestbed is a testbed that the scenarios of one variant share.
 type sharedTestbed struct {
 	*testbed.Testbed
 	engine *engine.Engine
 	cri    *cri.Client // where there are pods
-	ids    []string    // of all containers that there have been
+	ids    []string    // of all containers so far
 }
 
-// testbeds makes testbeds when they are first needed, and takes them away in the end. Scenarios of different variants use it at once.
+// testbeds makes testbeds when they are first needed and takes them down in the
+// end. Each serves one scenario at a time, see [turns].
 type testbeds struct {
 	parts *parts.Parts
 	dir   string
@@ -34,8 +36,7 @@ type testbeds struct {
 	mu   sync.Mutex
 	up   map[variant]*sharedTestbed
 	keep bool
-	// busy has a lock for each testbed: one scenario at a time, since each looks for what it has left.
-	busy map[variant]*sync.Mutex
+	boot sync.Once
 }
 
 func newTestbeds(t *testing.T) *testbeds {
@@ -44,12 +45,13 @@ func newTestbeds(t *testing.T) *testbeds {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Not t.TempDir, which would remove what is mounted in a testbed that could not be taken down.
+	// Not t.TempDir, which would remove what is mounted in a testbed that could
+	// not be taken down.
 	dir, err := os.MkdirTemp("/var/tmp", "kata-checkpoint-")
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &testbeds{parts: p, dir: dir, up: map[variant]*sharedTestbed{}, busy: map[variant]*sync.Mutex{}}
+	b := &testbeds{parts: p, dir: dir, up: map[variant]*sharedTestbed{}}
 	t.Cleanup(func() {
 		for v := range b.up {
 			b.down(t, v)
@@ -61,20 +63,7 @@ func newTestbeds(t *testing.T) *testbeds {
 	return b
 }
 
-// lock waits for the variant's testbed, and keeps it until the end of the test.
-func (b *testbeds) lock(t *testing.T, v variant) {
-	t.Helper()
-	b.mu.Lock()
-	if b.busy[v] == nil {
-		b.busy[v] = &sync.Mutex{}
-	}
-	lock := b.busy[v]
-	b.mu.Unlock()
-	lock.Lock()
-	t.Cleanup(lock.Unlock)
-}
-
-// get gives the variant's testbed.
+// get returns the variant's testbed.
 func (b *testbeds) get(t *testing.T, v variant) *sharedTestbed {
 	t.Helper()
 	b.mu.Lock()
@@ -111,6 +100,7 @@ func (b *testbeds) get(t *testing.T, v variant) *sharedTestbed {
 		t.Fatal(err)
 	}
 	t.Logf("testbed %s is up after %s", v.name(), time.Since(start).Round(time.Millisecond))
+	b.boot.Do(func() { observeBoot(ctx, t, b.up[v].engine) })
 	return b.up[v]
 }
 
@@ -122,7 +112,7 @@ func (b *testbeds) leave(v variant) {
 	b.keep = true
 }
 
-// take gives the variant's testbed to somebody who takes it away.
+// take hands the variant's testbed to whoever takes it down.
 func (b *testbeds) take(v variant) *sharedTestbed {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -131,7 +121,7 @@ func (b *testbeds) take(v variant) *sharedTestbed {
 	return bed
 }
 
-// down takes the variant's testbed away and checks that it is gone.
+// down takes the variant's testbed down and checks that it is gone.
 func (b *testbeds) down(t *testing.T, v variant) {
 	t.Helper()
 	bed := b.take(v)
@@ -139,7 +129,7 @@ func (b *testbeds) down(t *testing.T, v variant) {
 	if bed.cri != nil {
 		bed.cri.Close()
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), paced(time.Minute))
 	defer cancel()
 	if err := bed.Down(ctx); err != nil {
 		t.Errorf("take down %s: %v", v.name(), err)
