@@ -26,6 +26,9 @@ const nriTimeout = 2 * time.Minute
 
 // TestNRI runs the plugin's binary against the version of NRI that each release of containerd carries.
 func TestNRI(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds a program for each release of containerd, which takes minutes: not with -short")
+	}
 	p, err := parts.Find()
 	if err != nil {
 		t.Fatal(err)
