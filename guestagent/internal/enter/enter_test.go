@@ -77,6 +77,9 @@ func TestStart(t *testing.T) {
 	t.Run("init", func(t *testing.T) {
 		testInit(t, helper, target, cgroup)
 	})
+	t.Run("terminal", func(t *testing.T) {
+		testTerminal(t, helper, target, cgroup)
+	})
 	t.Run("missing command", func(t *testing.T) {
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 		if err != nil {
@@ -89,6 +92,45 @@ func TestStart(t *testing.T) {
 			t.Errorf("Run = %v", err)
 		}
 	})
+}
+
+// testTerminal checks that a process has the terminal that is its stdio as its
+// controlling one.
+func testTerminal(t *testing.T, helper string, target int, cgroup string) {
+	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Skip("needs terminals: ", err)
+	}
+	ours := os.NewFile(uintptr(fd), "ptmx")
+	defer ours.Close()
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	number, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := os.OpenFile("/dev/pts/"+strconv.Itoa(number), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	// The session and the device number of the terminal (proc(5)). A pts has the
+	// major number 136.
+	p := specs.Process{Terminal: true, Env: []string{"PATH=/bin:/usr/bin"}, Args: []string{"cut", "-d", " ", "-f", "6,7", "/proc/self/stat"}}
+	pid, err := startOn(t, helper, request(t, target, cgroup, p), [3]*os.File{theirs, theirs, theirs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reap(pid)
+	line, err := bufio.NewReader(ours).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	session, terminal, _ := strings.Cut(strings.TrimSpace(line), " ")
+	if want := strconv.FormatUint(unix.Mkdev(136, uint32(number)), 10); session == "0" || terminal != want {
+		t.Errorf("its session is %s and its terminal %s, want %s", session, terminal, want)
+	}
 }
 
 // testInit checks that an init is PID 1 of a PID namespace below the target's,
