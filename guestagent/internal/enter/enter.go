@@ -153,32 +153,39 @@ func (p *Prepared) Run(helper string, stdio [3]int) (int, error) {
 		return 0, fmt.Errorf("exec: read the report: %w", err)
 	}
 	pid, err := p.parse(report)
-	if err != nil && pid != 0 && !p.init {
-		reap(pid)
+	if err != nil {
+		if pid != 0 && !p.init {
+			reap(pid)
+		}
+		return 0, err
 	}
-	return pid, err
+	return pid, nil
 }
 
 // parse reads what became of the process: a line with its pid, and one with
-// what failed.
+// what failed. They come from two processes, in any order. A process that has
+// failed is returned with the error: it is to be reaped, without which its PID
+// namespace would not end.
 func (p *Prepared) parse(report string) (int, error) {
 	pid := 0
+	var failed error
 	for line := range strings.Lines(report) {
 		kind, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
 		value, step, _ := strings.Cut(rest, " ")
 		n, err := strconv.Atoi(value)
-		if err != nil {
-			return pid, fmt.Errorf("exec: report %q: %w", line, err)
+		switch {
+		case err != nil:
+			failed = errors.Join(failed, fmt.Errorf("exec: report %q: %w", line, err))
+		case kind == "pid":
+			pid = n
+		default:
+			failed = errors.Join(failed, p.failure(step, syscall.Errno(n)))
 		}
-		if kind != "pid" {
-			return pid, p.failure(step, syscall.Errno(n))
-		}
-		pid = n
 	}
-	if pid == 0 {
-		return 0, errors.New("exec: the new process ended before it ran")
+	if failed == nil && pid == 0 {
+		failed = errors.New("exec: the new process exited before it ran")
 	}
-	return pid, nil
+	return pid, failed
 }
 
 // failure words what failed. What is wrong with the command is the caller's.

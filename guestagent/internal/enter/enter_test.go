@@ -94,6 +94,33 @@ func TestStart(t *testing.T) {
 	})
 }
 
+// The pid of a process that has failed is found wherever it is in the report:
+// one that nobody reaps keeps the container's PID namespace, and so the
+// container, from ending.
+func TestParse(t *testing.T) {
+	p := &Prepared{command: "c"}
+	for report, want := range map[string]struct {
+		pid int
+		err string
+	}{
+		"pid 7 \n":                             {7, ""},
+		"pid 7 \nerrno 2 exec\n":               {7, `exec "c": executable file not found in the container`},
+		"errno 2 exec\npid 7 \n":               {7, `exec "c": executable file not found in the container`},
+		"errno 1 set the user\npid 7 \n":       {7, "exec: set the user: operation not permitted"},
+		"errno 22 enter the container's uts\n": {0, "exec: enter the container's uts: invalid argument"},
+		"":                                     {0, "exec: the new process exited before it ran"},
+	} {
+		pid, err := p.parse(report)
+		text := ""
+		if err != nil {
+			text = err.Error()
+		}
+		if pid != want.pid || text != want.err {
+			t.Errorf("parse(%q) = %d, %q, want %d, %q", report, pid, text, want.pid, want.err)
+		}
+	}
+}
+
 // testTerminal checks that a process has the terminal that is its stdio as its
 // controlling one.
 func testTerminal(t *testing.T, helper string, target int, cgroup string) {
