@@ -58,12 +58,14 @@ func lifecycleAfterRestore(s *scenario) {
 	s.waitExit(restored, workload.TerminatedStatus)
 	s.checkExitEvents(c, workload.TerminatedStatus)
 
-	// One that comes to ignore SIGTERM. Kata kills a first process that does not catch it.
+	// One that comes to ignore SIGTERM, which Kata then leaves alone (rpc.rs, is_signal_handled).
 	c = pod.create(engine.Container{ID: "ignores", Args: []string{workload.Path, "obedient"}})
 	restored = s.restore(c, dir)
 	s.sendCommand(restored, "ignore")
 	s.waitLine(restored.Output, 0, workload.IgnoringLine)
 	s.check(restored.Kill(s.ctx, syscall.SIGTERM))
+	s.waitNumbers(restored.Output, workload.Rounds, len(s.printedNumbers(restored.Output, workload.Rounds))+3)
+	s.check(restored.Kill(s.ctx, syscall.SIGKILL))
 	s.waitExit(restored, 137)
 	s.checkExitEvents(c, 137)
 
