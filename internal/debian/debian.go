@@ -1,10 +1,10 @@
-// Package debian takes packages from a Debian suite that the machine does not
-// run, and unpacks them into a directory without installing anything. The
-// guest bundle's CRIU and the testbed's guest come from such a suite: the one
-// that Debian 12 has does not suffice.
+// Package debian downloads packages from a Debian suite other than the
+// machine's, and unpacks them into a directory without installing anything. The
+// guest bundle's CRIU and the testbed's guest come from such a suite: those of
+// Debian 12 are too old.
 //
-// The work is done by private-apt, a script beside this file, which is also
-// what fetches a Go toolchain for a machine that has none.
+// It is built on private-apt, a script beside this file, which also fetches a
+// Go toolchain for machines without one.
 package debian
 
 import (
@@ -23,14 +23,14 @@ import (
 //go:embed private-apt
 var privateApt string
 
-// Request names what Fetch has to download.
+// Request is what Fetch downloads.
 type Request struct {
 	// Suite is the suite's code name; all packages of a directory are of one
 	// suite.
 	Suite string
-	// Packages are the names of the packages; what they depend on comes along.
+	// Packages are the names of the packages, without their dependencies.
 	Packages []string
-	// Dir holds apt's lists and the archives. It serves as a cache between calls.
+	// Dir is for apt's lists and the archives, a cache between calls.
 	Dir string
 }
 
@@ -42,9 +42,9 @@ type Package struct {
 	Path string
 }
 
-// Fetch downloads packages and all that they depend on, in the order in which
-// dpkg would unpack them. Needs network access to the machine's own Debian
-// mirror unless everything is in the request's directory already and fresh.
+// Fetch downloads packages with their dependencies, and returns them in the
+// order in which dpkg would unpack them. It needs network access to the
+// machine's own Debian mirror, unless everything is cached and fresh.
 func Fetch(ctx context.Context, request Request) ([]Package, error) {
 	args := append([]string{"-c", privateApt, "private-apt", request.Dir, request.Suite, "download"}, request.Packages...)
 	out, err := output(exec.CommandContext(ctx, "bash", args...))
@@ -75,7 +75,7 @@ func (p Package) Unpack(ctx context.Context, dir string) error {
 	return nil
 }
 
-// Files lists what the package holds, as paths relative to a root directory.
+// Files lists the files of the package, relative to a root directory.
 func (p Package) Files(ctx context.Context) ([]string, error) {
 	out, err := output(exec.CommandContext(ctx, "bash", "-c", `set -o pipefail; dpkg-deb --fsys-tarfile "$1" | tar -t`, "list", p.Path))
 	if err != nil {
@@ -88,17 +88,17 @@ func (p Package) Files(ctx context.Context) ([]string, error) {
 	return files, nil
 }
 
-// parsePath takes a package's name and version from an archive's file name,
+// parsePath parses a package's name and version from the name of an archive,
 // NAME_VERSION_ARCHITECTURE.deb, in which apt writes a colon as %3a.
 func parsePath(path string) (Package, error) {
 	fields := strings.Split(strings.TrimSuffix(filepath.Base(path), ".deb"), "_")
 	if len(fields) != 3 {
-		return Package{}, fmt.Errorf("%q is no Debian archive's name", path)
+		return Package{}, fmt.Errorf("%q is not the name of a Debian archive", path)
 	}
 	return Package{Name: fields[0], Version: strings.ReplaceAll(fields[1], "%3a", ":"), Path: path}, nil
 }
 
-// output runs a command; its error is what the command said on stderr.
+// output runs a command. The error includes its stderr.
 func output(cmd *exec.Cmd) ([]byte, error) {
 	out, err := cmd.Output()
 	var exit *exec.ExitError

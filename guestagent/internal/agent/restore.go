@@ -244,7 +244,7 @@ func waitPlaceholder(ctx context.Context, init process) error {
 		if !init.alive() {
 			return errors.New("the placeholder has exited")
 		}
-		if cmd, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", init.PID)); err == nil && isPlaceholder(string(cmd)) {
+		if args, err := procfs.Cmdline(init.PID); err == nil && isPlaceholder(args) {
 			return nil
 		}
 		select {
@@ -255,8 +255,7 @@ func waitPlaceholder(ctx context.Context, init process) error {
 	}
 }
 
-func isPlaceholder(cmdline string) bool {
-	args := strings.Split(strings.TrimSuffix(cmdline, "\x00"), "\x00")
+func isPlaceholder(args []string) bool {
 	return len(args) == 2 && args[1] == api.PlaceholderMode
 }
 

@@ -1,6 +1,6 @@
-// Command notice writes NOTICE: what of others is inside the binaries and the
-// guest bundle that an operator gets, and under which licences. It runs in the
-// module's root, after the guest bundle's CRIU was built.
+// Command notice writes NOTICE: the third-party software in the binaries and
+// the guest bundle that operators install, and its licences. It runs in the
+// module's root, after the guest bundle's CRIU has been built.
 package main
 
 import (
@@ -36,7 +36,7 @@ func write() error {
 	return os.WriteFile(noticeFile, text, 0o644)
 }
 
-// notice is what NOTICE has to say of the module in a directory.
+// notice returns the content of NOTICE for the module in a directory.
 func notice(root string) ([]byte, error) {
 	modules, err := moduleList(root)
 	if err != nil {
