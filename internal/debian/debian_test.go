@@ -11,7 +11,7 @@ func TestParsePath(t *testing.T) {
 	}{
 		{path: "/apt/criu_4.2.1-1_amd64.deb", name: "criu", version: "4.2.1-1"},
 		{path: "/apt/libgmp10_2%3a6.3.0+dfsg-5+b2_amd64.deb", name: "libgmp10", version: "2:6.3.0+dfsg-5+b2"},
-		{path: "/apt/lock", err: "no Debian archive"},
+		{path: "/apt/lock", err: "not the name of a Debian archive"},
 	} {
 		p, err := parsePath(c.path)
 		if c.err != "" {
