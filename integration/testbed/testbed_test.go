@@ -35,7 +35,8 @@ func TestParseMount(t *testing.T) {
 	}
 }
 
-// A console is a shell on a socket here, as the stand-in's agent has it; the guest's pid 1 gives it a terminal, which script(1) does here.
+// A console is a shell on a socket here, as the stand-in's agent has it; the
+// guest's pid 1 gives it a terminal, which script(1) does here.
 func TestConsoleExec(t *testing.T) {
 	for _, console := range []struct {
 		name    string
@@ -159,7 +160,8 @@ func TestProcessesAreTheTestbeds(t *testing.T) {
 				_ = cmd.Process.Kill()
 				_ = cmd.Wait()
 			}()
-			// Start returns a moment before the kernel shows the new program's arguments.
+			// Start returns a moment before the kernel shows the new program's
+			// arguments.
 			for deadline := time.Now().Add(hang); time.Now().Before(deadline); {
 				if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid)); len(cmdline) > 0 {
 					break

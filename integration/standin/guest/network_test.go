@@ -15,7 +15,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/internal/thread"
 )
 
-// TestTheGuestTakesItsInterfacesOver: two cards, each with the name that the other one is to have.
+// TestTheGuestTakesItsInterfacesOver: two cards, each with the name that the
+// other one is to have.
 func TestTheGuestTakesItsInterfacesOver(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("network namespaces are root's")

@@ -18,7 +18,8 @@ import (
 	"time"
 )
 
-// The test binary is also the fake QEMU and the fake vsock daemon, which their arguments tell apart, and a server to be killed.
+// The test binary is also the fake QEMU and the fake vsock daemon, which their
+// arguments tell apart, and a server to be killed.
 func TestMain(m *testing.M) {
 	switch record := os.Getenv("VMM_TEST_RECORD"); {
 	case record == "":
@@ -52,7 +53,8 @@ func fakeSettings(logs, record string) (Settings, error) {
 	return Settings{QEMU: os.Args[0], VhostDeviceVsock: os.Args[0], LogDir: logs, Env: []string{"VMM_TEST_RECORD=" + record}}.withDefaults()
 }
 
-// fakeQEMU notes its arguments and the monitor's commands in the file record, and shows the ready sign once the file record.ready exists.
+// fakeQEMU notes its arguments and the monitor's commands in the file record,
+// and shows the ready sign once the file record.ready exists.
 func fakeQEMU(record string) {
 	out, _ := os.OpenFile(record, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	fmt.Fprintf(out, "pid %d args %q\n", os.Getpid(), os.Args[1:])
@@ -81,7 +83,8 @@ func fakeQEMU(record string) {
 	}
 }
 
-// fakeVsockDaemon answers CONNECT and sends back, after the end of what it gets, how much that was.
+// fakeVsockDaemon answers CONNECT and sends back, after the end of what it
+// gets, how much that was.
 func fakeVsockDaemon() {
 	if err := os.WriteFile(os.Getenv("VMM_TEST_RECORD")+".vsock", []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
 		panic(err)
@@ -185,7 +188,8 @@ func (f *fixture) waitRecorded(what string) {
 	eventually(f.t, fmt.Sprintf("%q is in %s", what, f.record), func() bool { return strings.Contains(f.recorded(), what) })
 }
 
-// call makes one request, with files beside it, and returns the status line's rest and the body.
+// call makes one request, with files beside it, and returns the status line's
+// rest and the body.
 func (f *fixture) call(method, name, body string, files ...*os.File) (status, answer string) {
 	f.t.Helper()
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: f.api, Net: "unix"})
