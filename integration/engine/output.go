@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 )
 
@@ -52,7 +53,7 @@ func (o *Output) Lines() []string {
 func (o *Output) Wait(ctx context.Context, condition func(lines []string) (bool, error)) error {
 	for {
 		o.mu.Lock()
-		lines, more := o.lines[:len(o.lines):len(o.lines)], o.more
+		lines, more := slices.Clip(o.lines), o.more
 		o.mu.Unlock()
 		if ok, err := condition(lines); ok || err != nil {
 			return err

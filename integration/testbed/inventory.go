@@ -126,6 +126,8 @@ func links(dir string) []string {
 // the mounts of every mount namespace that a process is in, the files on those
 // of them that are in memory, and cgroups. Kernel threads and the script itself
 // are not listed.
+//
+//nolint:dupword // a shell script
 const guestInventory = `
 seen=
 for p in /proc/[0-9]*; do

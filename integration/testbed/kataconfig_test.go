@@ -1,6 +1,7 @@
 package testbed
 
 import (
+	"maps"
 	"strings"
 	"testing"
 
@@ -65,9 +66,7 @@ func TestDeriveKataConfig(t *testing.T) {
 			"virtio_fs_daemon": "/d/bin/testbed-virtiofsd", "valid_virtio_fs_daemon_paths": []any{"/d/bin/testbed-virtiofsd"},
 			"default_memory": int64(1536), "disable_seccomp": true,
 		}
-		for k, v := range more {
-			out[k] = v
-		}
+		maps.Copy(out, more)
 		return out
 	}
 	for _, tc := range []struct {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -75,8 +76,8 @@ func unmountBelow(dir string) error {
 		return err
 	}
 	var errs []error
-	for i := len(all) - 1; i >= 0; i-- {
-		path := all[i].path
+	for _, a := range slices.Backward(all) {
+		path := a.path
 		if path != dir && !strings.HasPrefix(path, dir+"/") {
 			continue
 		}

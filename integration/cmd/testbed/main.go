@@ -18,7 +18,7 @@ import (
 )
 
 const usage = `usage:
-  testbed build                 build everything that a testbed needs
+  testbed build                 compile and pack everything that a testbed needs
   testbed build-kubelet         build the kubelet for the scenario kubelet-checkpoint-api
   testbed build-docker          build docker and dockerd for the scenario docker-life
   testbed up --dir DIR [...]    start a testbed and print its environment for a shell (testbed up -h: options)

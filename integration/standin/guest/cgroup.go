@@ -76,7 +76,7 @@ func (c cgroup) pids() ([]int, error) {
 		return nil, fmt.Errorf("list the processes of cgroup %s: %w", c, err)
 	}
 	var pids []int
-	for _, line := range strings.Fields(string(raw)) {
+	for line := range strings.FieldsSeq(string(raw)) {
 		if pid, err := strconv.Atoi(line); err == nil && pid > 0 {
 			pids = append(pids, pid)
 		}

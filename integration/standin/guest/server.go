@@ -14,6 +14,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -67,12 +68,7 @@ func debugConsoleWanted() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("read the command line: %w", err)
 	}
-	for _, word := range strings.Fields(string(raw)) {
-		if word == "agent.debug_console" {
-			return true, nil
-		}
-	}
-	return false, nil
+	return slices.Contains(strings.Fields(string(raw)), "agent.debug_console"), nil
 }
 
 // service maps requests to calls, and errors to gRPC codes.

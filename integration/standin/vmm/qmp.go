@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -90,16 +91,16 @@ func (q *qmp) exchange(command string, arguments any, files []*os.File) error {
 // plugNIC adds a network card to a running machine, in hotplug slot number
 // slot. Card numbers continue those on the command line.
 func (q *qmp) plugNIC(n netConfig, taps []*os.File, number, slot int) error {
-	names := ""
+	var names strings.Builder
 	for i, tap := range taps {
 		name := fmt.Sprintf("tap%d.%d", number, i)
 		if err := q.execute("getfd", map[string]any{"fdname": name}, tap); err != nil {
 			return err
 		}
 		if i > 0 {
-			names += ":"
+			names.WriteString(":")
 		}
-		names += name
+		names.WriteString(name)
 	}
 	netdev := map[string]any{"type": "tap", "id": fmt.Sprintf("net%d", number)}
 	device := map[string]any{
@@ -110,9 +111,9 @@ func (q *qmp) plugNIC(n netConfig, taps []*os.File, number, slot int) error {
 		device["mac"] = n.MAC
 	}
 	if len(taps) == 1 {
-		netdev["fd"] = names
+		netdev["fd"] = names.String()
 	} else {
-		netdev["fds"] = names
+		netdev["fds"] = names.String()
 		device["mq"], device["vectors"] = true, 2*len(taps)+2
 	}
 	if err := q.execute("netdev_add", netdev); err != nil {
