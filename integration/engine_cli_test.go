@@ -45,7 +45,8 @@ func (c *command) mustRun(args ...string) string {
 	return out
 }
 
-// waitCount waits until a container's log has so many numbers, and checks that none is lost or doubled.
+// waitCount waits until a container's log has so many numbers, and checks that
+// none is lost or doubled.
 func (c *command) waitCount(container string, atLeast int) int {
 	c.Helper()
 	var numbers []int
@@ -61,7 +62,8 @@ func (c *command) waitCount(container string, atLeast int) int {
 	return len(numbers)
 }
 
-// startDaemon runs a program in a directory of its own until the scenario's end, and gives the name of its log.
+// startDaemon runs a program in a directory of its own until the scenario's
+// end, and gives the name of its log.
 func (s *scenario) startDaemon(dir, program string, args ...string) (log string) {
 	s.Helper()
 	s.check(os.MkdirAll(dir, 0o700))

@@ -25,12 +25,13 @@ import (
 
 // Limits, for [paced] and what calls it.
 const (
-	// scenarioTimeout ends a scenario that waits in vain: all its waits end then.
+	// scenarioTimeout ends a scenario that waits in vain: all its waits end
+	// then.
 	scenarioTimeout = 4 * time.Minute
 	// settleTimeout is for what disappears on its own after its container.
 	settleTimeout = 10 * time.Second
-	// answerTimeout is for the answer to a call whose helper was killed, and for
-	// the end of a task whose VM was.
+	// answerTimeout is for the answer to a call whose helper was killed, and
+	// for the end of a task whose VM was.
 	answerTimeout = time.Minute
 	// cleanUpTimeout is for the removal of all that a scenario has made.
 	cleanUpTimeout = 2 * time.Minute

@@ -20,18 +20,20 @@ import (
 // guestStops is where the agent looks for the phases to stop at.
 const guestStops = api.StateDir + "/stop"
 
-// findAgent is a script that sets $agent to the agent's pid. It starts no process, which takes long in an emulated guest.
+// findAgent is a script that sets $agent to the agent's pid. It starts no
+// process, which takes long in an emulated guest.
 const findAgent = `agent=; for p in /proc/[0-9]*; do read n 2>/dev/null <$p/comm && [ "$n" = kata-checkpoint ] && agent=${p#/proc/} && break; done
 [ -n "$agent" ] || { echo no agent; exit 1; }
 `
 
-// findCRIU sets $criu to the pid of the agent's CRIU, as soon as there is one. The files of children have no newline, which read takes for
-// a failure.
+// findCRIU sets $criu to the pid of the agent's CRIU, as soon as there is one.
+// The files of children have no newline, which read takes for a failure.
 const findCRIU = `criu=; while [ -z "$criu" ]; do for f in /proc/$agent/task/*/children; do
 read criu rest 2>/dev/null <$f; [ -n "$criu" ] && read n 2>/dev/null </proc/$criu/comm && [ "$n" = criu ] && break; criu=; done; done
 `
 
-// midway are conditions for CRIU to be in the middle of its work: it has written pages, or made a process.
+// midway are conditions for CRIU to be in the middle of its work: it has
+// written pages, or made a process.
 var midway = map[string]string{
 	"checkpoint": `until set -- /run/kata-checkpoint/exchange/*/checkpoint-*/pages-1.img; [ -s "$1" ]; do :; done
 `,
@@ -40,8 +42,9 @@ until { read a; read b; } <"/sys/fs/cgroup${l#0::}/cgroup.procs"; do :; done
 `,
 }
 
-// afterAnswer is a script that runs commands once the shell that has run it has ended, which it does when its answer has come. What they kill in
-// the guest may end the VM: a restore that fails takes it away.
+// afterAnswer is a script that runs commands once the shell that has run it has
+// ended, which it does when its answer has come. What they kill in the guest
+// may end the VM: a restore that fails takes it away.
 func afterAnswer(commands string) string {
 	return "{ while [ -e /proc/$PPID/exe ]; do sleep 0.02; done; " + commands + "; } </dev/null >/dev/null 2>&1 &"
 }
@@ -69,7 +72,8 @@ func (k *killer) stopFiles() []string {
 	return found
 }
 
-// arm has an operation stop at a trial's point. The guest of a restore does not exist yet: it is told once it does.
+// arm has an operation stop at a trial's point. The guest of a restore does not
+// exist yet: it is told once it does.
 func (k *killer) arm(t trial) {
 	k.Helper()
 	switch {
@@ -171,7 +175,8 @@ func (k *killer) pid(victim string) int {
 	return pids[0]
 }
 
-// sockets are those of the shim under test: its address, as containerd has it, and what else is named after it.
+// sockets are those of the shim under test: its address, as containerd has it,
+// and what else is named after it.
 func (k *killer) sockets() []string {
 	k.Helper()
 	data, err := os.ReadFile(filepath.Join(k.testbed.Dir, "run/io.containerd.runtime.v2.task", testbed.Namespace, k.c.ID(), "bootstrap.json"))

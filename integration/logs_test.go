@@ -8,10 +8,12 @@ import (
 	"time"
 )
 
-// agentLog is where the guest agent's log and, below it, those of CRIU's runs are in a guest.
+// agentLog is where the guest agent's log and, below it, those of CRIU's runs
+// are in a guest.
 const agentLog = "tail -n 40 /run/kata-checkpoint/agent.log"
 
-// attachLogs writes the ends of all logs that may say why a scenario failed to the test's.
+// attachLogs writes the ends of all logs that may say why a scenario failed to
+// the test's.
 func (s *scenario) attachLogs() {
 	if data, err := os.ReadFile(s.testbed.ContainerdLog()); err == nil {
 		if int64(len(data)) > s.logStart {

@@ -24,7 +24,8 @@ import (
 // registration after NRI's first wait for a plugin that does not answer.
 const nriTimeout = 2 * time.Minute
 
-// TestNRI runs the plugin's binary against the version of NRI that each release of containerd carries.
+// TestNRI runs the plugin's binary against the version of NRI that each release
+// of containerd carries.
 func TestNRI(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds a program for each release of containerd, which takes minutes: not with -short")
@@ -69,7 +70,8 @@ func (b nriBench) on(t *testing.T) *nriBench {
 	return &b
 }
 
-// service: the plugin waits for containerd, and comes back after whatever has parted the two. In between, containers are created as they are.
+// service: the plugin waits for containerd, and comes back after whatever has
+// parted the two. In between, containers are created as they are.
 func (b *nriBench) service() {
 	plugin := b.startPlugin()
 	runtime := b.startRuntime()
@@ -100,14 +102,16 @@ func (b *nriBench) service() {
 	runtime.checkUnadjusted()
 }
 
-// preinstalled: NRI starts the plugin, which is there for the first container, and ends with the runtime.
+// preinstalled: NRI starts the plugin, which is there for the first container,
+// and ends with the runtime.
 func (b *nriBench) preinstalled() {
 	installed := filepath.Join(b.dir, "plugins/90-kata-checkpoint")
 	b.check(os.Mkdir(filepath.Dir(installed), 0o700))
 	data, err := os.ReadFile(b.plugin)
 	b.check(err)
 	b.check(os.WriteFile(installed, data, 0o700))
-	// What NRI starts gets no environment: the defaults hold, and /etc/kata-checkpoint/config.toml, if it is there.
+	// What NRI starts gets no environment: the defaults hold, and
+	// /etc/kata-checkpoint/config.toml, if it is there.
 	runtime := b.startRuntime()
 	b.checkAdjusted(runtime.create("kata-checkpoint"))
 	if a := runtime.create("runc"); len(a.GetMounts()) > 0 || len(a.GetAnnotations()) > 0 {
@@ -224,7 +228,8 @@ func (b *nriBench) startRuntime() *nriRuntime {
 	cmd := exec.Command(b.runtime, "--dir", b.dir, "--containerd", b.release)
 	in, err := cmd.StdinPipe()
 	b.check(err)
-	// Not StdoutPipe, which the process's end closes while there is something to read.
+	// Not StdoutPipe, which the process's end closes while there is something
+	// to read.
 	out, write, err := os.Pipe()
 	b.check(err)
 	b.Cleanup(func() { out.Close() })

@@ -17,7 +17,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/standin/netns"
 )
 
-// podLink is what a network plugin makes for a pod: a network namespace with an interface, eth0, whose other end is on the node.
+// podLink is what a network plugin makes for a pod: a network namespace with an
+// interface, eth0, whose other end is on the node.
 type podLink struct {
 	namespace *netns.Namespace
 	link      string // the node's end
@@ -27,7 +28,8 @@ type podLink struct {
 
 var linkMask = net.CIDRMask(30, 32)
 
-// mtu of a link is not the usual one, so that it tells whether the guest has been told.
+// mtu of a link is not the usual one, so that it tells whether the guest has
+// been told.
 const mtu = 1420
 
 // linkPath is a path for a link's namespace that nobody else has.
@@ -35,7 +37,8 @@ func linkPath() string {
 	return filepath.Join(netns.Dir, "kata-checkpoint-test-"+hex.EncodeToString(random(4)))
 }
 
-// connectedLink makes one with addresses of its own, which goes with the scenario if not before.
+// connectedLink makes one with addresses of its own, which goes with the
+// scenario if not before.
 func (s *scenario) connectedLink(path string) *podLink {
 	s.Helper()
 	w := s.unconnectedLink()
@@ -47,10 +50,12 @@ func (s *scenario) connectedLink(path string) *podLink {
 	return w
 }
 
-// unconnectedLink makes a link whose second end is on the node, too, until somebody takes it.
+// unconnectedLink makes a link whose second end is on the node, too, until
+// somebody takes it.
 func (s *scenario) unconnectedLink() *podLink {
 	s.Helper()
-	// One of the 32768 nets of four addresses in 198.18.0.0/15, which is for tests and nobody's.
+	// One of the 32768 nets of four addresses in 198.18.0.0/15, which is for
+	// tests and nobody's.
 	net4 := 198<<24 | 18<<16 | uint32(binary.BigEndian.Uint16(random(2))>>1)<<2
 	address := func(n uint32) net.IP { return binary.BigEndian.AppendUint32(nil, net4+n) }
 	w := &podLink{node: address(1), pod: address(2), link: "kct" + hex.EncodeToString(random(4)), mac: append(net.HardwareAddr{0x02}, random(5)...)}
@@ -115,8 +120,9 @@ func (w *podLink) connect() error {
 	})
 }
 
-// reconnect makes the link of use again for another VM, as it was: what Kata does to its namespace it does not take back, and its Go shim leaves
-// the interface down, which has no routes then.
+// reconnect makes the link of use again for another VM, as it was: what Kata
+// does to its namespace it does not take back, and its Go shim leaves the
+// interface down, which has no routes then.
 func (w *podLink) reconnect() error {
 	return w.namespace.Do(func() error {
 		peer, err := netlink.LinkByName("eth0")
@@ -130,7 +136,8 @@ func (w *podLink) reconnect() error {
 	})
 }
 
-// recreateLink makes the link anew, with the same addresses: what Kata did to its namespace it does not take back.
+// recreateLink makes the link anew, with the same addresses: what Kata did to
+// its namespace it does not take back.
 func (s *scenario) recreateLink(w *podLink) {
 	s.Helper()
 	path := w.namespace.Path
@@ -143,7 +150,8 @@ func (s *scenario) recreateLink(w *podLink) {
 	s.step("made %s anew", path)
 }
 
-// hooks connect the link as those of nerdctl do: once there is a VMM, to the network namespace that it is in.
+// hooks connect the link as those of nerdctl do: once there is a VMM, to the
+// network namespace that it is in.
 func (w *podLink) hooks() *specs.Hooks {
 	inside := []string{
 		fmt.Sprintf("link set %s name eth0 mtu %d", w.peer(), mtu), fmt.Sprintf("addr add %s/30 dev eth0", w.pod), "link set eth0 up",

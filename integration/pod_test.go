@@ -12,7 +12,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// pod is a VM for several containers, as the CRI makes it: a sandbox's container comes first.
+// pod is a VM for several containers, as the CRI makes it: a sandbox's
+// container comes first.
 type pod struct {
 	s       *scenario
 	sandbox client.Container

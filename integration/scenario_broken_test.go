@@ -15,7 +15,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// damages are what can be wrong with an image set, and the words with which a restore is refused.
+// damages are what can be wrong with an image set, and the words with which a
+// restore is refused.
 var damages = []struct {
 	name  string
 	do    func(dir string) error
@@ -42,7 +43,8 @@ var damages = []struct {
 	}, []string{"/etc/passwd", "not allowed"}},
 }
 
-// brokenImages: of an image set that is not whole nothing is started, and the refusal says what is wrong with it.
+// brokenImages: of an image set that is not whole nothing is started, and the
+// refusal says what is wrong with it.
 func brokenImages(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)

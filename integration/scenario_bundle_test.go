@@ -14,12 +14,14 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// refusedGuestBundle: what is installed for the guest is not what the shim needs, and the refusal says what is wrong with it. A container
-// that was started without a need of what is missing goes on running.
+// refusedGuestBundle: what is installed for the guest is not what the shim
+// needs, and the refusal says what is wrong with it. A container that was
+// started without a need of what is missing goes on running.
 func refusedGuestBundle(s *scenario) {
 	bundle := s.guestBundle()
 
-	// An agent built from the sources as they are, but for the version of the protocol.
+	// An agent built from the sources as they are, but for the version of the
+	// protocol.
 	other := s.buildOtherAgent()
 	for _, name := range []string{"bin/kata-checkpoint-agent", "hooks/prestart/kata-checkpoint-agent-hook"} {
 		s.check(bundle.replace(name, func(to string) error { return parts.CopyFile(other, to) }))
@@ -47,8 +49,9 @@ func refusedGuestBundle(s *scenario) {
 	s.checkRefused("no CRIU", run, s.newDir(), "no CRIU", "install the whole guest bundle")
 	s.checkKeepsRunning(run)
 
-	// A program in CRIU's place that answers as one does which is too old, or which finds that the kernel lacks what it needs. The agent asks
-	// its CRIU once: it is ended, and another one comes in its place.
+	// A program in CRIU's place that answers as one does which is too old, or
+	// which finds that the kernel lacks what it needs. The agent asks its CRIU
+	// once: it is ended, and another one comes in its place.
 	for name, tc := range map[string]struct {
 		answers map[string]any
 		words   []string
@@ -73,13 +76,15 @@ func refusedGuestBundle(s *scenario) {
 	s.step("whole again")
 }
 
-// installedBundle is the guest bundle of a testbed, on the host: guests see it as it is.
+// installedBundle is the guest bundle of a testbed, on the host: guests see it
+// as it is.
 type installedBundle struct {
 	dir, aside string
 	replaced   []string
 }
 
-// guestBundle gives the testbed's bundle, which is put back as it was at the scenario's end.
+// guestBundle gives the testbed's bundle, which is put back as it was at the
+// scenario's end.
 func (s *scenario) guestBundle() *installedBundle {
 	s.Helper()
 	aside, err := os.MkdirTemp(filepath.Join(s.testbed.Dir, "tmp"), "bundle-")
@@ -96,7 +101,8 @@ func (s *scenario) guestBundle() *installedBundle {
 	return b
 }
 
-// replace moves a file or directory of the bundle away and has another made in its place.
+// replace moves a file or directory of the bundle away and has another made in
+// its place.
 func (b *installedBundle) replace(name string, put func(to string) error) error {
 	at := filepath.Join(b.dir, name)
 	if err := os.Rename(at, filepath.Join(b.aside, fmt.Sprint(len(b.replaced)))); err != nil {
@@ -121,7 +127,8 @@ func (b *installedBundle) putBack() error {
 	return nil
 }
 
-// makeCRIU puts the program into the directory of a bundle's CRIU, with its answers.
+// makeCRIU puts the program into the directory of a bundle's CRIU, with its
+// answers.
 func makeCRIU(dir string, answers map[string]any) error {
 	p, err := parts.Find()
 	if err != nil {
@@ -141,7 +148,8 @@ func makeCRIU(dir string, answers map[string]any) error {
 	return os.WriteFile(filepath.Join(bin, "answers.json"), data, 0o644)
 }
 
-// buildOtherAgent builds the agent of a release that has the next version of the protocol.
+// buildOtherAgent builds the agent of a release that has the next version of
+// the protocol.
 func (s *scenario) buildOtherAgent() string {
 	s.Helper()
 	const file = "../internal/api/api.go"
@@ -171,8 +179,8 @@ func (s *scenario) buildOtherAgent() string {
 	return out
 }
 
-// restartAgent ends the agent in a pod's guest, once the guest sees the bundle as it now is on the host. The shim starts a new one when it
-// next needs one.
+// restartAgent ends the agent in a pod's guest, once the guest sees the bundle
+// as it now is on the host. The shim starts a new one when it next needs one.
 func (s *scenario) restartAgent(p *pod) {
 	s.Helper()
 	criu, err := os.ReadFile(filepath.Join(s.testbed.Dir, "bundle/criu/bin/criu"))

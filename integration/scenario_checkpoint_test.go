@@ -12,7 +12,8 @@ func counter(id string) engine.Container {
 	return engine.Container{ID: id, Args: []string{workload.Path, "counter"}}
 }
 
-// exitAndRestore: a container that is checkpointed and ended by ctr goes on in another VM as if nothing had been.
+// exitAndRestore: a container that is checkpointed and ended by ctr goes on in
+// another VM as if nothing had been.
 func exitAndRestore(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -33,7 +34,8 @@ func exitAndRestore(s *scenario) {
 	s.checkExitEvents(c, 137, 137) // of the checkpoint, and of the removal: one each
 }
 
-// leaveRunning: a checkpoint in passing costs the container nothing, and what it saved, memory and files, is of one instant.
+// leaveRunning: a checkpoint in passing costs the container nothing, and what
+// it saved, memory and files, is of one instant.
 func leaveRunning(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -61,7 +63,8 @@ func leaveRunning(s *scenario) {
 	s.check(s.engine.Client.ImageService().Delete(s.ctx, reference))
 }
 
-// pausedBefore: a pause is the user's. A checkpoint neither ends it nor needs to make one of its own.
+// pausedBefore: a pause is the user's. A checkpoint neither ends it nor needs
+// to make one of its own.
 func pausedBefore(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -77,7 +80,8 @@ func pausedBefore(s *scenario) {
 	s.checkStatus(first, client.Running)
 	s.checkConsecutive(1, s.waitNumbers(first.Output, workload.Ticks, len(at)+5))
 
-	// An image set of a paused container is as good as any, and a paused container can be removed.
+	// An image set of a paused container is as good as any, and a paused
+	// container can be removed.
 	s.check(first.Pause(s.ctx))
 	dir := s.checkpoint(first, false)
 	s.check(s.engine.EndTask(s.ctx, c))
@@ -88,7 +92,8 @@ func pausedBefore(s *scenario) {
 	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Ticks, 5)...))
 }
 
-// sharedAndPrivateMounts: it makes no difference whether mounts in the guest are shared, as systemd makes them, or private.
+// sharedAndPrivateMounts: it makes no difference whether mounts in the guest
+// are shared, as systemd makes them, or private.
 func sharedAndPrivateMounts(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -102,8 +107,8 @@ func sharedAndPrivateMounts(s *scenario) {
 	s.checkOtherVM(first, restored)
 }
 
-// shmAndMemory: every byte of memory and of /dev/shm comes back. The checkpoint is taken as nerdctl does it, without options, which ends a
-// container.
+// shmAndMemory: every byte of memory and of /dev/shm comes back. The checkpoint
+// is taken as nerdctl does it, without options, which ends a container.
 func shmAndMemory(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "16"}})
 	first := s.run(c)

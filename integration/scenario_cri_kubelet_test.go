@@ -17,7 +17,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// kubeletConfig is for a kubelet without a cluster: its pods are files. Of the machine it manages nothing.
+// kubeletConfig is for a kubelet without a cluster: its pods are files. Of the
+// machine it manages nothing.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
@@ -46,7 +47,8 @@ type kubelet struct {
 	http    *http.Client
 }
 
-// startKubelet starts one on the testbed's containerd, until the scenario's end.
+// startKubelet starts one on the testbed's containerd, until the scenario's
+// end.
 func (s *scenario) startKubelet(program string) *kubelet {
 	s.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -140,7 +142,8 @@ func (k *kubelet) ticks(name string, n int) []int {
 	return ticks
 }
 
-// kubeletCheckpointAPI: the kubelet's API writes an archive of a container that goes on, and a pod that the kubelet then runs goes on from it.
+// kubeletCheckpointAPI: the kubelet's API writes an archive of a container that
+// goes on, and a pod that the kubelet then runs goes on from it.
 func kubeletCheckpointAPI(s *scenario) {
 	p, err := parts.Find()
 	s.check(err)

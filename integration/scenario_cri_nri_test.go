@@ -17,7 +17,8 @@ func (s *scenario) withoutNRI() {
 	s.step("the NRI plugin has ended")
 }
 
-// isAdjusted tells whether the NRI plugin has seen a container: it leaves a marker.
+// isAdjusted tells whether the NRI plugin has seen a container: it leaves a
+// marker.
 func (s *scenario) isAdjusted(c *cri.Container) bool {
 	s.Helper()
 	spec := s.specOf(c)
@@ -59,7 +60,8 @@ func nriAbsent(s *scenario) {
 	s.checkConsecutive(1, append(before, s.waitTicks(s.runIn(pod, counterNamed("c")), 5)...))
 }
 
-// nriRestarted: the plugin adjusts containers again once it is there again, and when containerd was started anew.
+// nriRestarted: the plugin adjusts containers again once it is there again, and
+// when containerd was started anew.
 func nriRestarted(s *scenario) {
 	pod := s.runPod("adjusted", cri.PodSpec{Annotations: map[string]string{"kata-checkpoint.dev/tcp": "close"}})
 	create := func(name string) *cri.Container {

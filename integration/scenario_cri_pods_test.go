@@ -10,8 +10,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// podTwoContainers: a checkpoint of one container of a pod is none of the others' business. One that ended before them is no trouble, nor is
-// one that is started again.
+// podTwoContainers: a checkpoint of one container of a pod is none of the
+// others' business. One that ended before them is no trouble, nor is one that
+// is started again.
 func podTwoContainers(s *scenario) {
 	pod := s.runPod("two", cri.PodSpec{})
 	setup := s.runIn(pod, cri.ContainerSpec{Name: "setup", Args: []string{"sh", "-c", "echo ready"}})
@@ -33,7 +34,8 @@ func podTwoContainers(s *scenario) {
 	before := len(s.waitTicks(two, 1))
 	s.crictl("checkpoint", "--export="+s.archive("one"), one.ID)
 	during := len(s.waitTicks(two, 1)) - before
-	// It counts ten times a second, and slower beside CRIU on a small machine; it would not count at all if it were frozen.
+	// It counts ten times a second, and slower beside CRIU on a small machine;
+	// it would not count at all if it were frozen.
 	if during < 3 {
 		s.Errorf("the other container counted %d times during the checkpoint", during)
 	}
@@ -49,8 +51,9 @@ func podTwoContainers(s *scenario) {
 	s.checkConsecutive(1, s.waitTicks(two, len(s.waitTicks(two, 5))+5))
 }
 
-// podTwoAtOnce: two containers of a pod are checkpointed at the same time, and go on together in another one. They share a pid namespace, as
-// crictl has it where a pod's configuration says nothing.
+// podTwoAtOnce: two containers of a pod are checkpointed at the same time, and
+// go on together in another one. They share a pid namespace, as crictl has it
+// where a pod's configuration says nothing.
 func podTwoAtOnce(s *scenario) {
 	names := []string{"one", "two"}
 	pod := s.runPod("before", cri.PodSpec{SharePIDs: true})
@@ -90,7 +93,8 @@ func podTwoAtOnce(s *scenario) {
 	}
 }
 
-// checkContinuesBetween checks that a restored counter counts on from where it was checkpointed, which was between two numbers.
+// checkContinuesBetween checks that a restored counter counts on from where it
+// was checkpointed, which was between two numbers.
 func (s *scenario) checkContinuesBetween(c *cri.Container, earliest, latest int) []int {
 	s.Helper()
 	ticks := s.waitTicks(c, 5)
@@ -101,7 +105,8 @@ func (s *scenario) checkContinuesBetween(c *cri.Container, earliest, latest int)
 	return ticks
 }
 
-// execProbeOutlivesCheckpoint: a probe every second waits for the thaw and succeeds; the container is not restarted for a checkpoint.
+// execProbeOutlivesCheckpoint: a probe every second waits for the thaw and
+// succeeds; the container is not restarted for a checkpoint.
 func execProbeOutlivesCheckpoint(s *scenario) {
 	pod := s.runPod("probed", cri.PodSpec{})
 	c := s.runIn(pod, cri.ContainerSpec{Name: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "4"}})
@@ -152,7 +157,8 @@ func execProbeOutlivesCheckpoint(s *scenario) {
 	}))
 }
 
-// checkpointctlReadsIt: the program that shows checkpoints shows ours, processes, statistics and mounts included.
+// checkpointctlReadsIt: the program that shows checkpoints shows ours,
+// processes, statistics and mounts included.
 func checkpointctlReadsIt(s *scenario) {
 	pod := s.runPod("shown", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))

@@ -28,7 +28,8 @@ import (
 
 func baseName(archive string) string { return filepath.Base(archive) }
 
-// fromArchive are the annotations of a pod whose container c starts from an archive.
+// fromArchive are the annotations of a pod whose container c starts from an
+// archive.
 func fromArchive(archive string) map[string]string {
 	return map[string]string{"kata-checkpoint.dev/restore.c": baseName(archive)}
 }
@@ -47,7 +48,8 @@ func (s *scenario) checkpointctl(args ...string) string {
 	return string(out)
 }
 
-// checkpointRunning has a container checkpointed in passing, and gives the numbers between which that was.
+// checkpointRunning has a container checkpointed in passing, and gives the
+// numbers between which that was.
 func (s *scenario) checkpointRunning(c *cri.Container, archive string) (earliest, latest int) {
 	s.Helper()
 	last := func() int {
@@ -61,7 +63,8 @@ func (s *scenario) checkpointRunning(c *cri.Container, archive string) (earliest
 	return earliest, latest
 }
 
-// specOf is the specification that containerd has of a container, after all that has adjusted it.
+// specOf is the specification that containerd has of a container, after all
+// that has adjusted it.
 func (s *scenario) specOf(c *cri.Container) *oci.Spec {
 	s.Helper()
 	ctx := namespaces.WithNamespace(s.ctx, testbed.CRINamespace)
@@ -72,8 +75,9 @@ func (s *scenario) specOf(c *cri.Container) *oci.Spec {
 	return spec
 }
 
-// restoreByAnnotation: an ordinary pod that names an archive goes on where the archive's container was, and is a pod like any other from
-// there on. A container that is started again in it begins afresh.
+// restoreByAnnotation: an ordinary pod that names an archive goes on where the
+// archive's container was, and is a pod like any other from there on. A
+// container that is started again in it begins afresh.
 func restoreByAnnotation(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))
@@ -115,7 +119,8 @@ func restoreByAnnotation(s *scenario) {
 	s.checkInPod(c, "third")
 }
 
-// checkInPod checks what a container sees of its pod: host name, name resolution, address.
+// checkInPod checks what a container sees of its pod: host name, name
+// resolution, address.
 func (s *scenario) checkInPod(c *cri.Container, pod string) {
 	s.Helper()
 	address, err := c.Pod().Address(s.ctx)
@@ -133,8 +138,9 @@ func (s *scenario) checkInPod(c *cri.Container, pod string) {
 	s.step("looked around in %s", c.Name)
 }
 
-// restoreByAnnotationMissing: a pod whose archive cannot be used fails to start its container and says why. Its other containers, and the
-// next one, are not touched by that.
+// restoreByAnnotationMissing: a pod whose archive cannot be used fails to start
+// its container and says why. Its other containers, and the next one, are not
+// touched by that.
 func restoreByAnnotationMissing(s *scenario) {
 	archive := s.archive("other")
 	annotations := fromArchive(archive)
@@ -191,7 +197,8 @@ func changing(name string) cri.ContainerSpec {
 		"echo changed >/etc/passwd; echo added >/etc/added; rm /etc/group; chmod 4755 /etc/added; exec " + workload.Path + " counter"}}
 }
 
-// rootfsDiffApplied: files that the container has changed, added and removed are so after the restore, from the first instruction on.
+// rootfsDiffApplied: files that the container has changed, added and removed
+// are so after the restore, from the first instruction on.
 func rootfsDiffApplied(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, changing("c"))
@@ -204,7 +211,8 @@ func rootfsDiffApplied(s *scenario) {
 	s.checkChangedFiles(c)
 }
 
-// checkChangedFiles checks what a container made by changing has of its files. What a file may do does not come from an archive.
+// checkChangedFiles checks what a container made by changing has of its files.
+// What a file may do does not come from an archive.
 func (s *scenario) checkChangedFiles(c *cri.Container) {
 	s.Helper()
 	out, err := c.Exec(s.ctx, "sh", "-c", "cat /etc/passwd /etc/added; ls /etc/group 2>/dev/null; stat -c %a /etc/added")
@@ -214,7 +222,8 @@ func (s *scenario) checkChangedFiles(c *cri.Container) {
 	}
 }
 
-// restoreArchive: up to 2.3, containerd's CRI creates a container from an archive, or an image of one, that is named in the place of its image.
+// restoreArchive: up to 2.3, containerd's CRI creates a container from an
+// archive, or an image of one, that is named in the place of its image.
 func restoreArchive(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, changing("c"))
@@ -248,7 +257,8 @@ func restoreArchive(s *scenario) {
 	}
 }
 
-// checkContinuedLog checks a restored counter whose log begins with the old one, which containerd has copied after the container went on: what was
+// checkContinuedLog checks a restored counter whose log begins with the old
+// one, which containerd has copied after the container went on: what was
 // printed between checkpoint and copy comes twice.
 func (s *scenario) checkContinuedLog(c *cri.Container, earliest, latest int) {
 	s.Helper()
@@ -266,8 +276,9 @@ func (s *scenario) checkContinuedLog(c *cri.Container, earliest, latest int) {
 	s.checkConsecutive(1, ticks[:again])
 }
 
-// archiveHasNoAuthority: whatever is in an archive, the restored container has the mounts, annotations, devices and rights of its pod, and
-// the node's files are as they were.
+// archiveHasNoAuthority: whatever is in an archive, the restored container has
+// the mounts, annotations, devices and rights of its pod, and the node's files
+// are as they were.
 func archiveHasNoAuthority(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, counterNamed("c"))
@@ -347,7 +358,8 @@ func withAttempt(c cri.ContainerSpec, attempt uint32) cri.ContainerSpec {
 	return c
 }
 
-// forge makes an archive that asks for everything, with the same processes in it.
+// forge makes an archive that asks for everything, with the same processes in
+// it.
 func forge(from, to, secret, escape string) error {
 	return rewrite(from, to, func(h *tar.Header, data []byte) (*tar.Header, []byte) {
 		switch strings.TrimPrefix(h.Name, "./") {
@@ -369,7 +381,8 @@ func forge(from, to, secret, escape string) error {
 		&tar.Header{Name: "device", Typeflag: tar.TypeBlock, Devmajor: 8})
 }
 
-// forgedDiff adds to the changes of a root file system what would give rights, or leave it.
+// forgedDiff adds to the changes of a root file system what would give rights,
+// or leave it.
 func forgedDiff(data []byte, secret, escape string) []byte {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
@@ -394,7 +407,8 @@ func forgedDiff(data []byte, secret, escape string) []byte {
 	return out.Bytes()
 }
 
-// rewrite copies an archive, each entry as edit has it, with more entries at its end.
+// rewrite copies an archive, each entry as edit has it, with more entries at
+// its end.
 func rewrite(from, to string, edit func(*tar.Header, []byte) (*tar.Header, []byte), more ...*tar.Header) (err error) {
 	in, err := os.Open(from)
 	if err != nil {

@@ -56,7 +56,8 @@ func counterNamed(name string) cri.ContainerSpec {
 	return cri.ContainerSpec{Name: name, Args: []string{workload.Path, "counter", "--shm", "/dev/shm/" + name}}
 }
 
-// waitTicks waits until a container has counted n times, and gives all its numbers by then.
+// waitTicks waits until a container has counted n times, and gives all its
+// numbers by then.
 func (s *scenario) waitTicks(c *cri.Container, n int) []int {
 	s.Helper()
 	var ticks []int
@@ -68,7 +69,8 @@ func (s *scenario) waitTicks(c *cri.Container, n int) []int {
 	return ticks
 }
 
-// archive is a path for a checkpoint, in the directory that pods can be restored from.
+// archive is a path for a checkpoint, in the directory that pods can be
+// restored from.
 func (s *scenario) archive(name string) string {
 	s.Helper()
 	dir := s.testbed.RestoreDir()
@@ -114,7 +116,8 @@ func (s *scenario) archiveEntries(archive string) []string {
 	}
 }
 
-// crictlCheckpoint: `crictl checkpoint` writes an archive, and the container goes on. The CRIU that containerd asks for is the guest bundle's.
+// crictlCheckpoint: `crictl checkpoint` writes an archive, and the container
+// goes on. The CRIU that containerd asks for is the guest bundle's.
 func crictlCheckpoint(s *scenario) {
 	if other, err := exec.LookPath("criu"); err == nil {
 		s.Logf("there is a CRIU of the machine's own, %s: that the guest bundle's serves is not shown", other)

@@ -16,11 +16,13 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// cycles is how many times a container is checkpointed and restored. What the first leaves may be there for good; what every one leaves shows.
+// cycles is how many times a container is checkpointed and restored. What the
+// first leaves may be there for good; what every one leaves shows.
 const cycles = 3
 
-// threeCycles: a container that is checkpointed and restored again and again, each time in a new VM, goes on counting. Nothing is more, on the
-// machine or in its guest, after the last restore than after the first.
+// threeCycles: a container that is checkpointed and restored again and again,
+// each time in a new VM, goes on counting. Nothing is more, on the machine or
+// in its guest, after the last restore than after the first.
 func threeCycles(s *scenario) {
 	c := s.create(counter("c"))
 	run := s.run(c)
@@ -44,23 +46,30 @@ func threeCycles(s *scenario) {
 	s.remove(c)
 }
 
-// thirtyCycles: a container of a pod that is checkpointed and restored thirty times in the same VM goes on counting. What lives as long as the
-// pod, the shim and the agent, needs no more memory, threads or anything else for the last ten times than for the ten before, and neither the
-// image set nor the time grows. The first ten are for what is there for good once it is needed: caches, a heap of the size that it works with.
+// thirtyCycles: a container of a pod that is checkpointed and restored thirty
+// times in the same VM goes on counting. What lives as long as the pod, the
+// shim and the agent, needs no more memory, threads or anything else for the
+// last ten times than for the ten before, and neither the image set nor the
+// time grows. The first ten are for what is there for good once it is needed:
+// caches, a heap of the size that it works with.
 func thirtyCycles(s *scenario) {
 	const tenth, all = 10, 30
 	pod := s.startPod()
-	// A huge page that the kernel gives to a restored heap is in the next image set as a whole, be it ever so empty.
+	// A huge page that the kernel gives to a restored heap is in the next image
+	// set as a whole, be it ever so empty.
 	s.shellInGuestOf(pod.sandbox.ID(), "echo never >/sys/kernel/mm/transparent_hugepage/enabled")
 	counting := counter("c")
-	// Whether virtiofsd has the directory of its file open depends on the moment, where that is in the root file system. How much of a heap is in
+	// Whether virtiofsd has the directory of its file open depends on the
+	// moment, where that is in the root file system. How much of a heap is in
 	// use, and so in the image set, does, too.
 	counting.Args = append(counting.Args, "--file", "/dev/shm/file-count", "--lean")
 	c := pod.create(counting)
 	run := s.run(c)
 	var numbers []int
 	restored := inventoryComparison{when: "after a restore", list: func() []string {
-		// What the guest has in its caches of files that are gone, virtiofsd keeps open for it: of a container's root file system as of its exchange.
+		// What the guest has in its caches of files that are gone, virtiofsd
+		// keeps open for it: of a container's root file system as of its
+		// exchange.
 		s.shellInGuestOf(pod.sandbox.ID(), "echo 3 >/proc/sys/vm/drop_caches")
 		return append(s.hostInventory(), s.guestInventory(pod.sandbox)...)
 	}}
@@ -107,16 +116,20 @@ const (
 
 func (d series) add(what string, n int) { d[what] = append(d[what], n) }
 
-// check compares the last numbers, so many, with those before them: the smallest of each, for which chance and the machine's other work count least.
-// Drift goes on, from the first half of the last to the second as well; a step that is taken once, as Go's heap takes some, is none.
+// check compares the last numbers, so many, with those before them: the
+// smallest of each, for which chance and the machine's other work count least.
+// Drift goes on, from the first half of the last to the second as well; a step
+// that is taken once, as Go's heap takes some, is none.
 func (d series) check(s *scenario, last int) {
 	s.Helper()
 	for _, what := range slices.Sorted(maps.Keys(d)) {
 		n := d[what]
 		before, after := slices.Min(n[len(n)-2*last:len(n)-last]), slices.Min(n[len(n)-last:])
 		s.Logf("%s: at least %d in the %d cycles before the last %d, and %d in these; all: %v", what, before, last, last, after, n)
-		// A page of memory for each cycle is more than that. How fast the machine is depends on who else works on it. Go's runtime keeps a thread
-		// that it once needed, so that one more in all is none lost; one for each third cycle would be.
+		// A page of memory for each cycle is more than that. How fast the
+		// machine is depends on who else works on it. Go's runtime keeps a
+		// thread that it once needed, so that one more in all is none lost; one
+		// for each third cycle would be.
 		most := before + before/10
 		switch {
 		case what == checkpointTime || what == restoreTime:
@@ -181,14 +194,16 @@ func (s *scenario) needs(status string) map[string]int {
 	return out
 }
 
-// inventoryComparison compares what there is after a step of a cycle and after that of a later one.
+// inventoryComparison compares what there is after a step of a cycle and after
+// that of a later one.
 type inventoryComparison struct {
 	when  string
 	list  func() []string
 	first []string
 }
 
-// compare looks at the step of a cycle, counted from 0, if it is one of the two.
+// compare looks at the step of a cycle, counted from 0, if it is one of the
+// two.
 func (a *inventoryComparison) compare(s *scenario, cycle, first, last int) {
 	s.Helper()
 	switch cycle {
@@ -224,7 +239,8 @@ func (s *scenario) hostInventory() []string {
 	return withoutCounter(out)
 }
 
-// withoutCounter leaves out the files that the counter makes, opens and renames all the time.
+// withoutCounter leaves out the files that the counter makes, opens and renames
+// all the time.
 func withoutCounter(items []string) []string {
 	return slices.DeleteFunc(items, func(item string) bool {
 		return strings.HasSuffix(item, "count.new") || strings.HasSuffix(item, "count")

@@ -11,8 +11,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// deadline: a checkpoint of 256 MiB keeps nobody waiting who asks for the container's state. One for which the caller's time or the configured
-// time is too short leaves nothing, the container goes on, and it is said why.
+// deadline: a checkpoint of 256 MiB keeps nobody waiting who asks for the
+// container's state. One for which the caller's time or the configured time is
+// too short leaves nothing, the container goes on, and it is said why.
 func deadline(s *scenario) {
 	remembering := func(id, mib string) (client.Container, *engine.Run) {
 		c := s.create(engine.Container{ID: id, Args: []string{workload.Path, "memory", "--mib", mib, "--shm-mib", "0", "--every", "500ms"}})
@@ -32,7 +33,8 @@ func deadline(s *scenario) {
 	ctx, cancel := context.WithTimeout(s.ctx, 2*took+paced(3*time.Second))
 	defer cancel()
 	took, err = s.pollStateDuring(run, func() error { return s.engine.CheckpointTo(ctx, run, dir, true) })
-	// containerd does not keep the kind of this error when it comes from a shim.
+	// containerd does not keep the kind of this error when it comes from a
+	// shim.
 	if err == nil || !strings.Contains(err.Error(), context.DeadlineExceeded.Error()) {
 		s.Errorf("a checkpoint for which there was no time ended after %s with: %v", took, err)
 	}
@@ -57,7 +59,8 @@ func deadline(s *scenario) {
 	s.waitExit(run, 137)
 }
 
-// pollStateDuring asks for the state of a task while something is done, and says how long that took.
+// pollStateDuring asks for the state of a task while something is done, and
+// says how long that took.
 func (s *scenario) pollStateDuring(run *engine.Run, do func() error) (time.Duration, error) {
 	s.Helper()
 	begin, done := time.Now(), make(chan error, 1)
@@ -80,7 +83,8 @@ func (s *scenario) pollStateDuring(run *engine.Run, do func() error) (time.Durat
 	}
 }
 
-// checkUndone checks that a checkpoint that has failed has left nothing, and the container goes on.
+// checkUndone checks that a checkpoint that has failed has left nothing, and
+// the container goes on.
 func (s *scenario) checkUndone(run *engine.Run, dir string) {
 	s.Helper()
 	at := len(s.printedNumbers(run.Output, workload.Rounds))

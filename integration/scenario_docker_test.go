@@ -15,8 +15,10 @@ import (
 // dockerStart is for dockerd to serve.
 const dockerStart = 30 * time.Second
 
-// dockerLife: a container's life by docker's own binaries, from run to rm. It is checkpointed and shown as exited, started from the checkpoint, and
-// all of that again; its log goes on without a gap, and it is as healthy as before. One whose annotation says so goes on when docker leaves it running.
+// dockerLife: a container's life by docker's own binaries, from run to rm. It
+// is checkpointed and shown as exited, started from the checkpoint, and all of
+// that again; its log goes on without a gap, and it is as healthy as before.
+// One whose annotation says so goes on when docker leaves it running.
 func dockerLife(s *scenario) {
 	d := s.docker()
 	volume := s.newDir()
@@ -68,7 +70,8 @@ func dockerLife(s *scenario) {
 	}
 }
 
-// docker is the client, with a daemon of the scenario's own on the testbed's containerd.
+// docker is the client, with a daemon of the scenario's own on the testbed's
+// containerd.
 type docker struct{ command }
 
 func (s *scenario) docker() *docker {
@@ -119,8 +122,9 @@ func (d *docker) runCounter(name string, options ...string) string {
 	return id
 }
 
-// startFrom starts the counter from a checkpoint. docker puts it into containerd's store for that, and fails where the blob from which it has made the
-// checkpoint is still there: until containerd's next garbage collection.
+// startFrom starts the counter from a checkpoint. docker puts it into
+// containerd's store for that, and fails where the blob from which it has made
+// the checkpoint is still there: until containerd's next garbage collection.
 func (d *docker) startFrom(checkpoint string) {
 	d.Helper()
 	out, err := d.tryRun("start", "--checkpoint", checkpoint, "counter")
@@ -133,7 +137,8 @@ func (d *docker) startFrom(checkpoint string) {
 	}
 }
 
-// checkCounter checks what docker shows of the counter. That a container has ended docker hears a moment later than who has ended it.
+// checkCounter checks what docker shows of the counter. That a container has
+// ended docker hears a moment later than who has ended it.
 func (d *docker) checkCounter(want string) {
 	d.Helper()
 	var have string

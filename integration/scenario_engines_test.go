@@ -14,7 +14,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
 
-// workPath: CRIU's log and statistics go where `ctr task checkpoint --work-path` says, and are no part of the image set. The options that the
+// workPath: CRIU's log and statistics go where `ctr task checkpoint
+// --work-path` says, and are no part of the image set. The options that the
 // engine sends are in the manifest, and the restore applies them again.
 func workPath(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "lock"}})
@@ -57,7 +58,8 @@ func workPath(s *scenario) {
 	}
 }
 
-// annotationLeaveRunning: where an engine cannot say what is to become of a container, its annotation does; it beats what the engine says, too.
+// annotationLeaveRunning: where an engine cannot say what is to become of a
+// container, its annotation does; it beats what the engine says, too.
 func annotationLeaveRunning(s *scenario) {
 	c := counter("c")
 	c.Annotations = map[string]string{annotations.AfterKey: "leave-running"}
@@ -74,7 +76,8 @@ func annotationLeaveRunning(s *scenario) {
 	s.checkExitEvents(container)
 	s.remove(container)
 
-	// The CRI sends no options either, and its containers go on without an annotation.
+	// The CRI sends no options either, and its containers go on without an
+	// annotation.
 	container = s.startPod().create(counter("cri"))
 	run = s.run(container)
 	s.waitNumbers(run.Output, workload.Ticks, 5)
@@ -84,8 +87,10 @@ func annotationLeaveRunning(s *scenario) {
 	s.checkExitEvents(container)
 }
 
-// nerdctlDefaultStops: `nerdctl checkpoint create` without a flag stops a container, and `nerdctl start --checkpoint` brings it back, again and
-// again. nerdctl keeps a checkpoint in a directory of its name, where nothing but our files are.
+// nerdctlDefaultStops: `nerdctl checkpoint create` without a flag stops a
+// container, and `nerdctl start --checkpoint` brings it back, again and again.
+// nerdctl keeps a checkpoint in a directory of its name, where nothing but our
+// files are.
 func nerdctlDefaultStops(s *scenario) {
 	checkpoints := s.newDir()
 	c := s.create(counter("c"))
@@ -97,7 +102,8 @@ func nerdctlDefaultStops(s *scenario) {
 		s.check(os.Mkdir(dir, 0o700))
 		s.check(s.engine.CheckpointByDefault(s.ctx, run, dir))
 		s.step("checkpointed as nerdctl does")
-		// It is shown as exited until nerdctl deletes the task, when the container starts again.
+		// It is shown as exited until nerdctl deletes the task, when the
+		// container starts again.
 		s.checkStatus(run, client.Stopped)
 		s.waitExit(run, 137)
 		all = append(all, s.printedNumbers(run.Output, workload.Ticks)...)
@@ -111,8 +117,9 @@ func nerdctlDefaultStops(s *scenario) {
 	s.checkExitEvents(c, 137, 137)
 }
 
-// ctrImageRoundtrip: a checkpoint by the binary into an image of containerd's store survives its container, and a container of another name
-// goes on from it, with its memory and its writable layer.
+// ctrImageRoundtrip: a checkpoint by the binary into an image of containerd's
+// store survives its container, and a container of another name goes on from
+// it, with its memory and its writable layer.
 func ctrImageRoundtrip(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -133,7 +140,8 @@ func ctrImageRoundtrip(s *scenario) {
 	s.check(err)
 	run := &engine.Run{Task: task, Output: out}
 	s.checkStatus(run, client.Running)
-	// The counter ends when the numbers in its memory and in its files do not agree.
+	// The counter ends when the numbers in its memory and in its files do not
+	// agree.
 	after := s.waitNumbers(out, workload.Ticks, 5)
 	s.checkConsecutive(after[0], after)
 	if last := after[0] - 1; last < 5 || last > at {

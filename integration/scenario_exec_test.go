@@ -16,7 +16,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// lifecycleAfterRestore: whoever uses a restored container by exec, signals, output, statistics and exit statuses sees no difference.
+// lifecycleAfterRestore: whoever uses a restored container by exec, signals,
+// output, statistics and exit statuses sees no difference.
 func lifecycleAfterRestore(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "obedient"}})
 	stderr := engine.NewOutput()
@@ -29,7 +30,8 @@ func lifecycleAfterRestore(s *scenario) {
 	before := s.printedNumbers(first.Output, workload.Rounds)
 	errorsBefore := s.printedNumbers(stderr, workload.Rounds)
 
-	// One that gets all execs, and then a SIGTERM, which the workload handles. All are in the VM of one pod, next to each other.
+	// One that gets all execs, and then a SIGTERM, which the workload handles.
+	// All are in the VM of one pod, next to each other.
 	pod := s.startPod()
 	c = pod.create(engine.Container{ID: "handles", Args: []string{workload.Path, "obedient"}})
 	stderr = engine.NewOutput()
@@ -96,8 +98,10 @@ func (s *scenario) sendCommand(run *engine.Run, command string) {
 	s.shell(run, fmt.Sprintf("echo %s >/var/tmp/command.new && mv /var/tmp/command.new /var/tmp/command", command))
 }
 
-// execView gives what an exec sees of a container that no restore may change. No-new-privileges is not in it: Kata's Go shim loses it
-// (src/runtime/virtcontainers/kata_agent.go, cmdToKataProcess), and an exec into a restored container has what was asked for.
+// execView gives what an exec sees of a container that no restore may change.
+// No-new-privileges is not in it: Kata's Go shim loses it
+// (src/runtime/virtcontainers/kata_agent.go, cmdToKataProcess), and an exec
+// into a restored container has what was asked for.
 func (s *scenario) execView(run *engine.Run) []string {
 	s.Helper()
 	lines := s.shell(run, `
@@ -112,7 +116,8 @@ func (s *scenario) execView(run *engine.Run) []string {
 	return lines
 }
 
-// checkStatistics checks that containerd gets them, and that they are of the restored processes.
+// checkStatistics checks that containerd gets them, and that they are of the
+// restored processes.
 func (s *scenario) checkStatistics(run *engine.Run) {
 	s.Helper()
 	memory := func() (cpu, memory, pids uint64) {
@@ -143,7 +148,8 @@ func (s *scenario) checkStatistics(run *engine.Run) {
 	}
 }
 
-// checkExecStreams checks exit statuses, signals, stdin, stdout and stderr of execs.
+// checkExecStreams checks exit statuses, signals, stdin, stdout and stderr of
+// execs.
 func (s *scenario) checkExecStreams(run *engine.Run) {
 	s.Helper()
 	p := s.startExec(run, engine.Command{Args: []string{"sh", "-c", "echo out; echo err >&2; exit 7"}})
@@ -206,7 +212,8 @@ func (s *scenario) checkExecIdentity(run *engine.Run) {
 		"CapAmb:\t0000000000000001", "NoNewPrivs:\t1")
 }
 
-// checkExecNamespaces checks that an exec is in the workload's own namespaces, and not in those that Kata knows.
+// checkExecNamespaces checks that an exec is in the workload's own namespaces,
+// and not in those that Kata knows.
 func (s *scenario) checkExecNamespaces(run *engine.Run) {
 	s.Helper()
 	for _, line := range s.shell(run, `cd /proc/1/ns; for n in cgroup ipc mnt net pid time user uts; do echo $n $(readlink $n) $(readlink /proc/self/ns/$n); done`) {
@@ -223,7 +230,8 @@ func (s *scenario) checkExecNamespaces(run *engine.Run) {
 	}
 }
 
-// checkExecTerminal checks a terminal: its size, that it is the controlling one, and what is typed.
+// checkExecTerminal checks a terminal: its size, that it is the controlling
+// one, and what is typed.
 func (s *scenario) checkExecTerminal(run *engine.Run) {
 	s.Helper()
 	keyboard := newTerminalInput()

@@ -12,8 +12,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// execRunningDuringCheckpoint: a process that was exec'd goes on after a checkpoint that leaves its container running, and is no part of the
-// image set, which is whole without it.
+// execRunningDuringCheckpoint: a process that was exec'd goes on after a
+// checkpoint that leaves its container running, and is no part of the image
+// set, which is whole without it.
 func execRunningDuringCheckpoint(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -29,8 +30,8 @@ func execRunningDuringCheckpoint(s *scenario) {
 	s.step("both go on")
 
 	dir := s.checkpoint(first, true)
-	// With the container, of which it is no part. Kata's shims end the VM without waiting until they know how an exec
-	// has ended: then nobody does.
+	// With the container, of which it is no part. Kata's shims end the VM
+	// without waiting until they know how an exec has ended: then nobody does.
 	s.waitExecExit(p, 137, client.UnknownExitStatus)
 	s.waitExit(first, 137)
 	before := s.printedNumbers(first.Output, workload.Ticks)
@@ -44,7 +45,8 @@ func execRunningDuringCheckpoint(s *scenario) {
 	}
 }
 
-// execWhileFrozen: execs that come during a pause or a checkpoint wait for its end, within a bound, and nothing else waits for them.
+// execWhileFrozen: execs that come during a pause or a checkpoint wait for its
+// end, within a bound, and nothing else waits for them.
 func execWhileFrozen(s *scenario) {
 	wait := paced(3 * time.Second).Round(time.Second)
 	s.configure("exec_wait_timeout", wait.String())
@@ -79,7 +81,8 @@ func execWhileFrozen(s *scenario) {
 	s.checkOutput("echo", p.Stdout, "done")
 	s.step("an exec waited for the end of a pause")
 
-	// Those that start while a pause begins have started before it, or start after it.
+	// Those that start while a pause begins have started before it, or start
+	// after it.
 	for i := range 5 {
 		p := s.createExec(run, fmt.Sprintf("meanwhile-%d", i), "echo", "done")
 		go func() { started <- p.Start(s.ctx) }()
@@ -92,7 +95,8 @@ func execWhileFrozen(s *scenario) {
 	}
 	s.step("execs started around pauses")
 
-	// One for which the pause is too long fails, and leaves nothing that is in the way of others.
+	// One for which the pause is too long fails, and leaves nothing that is in
+	// the way of others.
 	s.check(run.Pause(s.ctx))
 	p = s.createExec(run, "late", "echo", "done")
 	begin := time.Now()

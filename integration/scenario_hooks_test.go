@@ -12,8 +12,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// hooksInSpec: a container with the hooks, mounts and annotations that nerdctl gives to every one. The hooks, which set up a network and take
-// it away, run once for each life of the container. Kata's Rust shim runs no guest hook for such a container.
+// hooksInSpec: a container with the hooks, mounts and annotations that nerdctl
+// gives to every one. The hooks, which set up a network and take it away, run
+// once for each life of the container. Kata's Rust shim runs no guest hook for
+// such a container.
 func hooksInSpec(s *scenario) {
 	dir := s.newDir()
 	ran := filepath.Join(dir, "ran")

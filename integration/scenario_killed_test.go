@@ -26,7 +26,8 @@ const killedEnv = "TESTBED_KILLED"
 // victims, the ones first with which the container lives on.
 var victims = []string{"criu", "agent", "shim", "kata", "vm"}
 
-// point is where something is killed: at the end of a phase, or while CRIU is in the middle of its work.
+// point is where something is killed: at the end of a phase, or while CRIU is
+// in the middle of its work.
 type point struct {
 	operation string // checkpoint or restore
 	phase     string // as its stop is called, without the operation
@@ -45,7 +46,8 @@ var points = []point{
 	{operation: "checkpoint", phase: "copy-images", victims: "agent shim kata vm", core: "shim"},
 	{operation: "checkpoint", phase: "commit", victims: "agent shim kata vm", core: "vm"},
 	{operation: "restore", phase: "stage-images", victims: "shim kata"},
-	// An agent that dies before the shim has met it is one that never was: refused-without-agent.
+	// An agent that dies before the shim has met it is one that never was:
+	// refused-without-agent.
 	{operation: "restore", phase: "create", victims: "shim kata vm"},
 	{operation: "restore", phase: "adopt", victims: "agent shim kata vm"},
 	{operation: "restore", phase: "start", victims: "agent shim kata vm", core: "shim"},
@@ -140,8 +142,9 @@ type killer struct {
 	targets string      // a directory for more
 }
 
-// killed: whatever is killed at whatever moment of a checkpoint or a restore, nothing is left frozen, half done or without an owner, and
-// the next one works.
+// killed: whatever is killed at whatever moment of a checkpoint or a restore,
+// nothing is left frozen, half done or without an owner, and the next one
+// works.
 func killed(s *scenario) {
 	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
 	k.ensureRunning()
@@ -229,7 +232,8 @@ func (k *killer) checkSurvives(t trial, err error) {
 	}
 }
 
-// checkTaskEnds checks that the task is over and leaves nothing, and that containerd can delete it.
+// checkTaskEnds checks that the task is over and leaves nothing, and that
+// containerd can delete it.
 func (k *killer) checkTaskEnds(t trial, sockets []string) {
 	if k.run != nil {
 		var status client.Status
@@ -241,7 +245,8 @@ func (k *killer) checkTaskEnds(t trial, sockets []string) {
 			k.Errorf("%s: the task is %q, error %v", t, status.Status, err)
 		}
 	}
-	// An engine that comes while containerd is still cleaning up is told to come again.
+	// An engine that comes while containerd is still cleaning up is told to
+	// come again.
 	var err error
 	if !k.eventually(settleTimeout, func() bool {
 		err = nil
@@ -329,7 +334,8 @@ func (k *killer) waitAnswer(t trial, answer <-chan error) error {
 	return nil
 }
 
-// checkWholeOrNothing checks that a directory holds a whole image set, or nothing if it may.
+// checkWholeOrNothing checks that a directory holds a whole image set, or
+// nothing if it may.
 func (k *killer) checkWholeOrNothing(t trial, dir string, must bool) {
 	k.Helper()
 	entries, err := os.ReadDir(dir)

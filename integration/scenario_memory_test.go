@@ -15,7 +15,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// memory256: a workload of 256 MiB comes back whole. A liveness probe every second outlives the checkpoint. What it costs is printed.
+// memory256: a workload of 256 MiB comes back whole. A liveness probe every
+// second outlives the checkpoint. What it costs is printed.
 func memory256(s *scenario) {
 	const mib = 256
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", fmt.Sprint(mib), "--shm-mib", "0", "--every", "500ms"}})
@@ -60,15 +61,17 @@ func memory256(s *scenario) {
 	s.checkConsecutive(rounds[0], rounds)
 	s.checkOtherVM(first, restored)
 	s.checkPageCache(restored, cached+mib/4)
-	// The workload, and the exec itself: the agent does without huge pages, they do not.
+	// The workload, and the exec itself: the agent does without huge pages,
+	// they do not.
 	const huge = "THP_enabled:\t1"
 	if lines := s.shell(restored, "cat /proc/[0-9]*/status | grep THP_enabled: | sort -u"); len(lines) != 1 || lines[0] != huge {
 		s.Errorf("huge pages of what was restored, and of an exec into it: %q, not %q", lines, huge)
 	}
 }
 
-// checkPageCache is how much of files the guest has in memory, in MiB, after a moment not more than limit: image sets that are of no more use do
-// not stay there.
+// checkPageCache is how much of files the guest has in memory, in MiB, after a
+// moment not more than limit: image sets that are of no more use do not stay
+// there.
 func (s *scenario) checkPageCache(run *engine.Run, limit int) int {
 	s.Helper()
 	lines := s.shell(run, fmt.Sprintf(`for i in $(seq 50); do c=$(awk '/^Cached:/ { print int($2/1024) }' /proc/meminfo); [ $c -gt %d ] || break; sleep 0.2; done; echo $c`, limit))
@@ -106,7 +109,8 @@ func (s *scenario) checkCosts(dir string, guest, host int64) {
 	}
 }
 
-// bytesWritten gives how many bytes a container's processes of a program have written to files.
+// bytesWritten gives how many bytes a container's processes of a program have
+// written to files.
 func (s *scenario) bytesWritten(id, program string) (sum int64) {
 	s.Helper()
 	residue, err := s.testbed.Residue(id)

@@ -22,8 +22,10 @@ func bind(source, destination string, options ...string) specs.Mount {
 	return specs.Mount{Type: "bind", Source: source, Destination: destination, Options: append([]string{"rbind"}, options...)}
 }
 
-// volumesAndFiles: files that processes hold open come back, wherever they are. A restore that would have to fail because one has changed
-// says which. While the container is paused the host sees what it has written last, by a mapping, too.
+// volumesAndFiles: files that processes hold open come back, wherever they are.
+// A restore that would have to fail because one has changed says which. While
+// the container is paused the host sees what it has written last, by a mapping,
+// too.
 func volumesAndFiles(s *scenario) {
 	volume, etc := s.newDir(), s.newDir()
 	for name, content := range map[string]string{"hosts": "127.0.0.1 localhost\n", "resolv.conf": "nameserver 127.0.0.1\n"} {
@@ -82,8 +84,9 @@ func volumesAndFiles(s *scenario) {
 	s.checkOtherVM(first, restored)
 }
 
-// exchangeWithdrawn: a container sees the same mounts and files, from its first instruction on, as on Kata alone. Kata's Rust shim treats
-// guests differently when a container has hooks, as all of nerdctl's have.
+// exchangeWithdrawn: a container sees the same mounts and files, from its first
+// instruction on, as on Kata alone. Kata's Rust shim treats guests differently
+// when a container has hooks, as all of nerdctl's have.
 func exchangeWithdrawn(s *scenario) {
 	args := []string{workload.Path, "first-instruction"}
 	hook := []specs.Hook{{Path: "/bin/true", Args: []string{"true"}}}
@@ -110,7 +113,8 @@ func exchangeWithdrawn(s *scenario) {
 	}
 }
 
-// visibleFiles runs first-instruction and lists the mounts and the files in / that it saw, and what is in the writable layer afterwards.
+// visibleFiles runs first-instruction and lists the mounts and the files in /
+// that it saw, and what is in the writable layer afterwards.
 func (s *scenario) visibleFiles(e *engine.Engine, c engine.Container) []string {
 	s.Helper()
 	c.ID, c.Image = s.id(c.ID), parts.WorkloadImageName
@@ -123,7 +127,8 @@ func (s *scenario) visibleFiles(e *engine.Engine, c engine.Container) []string {
 		word, rest, _ := strings.Cut(line, " ")
 		switch word {
 		case workload.MountLine:
-			// The numbers of mounts are another in every container; where and of what type they are is not.
+			// The numbers of mounts are another in every container; where and
+			// of what type they are is not.
 			before, after, _ := strings.Cut(rest, " - ")
 			out = append(out, "mount "+strings.Fields(before)[4]+" of type "+strings.Fields(after)[0])
 		case workload.EntryLine:
@@ -143,7 +148,8 @@ func (s *scenario) visibleFiles(e *engine.Engine, c engine.Container) []string {
 	return out
 }
 
-// checkGuestMounts checks that the guest is what the variant says: the mounts of its first process are shared, or none is.
+// checkGuestMounts checks that the guest is what the variant says: the mounts
+// of its first process are shared, or none is.
 func (s *scenario) checkGuestMounts(sandbox string) {
 	s.Helper()
 	out, _, err := s.testbed.GuestExec(s.ctx, sandbox, "grep -c ' shared:' /proc/1/mountinfo")

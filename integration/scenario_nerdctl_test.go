@@ -10,9 +10,11 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// nerdctlLife: a container's life by nerdctl's own binary, from run to rm. It is checkpointed and shown as exited, started from the checkpoint, and
-// all of that again; its log goes on without a gap. Of another container's checkpoint nerdctl says what does not fit. A restored container has its
-// network and its restart policy.
+// nerdctlLife: a container's life by nerdctl's own binary, from run to rm. It
+// is checkpointed and shown as exited, started from the checkpoint, and all of
+// that again; its log goes on without a gap. Of another container's checkpoint
+// nerdctl says what does not fit. A restored container has its network and its
+// restart policy.
 func nerdctlLife(s *scenario) {
 	n := s.nerdctl()
 	volume := s.newDir()
@@ -38,7 +40,8 @@ func nerdctlLife(s *scenario) {
 	n.container("create", "other", "--net", "none", parts.WorkloadImageName, workload.Path, "idle")
 	n.checkFails("the checkpoint does not fit this container: it was made of a container that runs", "start", "--checkpoint", "two", "other")
 	n.mustRun("rm", "-f", "other")
-	// nerdctl looks whether a name is taken once the checkpoint is made, and the container has been stopped for it.
+	// nerdctl looks whether a name is taken once the checkpoint is made, and
+	// the container has been stopped for it.
 	n.checkFails("already exists", "checkpoint", "create", "counter", "two")
 	n.checkCounter("exited 137")
 	s.step("refused what is another container's, and a name that is taken")
@@ -61,7 +64,8 @@ func nerdctlLife(s *scenario) {
 	}
 }
 
-// checkNetwork: a container on a network of nerdctl's is reached there, and its restored copy, too.
+// checkNetwork: a container on a network of nerdctl's is reached there, and its
+// restored copy, too.
 func (n *nerdctl) checkNetwork() {
 	n.Helper()
 	n.container("run", "relay", append([]string{"-d", "--net", n.network, parts.WorkloadImageName}, relay...)...)
@@ -83,7 +87,8 @@ func (n *nerdctl) checkNetwork() {
 	n.step("restored, and reached on its network")
 }
 
-// checkRestartPolicy: a restored container that ends is started from its beginning where that is its policy.
+// checkRestartPolicy: a restored container that ends is started from its
+// beginning where that is its policy.
 func (n *nerdctl) checkRestartPolicy() {
 	n.Helper()
 	n.container("run", "steady", "-d", "--net", "none", "--restart", "always", "--annotation", "kata-checkpoint.dev/after=leave-running",

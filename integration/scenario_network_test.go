@@ -11,8 +11,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// networked: a container that is given a network namespace with an interface in it reaches the node and is reached from there. The same after
-// a restore in another VM, for which the namespace is made anew, with another address, as for a new pod. No connection is open meanwhile.
+// networked: a container that is given a network namespace with an interface in
+// it reaches the node and is reached from there. The same after a restore in
+// another VM, for which the namespace is made anew, with another address, as
+// for a new pod. No connection is open meanwhile.
 func networked(s *scenario) {
 	path := linkPath()
 	before := s.connectedLink(path)
@@ -33,7 +35,8 @@ func networked(s *scenario) {
 	s.remove(c)
 }
 
-// networkHotplugged: the same for a container whose hooks bring the interface when the VM runs already, as nerdctl's do, before the restore as well.
+// networkHotplugged: the same for a container whose hooks bring the interface
+// when the VM runs already, as nerdctl's do, before the restore as well.
 func networkHotplugged(s *scenario) {
 	w := s.unconnectedLink()
 	c := s.create(engine.Container{ID: "c", Args: relay, Hooks: w.hooks()})
@@ -57,7 +60,8 @@ const relayPort = "8080"
 
 var relay = []string{workload.Path, "relay", "-listen", ":" + relayPort}
 
-// checkTraffic checks that traffic goes both ways between a relay and the node. The answers are numbered from first on.
+// checkTraffic checks that traffic goes both ways between a relay and the node.
+// The answers are numbered from first on.
 func (s *scenario) checkTraffic(run *engine.Run, w *podLink, first int) {
 	s.Helper()
 	// It listens before it prints.

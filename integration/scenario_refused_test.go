@@ -19,14 +19,16 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// refused: a checkpoint that cannot be made is refused by a sentence that says what to do, and costs the container nothing.
+// refused: a checkpoint that cannot be made is refused by a sentence that says
+// what to do, and costs the container nothing.
 func refused(s *scenario) {
 	pod := s.startPod()
 	c := pod.create(counter("c"))
 	run := s.run(c)
 	s.waitNumbers(run.Output, workload.Ticks, 3)
 
-	// The guest, as if its kernel had been built otherwise. The agent asks a kernel once.
+	// The guest, as if its kernel had been built otherwise. The agent asks a
+	// kernel once.
 	s.shellInGuest(pod, "mount -t tmpfs none /proc/sys/kernel")
 	s.checkRefused("a kernel without CHECKPOINT_RESTORE", run, s.newDir(), "CONFIG_CHECKPOINT_RESTORE", "configs/kernel")
 	s.shellInGuest(pod, "umount /proc/sys/kernel")
@@ -123,7 +125,8 @@ func refused(s *scenario) {
 	s.step("the time")
 }
 
-// refusedWithoutAgent: where no agent is in the guest, containers run if the operator wants that, and cannot be checkpointed.
+// refusedWithoutAgent: where no agent is in the guest, containers run if the
+// operator wants that, and cannot be checkpointed.
 func refusedWithoutAgent(s *scenario) {
 	s.configure("agent_port", 10749)
 	s.configure("agent_timeout", "1s")
@@ -141,7 +144,8 @@ func refusedWithoutAgent(s *scenario) {
 	s.checkKeepsRunning(run)
 }
 
-// refusedNoRoom: the file system on which the guest leaves its images is full before the last of them is written.
+// refusedNoRoom: the file system on which the guest leaves its images is full
+// before the last of them is written.
 func refusedNoRoom(s *scenario) {
 	state, err := os.MkdirTemp("/var/tmp", "kata-checkpoint-state-")
 	s.check(err)
@@ -161,7 +165,8 @@ func refusedNoRoom(s *scenario) {
 	s.remove(c) // by the shim that has this configuration
 }
 
-// requestCheckpoint asks for a checkpoint as containerd does, without a pause before.
+// requestCheckpoint asks for a checkpoint as containerd does, without a pause
+// before.
 func (s *scenario) requestCheckpoint(run *engine.Run, dir string) error {
 	options, err := typeurl.MarshalAnyToProto(&runcoptions.CheckpointOptions{ImagePath: dir})
 	if err != nil {
@@ -171,7 +176,8 @@ func (s *scenario) requestCheckpoint(run *engine.Run, dir string) error {
 	return errgrpc.ToNative(err)
 }
 
-// checkRefused checks that a checkpoint is refused by a sentence with the words.
+// checkRefused checks that a checkpoint is refused by a sentence with the
+// words.
 func (s *scenario) checkRefused(what string, run *engine.Run, dir string, words ...string) {
 	s.Helper()
 	err := s.requestCheckpoint(run, dir)

@@ -16,8 +16,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// containerdRelease: exit-and-restore, and what differs between containerd's releases: what a shim is given to start with and what is made of its
-// answer, when it is told to shut down, and how it is found again.
+// containerdRelease: exit-and-restore, and what differs between containerd's
+// releases: what a shim is given to start with and what is made of its answer,
+// when it is told to shut down, and how it is found again.
 func containerdRelease(s *scenario) {
 	version, err := s.engine.Client.Version(s.ctx)
 	s.check(err)
@@ -28,7 +29,8 @@ func containerdRelease(s *scenario) {
 	s.step("containerd is %s", version.Version)
 	exitAndRestore(s)
 
-	// A shim's start gets the options of its container, which the first one had none of; a pod's containers share the shim of its sandbox.
+	// A shim's start gets the options of its container, which the first one had
+	// none of; a pod's containers share the shim of its sandbox.
 	sandbox := s.withID(engine.Container{
 		ID: "pod", Args: []string{workload.Path, "idle"}, Annotations: map[string]string{"io.kubernetes.cri.container-type": "sandbox"},
 	})
@@ -51,7 +53,8 @@ func containerdRelease(s *scenario) {
 	s.startContainerd(run, other)
 	s.checkKeepsCounting(run)
 
-	// From 2.4 on a shim is told to shut down with each container that is deleted.
+	// From 2.4 on a shim is told to shut down with each container that is
+	// deleted.
 	s.check(other.Kill(s.ctx, syscall.SIGKILL))
 	s.waitExit(other, 137)
 	s.checkStatus(run, client.Running)
@@ -70,7 +73,8 @@ func containerdRelease(s *scenario) {
 	}
 }
 
-// bootstrap gives the address at which containerd reaches a container's shim, and checks how.
+// bootstrap gives the address at which containerd reaches a container's shim,
+// and checks how.
 func (s *scenario) bootstrap(id string) string {
 	s.Helper()
 	data, err := os.ReadFile(filepath.Join(s.testbed.Dir, "run/io.containerd.runtime.v2.task", testbed.Namespace, id, "bootstrap.json"))

@@ -14,7 +14,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// killContainerd ends containerd at once, and makes sure that the scenario ends with one that runs.
+// killContainerd ends containerd at once, and makes sure that the scenario ends
+// with one that runs.
 func (s *scenario) killContainerd() {
 	s.Helper()
 	s.check(s.testbed.KillContainerd(s.ctx))
@@ -27,7 +28,8 @@ func (s *scenario) killContainerd() {
 	s.step("killed containerd")
 }
 
-// startContainerd starts containerd again, and has the runs that go on waited for.
+// startContainerd starts containerd again, and has the runs that go on waited
+// for.
 func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.Helper()
 	s.check(s.testbed.StartContainerd(s.ctx))
@@ -39,7 +41,8 @@ func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.step("started containerd again")
 }
 
-// containerdKilledIdle: containers of a pod run on while containerd is away, and one ends. The next containerd finds all of it, and goes on from there.
+// containerdKilledIdle: containers of a pod run on while containerd is away,
+// and one ends. The next containerd finds all of it, and goes on from there.
 func containerdKilledIdle(s *scenario) {
 	pod := s.startPod()
 	c := pod.create(counter("c"))
@@ -112,8 +115,9 @@ func containerdKilledPaused(s *scenario) {
 	s.checkOtherVM(first, restored)
 }
 
-// containerdKilledMidCheckpoint: a checkpoint ends with the containerd that has asked for it. Its container goes on, nothing of the image set is
-// left, and the next containerd's log says what has happened.
+// containerdKilledMidCheckpoint: a checkpoint ends with the containerd that has
+// asked for it. Its container goes on, nothing of the image set is left, and
+// the next containerd's log says what has happened.
 func containerdKilledMidCheckpoint(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -124,7 +128,8 @@ func containerdKilledMidCheckpoint(s *scenario) {
 		ask   func() error
 		whole bool // the image set is, and stays
 	}{
-		// With a directory of the caller's, and with a temporary one of containerd's, which is removed.
+		// With a directory of the caller's, and with a temporary one of
+		// containerd's, which is removed.
 		{phase: "checkpoint-prepare", ask: func() error { return s.engine.CheckpointTo(s.ctx, first, dir, true) }},
 		{phase: "checkpoint-copy-images", ask: func() error { return s.engine.CheckpointByDefault(s.ctx, first, other) }},
 		{phase: "checkpoint-commit", ask: func() error { return s.engine.CheckpointTo(s.ctx, first, dir, true) }, whole: true},
@@ -163,8 +168,10 @@ func containerdKilledMidCheckpoint(s *scenario) {
 	s.checkOtherVM(first, restored)
 }
 
-// containerdKilledMidRestore: a restore ends with the containerd that has asked for it. What there is of its container can be removed by the next
-// one, containerd's copy of the image set is gone, and the same container can be restored again.
+// containerdKilledMidRestore: a restore ends with the containerd that has asked
+// for it. What there is of its container can be removed by the next one,
+// containerd's copy of the image set is gone, and the same container can be
+// restored again.
 func containerdKilledMidRestore(s *scenario) {
 	counting := counter("c")
 	// Kata removes what of a sandbox it thinks is its own.
@@ -206,7 +213,8 @@ func containerdKilledMidRestore(s *scenario) {
 	s.checkOtherVM(first, restored)
 }
 
-// checkNotRunning checks that a container has no task, or one that does not run.
+// checkNotRunning checks that a container has no task, or one that does not
+// run.
 func (s *scenario) checkNotRunning(c client.Container) {
 	s.Helper()
 	task, err := c.Task(s.ctx, nil)

@@ -13,8 +13,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// podSharedPID: of the containers that share their pod's pid namespace one is checkpointed while all go on. Restored in another pod it has a
-// pid namespace of its own, in which its processes have their pids, and is a container as any other: it can be checkpointed, and restored, again.
+// podSharedPID: of the containers that share their pod's pid namespace one is
+// checkpointed while all go on. Restored in another pod it has a pid namespace
+// of its own, in which its processes have their pids, and is a container as any
+// other: it can be checkpointed, and restored, again.
 func podSharedPID(s *scenario) {
 	obedient := func(id string) engine.Container {
 		return engine.Container{ID: id, Args: []string{workload.Path, "obedient"}}
@@ -56,7 +58,8 @@ func podSharedPID(s *scenario) {
 	s.checkOtherVM(first, restored)
 	s.checkOwnPIDNamespace(restored, pid)
 	s.waitExecExit(s.startExec(restored, engine.Command{Args: []string{"sh", "-c", "exit 7"}}), 7)
-	// What has lost its parent there has no place in the next checkpoint, and leaves nothing once it has ended.
+	// What has lost its parent there has no place in the next checkpoint, and
+	// leaves nothing once it has ended.
 	stray := s.shell(restored, "(sleep 1000 </dev/null >/dev/null 2>&1 & echo $!)")[0]
 	s.checkRefused("a process that has strayed", restored, s.newDir(), "sleep (pid", "lost its parent")
 	s.shell(restored, fmt.Sprintf("kill -9 %s; while [ -e /proc/%s ]; do sleep 0.05; done", stray, stray))
@@ -104,7 +107,8 @@ func podSharedPID(s *scenario) {
 	s.checkConsecutive(1, append(after, s.waitNumbers(s.restore(c, dir).Output, workload.Rounds, 5)...))
 }
 
-// pidsOf gives the pids of a program of the workload's, as an exec in the container sees them.
+// pidsOf gives the pids of a program of the workload's, as an exec in the
+// container sees them.
 func (s *scenario) pidsOf(run *engine.Run, program string) []int {
 	s.Helper()
 	var out []int
@@ -119,7 +123,8 @@ func (s *scenario) pidsOf(run *engine.Run, program string) []int {
 	return out
 }
 
-// checkOwnPIDNamespace checks that a restored container has a pid namespace of its own, in which its first process has a pid and no other container's is.
+// checkOwnPIDNamespace checks that a restored container has a pid namespace of
+// its own, in which its first process has a pid and no other container's is.
 func (s *scenario) checkOwnPIDNamespace(run *engine.Run, pid int) {
 	s.Helper()
 	if have := s.pidsOf(run, "obedient"); !slices.Equal(have, []int{pid}) {

@@ -11,8 +11,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// podShmTwoRestores: two containers of a pod, checkpointed at one instant, have one file of /dev/shm in common, and files of their own. Restored
-// one after the other in a new pod, they have them again; what was in the new pod's /dev/shm before is still there, as it was.
+// podShmTwoRestores: two containers of a pod, checkpointed at one instant, have
+// one file of /dev/shm in common, and files of their own. Restored one after
+// the other in a new pod, they have them again; what was in the new pod's
+// /dev/shm before is still there, as it was.
 func podShmTwoRestores(s *scenario) {
 	slots := func(id string, slot int) engine.Container {
 		return engine.Container{ID: id, Args: []string{workload.Path, "slots", "--slot", fmt.Sprint(slot), "--own", fmt.Sprintf("/dev/shm/own-%d", slot)}}
@@ -41,7 +43,8 @@ func podShmTwoRestores(s *scenario) {
 	s.shell(other, "cd /dev/shm; printf new >note; mkdir dir; echo of the new pod >dir/new")
 	c = pod.create(slots("c", 0))
 	restoredA := s.restore(c, dirA)
-	// It lost nothing, and went on where it was: what it printed before its last number was printed before, too.
+	// It lost nothing, and went on where it was: what it printed before its
+	// last number was printed before, too.
 	s.checkContinuesAfter(restoredA, len(atA))
 	s.checkShm(other, "dir/file of the old pod", "dir/new of the new pod", "left of the old pod", "link of the old pod", "note new")
 	at := len(s.printedNumbers(restoredA.Output, workload.Rounds))
@@ -73,7 +76,8 @@ func podShmTwoRestores(s *scenario) {
 	s.remove(c)
 }
 
-// checkShm checks the small files of a pod's /dev/shm: name and content a line. Those of the workloads are left out.
+// checkShm checks the small files of a pod's /dev/shm: name and content a line.
+// Those of the workloads are left out.
 func (s *scenario) checkShm(run *engine.Run, want ...string) {
 	s.Helper()
 	have := s.shell(run, `cd /dev/shm; find . -type f -o -type l | while read f; do case $f in ./own-*|./slots) ;; *) echo ${f#./} $(cat $f);; esac; done`)

@@ -19,7 +19,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// tcpListen: a listening socket comes back in another VM, without a word from anybody.
+// tcpListen: a listening socket comes back in another VM, without a word from
+// anybody.
 func tcpListen(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "relay", "-listen", "127.0.0.1:8080"}})
 	first := s.run(c)
@@ -38,8 +39,9 @@ func tcpListen(s *scenario) {
 	s.checkOtherVM(first, restored)
 }
 
-// tcpEstablishedRefused: an open connection is refused in one sentence, which says what to do; where the container's annotation says that
-// connections are to be closed, they are, and the program hears of it.
+// tcpEstablishedRefused: an open connection is refused in one sentence, which
+// says what to do; where the container's annotation says that connections are
+// to be closed, they are, and the program hears of it.
 func tcpEstablishedRefused(s *scenario) {
 	w := s.connectedLink(linkPath())
 	peer := s.answering(w)
@@ -73,9 +75,11 @@ func tcpEstablishedRefused(s *scenario) {
 	s.waitExit(restored, 1)
 }
 
-// tcpEstablished: with open_tcp and the same address, connections to the world outside of the VM go on, in the same VM and in another, and the
-// peers notice nothing. There is traffic both ways all the time, and the peer goes on sending while the container is away: nobody who does not
-// have the connection may answer.
+// tcpEstablished: with open_tcp and the same address, connections to the world
+// outside of the VM go on, in the same VM and in another, and the peers notice
+// nothing. There is traffic both ways all the time, and the peer goes on
+// sending while the container is away: nobody who does not have the connection
+// may answer.
 func tcpEstablished(s *scenario) {
 	w := s.connectedLink(linkPath())
 	peer := s.pushing(w)
@@ -99,7 +103,8 @@ func tcpEstablished(s *scenario) {
 	}
 	stillOpen("while the container is away")
 
-	// The namespace that it comes back into is the one that it has left, with what kata-checkpoint has put there.
+	// The namespace that it comes back into is the one that it has left, with
+	// what kata-checkpoint has put there.
 	s.check(w.reconnect())
 	sent := peer.pushed.Load()
 	restored := s.restore(c, dir)
@@ -112,8 +117,9 @@ func tcpEstablished(s *scenario) {
 	s.remove(c)
 }
 
-// tcpInside: connections with both ends in the container come back in another VM without a word from anybody, and one that waits in a backlog
-// is no obstacle.
+// tcpInside: connections with both ends in the container come back in another
+// VM without a word from anybody, and one that waits in a backlog is no
+// obstacle.
 func tcpInside(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "counter", "-loopback"}})
 	first := s.run(c)
@@ -190,7 +196,8 @@ func (a *answering) accept() {
 	}
 }
 
-// serve sends the lines of a connection back, and pushes its own, until the connection ends.
+// serve sends the lines of a connection back, and pushes its own, until the
+// connection ends.
 func (a *answering) serve(c net.Conn) error {
 	if err := retransmitOften(c); err != nil {
 		return err
@@ -241,9 +248,11 @@ func readLines(c net.Conn, lines chan<- string, stop <-chan struct{}) error {
 // tcpRTOMaxMS is of linux/tcp.h, and of Linux 6.15.
 const tcpRTOMaxMS = 44
 
-// retransmitOften has a connection send again once a second what gets no answer, in place of twice as late each time: so there is always a
-// retransmission on its way to whoever has the address, and the connection goes on soon once it is back. An older kernel is slower. The
-// kernel gives up after a number of retransmissions, if it is not told a time.
+// retransmitOften has a connection send again once a second what gets no
+// answer, in place of twice as late each time: so there is always a
+// retransmission on its way to whoever has the address, and the connection goes
+// on soon once it is back. An older kernel is slower. The kernel gives up after
+// a number of retransmissions, if it is not told a time.
 func retransmitOften(c net.Conn) error {
 	raw, err := c.(*net.TCPConn).SyscallConn()
 	if err != nil {

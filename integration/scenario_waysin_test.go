@@ -10,10 +10,12 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
-// consolePort is the vsock port of a debug console, which serves whoever connects.
+// consolePort is the vsock port of a debug console, which serves whoever
+// connects.
 const consolePort = 1026
 
-// plant puts a program of the container's in the exec helper's place, by all that root in a container might do.
+// plant puts a program of the container's in the exec helper's place, by all
+// that root in a container might do.
 const plant = `
 	printf '#!/bin/sh\ntouch /run/stolen /tmp/stolen /var/tmp/stolen\nexec /bin/sleep 1000\n' >/var/tmp/thief
 	chmod 755 /var/tmp/thief
@@ -23,8 +25,9 @@ const plant = `
 	for up in . .. ../.. ../../..; do echo 0 >/sys/fs/cgroup/$up/cgroup.procs; done 2>&1
 	true`
 
-// waysIn: root in a container, a restored one too, tries to get at what works in the guest on its behalf, in the ways that docs/security.md
-// lists, and gets nothing. The engine's calls go on working meanwhile.
+// waysIn: root in a container, a restored one too, tries to get at what works
+// in the guest on its behalf, in the ways that docs/security.md lists, and gets
+// nothing. The engine's calls go on working meanwhile.
 func waysIn(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "intruder"}})
 	first := s.run(c)
@@ -44,7 +47,8 @@ func waysIn(s *scenario) {
 	s.checkAgentUnreachable(restored)
 	s.step("vsock, from a restored container")
 
-	// What was planted before the checkpoint is in the image set. It is planted again, over whatever came in its place.
+	// What was planted before the checkpoint is in the image set. It is planted
+	// again, over whatever came in its place.
 	s.checkExecsGenuine(restored, pod)
 	if have := s.shell(restored, plant); len(have) == 0 || have[0] != "planted" {
 		s.Errorf("nothing was planted, and so nothing is tried: %q", have)
@@ -65,7 +69,8 @@ func waysIn(s *scenario) {
 	}
 	s.step("a spy")
 
-	// Descriptors can be sent to whom one can connect to: the agent has no socket that has a name.
+	// Descriptors can be sent to whom one can connect to: the agent has no
+	// socket that has a name.
 	if have := s.shellInGuest(pod, `
 		for pid in $(cat /sys/fs/cgroup/cgroup.procs); do
 			readlink /proc/$pid/exe | grep -q kata-checkpoint-agent || continue
@@ -88,7 +93,8 @@ func (s *scenario) checkAgentUnreachable(run *engine.Run) {
 	dial := func(port int) []string {
 		return s.shell(run, fmt.Sprintf("%s dial-agent --port %d", workload.Path, port))
 	}
-	// There is a way: a service of the guest that serves everybody is reached by the loopback. It understands nothing of what it is sent.
+	// There is a way: a service of the guest that serves everybody is reached
+	// by the loopback. It understands nothing of what it is sent.
 	if have := dial(consolePort); !strings.HasPrefix(have[0], fmt.Sprintf("%s 1:%d connected", workload.DialedLine, consolePort)) {
 		s.Errorf("the guest's own services are not reached: %q", have)
 	}
@@ -104,7 +110,8 @@ func (s *scenario) checkAgentUnreachable(run *engine.Run) {
 	}
 }
 
-// checkExecsGenuine checks that an exec runs what it is asked to, in the container, and that nothing else came to run in its place.
+// checkExecsGenuine checks that an exec runs what it is asked to, in the
+// container, and that nothing else came to run in its place.
 func (s *scenario) checkExecsGenuine(run *engine.Run, p *pod) {
 	s.Helper()
 	exec := s.startExec(run, engine.Command{Args: []string{"sh", "-c", "echo true; exit 3"}})

@@ -65,8 +65,8 @@ type scenarioCase struct {
 	// core lists the ways of the stand-in on which the scenario is part of the
 	// core set. All scenarios together run on both.
 	core []testbed.Way
-	// guestMounts are the propagations with which the guest is tried; shared, as
-	// under systemd, by default.
+	// guestMounts are the propagations with which the guest is tried; shared,
+	// as under systemd, by default.
 	guestMounts []string
 	// containerd is the release, if it is not that of most scenarios.
 	containerd string

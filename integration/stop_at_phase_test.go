@@ -10,7 +10,8 @@ import (
 // stopTimeout is for an operation to come to a phase.
 const stopTimeout = time.Minute
 
-// stopAt has the shim's next operation stop at a phase, such as checkpoint-prepare, until it is called off or released.
+// stopAt has the shim's next operation stop at a phase, such as
+// checkpoint-prepare, until it is called off or released.
 func (s *scenario) stopAt(phase string) {
 	s.Helper()
 	path := filepath.Join(s.testbed.StopDir(), phase)
@@ -24,7 +25,8 @@ func (s *scenario) stopAt(phase string) {
 	})
 }
 
-// waitStoppedAt waits until the operation has stopped there. One that has answered instead fails the scenario.
+// waitStoppedAt waits until the operation has stopped there. One that has
+// answered instead fails the scenario.
 func (s *scenario) waitStoppedAt(phase string, answer <-chan error) {
 	s.Helper()
 	if !s.eventually(stopTimeout, func() bool { return len(answer) > 0 || s.isStoppedAt(phase) }) {
