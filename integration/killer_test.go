@@ -133,7 +133,7 @@ func (k *killer) waitReached(name string, answer <-chan error) {
 	}
 }
 
-// kill kills, and lets go on what is left.
+// kill kills the victim and lets the rest continue.
 func (k *killer) kill(t trial) {
 	k.Helper()
 	switch t.victim {

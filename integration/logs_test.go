@@ -61,7 +61,7 @@ func tail(text string, n int, worth func(line string) bool) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "")
 }
 
-// hasLogged says whether a text was logged since the scenario began.
+// hasLogged reports whether a text was logged since the scenario began.
 func (s *scenario) hasLogged(text string) bool {
 	s.Helper()
 	data, err := os.ReadFile(s.testbed.ContainerdLog())

@@ -28,8 +28,8 @@ type podLink struct {
 
 var linkMask = net.CIDRMask(30, 32)
 
-// mtu of a link is not the usual one, so that it tells whether the guest has
-// been told.
+// mtu of a link is not the usual one, so that it shows whether the guest has
+// been given it.
 const mtu = 1420
 
 // linkPath is a path for a link's namespace that nobody else has.
@@ -136,7 +136,7 @@ func (w *podLink) reconnect() error {
 	})
 }
 
-// recreateLink makes the link anew, with the same addresses: what Kata did to
+// recreateLink recreates the link, with the same addresses: what Kata did to
 // its namespace it does not take back.
 func (s *scenario) recreateLink(w *podLink) {
 	s.Helper()
@@ -147,7 +147,7 @@ func (s *scenario) recreateLink(w *podLink) {
 	s.check(err)
 	s.check(w.create())
 	s.check(w.connect())
-	s.step("made %s anew", path)
+	s.step("recreated %s", path)
 }
 
 // hooks connect the link as those of nerdctl do: once there is a VMM, to the

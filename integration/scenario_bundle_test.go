@@ -16,7 +16,7 @@ import (
 
 // refusedGuestBundle: what is installed for the guest is not what the shim
 // needs, and the refusal says what is wrong with it. A container that was
-// started without a need of what is missing goes on running.
+// started without a need of what is missing keeps running.
 func refusedGuestBundle(s *scenario) {
 	bundle := s.guestBundle()
 

@@ -12,8 +12,8 @@ func counter(id string) engine.Container {
 	return engine.Container{ID: id, Args: []string{workload.Path, "counter"}}
 }
 
-// exitAndRestore: a container that is checkpointed and ended by ctr goes on in
-// another VM as if nothing had been.
+// exitAndRestore: a container that is checkpointed and stopped by ctr continues
+// in another VM as if nothing had happened.
 func exitAndRestore(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -56,7 +56,7 @@ func leaveRunning(s *scenario) {
 	s.step("restored under another name")
 	after := s.waitNumbers(restored.Output, workload.Ticks, 5)
 	if last := after[0] - 1; last < len(before) || last > len(at) {
-		s.Errorf("the restored counter goes on after %d; at the checkpoint it was between %d and %d", last, len(before), len(at))
+		s.Errorf("the restored counter continues after %d; at the checkpoint it was between %d and %d", last, len(before), len(at))
 	}
 	s.checkConsecutive(after[0], after)
 	s.checkOtherVM(first, restored)

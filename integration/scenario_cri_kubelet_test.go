@@ -176,7 +176,7 @@ func kubeletCheckpointAPI(s *scenario) {
 	k.run("after", fromArchive(archive))
 	after := k.ticks("after", 5)
 	if at := after[0] - 1; at < earliest || at > latest {
-		s.Errorf("the restored counter goes on after %d, and was checkpointed between %d and %d", at, earliest, latest)
+		s.Errorf("the restored counter continues after %d, and was checkpointed between %d and %d", at, earliest, latest)
 	}
 	s.checkConsecutive(after[0], after)
 	s.step("the kubelet runs a pod from the archive")

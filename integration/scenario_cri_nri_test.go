@@ -17,7 +17,7 @@ func (s *scenario) withoutNRI() {
 	s.step("the NRI plugin has ended")
 }
 
-// isAdjusted tells whether the NRI plugin has seen a container: it leaves a
+// isAdjusted reports whether the NRI plugin has seen a container: it leaves a
 // marker.
 func (s *scenario) isAdjusted(c *cri.Container) bool {
 	s.Helper()
@@ -61,7 +61,7 @@ func nriAbsent(s *scenario) {
 }
 
 // nriRestarted: the plugin adjusts containers again once it is there again, and
-// when containerd was started anew.
+// when containerd was restarted.
 func nriRestarted(s *scenario) {
 	pod := s.runPod("adjusted", cri.PodSpec{Annotations: map[string]string{"kata-checkpoint.dev/tcp": "close"}})
 	create := func(name string) *cri.Container {

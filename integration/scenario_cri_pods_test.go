@@ -52,8 +52,8 @@ func podTwoContainers(s *scenario) {
 }
 
 // podTwoAtOnce: two containers of a pod are checkpointed at the same time, and
-// go on together in another one. They share a pid namespace, as crictl has it
-// where a pod's configuration says nothing.
+// continue together in another one. They share a pid namespace, as crictl has
+// it where a pod's configuration says nothing.
 func podTwoAtOnce(s *scenario) {
 	names := []string{"one", "two"}
 	pod := s.runPod("before", cri.PodSpec{SharePIDs: true})
@@ -99,7 +99,7 @@ func (s *scenario) checkContinuesBetween(c *cri.Container, earliest, latest int)
 	s.Helper()
 	ticks := s.waitTicks(c, 5)
 	if at := ticks[0] - 1; at < earliest || at > latest {
-		s.Errorf("%s goes on after %d, and was checkpointed between %d and %d", c.Name, at, earliest, latest)
+		s.Errorf("%s continues after %d, and was checkpointed between %d and %d", c.Name, at, earliest, latest)
 	}
 	s.checkConsecutive(ticks[0], ticks)
 	return ticks

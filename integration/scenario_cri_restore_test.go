@@ -75,8 +75,8 @@ func (s *scenario) specOf(c *cri.Container) *oci.Spec {
 	return spec
 }
 
-// restoreByAnnotation: an ordinary pod that names an archive goes on where the
-// archive's container was, and is a pod like any other from there on. A
+// restoreByAnnotation: an ordinary pod that names an archive continues where
+// the archive's container was, and is a pod like any other from there on. A
 // container that is started again in it begins afresh.
 func restoreByAnnotation(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
@@ -258,7 +258,7 @@ func restoreArchive(s *scenario) {
 }
 
 // checkContinuedLog checks a restored counter whose log begins with the old
-// one, which containerd has copied after the container went on: what was
+// one, which containerd has copied after the container was resumed: what was
 // printed between checkpoint and copy comes twice.
 func (s *scenario) checkContinuedLog(c *cri.Container, earliest, latest int) {
 	s.Helper()
@@ -269,7 +269,7 @@ func (s *scenario) checkContinuedLog(c *cri.Container, earliest, latest int) {
 	}
 	if again < len(ticks) {
 		if at := ticks[again] - 1; at < earliest || at > latest {
-			s.Errorf("the container goes on after %d, and was checkpointed between %d and %d", at, earliest, latest)
+			s.Errorf("the container continues after %d, and was checkpointed between %d and %d", at, earliest, latest)
 		}
 		s.checkConsecutive(ticks[again], ticks[again:])
 	}

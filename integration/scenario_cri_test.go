@@ -117,7 +117,7 @@ func (s *scenario) archiveEntries(archive string) []string {
 }
 
 // crictlCheckpoint: `crictl checkpoint` writes an archive, and the container
-// goes on. The CRIU that containerd asks for is the guest bundle's.
+// keeps running. The CRIU that containerd asks for is the guest bundle's.
 func crictlCheckpoint(s *scenario) {
 	if other, err := exec.LookPath("criu"); err == nil {
 		s.Logf("there is a CRIU of the machine's own, %s: that the guest bundle's serves is not shown", other)

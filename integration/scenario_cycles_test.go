@@ -21,7 +21,7 @@ import (
 const cycles = 3
 
 // threeCycles: a container that is checkpointed and restored again and again,
-// each time in a new VM, goes on counting. Nothing is more, on the machine or
+// each time in a new VM, keeps counting. Nothing is more, on the machine or
 // in its guest, after the last restore than after the first.
 func threeCycles(s *scenario) {
 	c := s.create(counter("c"))
@@ -47,7 +47,7 @@ func threeCycles(s *scenario) {
 }
 
 // thirtyCycles: a container of a pod that is checkpointed and restored thirty
-// times in the same VM goes on counting. What lives as long as the pod, the
+// times in the same VM keeps counting. What lives as long as the pod, the
 // shim and the agent, needs no more memory, threads or anything else for the
 // last ten times than for the ten before, and neither the image set nor the
 // time grows. The first ten are for what is there for good once it is needed:
@@ -118,8 +118,8 @@ func (d series) add(what string, n int) { d[what] = append(d[what], n) }
 
 // check compares the last numbers, so many, with those before them: the
 // smallest of each, for which chance and the machine's other work count least.
-// Drift goes on, from the first half of the last to the second as well; a step
-// that is taken once, as Go's heap takes some, is none.
+// Drift continues, from the first half of the last to the second as well; a
+// step that is taken once, as Go's heap takes some, is none.
 func (d series) check(s *scenario, last int) {
 	s.Helper()
 	for _, what := range slices.Sorted(maps.Keys(d)) {

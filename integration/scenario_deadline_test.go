@@ -13,7 +13,8 @@ import (
 
 // deadline: a checkpoint of 256 MiB keeps nobody waiting who asks for the
 // container's state. One for which the caller's time or the configured time is
-// too short leaves nothing, the container goes on, and it is said why.
+// too short leaves nothing, the container keeps running, and the error says
+// why.
 func deadline(s *scenario) {
 	remembering := func(id, mib string) (client.Container, *engine.Run) {
 		c := s.create(engine.Container{ID: id, Args: []string{workload.Path, "memory", "--mib", mib, "--shm-mib", "0", "--every", "500ms"}})
@@ -84,7 +85,7 @@ func (s *scenario) pollStateDuring(run *engine.Run, do func() error) (time.Durat
 }
 
 // checkUndone checks that a checkpoint that has failed has left nothing, and
-// the container goes on.
+// that the container keeps running.
 func (s *scenario) checkUndone(run *engine.Run, dir string) {
 	s.Helper()
 	at := len(s.printedNumbers(run.Output, workload.Rounds))
@@ -94,5 +95,5 @@ func (s *scenario) checkUndone(run *engine.Run, dir string) {
 	if left, err := s.testbed.Exchanged("checkpoint-*"); err != nil || len(left) > 0 {
 		s.Errorf("there is %q, error %v", left, err)
 	}
-	s.step("it goes on")
+	s.step("it keeps running")
 }

@@ -17,8 +17,8 @@ const dockerStart = 30 * time.Second
 
 // dockerLife: a container's life by docker's own binaries, from run to rm. It
 // is checkpointed and shown as exited, started from the checkpoint, and all of
-// that again; its log goes on without a gap, and it is as healthy as before.
-// One whose annotation says so goes on when docker leaves it running.
+// that again; its log continues without a gap, and it is as healthy as before.
+// One whose annotation says so keeps running when docker leaves it running.
 func dockerLife(s *scenario) {
 	d := s.docker()
 	volume := s.newDir()
@@ -52,7 +52,7 @@ func dockerLife(s *scenario) {
 		s.Errorf("docker checkpoint ls prints %q", out)
 	}
 	d.mustRun("stop", "--time", "5", "counter")
-	d.checkCounter("exited 2") // Go's way to end a first process by SIGTERM, which no signal kills from within
+	d.checkCounter("exited 2") // how Go exits on SIGTERM as init, which no signal kills from within
 	d.mustRun("rm", "counter")
 	s.step("stopped and removed")
 

@@ -59,7 +59,7 @@ func workPath(s *scenario) {
 }
 
 // annotationLeaveRunning: where an engine cannot say what is to become of a
-// container, its annotation does; it beats what the engine says, too.
+// container, its annotation does; it overrides what the engine says, too.
 func annotationLeaveRunning(s *scenario) {
 	c := counter("c")
 	c.Annotations = map[string]string{annotations.AfterKey: "leave-running"}
@@ -76,8 +76,8 @@ func annotationLeaveRunning(s *scenario) {
 	s.checkExitEvents(container)
 	s.remove(container)
 
-	// The CRI sends no options either, and its containers go on without an
-	// annotation.
+	// The CRI sends no options either, and its containers keep running without
+	// an annotation.
 	container = s.startPod().create(counter("cri"))
 	run = s.run(container)
 	s.waitNumbers(run.Output, workload.Ticks, 5)
@@ -145,7 +145,7 @@ func ctrImageRoundtrip(s *scenario) {
 	after := s.waitNumbers(out, workload.Ticks, 5)
 	s.checkConsecutive(after[0], after)
 	if last := after[0] - 1; last < 5 || last > at {
-		s.Errorf("the restored counter goes on after %d; the first one had come to %d", last, at)
+		s.Errorf("the restored counter continues after %d; the first one had come to %d", last, at)
 	}
 	if boot := s.shell(run, "cat /proc/sys/kernel/random/boot_id"); boot[0] == s.bootID(first) {
 		s.Errorf("restored in the same boot %s", boot)

@@ -108,7 +108,7 @@ func (s *scenario) execView(run *engine.Run) []string {
 		ps -o pid,user,args | grep -v -e ' ps ' -e ' sh ' -e ' grep ' -e ' tr ' | tr -s ' '
 		echo limits $(tail -n +2 /proc/1/limits | md5sum)
 		grep -e Cap -e Groups /proc/self/status
-		echo oom $(cat /proc/self/oom_score_adj) of the first process $(cat /proc/1/oom_score_adj)
+		echo oom $(cat /proc/self/oom_score_adj) of init $(cat /proc/1/oom_score_adj)
 		awk '{print "mount", $5}' /proc/self/mountinfo
 		echo descriptors $(ls /proc/self/fd | wc -l)
 	`)
@@ -223,7 +223,7 @@ func (s *scenario) checkExecNamespaces(run *engine.Run) {
 	}
 	// Each container sees its own cgroup as the root, restored or not.
 	if have := s.shell(run, "cat /proc/1/cgroup /proc/self/cgroup | sort -u"); !slices.Equal(have, []string{"0::/"}) {
-		s.Errorf("an exec and the first process are in the cgroups %q", have)
+		s.Errorf("an exec and init are in the cgroups %q", have)
 	}
 	if have := s.shell(run, "tr '\\0' ' ' </proc/1/cmdline"); !slices.Equal(have, []string{workload.Path + " obedient "}) {
 		s.Errorf("an exec's process 1 is %q", have)

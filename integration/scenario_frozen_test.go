@@ -12,7 +12,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// execRunningDuringCheckpoint: a process that was exec'd goes on after a
+// execRunningDuringCheckpoint: an exec keeps running after a
 // checkpoint that leaves its container running, and is no part of the image
 // set, which is whole without it.
 func execRunningDuringCheckpoint(s *scenario) {
@@ -27,7 +27,7 @@ func execRunningDuringCheckpoint(s *scenario) {
 	s.checkConsecutive(1, s.waitNumbers(p.Stdout, workload.Rounds, at+5))
 	ticks := len(s.printedNumbers(first.Output, workload.Ticks))
 	s.waitNumbers(first.Output, workload.Ticks, ticks+3)
-	s.step("both go on")
+	s.step("both keep running")
 
 	dir := s.checkpoint(first, true)
 	// With the container, of which it is no part. Kata's shims end the VM

@@ -56,7 +56,7 @@ func hooksInSpec(s *scenario) {
 	hooks("createRuntime", "poststop")
 	before := s.printedNumbers(first.Output, workload.Ticks)
 
-	// nerdctl writes it anew at every start: the address is another.
+	// nerdctl rewrites it at every start: the address is another.
 	write("10.4.0.33 restored\n")
 	restored := s.restore(container, images)
 	hooks("createRuntime", "poststop", "createRuntime")

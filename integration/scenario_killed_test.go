@@ -32,7 +32,7 @@ type point struct {
 	operation string // checkpoint or restore
 	phase     string // as its stop is called, without the operation
 	guest     bool   // the phase is the agent's
-	midway    bool   // what follows the phase is CRIU's work, which is to be under way
+	midway    bool   // what follows the phase is CRIU's work, which is to be in progress
 	victims   string
 	core      string // the victim in the core set
 }
@@ -71,7 +71,7 @@ func (t trial) String() string {
 	return phase + " " + t.victim
 }
 
-// containerSurvives says whether the container is to outlive the victim.
+// containerSurvives reports whether the container must outlive the victim.
 func (t trial) containerSurvives() bool { return t.victim == "agent" || t.victim == "criu" }
 
 // trials lists what is killed during an operation on one way of Kata: what was
@@ -320,7 +320,7 @@ func (k *killer) restore(t trial) {
 	k.step("%s: %v", t, err)
 }
 
-// waitAnswer waits for the answer to the call that was under way.
+// waitAnswer waits for the answer to the call that was in progress.
 func (k *killer) waitAnswer(t trial, answer <-chan error) error {
 	k.Helper()
 	select {

@@ -70,7 +70,7 @@ func memory256(s *scenario) {
 }
 
 // checkPageCache is how much of files the guest has in memory, in MiB, after a
-// moment not more than limit: image sets that are of no more use do not stay
+// moment not more than limit: stale image sets do not stay
 // there.
 func (s *scenario) checkPageCache(run *engine.Run, limit int) int {
 	s.Helper()

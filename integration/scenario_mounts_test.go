@@ -149,7 +149,7 @@ func (s *scenario) visibleFiles(e *engine.Engine, c engine.Container) []string {
 }
 
 // checkGuestMounts checks that the guest is what the variant says: the mounts
-// of its first process are shared, or none is.
+// of its init are shared, or none is.
 func (s *scenario) checkGuestMounts(sandbox string) {
 	s.Helper()
 	out, _, err := s.testbed.GuestExec(s.ctx, sandbox, "grep -c ' shared:' /proc/1/mountinfo")

@@ -12,9 +12,9 @@ import (
 
 // nerdctlLife: a container's life by nerdctl's own binary, from run to rm. It
 // is checkpointed and shown as exited, started from the checkpoint, and all of
-// that again; its log goes on without a gap. Of another container's checkpoint
-// nerdctl says what does not fit. A restored container has its network and its
-// restart policy.
+// that again; its log continues without a gap. Of another container's
+// checkpoint nerdctl says what does not fit. A restored container has its
+// network and its restart policy.
 func nerdctlLife(s *scenario) {
 	n := s.nerdctl()
 	volume := s.newDir()
@@ -53,7 +53,7 @@ func nerdctlLife(s *scenario) {
 		n.Error("the counter does not start from 1 again")
 	}
 	n.mustRun("stop", "-t", "5", "counter")
-	n.checkCounter("exited 2") // Go's way to end a first process by SIGTERM, which no signal kills from within
+	n.checkCounter("exited 2") // how Go exits on SIGTERM as init, which no signal kills from within
 	n.mustRun("rm", "counter")
 	s.step("started as any other, stopped and removed")
 

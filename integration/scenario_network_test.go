@@ -13,7 +13,7 @@ import (
 
 // networked: a container that is given a network namespace with an interface in
 // it reaches the node and is reached from there. The same after a restore in
-// another VM, for which the namespace is made anew, with another address, as
+// another VM, for which the namespace is recreated, with another address, as
 // for a new pod. No connection is open meanwhile.
 func networked(s *scenario) {
 	path := linkPath()

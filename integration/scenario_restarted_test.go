@@ -28,8 +28,8 @@ func (s *scenario) killContainerd() {
 	s.step("killed containerd")
 }
 
-// startContainerd starts containerd again, and has the runs that go on waited
-// for.
+// startContainerd starts containerd again, and waits for the tasks that keep
+// running.
 func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.Helper()
 	s.check(s.testbed.StartContainerd(s.ctx))
@@ -41,8 +41,9 @@ func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.step("started containerd again")
 }
 
-// containerdKilledIdle: containers of a pod run on while containerd is away,
-// and one ends. The next containerd finds all of it, and goes on from there.
+// containerdKilledIdle: containers of a pod keep running while containerd is
+// away, and one ends. The next containerd finds all of it, and continues from
+// there.
 func containerdKilledIdle(s *scenario) {
 	pod := s.startPod()
 	c := pod.create(counter("c"))
@@ -116,8 +117,8 @@ func containerdKilledPaused(s *scenario) {
 }
 
 // containerdKilledMidCheckpoint: a checkpoint ends with the containerd that has
-// asked for it. Its container goes on, nothing of the image set is left, and
-// the next containerd's log says what has happened.
+// asked for it. Its container keeps running, nothing of the image set is left,
+// and the next containerd's log says what has happened.
 func containerdKilledMidCheckpoint(s *scenario) {
 	c := s.create(counter("c"))
 	first := s.run(c)
@@ -150,7 +151,7 @@ func containerdKilledMidCheckpoint(s *scenario) {
 		if !checkpoint.whole {
 			s.checkEmpty(dir)
 		}
-		s.step("it goes on")
+		s.step("it keeps running")
 	}
 	for _, words := range []string{"failed to checkpoint container", "resumed container that its caller paused for an abandoned checkpoint"} {
 		if !s.eventually(settleTimeout, func() bool { return s.hasLogged(words) }) {

@@ -14,9 +14,9 @@ import (
 )
 
 // podSharedPID: of the containers that share their pod's pid namespace one is
-// checkpointed while all go on. Restored in another pod it has a pid namespace
-// of its own, in which its processes have their pids, and is a container as any
-// other: it can be checkpointed, and restored, again.
+// checkpointed while all keep running. Restored in another pod it has a pid
+// namespace of its own, in which its processes have their pids, and is a
+// container as any other: it can be checkpointed, and restored, again.
 func podSharedPID(s *scenario) {
 	obedient := func(id string) engine.Container {
 		return engine.Container{ID: id, Args: []string{workload.Path, "obedient"}}
@@ -52,7 +52,7 @@ func podSharedPID(s *scenario) {
 	restored := s.restore(pod.create(pod.withPodPIDs(obedient("restored"))), dir)
 	after := s.waitNumbers(restored.Output, workload.Rounds, 3)
 	if n := after[0] - 1; n < len(before) || n > len(last) {
-		s.Errorf("it goes on after %d; at the checkpoint it was between %d and %d", n, len(before), len(last))
+		s.Errorf("it continues after %d; at the checkpoint it was between %d and %d", n, len(before), len(last))
 	}
 	s.checkConsecutive(after[0], after)
 	s.checkOtherVM(first, restored)
@@ -124,7 +124,7 @@ func (s *scenario) pidsOf(run *engine.Run, program string) []int {
 }
 
 // checkOwnPIDNamespace checks that a restored container has a pid namespace of
-// its own, in which its first process has a pid and no other container's is.
+// its own, in which its init has a pid and no other container's is.
 func (s *scenario) checkOwnPIDNamespace(run *engine.Run, pid int) {
 	s.Helper()
 	if have := s.pidsOf(run, "obedient"); !slices.Equal(have, []int{pid}) {

@@ -43,7 +43,7 @@ func podShmTwoRestores(s *scenario) {
 	s.shell(other, "cd /dev/shm; printf new >note; mkdir dir; echo of the new pod >dir/new")
 	c = pod.create(slots("c", 0))
 	restoredA := s.restore(c, dirA)
-	// It lost nothing, and went on where it was: what it printed before its
+	// It lost nothing, and continued where it was: what it printed before its
 	// last number was printed before, too.
 	s.checkContinuesAfter(restoredA, len(atA))
 	s.checkShm(other, "dir/file of the old pod", "dir/new of the new pod", "left of the old pod", "link of the old pod", "note new")

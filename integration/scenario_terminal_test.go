@@ -7,9 +7,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// terminal: after a restore, somebody at a container's terminal goes on: it
-// reads and writes, has the right size, is the session's controlling one, and
-// ^C reaches the foreground.
+// terminal: after a restore, somebody at a container's terminal can continue:
+// it reads and writes, has the right size, is the session's controlling one,
+// and ^C reaches the foreground.
 func terminal(s *scenario) {
 	keys := newTerminalInput()
 	at := s.engine.With(engine.Streams{Stdin: keys, Terminal: true})

@@ -6,7 +6,7 @@ import (
 )
 
 // processTree: a tree of processes with one of each kind of thing that
-// processes hold goes on with all of them. The workload checks that.
+// processes hold continues with all of them. The workload checks that.
 func processTree(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "tree"}})
 	first := s.run(c)

@@ -27,7 +27,7 @@ const plant = `
 
 // waysIn: root in a container, a restored one too, tries to get at what works
 // in the guest on its behalf, in the ways that docs/security.md lists, and gets
-// nothing. The engine's calls go on working meanwhile.
+// nothing. The engine's calls keep working meanwhile.
 func waysIn(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "intruder"}})
 	first := s.run(c)

@@ -38,7 +38,7 @@ func (s *scenario) waitStoppedAt(phase string, answer <-chan error) {
 	s.step("stopped at %s", phase)
 }
 
-// isStoppedAt says whether an operation is at a phase.
+// isStoppedAt reports whether an operation is at a phase.
 func (s *scenario) isStoppedAt(phase string) bool {
 	s.Helper()
 	_, err := os.Lstat(filepath.Join(s.testbed.StopDir(), phase+".reached"))
