@@ -60,7 +60,8 @@ func lifecycleAfterRestore(s *scenario) {
 	s.waitExit(restored, workload.TerminatedStatus)
 	s.checkExitEvents(c, workload.TerminatedStatus)
 
-	// One that comes to ignore SIGTERM, which Kata then leaves alone (rpc.rs, is_signal_handled).
+	// One that comes to ignore SIGTERM, which Kata then leaves alone (rpc.rs,
+	// is_signal_handled).
 	c = pod.create(engine.Container{ID: "ignores", Args: []string{workload.Path, "obedient"}})
 	restored = s.restore(c, dir)
 	s.sendCommand(restored, "ignore")
