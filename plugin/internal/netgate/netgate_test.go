@@ -365,7 +365,7 @@ func TestGateOfManyConnections(t *testing.T) {
 	kept, keptPeer := sandbox.pair(l, peer)
 	list := []Connection{connectionOf(kept)}
 	for i := range maxConnections {
-		list = append(list, Connection{Local: list[0].Local, Remote: netip.AddrPortFrom(list[0].Remote.Addr(), uint16(1+i))}) //nolint:gosec // a port
+		list = append(list, Connection{Local: list[0].Local, Remote: netip.AddrPortFrom(list[0].Remote.Addr(), uint16(1+i))})
 	}
 	begin := time.Now()
 	sandbox.close(list[:maxConnections]...)
