@@ -63,13 +63,15 @@ func newTestbeds(t *testing.T) *testbeds {
 	return b
 }
 
-// get returns the variant's testbed.
+// get returns the variant's testbed. Others are made meanwhile: a program for
+// one may have to be built first, which takes minutes.
 func (b *testbeds) get(t *testing.T, v variant) *sharedTestbed {
 	t.Helper()
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.up[v] != nil {
-		return b.up[v]
+	bed := b.up[v]
+	b.mu.Unlock()
+	if bed != nil {
+		return bed
 	}
 	ctx := t.Context()
 	image, err := b.parts.WorkloadImage(ctx, b.parts.Bin("workload"), workload.Path)
@@ -87,12 +89,15 @@ func (b *testbeds) get(t *testing.T, v variant) *sharedTestbed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.up[v] = &sharedTestbed{Testbed: tb, engine: &engine.Engine{Client: client, Runtime: testbed.Runtime, FIFOs: filepath.Join(tb.Dir, "tmp/fifos")}}
+	bed = &sharedTestbed{Testbed: tb, engine: &engine.Engine{Client: client, Runtime: testbed.Runtime, FIFOs: filepath.Join(tb.Dir, "tmp/fifos")}}
+	b.mu.Lock()
+	b.up[v] = bed
+	b.mu.Unlock()
 	if v.cri {
-		if b.up[v].cri, err = cri.Dial(tb.Address, testbed.Handler, filepath.Join(tb.Dir, "log/pods")); err != nil {
+		if bed.cri, err = cri.Dial(tb.Address, testbed.Handler, filepath.Join(tb.Dir, "log/pods")); err != nil {
 			t.Fatal(err)
 		}
-		if err := b.up[v].cri.Ready(ctx); err != nil {
+		if err := bed.cri.Ready(ctx); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -100,8 +105,8 @@ func (b *testbeds) get(t *testing.T, v variant) *sharedTestbed {
 		t.Fatal(err)
 	}
 	t.Logf("testbed %s is up after %s", v.name(), time.Since(start).Round(time.Millisecond))
-	b.boot.Do(func() { observeBoot(ctx, t, b.up[v].engine) })
-	return b.up[v]
+	b.boot.Do(func() { observeBoot(ctx, t, bed.engine) })
+	return bed
 }
 
 // leave leaves the variant's testbed up, for people.

@@ -135,7 +135,7 @@ func TestTurns(t *testing.T) {
 			}
 		})
 	}
-	t.Run("those that are left out hold up nobody", func(t *testing.T) {
+	t.Run("those that are left out hold up nobody", func(_ *testing.T) {
 		q := newTurns(1)
 		a, b, c := q.add(one, 0), q.add(one, 0), q.add(two, 0)
 		q.begin()
