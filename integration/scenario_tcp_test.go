@@ -267,7 +267,7 @@ func retransmitOften(c net.Conn) error {
 		return err
 	}
 	err = raw.Control(func(fd uintptr) {
-		failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(scenarioTimeout.Milliseconds()))
+		failed = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(time.Hour.Milliseconds()))
 	})
 	return errors.Join(err, failed)
 }
