@@ -143,7 +143,7 @@ func (k *kubelet) ticks(name string, n int) []int {
 }
 
 // kubeletCheckpointAPI: the kubelet's API writes an archive of a container that
-// goes on, and a pod that the kubelet then runs goes on from it.
+// keeps running, and a pod that the kubelet then runs continues from it.
 func kubeletCheckpointAPI(s *scenario) {
 	p, err := parts.Find()
 	s.check(err)

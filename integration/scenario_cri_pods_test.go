@@ -10,9 +10,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// podTwoContainers: a checkpoint of one container of a pod is none of the
-// others' business. One that ended before them is no trouble, nor is one that
-// is started again.
+// podTwoContainers: a checkpoint of one container of a pod does not affect the
+// others. One that ended before them is no trouble, nor is one that is started
+// again.
 func podTwoContainers(s *scenario) {
 	pod := s.runPod("two", cri.PodSpec{})
 	setup := s.runIn(pod, cri.ContainerSpec{Name: "setup", Args: []string{"sh", "-c", "echo ready"}})

@@ -223,7 +223,7 @@ func (s *scenario) checkChangedFiles(c *cri.Container) {
 }
 
 // restoreArchive: up to 2.3, containerd's CRI creates a container from an
-// archive, or an image of one, that is named in the place of its image.
+// archive, or an image of one, that is named instead of its image.
 func restoreArchive(s *scenario) {
 	pod := s.runPod("before", cri.PodSpec{})
 	c := s.runIn(pod, changing("c"))

@@ -118,7 +118,7 @@ func nerdctlDefaultStops(s *scenario) {
 }
 
 // ctrImageRoundtrip: a checkpoint by the binary into an image of containerd's
-// store survives its container, and a container of another name goes on from
+// store survives its container, and a container of another name continues from
 // it, with its memory and its writable layer.
 func ctrImageRoundtrip(s *scenario) {
 	c := s.create(counter("c"))

@@ -76,8 +76,8 @@ func tcpEstablishedRefused(s *scenario) {
 }
 
 // tcpEstablished: with open_tcp and the same address, connections to the world
-// outside of the VM go on, in the same VM and in another, and the peers notice
-// nothing. There is traffic both ways all the time, and the peer goes on
+// outside of the VM stay open, in the same VM and in another, and the peers
+// notice nothing. There is traffic both ways all the time, and the peer keeps
 // sending while the container is away: nobody who does not have the connection
 // may answer.
 func tcpEstablished(s *scenario) {
@@ -87,7 +87,7 @@ func tcpEstablished(s *scenario) {
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Rounds, 2)
 	s.check(s.engine.CheckpointWith(s.ctx, first, s.newDir(), &runcoptions.CheckpointOptions{OpenTcp: true}))
-	s.step("checkpointed %s, which goes on", c.ID())
+	s.step("checkpointed %s, which keeps running", c.ID())
 	s.checkKeepsRunning(first)
 
 	dir := s.newDir()
@@ -111,7 +111,7 @@ func tcpEstablished(s *scenario) {
 	stillOpen("after the restore")
 	// Each round verifies all that the peer has sent before its answer.
 	s.checkConsecutive(1, append(before, s.waitNumbers(restored.Output, workload.Rounds, 3)...))
-	s.step("%s goes on, with %d messages that the peer has sent meanwhile", c.ID(), peer.pushed.Load()-sent)
+	s.step("%s continues, with %d messages that the peer has sent meanwhile", c.ID(), peer.pushed.Load()-sent)
 	s.checkOtherVM(first, restored)
 	stillOpen("after a while")
 	s.remove(c)
@@ -250,8 +250,8 @@ const tcpRTOMaxMS = 44
 
 // retransmitOften has a connection send again once a second what gets no
 // answer, in place of twice as late each time: so there is always a
-// retransmission on its way to whoever has the address, and the connection goes
-// on soon once it is back. An older kernel is slower. The kernel gives up after
+// retransmission on its way to whoever has the address, and the connection
+// continues soon once it is back. An older kernel is slower. The kernel gives up after
 // a number of retransmissions, if it is not told a time.
 func retransmitOften(c net.Conn) error {
 	raw, err := c.(*net.TCPConn).SyscallConn()
