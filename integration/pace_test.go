@@ -41,7 +41,7 @@ func observe(took time.Duration) {
 // observeBoot starts a VM and removes it.
 func observeBoot(ctx context.Context, t *testing.T, e *engine.Engine) {
 	t.Helper()
-	const id = "pace"
+	id := "pace-" + runTag
 	c, err := e.Create(ctx, engine.Container{ID: id, Image: testbed.Image, Args: []string{"sleep", "1000"}})
 	if err != nil {
 		t.Fatal(err)
