@@ -170,12 +170,12 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		kept = look.Connections
 		out.Connections = connectionMessages(inspect.Outside(kept))
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removeCRIULock(op), a.unlockNetwork(c))
+		}
+	}()
 	if len(kept) > 0 {
-		defer func() {
-			if err != nil {
-				err = errors.Join(err, removeCRIULock(op), a.unlockNetwork(c))
-			}
-		}()
 		var locked []inspect.Connection
 		if r.GetStop() {
 			locked = inspect.Outside(kept)
