@@ -89,10 +89,16 @@ const criuTable = "CRIU-"
 // for good.
 func RemoveStale(run string) error {
 	conn, err := dial(0)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil // without netfilter nothing is locked
+	}
 	if err != nil {
 		return err
 	}
 	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if errors.Is(err, unix.EINVAL) {
+		return nil // without nf_tables neither
+	}
 	if err != nil {
 		return fmt.Errorf("list nftables' tables: %w", err)
 	}
