@@ -148,20 +148,24 @@ func makeCRIU(dir string, answers map[string]any) error {
 	return os.WriteFile(filepath.Join(bin, "answers.json"), data, 0o644)
 }
 
-// buildOtherAgent builds the agent of a release that has the next version of
-// the protocol.
+// buildOtherAgent builds the agent of a release that speaks the next version of
+// the protocol, and no longer this one.
 func (s *scenario) buildOtherAgent() string {
 	s.Helper()
 	const file = "../internal/api/api.go"
 	source, err := os.ReadFile(file)
 	s.check(err)
-	before, after := fmt.Sprint("ProtocolVersion = ", api.ProtocolVersion), fmt.Sprint("ProtocolVersion = ", api.ProtocolVersion+1)
-	if strings.Count(string(source), before) != 1 {
-		s.Fatalf("%s does not say %q", file, before)
+	text := string(source)
+	for name, value := range map[string]int{"ProtocolVersion": api.ProtocolVersion, "OldestProtocol": api.OldestProtocol} {
+		before := fmt.Sprint(name, " = ", value)
+		if strings.Count(text, before) != 1 {
+			s.Fatalf("%s does not say %q", file, before)
+		}
+		text = strings.Replace(text, before, fmt.Sprint(name, " = ", api.ProtocolVersion+1), 1)
 	}
 	dir := s.newDir()
 	changed := filepath.Join(dir, "api.go")
-	s.check(os.WriteFile(changed, []byte(strings.Replace(string(source), before, after, 1)), 0o644))
+	s.check(os.WriteFile(changed, []byte(text), 0o644))
 	absolute, err := filepath.Abs(file)
 	s.check(err)
 	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{absolute: changed}})

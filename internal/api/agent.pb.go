@@ -75,7 +75,8 @@ func (x *InfoRequest) GetCheck() bool {
 
 type InfoResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// protocol is the agent's ProtocolVersion; the shim accepts no other.
+	// protocol is the agent's ProtocolVersion. The two speak the newest version
+	// that both know; the shim refuses an agent with which it has none in common.
 	Protocol uint32 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	Version  string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// criu_version is major*10000 + minor*100 + sublevel; 0: CRIU did not answer.
@@ -86,9 +87,12 @@ type InfoResponse struct {
 	BootId        string `protobuf:"bytes,6,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// problems are the reasons why no checkpoint can work in this guest, each a
 	// sentence that says what to do.
-	Problems      []string `protobuf:"bytes,7,rep,name=problems,proto3" json:"problems,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Problems []string `protobuf:"bytes,7,rep,name=problems,proto3" json:"problems,omitempty"`
+	// oldest_protocol is the oldest version that the agent speaks; 0: it speaks
+	// protocol only.
+	OldestProtocol uint32 `protobuf:"varint,8,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *InfoResponse) Reset() {
@@ -168,6 +172,13 @@ func (x *InfoResponse) GetProblems() []string {
 		return x.Problems
 	}
 	return nil
+}
+
+func (x *InfoResponse) GetOldestProtocol() uint32 {
+	if x != nil {
+		return x.OldestProtocol
+	}
+	return 0
 }
 
 type ContainerRequest struct {
@@ -1354,7 +1365,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x18internal/api/agent.proto\x12\x17katacheckpoint.agent.v1\x1a\x1bgoogle/protobuf/empty.proto\"#\n" +
 	"\vInfoRequest\x12\x14\n" +
-	"\x05check\x18\x01 \x01(\bR\x05check\"\xe2\x01\n" +
+	"\x05check\x18\x01 \x01(\bR\x05check\"\x8b\x02\n" +
 	"\fInfoResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12!\n" +
@@ -1363,7 +1374,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"criu_check\x18\x04 \x01(\tR\tcriuCheck\x12%\n" +
 	"\x0ekernel_release\x18\x05 \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\x06 \x01(\tR\x06bootId\x12\x1a\n" +
-	"\bproblems\x18\a \x03(\tR\bproblems\"5\n" +
+	"\bproblems\x18\a \x03(\tR\bproblems\x12'\n" +
+	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\"5\n" +
 	"\x10ContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"#\n" +
 	"\vHoldRequest\x12\x14\n" +

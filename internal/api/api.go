@@ -7,8 +7,12 @@ package api
 
 const (
 	// ProtocolVersion is raised with every change that an older peer would
-	// misunderstand. Shim and agent must have the same.
+	// misunderstand.
 	ProtocolVersion = 1
+	// OldestProtocol is the oldest version that this release still speaks: that
+	// of the minor release before it (RELEASES.md). VMs that run during an
+	// upgrade keep their agent.
+	OldestProtocol = 1
 
 	// DefaultPort is the AF_VSOCK port that the agent listens on. kata-agent
 	// listens on 1024 to 1027 (Kata 4.1.0,

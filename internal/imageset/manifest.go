@@ -24,7 +24,8 @@ import (
 	"time"
 )
 
-// FormatVersion is that of the manifest. No other can be read.
+// FormatVersion is that of the manifests that this release writes. It reads
+// older ones, too, and no newer one (RELEASES.md).
 const FormatVersion = 1
 
 // maxManifest bounds what is read of a manifest, in bytes.
@@ -156,8 +157,8 @@ func ReadManifest(r io.Reader) (*Manifest, error) {
 	if err := json.Unmarshal(data, &version); err != nil {
 		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
-	if version.FormatVersion != FormatVersion {
-		return nil, fmt.Errorf("%s has format version %d and this kata-checkpoint reads %d: restore with the version that made the checkpoint", ManifestName, version.FormatVersion, FormatVersion)
+	if version.FormatVersion < 1 || version.FormatVersion > FormatVersion {
+		return nil, fmt.Errorf("%s has format version %d and this kata-checkpoint reads 1 to %d: restore with the version that made the checkpoint, or a newer one", ManifestName, version.FormatVersion, FormatVersion)
 	}
 	m := &Manifest{}
 	d := json.NewDecoder(bytes.NewReader(data))

@@ -92,7 +92,7 @@ func (a *Agent) prepare() error {
 
 // Info implements the service.
 func (a *Agent) Info(ctx context.Context, r *api.InfoRequest) (*api.InfoResponse, error) {
-	out := &api.InfoResponse{Protocol: api.ProtocolVersion, Version: version.Version, KernelRelease: kernelRelease(), BootId: bootID()}
+	out := &api.InfoResponse{Protocol: api.ProtocolVersion, OldestProtocol: api.OldestProtocol, Version: version.Version, KernelRelease: kernelRelease(), BootId: bootID()}
 	if r.GetCheck() {
 		v, check, err := a.criu.inspect(ctx)
 		if ctx.Err() != nil {

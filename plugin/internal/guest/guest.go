@@ -110,8 +110,8 @@ func (a *Agent) WaitConnect(ctx context.Context, grace time.Duration, revive fun
 	}
 }
 
-// ProtocolError is returned for an agent with another protocol than this
-// shim's.
+// ProtocolError is returned for an agent that has no version of the protocol in
+// common with this shim.
 type ProtocolError struct {
 	Agent    string
 	Protocol uint32
@@ -199,10 +199,20 @@ func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
 	if err != nil {
 		return nil, goneError{errclass.Unavailable("the agent in the guest does not answer: %w", native(err))}
 	}
-	if info.GetProtocol() != api.ProtocolVersion {
+	if !compatible(info, api.OldestProtocol, api.ProtocolVersion) {
 		return nil, &ProtocolError{Agent: info.GetVersion(), Protocol: info.GetProtocol()}
 	}
 	return info, nil
+}
+
+// compatible reports whether an agent and a shim that speaks the versions from
+// oldest to newest have one in common.
+func compatible(agent *api.InfoResponse, oldest, newest uint32) bool {
+	agentOldest := agent.GetOldestProtocol()
+	if agentOldest == 0 {
+		agentOldest = agent.GetProtocol()
+	}
+	return agentOldest <= newest && agent.GetProtocol() >= oldest
 }
 
 // hold keeps the agent's Hold call, our lease, open for as long as the

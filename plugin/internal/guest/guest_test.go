@@ -278,3 +278,27 @@ func TestFailureAtTheDeadline(t *testing.T) {
 		t.Errorf("before the deadline: %v", err)
 	}
 }
+
+func TestCompatible(t *testing.T) {
+	for name, tc := range map[string]struct {
+		agentOldest, agent, oldest, newest uint32
+		want                               bool
+	}{
+		"the same release":                    {agentOldest: 2, agent: 3, oldest: 2, newest: 3, want: true},
+		"an agent of the release before":      {agentOldest: 1, agent: 2, oldest: 2, newest: 3, want: true},
+		"an agent of the release after":       {agentOldest: 3, agent: 4, oldest: 2, newest: 3, want: true},
+		"an agent of two releases before":     {agentOldest: 1, agent: 1, oldest: 2, newest: 3},
+		"an agent of two releases after":      {agentOldest: 4, agent: 5, oldest: 2, newest: 3},
+		"an agent that names no oldest":       {agent: 2, oldest: 2, newest: 3, want: true},
+		"a newer agent that names no oldest":  {agent: 4, oldest: 2, newest: 3},
+		"an agent that is none of this":       {oldest: 1, newest: 1},
+		"an agent of the only version so far": {agentOldest: 1, agent: 1, oldest: 1, newest: 1, want: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			info := &api.InfoResponse{Protocol: tc.agent, OldestProtocol: tc.agentOldest}
+			if got := compatible(info, tc.oldest, tc.newest); got != tc.want {
+				t.Errorf("compatible(%v, %d, %d) = %t", info, tc.oldest, tc.newest, got)
+			}
+		})
+	}
+}
