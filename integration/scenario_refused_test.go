@@ -47,7 +47,7 @@ func refused(s *scenario) {
 		words   []string
 	}{
 		"a directory that cannot be written to": {syscall.MS_RDONLY, "", []string{"cannot be written to", "read-only file system"}},
-		"a full file system":                    {0, "size=1m", []string{"no room", "make room", "no space left on device"}},
+		"a full file system":                    {0, "size=1m", []string{"no space left for the image set", "free some", "no space left on device"}},
 	} {
 		dir := s.newDir()
 		s.check(syscall.Mount("tmpfs", dir, "tmpfs", mount.flags, mount.options))
@@ -156,7 +156,7 @@ func refusedNoRoom(s *scenario) {
 	run := s.run(c)
 	s.waitNumbers(run.Output, workload.Ticks, 3)
 	for range 2 { // the first one leaves nothing that the second one would find in its way
-		s.checkRefused("no room in state_dir", run, s.newDir(), "no room", "state_dir", "make room")
+		s.checkRefused("no space left in state_dir", run, s.newDir(), "no space left for the images", "state_dir", "free some")
 		s.checkKeepsRunning(run)
 	}
 	s.check(syscall.Mount("", state, "", syscall.MS_REMOUNT, "size=100m"))

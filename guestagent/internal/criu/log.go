@@ -31,7 +31,7 @@ func (e *Error) Error() string {
 // advices say what to do about a failure, by a message in CRIU's log.
 var advices = map[string]string{
 	"External socket is used": "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint",
-	"No space left on device": "there is no room for the images in the shim's state_dir on the host: make room there, or set state_dir to a directory of another file system",
+	"No space left on device": "no space left for the images in the shim's state_dir on the host: free some, or set state_dir to a directory on another file system",
 }
 
 func (e *Error) Unwrap() error { return e.Err }
