@@ -291,7 +291,7 @@ func TestCompatible(t *testing.T) {
 		"an agent of two releases after":      {agentOldest: 4, agent: 5, oldest: 2, newest: 3},
 		"an agent that names no oldest":       {agent: 2, oldest: 2, newest: 3, want: true},
 		"a newer agent that names no oldest":  {agent: 4, oldest: 2, newest: 3},
-		"an agent that is none of this":       {oldest: 1, newest: 1},
+		"an agent that names no version":      {oldest: 1, newest: 1},
 		"an agent of the only version so far": {agentOldest: 1, agent: 1, oldest: 1, newest: 1, want: true},
 	} {
 		t.Run(name, func(t *testing.T) {
