@@ -132,6 +132,7 @@ style: ## check style, imports, vocabulary, shell scripts and the links of the d
 	go build -modfile=internal/tools/go.mod -o build/tools/ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	for module in $(MODULES); do (cd $$module && $(CURDIR)/build/tools/golangci-lint run) || exit; done
 	shellcheck $(SCRIPTS)
+	@! git grep -L 'SPDX-License-Identifier: Apache-2.0' -- '*.go' '*.c' '*.proto' $(SCRIPTS) ':!*.pb.go' || { echo 'these files lack a line SPDX-License-Identifier: Apache-2.0'; exit 1; }
 	@! git grep -nE '^\s*<-time\.After\(' -- '*.go' || { echo 'wait for the condition itself, with a deadline'; exit 1; }
 	go run ./internal/cmd/doclinks $$(git ls-files '*.md')
 	go run ./internal/cmd/vocabulary -report-only '$(VOCABULARY_LATER)' $$(git ls-files $(VOCABULARY_FILES))

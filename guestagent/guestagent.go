@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package guestagent is the guest's side of kata-checkpoint in one binary. Its
 // only promise to importers is [Main]; everything behind it is internal.
 package guestagent

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package integration has the scenarios: what users do with checkpoints, from
 // an engine's calls to the workload's own numbers, in VMs.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package nri is the NRI plugin: it adjusts the containers of pods with our
 // runtime (package internal/adjust) while containerd's CRI creates them.
 // Command kata-checkpoint-nri runs it, once per node.

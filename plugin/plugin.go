@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package plugin is the containerd side of kata-checkpoint: the shim of the
 // runtime io.containerd.kata-checkpoint.v2. Its only promise to importers is
 // [Run]; everything behind it is internal.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command containerd-shim-kata-checkpoint-v2 is the shim of the runtime
 // io.containerd.kata-checkpoint.v2. containerd starts it.
 package main

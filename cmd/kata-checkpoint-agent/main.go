@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command kata-checkpoint-agent is the guest side of kata-checkpoint in one
 // binary; see [guestagent.Main] for its modes.
 package main

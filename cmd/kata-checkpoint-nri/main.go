@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command kata-checkpoint-nri is the NRI plugin. containerd starts it from its
 // plugin directory, or it runs as a service and connects to containerd.
 package main

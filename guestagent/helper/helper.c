@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 /*
  * kata-checkpoint-helper: both ends of an exec into a restored container.
  * Kata starts "exec TOKEN" in the placeholder's namespaces: it holds the exec's

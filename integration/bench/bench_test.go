@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package bench measures what kata-checkpoint adds: to a bare CRIU dump in the
 // same guest (bytes and time), to calls of Kata's shim, and to an exec. Its
 // output is what benchstat reads; bounds are ratios, so that they hold on any

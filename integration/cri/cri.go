@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package cri drives containerd through the Container Runtime Interface as the
 // kubelet does: pods, their containers, logs, execs and checkpoints. The pod
 // scenarios call it.

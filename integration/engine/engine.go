@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package engine uses containerd as container engines do: it creates, runs,
 // pauses, checkpoints and restores containers with the calls, in the order and
 // with the options of ctr, nerdctl and docker. The scenarios and the benchmarks

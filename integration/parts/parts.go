@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package parts builds what a testbed is assembled from and caches it in the
 // checkout's build directory: containerd, the guest's initrd, the container
 // images, the host's vsock daemon. Package testbed and its command are the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package testbed runs a containerd with Kata in one directory, with VMs that
 // need no KVM. The scenarios, the benchmarks and the command testbed call it.
 //

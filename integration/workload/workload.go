@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package workload has the programs that run in containers under test. Each
 // keeps state in several places, keeps checking that all of it agrees, and
 // exits with an error if it does not: what a checkpoint lost or a restore did

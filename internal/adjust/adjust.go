@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package adjust computes what a container's OCI spec needs in addition so that
 // the container can be checkpointed: the exchange mount and annotations.
 // [Adjust] is a pure function with two callers: the NRI plugin (package nri),

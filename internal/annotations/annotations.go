@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package annotations knows the annotations of containers that kata-checkpoint
 // reads or writes, its own and those of the CRI implementations, and parses
 // them. Its functions are pure: the shim, the NRI plugin and the tests get the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // The protocol between the shim on the host and the agent in the guest: ttrpc
 // over AF_VSOCK. The shim is the client, the agent the server; no process in a
 // container can reach it. Errors carry gRPC codes. Their message is one sentence

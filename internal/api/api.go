@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package api is the protocol between the shim on the host (package
 // plugin/internal/task, by way of plugin/internal/guest) and the agent in the
 // guest (package guestagent/internal/agent), and everything else that the two

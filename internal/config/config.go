@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package config is the operator's configuration of the host side: one TOML
 // file that the shim and the NRI plugin read, each once when it starts. Every
 // key has a default that works, and the file may be missing.

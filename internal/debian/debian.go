@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package debian downloads packages from a Debian suite other than the
 // machine's, and unpacks them into a directory without installing anything. The
 // guest bundle's CRIU and the testbed's guest come from such a suite: those of

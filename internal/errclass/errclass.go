@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package errclass gives errors a class of containerd's errdefs without adding
 // the class's name to the message, and turns errors into gRPC statuses at the
 // boundary: users read one sentence, and engines get the code.

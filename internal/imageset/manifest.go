@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package imageset is the format of a checkpoint on disk: it names the files,
 // writes them and verifies them.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package imageset
 
 // Names of files in an image set; all others are CRIU's.

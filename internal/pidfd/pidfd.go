@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package pidfd waits for and kills processes by a descriptor, which names one
 // process for as long as it is open, whatever happens to its pid.
 package pidfd

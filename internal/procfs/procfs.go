@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package procfs reads what the kernel reports about processes below /proc:
 // the few fields of stat and status that tell one process from another, its
 // command line and its namespaces. The shim and the guest agent both use it, so

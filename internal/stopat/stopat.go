@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package stopat holds an operation at one of its phases, so that a test can
 // kill something there. The shim and the guest agent call [Dir.Wait] at the end
 // of each phase.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package testproc starts processes for tests to inspect.
 package testproc
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package thread runs functions in other namespaces. Namespaces belong to
 // threads, and Go moves goroutines between threads, so each such function gets
 // a thread of its own, which exits with it.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package agent is the daemon in Kata's VM that freezes, checkpoints and
 // restores containers beside the kata-agent, at the request of the shim
 // (package plugin) on the host.

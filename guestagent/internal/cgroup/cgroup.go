@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package cgroup finds, freezes and kills the cgroups of containers in the
 // guest, which has cgroup v2 (by Kata's kernel parameters,
 // src/runtime/arch/amd64-options.mk). Only the guest agent uses it.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package criu runs CRIU in the guest over its RPC, through go-criu.
 //
 // go-criu starts "PATH swrk FD" and talks to it over FD. PATH is the agent's

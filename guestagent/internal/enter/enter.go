@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package enter starts a process inside the namespaces of another one, the time
 // namespace included, which only a process with a single thread can join. Go's
 // programs have many: so the work is done by a C program,

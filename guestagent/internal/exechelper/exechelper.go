@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package exechelper is what the agent and the exec helper agree on. The exec
 // helper (guestagent/helper) is the process that Kata starts for an exec into a
 // restored container. Kata puts it into the placeholder's namespaces, where the

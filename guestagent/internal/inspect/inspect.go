@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package inspect looks at a container's processes without changing them: what
 // they have open and mapped, their sockets, mounts and namespaces, and what of
 // it CRIU cannot checkpoint. The agent calls it before it freezes a container,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package netlock keeps the peers of a frozen container's TCP connections from
 // noticing that it is gone. A network lock drops the connections' packets, so
 // that peers see neither data nor a FIN or RST, and repair mode closes sockets

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package placeholder is the init of a restored container: Kata starts it in
 // place of the container's own program, and CRIU restores the container's
 // processes below it, in a nested PID namespace. It reaps children, forwards

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package testhelper builds the guest's C program for tests.
 package testhelper
 

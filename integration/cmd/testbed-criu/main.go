@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // testbed-criu replaces CRIU in guest bundles that are unfit on purpose. It
 // answers the two questions that the guest agent asks a CRIU before it uses it:
 // the version (by CRIU's RPC, as "criu swrk FD") and whether the kernel is fit

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // testbed creates and removes testbeds: a containerd and a Kata that run in a
 // directory and need no KVM. See package testbed.
 package main

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // workload runs in the containers of the scenarios and the benchmarks. See
 // package workload.
 package main

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // nri-runtime is the runtime side of NRI without containerd: NRI's own package
 // adaptation, with plugins that it starts and plugins that connect. Package
 // parts builds it with the NRI version of each containerd release, and the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package api is the protocol between the stand-in for Kata's shim and the
 // stand-in for Kata's agent. It is private to the two: the product does not use
 // it.

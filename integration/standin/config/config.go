@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package config reads the part of a Kata configuration file that the stand-in
 // supports. The file's format is Kata's, and it tells which of Kata's shims it
 // is for.

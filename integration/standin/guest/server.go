@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package guest is the stand-in for Kata's agent: PID 1 of the guest. It mounts
 // the share, creates the sandbox's namespaces, and runs containers with
 // Debian's runc such that they look like those of Kata's agent. Kata 4.1.0:

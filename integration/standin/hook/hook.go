@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package hook runs OCI hooks: the engine's on the host, the guest's own in the
 // guest. Kata 4.1.0: src/runtime/pkg/katautils/hook.go and
 // src/libs/kata-sys-util/src/hooks.rs.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package hostspec reads a bundle's OCI spec as Kata's shims do, and rewrites
 // it for the guest by removing what belongs to the host. It has no side
 // effects. Kata 4.1.0: constrainGRPCSpec in

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package netns creates and enters named network namespaces: a sandbox's own,
 // if the engine provides none, and those that scenarios create as a network
 // plugin does.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package network connects a VM with the interfaces of its sandbox's network
 // namespace by Kata's default model, tcfilter: each veth gets a tap, which is
 // the VM's network card, and what arrives at either is redirected to the other.

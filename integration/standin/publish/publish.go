@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package publish sends a shim's events to containerd, at the address in the
 // environment. Without one (CRI-O), events are only logged.
 package publish

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package sandbox manages one VM with its containers from the host: its share,
 // its processes and its agent. Package shim is the caller.
 package sandbox

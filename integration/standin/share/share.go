@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package share lays out a sandbox's directories on the host as Kata does: the
 // directory that virtiofsd exports to the guest, read-only, and the directory
 // behind it, in which later mounts are made that propagate to the guest,

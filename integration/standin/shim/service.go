@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package shim is the stand-in for Kata's shim: the binary that containerd
 // starts and its task service. It keeps the contract of either of Kata's shims,
 // quirks included, as far as a wrapping shim or an engine can observe it. Kata

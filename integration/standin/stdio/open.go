@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package stdio copies between the streams of a process in the guest and the
 // ends that the engine names: FIFOs, a file, or a logger that it starts. Kata
 // 4.1.0: src/runtime/pkg/containerd-shim-v2/{stream,shim_io_*}.go and

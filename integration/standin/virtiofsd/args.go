@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package virtiofsd translates the arguments of the Rust virtiofsd, which
 // Kata's shims use, into those of the C virtiofsd in Debian 12's
 // qemu-system-common. The program testbed-virtiofsd is its only caller.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package vm starts a sandbox's virtiofsd and VMM, as Kata does for Cloud
 // Hypervisor, and connects to the guest through the VMM's hybrid vsock socket.
 package vm

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package vmm implements the part of Cloud Hypervisor's HTTP API that Kata's Go
 // and Rust shims use, with QEMU.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package way names Kata's two shims, written in Go and in Rust, and the file
 // names in which they differ. It has no side effects. Kata 4.1.0.
 package way

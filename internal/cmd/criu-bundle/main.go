@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command criu-bundle builds the part of the guest bundle that consists of
 // Debian packages: CRIU, the two programs that it starts, tar and gzip, and the
 // libraries of all three, in a directory that works in any guest, whatever its

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command doclinks checks that the relative links of the Markdown files that
 // it is given lead to files and headings that exist.
 package main

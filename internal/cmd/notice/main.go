@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command notice writes NOTICE: the third-party software in the binaries and
 // the guest bundle that operators install, and its licences. It runs in the
 // module's root, after the guest bundle's CRIU has been built.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command vocabulary reports where files use words that the glossary retires.
 //
 //	vocabulary -glossary docs/glossary.md [-report-only DIR,DIR] FILE...

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package archive extracts what a restore needs from a checkpoint archive of
 // containerd's CRI: the image set and the changes of the root file system. It
 // ignores everything else: what a container is and may do is decided by whoever

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package bundle reads and edits the OCI bundle that containerd has created for
 // a container, and keeps our own records in its directory. Kata reads
 // config.json in its Create, so what the shim changes before that takes effect.

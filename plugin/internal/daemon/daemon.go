@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package daemon is the shim's long-running process: it serves the task service
 // that is registered as a plugin in containerd's registry (package
 // plugin/internal/task/register), and receives the events of Kata's shim.

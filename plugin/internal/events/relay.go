@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package events forwards events to containerd: our own, and those of Kata's
 // shim, which is given [Relay]'s socket in place of containerd's. All pass
 // through one queue, in order, which outlives a restart of containerd. The

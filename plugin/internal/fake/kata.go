@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package fake stands in for Kata and a guest in the shim's tests: a task
 // service as Kata's shims serve it, their management socket, and an agent
 // behind a VMM's hybrid vsock.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package forward passes calls between containerd and Kata's shim that this
 // shim does not have to read. A ttrpc server in between costs a thread wake-up
 // at every hand-over from one goroutine to the next, which is most of the price

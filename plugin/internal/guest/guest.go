@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package guest is the shim's connection to the agent in its guest. A shim has
 // one guest and one [Agent] for it, which may be used before the VM exists, and
 // which outlives a restart of the agent.

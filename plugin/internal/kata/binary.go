@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package kata is all that the shim knows about Kata's own shim, its
 // downstream: how its binary is called and answers, how to find and dial the
 // guest, and what it leaves behind. Kata's Go and Rust shims differ in each of

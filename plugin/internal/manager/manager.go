@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package manager implements the invocations of the shim's binary other than
 // the daemon: start, delete and -info. Each runs Kata's own binary with the
 // same arguments and adds our part: a daemon in front of Kata's. containerd

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package netgate keeps the peers of a container's TCP connections waiting while
 // nobody has the connections: from the end of the VM that had them until a
 // restore has put them into another one. What a peer sends meanwhile meets a

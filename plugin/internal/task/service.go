@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package task is the shim's task service: containerd's task API, forwarded
 // to Kata's own shim except where a checkpoint or a restore needs more.
 // [Service] serves one sandbox with its containers; the daemon (package

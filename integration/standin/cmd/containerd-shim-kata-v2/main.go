@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // containerd-shim-kata-v2 is the stand-in for Kata's shim. The name of its
 // directory, go or rust, selects which of Kata's two shims it imitates.
 package main

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // standin-agent is the stand-in for Kata's agent: /usr/bin/kata-agent in the
 // guest, executed by /init as PID 1. With an argument it is one of its own
 // helpers.

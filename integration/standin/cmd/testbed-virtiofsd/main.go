@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // testbed-virtiofsd replaces the Rust virtiofsd in Kata's configuration and
 // executes Debian 12's C daemon. See package virtiofsd.
 package main

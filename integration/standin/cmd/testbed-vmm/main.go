@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // testbed-vmm is a hypervisor for Kata that implements Cloud Hypervisor's API
 // with QEMU. See package vmm.
 //

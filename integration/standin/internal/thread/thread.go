@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package thread runs code in other namespaces. Namespaces belong to threads,
 // and Go moves goroutines between threads, so that such code gets a thread of
 // its own, which exits afterwards.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package register makes the task service a plugin of the shim's daemon. To be
 // imported for its side effect.
 package register

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package tig stands for one of that name in a module which only helpers for nerdctl's tests use. They are compiled with nerdctl and never run.
 package tig
 
