@@ -162,6 +162,10 @@ address = %[4]q
 
 [debug]
 level = "debug"
+
+# A busy machine may need longer than containerd's 3 s to end a VM.
+[timeouts]
+"io.containerd.timeout.shim.shutdown" = "1m"
 `
 
 // criPlugins are disabled in a containerd without the CRI.
