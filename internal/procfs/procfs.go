@@ -132,6 +132,20 @@ func NSPIDs(pid int) ([]int, error) {
 	return pids, nil
 }
 
+// Tracer returns the pid of the process that traces a process with ptrace(2), or
+// 0.
+func Tracer(pid int) (int, error) {
+	value, err := Status(pid, "TracerPid")
+	if err != nil {
+		return 0, err
+	}
+	tracer, err := strconv.Atoi(value)
+	if err != nil {
+		return 0, fmt.Errorf("TracerPid of process %d: %w", pid, err)
+	}
+	return tracer, nil
+}
+
 // Cmdline returns the command line of a process, none for kernel threads and
 // for processes that have exited.
 func Cmdline(pid int) ([]string, error) {

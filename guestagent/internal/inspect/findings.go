@@ -82,6 +82,12 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 		if p != c.Root && c.orphaned(p) {
 			out = append(out, c.finding(p, orphan))
 		}
+		if p.Tracer != 0 {
+			out = append(out, c.finding(p, rule{Refused, "is traced by the process " + nameOf(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
+		}
+		if p.Headless {
+			out = append(out, c.finding(p, headless))
+		}
 		for _, f := range p.Files {
 			if r := classify(p, f, stdio); r.class != Good {
 				out = append(out, c.finding(p, r))
@@ -151,6 +157,10 @@ var controllingTTY = rule{Refused, "has /dev/tty open, as shells with job contro
 // which walks the tree from its root, does not see it.
 var orphan = rule{Refused, "has lost its parent and is no longer a descendant of the container's init, below which CRIU looks for processes",
 	"have init adopt orphans, as an init program does that is told to be a subreaper, or run the container with a pid namespace of its own (shareProcessNamespace: false)"}
+
+// headless is a process whose main thread has called pthread_exit(3): CRIU
+// copies what threads share from the main one (criu/cr-dump.c).
+var headless = rule{Refused, "runs on after its main thread has exited, which CRIU cannot checkpoint", "have the main thread wait for the others"}
 
 // classify finds the rule for a descriptor.
 func classify(p *Process, f File, stdio []*api.Stdio) rule {

@@ -55,6 +55,10 @@ type Process struct {
 	Parent int
 	// Terminal is the device number of the controlling terminal, or 0.
 	Terminal uint64
+	// Tracer is the PID of the process that traces it, or 0.
+	Tracer int
+	// Headless: the main thread has exited, and others run.
+	Headless bool
 	// Namespaces are those of the kinds in [nested], as their links in /proc
 	// show them.
 	Namespaces map[string]string
@@ -148,6 +152,16 @@ func readProcess(pid int) (*Process, error) {
 	p.Parent, p.Terminal = stat.Parent, stat.Terminal
 	if p.PIDs, err = procfs.NSPIDs(pid); err != nil {
 		return nil, err
+	}
+	if p.Tracer, err = procfs.Tracer(pid); err != nil {
+		return nil, err
+	}
+	if stat.Exited() {
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return nil, err
+		}
+		p.Headless = len(threads) > 1
 	}
 	// A zombie has no namespaces, and nothing open or mapped.
 	if p.Namespaces, err = readNamespaces(pid); err != nil {

@@ -5,6 +5,8 @@ package inspect
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -52,6 +54,53 @@ func TestMappedIOUringIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := Refusal(findings); err == nil || !strings.Contains(err.Error(), "db (pid 1) uses io_uring") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestTracedProcessIsRefused(t *testing.T) {
+	cmd := exec.Command("sleep", "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
+	runtime.LockOSThread() // the tracer is the thread that forked
+	defer runtime.UnlockOSThread()
+	if err := cmd.Start(); err != nil {
+		t.Skipf("this machine lets nobody trace: %v", err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	err := refusal(t, os.Getpid(), []int{os.Getpid(), cmd.Process.Pid}, &api.CheckpointOptions{ExternalUnixSockets: true, TcpEstablished: true})
+	if err == nil || !strings.Contains(err.Error(), "is traced by the process") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A process whose main thread has exited is a zombie in /proc, with threads.
+func TestProcessWithoutItsMainThread(t *testing.T) {
+	const source = `
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+static void *work(void *arg) { puts("ready"); fflush(stdout); while (getchar() != EOF); exit(0); return arg; }
+int main(void) { pthread_t t; pthread_create(&t, 0, work, 0); pthread_exit(0); }
+`
+	program := filepath.Join(t.TempDir(), "headless")
+	build := exec.Command("gcc", "-pthread", "-x", "c", "-o", program, "-")
+	build.Stdin = strings.NewReader(source)
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Skipf("this machine has no C compiler: %v: %s", err, out)
+	}
+	cmd := exec.Command(program)
+	testproc.Ready(t, cmd)
+	for p := processes(t, cmd.Process.Pid); !p[0].Headless; p = processes(t, cmd.Process.Pid) {
+		if t.Context().Err() != nil {
+			t.Fatalf("got %+v", p[0])
+		}
+		runtime.Gosched()
+	}
+	err := refusal(t, os.Getpid(), []int{os.Getpid(), cmd.Process.Pid}, &api.CheckpointOptions{ExternalUnixSockets: true, TcpEstablished: true})
+	if err == nil || !strings.Contains(err.Error(), "main thread has exited") {
 		t.Errorf("got %v", err)
 	}
 }
