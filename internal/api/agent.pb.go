@@ -760,6 +760,60 @@ func (x *Connection) GetRemote() string {
 	return ""
 }
 
+// Address is one of a guest's network interfaces, other than loopback.
+type Address struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Interface string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	// address is an IP address without a zone.
+	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Address) Reset() {
+	*x = Address{}
+	mi := &file_internal_api_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Address) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Address) ProtoMessage() {}
+
+func (x *Address) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Address.ProtoReflect.Descriptor instead.
+func (*Address) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Address) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Address) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
 type CheckpointRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -779,7 +833,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -791,7 +845,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -804,7 +858,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CheckpointRequest) GetContainerId() string {
@@ -858,14 +912,17 @@ type CheckpointResponse struct {
 	// because both ends of all are in the container.
 	TcpEstablished bool `protobuf:"varint,9,opt,name=tcp_established,json=tcpEstablished,proto3" json:"tcp_established,omitempty"`
 	// connections are those of them whose other end is outside of the container.
-	Connections   []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
+	Connections []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
+	// addresses are those of the guest. A restore binds sockets that are bound to
+	// one of them to what the new guest has in place of it.
+	Addresses     []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -877,7 +934,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -890,7 +947,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CheckpointResponse) GetExternals() []*External {
@@ -963,6 +1020,13 @@ func (x *CheckpointResponse) GetConnections() []*Connection {
 	return nil
 }
 
+func (x *CheckpointResponse) GetAddresses() []*Address {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
 type DiscardRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -974,7 +1038,7 @@ type DiscardRequest struct {
 
 func (x *DiscardRequest) Reset() {
 	*x = DiscardRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1050,7 @@ func (x *DiscardRequest) String() string {
 func (*DiscardRequest) ProtoMessage() {}
 
 func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1063,7 @@ func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
 func (*DiscardRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DiscardRequest) GetContainerId() string {
@@ -1032,14 +1096,16 @@ type RestoreRequest struct {
 	Rights *Rights `protobuf:"bytes,9,opt,name=rights,proto3" json:"rights,omitempty"`
 	// connections are those of the CheckpointResponse. Their packets are dropped
 	// until they are restored.
-	Connections   []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
+	Connections []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
+	// addresses are those of the CheckpointResponse.
+	Addresses     []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1117,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1130,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestoreRequest) GetContainerId() string {
@@ -1137,6 +1203,13 @@ func (x *RestoreRequest) GetConnections() []*Connection {
 	return nil
 }
 
+func (x *RestoreRequest) GetAddresses() []*Address {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
 // Rights bound the credentials of restored processes.
 type Rights struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1151,7 +1224,7 @@ type Rights struct {
 
 func (x *Rights) Reset() {
 	*x = Rights{}
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1163,7 +1236,7 @@ func (x *Rights) String() string {
 func (*Rights) ProtoMessage() {}
 
 func (x *Rights) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1176,7 +1249,7 @@ func (x *Rights) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rights.ProtoReflect.Descriptor instead.
 func (*Rights) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Rights) GetCapabilities() []string {
@@ -1211,7 +1284,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1223,7 +1296,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1236,7 +1309,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1267,7 +1340,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1352,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1365,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1326,7 +1399,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1411,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1424,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1414,13 +1487,16 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"Connection\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
-	"\x06remote\x18\x02 \x01(\tR\x06remote\"\xcc\x01\n" +
+	"\x06remote\x18\x02 \x01(\tR\x06remote\"A\n" +
+	"\aAddress\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xcc\x01\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
 	"\aoptions\x18\x03 \x01(\v2*.katacheckpoint.agent.v1.CheckpointOptionsR\aoptions\x12\x1c\n" +
 	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
-	"\x04stop\x18\x05 \x01(\bR\x04stop\"\xfe\x03\n" +
+	"\x04stop\x18\x05 \x01(\bR\x04stop\"\xbe\x04\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -1433,10 +1509,11 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\bhostname\x18\b \x01(\tR\bhostname\x12'\n" +
 	"\x0ftcp_established\x18\t \x01(\bR\x0etcpEstablished\x12E\n" +
 	"\vconnections\x18\n" +
-	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\"Q\n" +
+	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
+	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\"Q\n" +
 	"\x0eDiscardRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
-	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\x96\x04\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\xd6\x04\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1449,7 +1526,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fcpu_features\x18\b \x03(\tR\vcpuFeatures\x127\n" +
 	"\x06rights\x18\t \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\x12E\n" +
 	"\vconnections\x18\n" +
-	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\"`\n" +
+	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
+	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\"`\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -1491,7 +1569,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1505,15 +1583,16 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*OpenFile)(nil),           // 9: katacheckpoint.agent.v1.OpenFile
 	(*Phase)(nil),              // 10: katacheckpoint.agent.v1.Phase
 	(*Connection)(nil),         // 11: katacheckpoint.agent.v1.Connection
-	(*CheckpointRequest)(nil),  // 12: katacheckpoint.agent.v1.CheckpointRequest
-	(*CheckpointResponse)(nil), // 13: katacheckpoint.agent.v1.CheckpointResponse
-	(*DiscardRequest)(nil),     // 14: katacheckpoint.agent.v1.DiscardRequest
-	(*RestoreRequest)(nil),     // 15: katacheckpoint.agent.v1.RestoreRequest
-	(*Rights)(nil),             // 16: katacheckpoint.agent.v1.Rights
-	(*RestoreResponse)(nil),    // 17: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 18: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 19: katacheckpoint.agent.v1.ExecResponse
-	(*emptypb.Empty)(nil),      // 20: google.protobuf.Empty
+	(*Address)(nil),            // 12: katacheckpoint.agent.v1.Address
+	(*CheckpointRequest)(nil),  // 13: katacheckpoint.agent.v1.CheckpointRequest
+	(*CheckpointResponse)(nil), // 14: katacheckpoint.agent.v1.CheckpointResponse
+	(*DiscardRequest)(nil),     // 15: katacheckpoint.agent.v1.DiscardRequest
+	(*RestoreRequest)(nil),     // 16: katacheckpoint.agent.v1.RestoreRequest
+	(*Rights)(nil),             // 17: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 18: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 19: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 20: katacheckpoint.agent.v1.ExecResponse
+	(*emptypb.Empty)(nil),      // 21: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
@@ -1522,42 +1601,44 @@ var file_internal_api_agent_proto_depIdxs = []int32{
 	9,  // 3: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
 	10, // 4: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
 	11, // 5: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
-	6,  // 6: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 7: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 8: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 9: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	16, // 10: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	11, // 11: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
-	10, // 12: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 13: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 14: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 15: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 16: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 17: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 18: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	12, // 19: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	12, // 20: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	14, // 21: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
-	15, // 22: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	15, // 23: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	18, // 24: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	1,  // 25: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 26: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	20, // 27: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	20, // 28: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	20, // 29: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	20, // 30: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	20, // 31: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	13, // 32: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	20, // 33: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	20, // 34: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	17, // 35: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	19, // 36: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	25, // [25:37] is the sub-list for method output_type
-	13, // [13:25] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	12, // 6: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
+	6,  // 7: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	7,  // 8: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 9: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 10: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	17, // 11: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	11, // 12: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
+	12, // 13: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
+	10, // 14: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 15: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 16: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 17: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 18: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 19: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 20: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	13, // 21: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	13, // 22: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	15, // 23: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	16, // 24: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	16, // 25: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	19, // 26: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	1,  // 27: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 28: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	21, // 29: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	21, // 30: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	21, // 31: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	21, // 32: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	21, // 33: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	14, // 34: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	21, // 35: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	21, // 36: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	18, // 37: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	20, // 38: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	27, // [27:39] is the sub-list for method output_type
+	15, // [15:27] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_agent_proto_init() }
@@ -1571,7 +1652,7 @@ func file_internal_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

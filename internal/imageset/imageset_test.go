@@ -451,6 +451,28 @@ func TestDamagedSetIsRefused(t *testing.T) {
 			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["new"] = true }) },
 			err:    []string{"damaged", `"new"`},
 		},
+		"an address without an interface": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) {
+					m["addresses"] = []any{map[string]any{"interface": "", "address": "192.0.2.2"}}
+				})
+			},
+			err: []string{"damaged", "network interface"},
+		},
+		"an address with a zone": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) {
+					m["addresses"] = []any{map[string]any{"interface": "eth0", "address": "fe80::1%eth0"}}
+				})
+			},
+			err: []string{"damaged", "invalid address"},
+		},
+		"an invalid address": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { m["addresses"] = []any{map[string]any{"interface": "eth0", "address": "here"}} })
+			},
+			err: []string{"damaged"},
+		},
 		"no inventory": {
 			damage: func(t *testing.T, dir string) {
 				edit(t, dir, func(m map[string]any) { m["files"] = []any{} })
@@ -740,4 +762,27 @@ func TestHalfACommitIsTakenBack(t *testing.T) {
 			t.Errorf("there is left %v, error %v", left, err)
 		}
 	})
+}
+
+func TestParseAddress(t *testing.T) {
+	for name, tc := range map[string]struct {
+		iface, address string
+		ok             bool
+	}{
+		"IPv4":               {"eth0", "192.0.2.2", true},
+		"IPv6":               {"eth0.100", "2001:db8::2", true},
+		"the longest name":   {"abcdefghijklmno", "192.0.2.2", true},
+		"a longer one":       {"abcdefghijklmnop", "192.0.2.2", false},
+		"no name":            {"", "192.0.2.2", false},
+		"a path":             {"../eth0", "192.0.2.2", false},
+		"an escape sequence": {"eth\x1b0", "192.0.2.2", false},
+		"no address":         {"eth0", "", false},
+		"a zone":             {"eth0", "fe80::1%eth0", false},
+		"a port":             {"eth0", "192.0.2.2:80", false},
+	} {
+		a, err := ParseAddress(tc.iface, tc.address)
+		if (err == nil) != tc.ok {
+			t.Errorf("%s: %v, %v", name, a, err)
+		}
+	}
 }

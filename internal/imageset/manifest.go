@@ -48,6 +48,8 @@ type Manifest struct {
 	// Connections are the TCP connections in the image set whose other end is
 	// outside of the container.
 	Connections []Connection `json:"connections,omitempty"`
+	// Addresses are those of the guest's network interfaces, without loopback.
+	Addresses []Address `json:"addresses,omitempty"`
 	// Terminal: the container's process had one.
 	Terminal bool `json:"terminal,omitempty"`
 	// OpenFiles are files outside the image set that the processes held open.
@@ -107,6 +109,36 @@ type Stdio struct {
 type Connection struct {
 	Local  netip.AddrPort `json:"local"`
 	Remote netip.AddrPort `json:"remote"`
+}
+
+// Address is an IP address of a network interface.
+type Address struct {
+	Interface string     `json:"interface"`
+	Address   netip.Addr `json:"address"`
+}
+
+// ParseAddress accepts the names that interfaces have, and addresses without a
+// zone.
+func ParseAddress(iface, address string) (Address, error) {
+	addr, err := netip.ParseAddr(address)
+	if err != nil {
+		return Address{}, fmt.Errorf("address of a network interface: %w", err)
+	}
+	a := Address{Interface: iface, Address: addr}
+	return a, a.check()
+}
+
+// maxInterfaceName is the longest name of an interface (IFNAMSIZ, less its NUL).
+const maxInterfaceName = 15
+
+func (a Address) check() error {
+	if err := checkName(a.Interface); err != nil || len(a.Interface) > maxInterfaceName {
+		return fmt.Errorf("network interface %q has an invalid name", a.Interface)
+	}
+	if !a.Address.IsValid() || a.Address.Zone() != "" {
+		return fmt.Errorf("network interface %s has an invalid address, %q", a.Interface, a.Address)
+	}
+	return nil
 }
 
 // OpenFile is a file by its path in the container and its size in bytes.
@@ -171,6 +203,11 @@ func ReadManifest(r io.Reader) (*Manifest, error) {
 	for _, c := range m.Connections {
 		if !c.Local.IsValid() || !c.Remote.IsValid() {
 			return nil, fmt.Errorf("%s is damaged: a TCP connection lacks an end", ManifestName)
+		}
+	}
+	for _, a := range m.Addresses {
+		if err := a.check(); err != nil {
+			return nil, fmt.Errorf("%s is damaged: %w", ManifestName, err)
 		}
 	}
 	seen := make(map[string]bool, len(m.Files))

@@ -238,6 +238,9 @@ func (a *Agent) describe(c *container, look *inspect.Container, ownIPC bool, r *
 	if out.OpenFiles, err = inspect.OpenFiles(look.Processes, mounts); err != nil {
 		return nil, fmt.Errorf("list the open files of the container: %w", err)
 	}
+	for _, a := range look.Addresses {
+		out.Addresses = append(out.Addresses, &api.Address{Interface: a.Interface, Address: a.Addr.WithZone("").String()})
+	}
 	if out.Hostname, err = inspect.Hostname(root); err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ package inspect
 import (
 	"fmt"
 	"math/bits"
+	"net/netip"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -70,42 +71,52 @@ func (c *Container) unusualSockets() (findings []Finding) {
 			continue // exited meanwhile
 		}
 		slices.Sort(fds)
+		var bound []netip.AddrPort
 		for _, fd := range fds {
-			if r := classifySocket(process, fd); r.class != Good {
+			r, local := classifySocket(process, fd)
+			if r.class != Good {
 				findings = append(findings, c.finding(p, r))
+			} else if local.IsValid() {
+				bound = append(bound, local)
 			}
 		}
 		unix.Close(process)
+		findings = append(findings, c.ownAddress(p, bound)...)
 	}
 	return findings
 }
 
-// classifySocket finds the rule for a socket that a process has open.
-func classifySocket(process, fd int) rule {
+// classifySocket finds the rule for a socket that a process has open, and the
+// address that it is bound to, should a restore bind it again.
+func classifySocket(process, fd int) (r rule, local netip.AddrPort) {
 	socket, err := unix.PidfdGetfd(process, fd, 0)
 	if err != nil {
-		return rule{} // closed or exited meanwhile
+		return r, local // closed or exited meanwhile
 	}
 	defer unix.Close(socket)
 	var option [3]int
 	for i, name := range []int{unix.SO_DOMAIN, unix.SO_TYPE, unix.SO_PROTOCOL} {
 		if option[i], err = unix.GetsockoptInt(socket, unix.SOL_SOCKET, name); err != nil {
-			return rule{} // another file has the number by now
+			return r, local // another file has the number by now
 		}
 	}
 	domain, kind, protocol := option[0], option[1], option[2]
 	r, known := families[domain]
 	switch {
 	case !known:
-		return rule{class: Unknown, what: fmt.Sprintf("has a socket of the address family %d open, which this version does not know", domain)}
+		r = rule{class: Unknown, what: fmt.Sprintf("has a socket of the address family %d open, which this version does not know", domain)}
 	case domain == unix.AF_NETLINK && netlinkGroups(socket) > maxNetlinkGroups:
-		return rule{Refused, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
-	case (domain == unix.AF_INET || domain == unix.AF_INET6) && kind != unix.SOCK_RAW:
+		r = rule{Refused, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
+	case domain == unix.AF_INET, domain == unix.AF_INET6:
+		local = boundTo(socket, kind)
+		if kind == unix.SOCK_RAW {
+			break
+		}
 		if r, known = protocols[protocol]; !known {
-			return unsupportedSocket(fmt.Sprintf("IP protocol %d", protocol))
+			r = unsupportedSocket(fmt.Sprintf("IP protocol %d", protocol))
 		}
 	}
-	return r
+	return r, local
 }
 
 // netlinkGroups is the highest multicast group that a netlink socket is a

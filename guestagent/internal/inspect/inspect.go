@@ -40,6 +40,9 @@ type Container struct {
 	// Connections are their open TCP connections.
 	Connections []Connection
 
+	// Addresses are the guest's, in whose network namespace they are.
+	Addresses []Address
+
 	sockets sockets
 }
 
@@ -118,6 +121,9 @@ func Look(root int, pids []int) (*Container, error) {
 		return nil, err
 	}
 	c.Connections = c.sockets.connections
+	if c.Addresses, err = Addresses(); err != nil {
+		return nil, err
+	}
 	return c, nil
 }
 

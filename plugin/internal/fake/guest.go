@@ -50,6 +50,8 @@ type Guest struct {
 	files     map[string]string
 	// Connections are those that its checkpoints keep.
 	Connections []*api.Connection
+	// Addresses are those of its network interfaces.
+	Addresses []*api.Address
 }
 
 // NewGuest makes a guest with a running agent for a sandbox. With rust, its
@@ -325,6 +327,7 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
 		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		Addresses: g.Addresses,
 		Phases:    []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
 
 		TcpEstablished: len(g.Connections) > 0, Connections: g.Connections,

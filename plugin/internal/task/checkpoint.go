@@ -346,6 +346,13 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		}
 		m.Connections = append(m.Connections, imageset.Connection{Local: local, Remote: remote})
 	}
+	for _, a := range out.GetAddresses() {
+		address, err := imageset.ParseAddress(a.GetInterface(), a.GetAddress())
+		if err != nil {
+			return nil, fmt.Errorf("the agent returned an invalid address: %w", err)
+		}
+		m.Addresses = append(m.Addresses, address)
+	}
 	return m, nil
 }
 

@@ -643,7 +643,9 @@ func imageSet(t *testing.T, options ...option) string {
 }
 
 func TestRestore(t *testing.T) {
-	path := imageSet(t)
+	path := imageSet(t, func(h *harness) {
+		h.guest.Addresses = []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}}
+	})
 	h := newHarness(t)
 	var staged []string
 	h.kata.Before("Create", func(context.Context) error {
@@ -691,6 +693,7 @@ func TestRestore(t *testing.T) {
 		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
 		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		Addresses: []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}},
 		Rights:    &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
 	}
 	if !proto.Equal(got, want) {

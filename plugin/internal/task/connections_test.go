@@ -223,6 +223,17 @@ func TestConnectionsThatAreNone(t *testing.T) {
 	}
 }
 
+func TestAddressThatIsNone(t *testing.T) {
+	h := newHarness(t)
+	h.guest.Addresses = []*api.Address{{Interface: "eth0", Address: "fe80::1%eth0"}}
+	h.run(nil)
+	err := h.checkpoint(t.TempDir(), nil)
+	wantError(t, err, "the agent returned an invalid address")
+	if h.status() == "STOPPED" {
+		t.Error("stopped without an image set")
+	}
+}
+
 // The pod's sandbox has its address, and its VM, before its container is restored.
 func TestConnectionsOfAPodAreHeldBackFromItsSandboxOn(t *testing.T) {
 	path := sandboxNamespace(t)

@@ -255,6 +255,9 @@ func restoreRequest(c *container) *api.RestoreRequest {
 	for _, t := range m.Connections {
 		r.Connections = append(r.Connections, &api.Connection{Local: t.Local.String(), Remote: t.Remote.String()})
 	}
+	for _, a := range m.Addresses {
+		r.Addresses = append(r.Addresses, &api.Address{Interface: a.Interface, Address: a.Address.String()})
+	}
 	for _, f := range m.OpenFiles {
 		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Path, Size: f.Size, MayGrow: f.MayGrow})
 	}
