@@ -14,6 +14,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -62,6 +63,13 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		}
 	}
 	if err := checkCredentials(images, r.GetRights()); err != nil {
+		return err
+	}
+	addresses, err := readdress(r)
+	if err != nil {
+		return err
+	}
+	if err := addresses.check(images); err != nil {
 		return err
 	}
 	version, err := a.criu.version()
@@ -148,6 +156,17 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("restore /dev/shm")
+
+	addresses, err := readdress(r)
+	if err != nil {
+		return nil, err
+	}
+	if n, err := addresses.apply(images); err != nil {
+		return nil, err
+	} else if n > 0 {
+		log.G(ctx).WithFields(log.Fields{"container": c.ID, "sockets": n}).Info("sockets move to the addresses of this guest")
+	}
+	ph.done("readdress sockets")
 
 	if c.Helper, err = exechelper.Mount(c.Init.PID); err != nil {
 		return nil, err
