@@ -56,14 +56,18 @@ func (s *scenario) connectedLink(path string) *podLink {
 // somebody takes it.
 func (s *scenario) unconnectedLink() *podLink {
 	s.Helper()
-	// One of the 32768 nets of four addresses in 198.18.0.0/15, which is for
-	// tests and nobody's.
-	net4 := 198<<24 | 18<<16 | uint32(binary.BigEndian.Uint16(random(2))>>1)<<2
-	address := func(n uint32) net.IP { return binary.BigEndian.AppendUint32(nil, net4+n) }
+	address := testAddresses()
 	w := &podLink{node: address(1), pod: address(2), link: "kct" + hex.EncodeToString(random(4)), mac: append(net.HardwareAddr{0x02}, random(5)...)}
 	s.afterContainers(w.remove)
 	s.check(w.create())
 	return w
+}
+
+// testAddresses is one of the 32768 nets of four addresses in 198.18.0.0/15,
+// which is for tests and nobody's.
+func testAddresses() func(n uint32) net.IP {
+	net4 := 198<<24 | 18<<16 | uint32(binary.BigEndian.Uint16(random(2))>>1)<<2
+	return func(n uint32) net.IP { return binary.BigEndian.AppendUint32(nil, net4+n) }
 }
 
 // peer is the second end before it is in its namespace.
@@ -120,6 +124,16 @@ func (w *podLink) connect() error {
 		}
 		return netlink.RouteAdd(&netlink.Route{LinkIndex: peer.Attrs().Index, Gw: w.node})
 	})
+}
+
+// addToNode gives the node's end one more address, which the pod reaches by its
+// default route.
+func (w *podLink) addToNode(ip net.IP) error {
+	node, err := netlink.LinkByName(w.link)
+	if err != nil {
+		return err
+	}
+	return netlink.AddrAdd(node, &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: net.CIDRMask(32, 32)}})
 }
 
 // reconnect makes the link of use again for another VM, as it was: what Kata

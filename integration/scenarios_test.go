@@ -123,6 +123,7 @@ var scenarios = []scenarioCase{
 
 	{name: "network", kind: kindNetworks, run: networked, core: onGo},
 	{name: "network-hotplugged", kind: kindNetworks, run: networkHotplugged, core: onRust},
+	{name: "own-address", kind: kindNetworks, run: ownAddress, core: onGo},
 	{name: "tcp-listen", kind: kindNetworks, run: tcpListen},
 	{name: "tcp-established-refused", kind: kindNetworks, run: tcpEstablishedRefused, core: onRust},
 	{name: "tcp-inside", kind: kindNetworks, run: tcpInside, core: onRust},

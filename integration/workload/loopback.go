@@ -74,13 +74,19 @@ func echoOnce() error {
 	if err != nil {
 		return err
 	}
+	echoLines(c)
+	return nil
+}
+
+// echoLines sends every line back until the connection ends.
+func echoLines(c net.Conn) {
 	for lines := bufio.NewReader(c); ; {
 		line, err := lines.ReadString('\n')
 		if err != nil {
-			return nil //nolint:nilerr // the peer has exited
+			return
 		}
 		if _, err := io.WriteString(c, line); err != nil {
-			return nil //nolint:nilerr // the same
+			return
 		}
 	}
 }

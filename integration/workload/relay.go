@@ -31,6 +31,12 @@ func (r *relay) listen() error {
 		return err
 	}
 	r.address = l.Addr().String()
+	r.serveAll(l)
+	return nil
+}
+
+// serveAll serves connections, one after the other, in the background.
+func (r *relay) serveAll(l net.Listener) {
 	go func() {
 		for {
 			c, err := l.Accept()
@@ -41,7 +47,6 @@ func (r *relay) listen() error {
 			r.serve(c)
 		}
 	}()
-	return nil
 }
 
 func (r *relay) round(io.Writer) error {

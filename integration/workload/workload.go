@@ -34,6 +34,7 @@ const usage = `usage: workload PROGRAM [OPTION...]
   terminal            answer what is typed at the terminal
   relay               answer over TCP, also by asking other servers
   caller              count over a connection to a TCP server
+  own-address         serve and count with sockets that are bound to the container's own address
   lock                count while holding a file lock
   io-uring            count while holding an io_uring
   peer                count in step with a peer over a unix socket
@@ -113,6 +114,10 @@ func Main(args []string, w io.Writer) error {
 		c := caller{}
 		flags.StringVar(&c.address, "server", "", "`address` of a server that sends every line back")
 		setup = func() (program, error) { return &c, c.connect() }
+	case "own-address":
+		o := ownAddress{}
+		flags.StringVar(&o.server, "server", "", "`address` of a UDP server that sends every datagram back")
+		setup = func() (program, error) { return &o, o.open() }
 	case "lock":
 		l := lock{}
 		flags.StringVar(&l.path, "file", "/var/tmp/locked", "`file` to lock")
