@@ -32,7 +32,7 @@ var damages = []struct {
 	}, []string{"format version 9999"}},
 	{"no manifest", func(dir string) error { return os.Remove(filepath.Join(dir, imageset.ManifestName)) }, []string{"not an image set", imageset.ManifestName}},
 	{"half a manifest", func(dir string) error { return os.Truncate(filepath.Join(dir, imageset.ManifestName), 100) }, []string{imageset.ManifestName, "damaged"}},
-	{"a file too many", func(dir string) error { return os.WriteFile(filepath.Join(dir, "extra.img"), []byte("extra"), 0o600) }, []string{"extra.img", "does not list"}},
+	{"a file too many", func(dir string) error { return os.WriteFile(filepath.Join(dir, "extra.img"), []byte("extra"), 0o600) }, []string{"extra.img", "is not listed"}},
 	{"a symbolic link", func(dir string) error {
 		path := filepath.Join(dir, "inventory.img")
 		return errors.Join(os.Rename(path, path+".elsewhere"), os.Symlink("inventory.img.elsewhere", path))
