@@ -136,14 +136,18 @@ func (w *podLink) addToNode(ip net.IP) error {
 	return netlink.AddrAdd(node, &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: net.CIDRMask(32, 32)}})
 }
 
-// reconnect makes the link of use again for another VM, as it was: what Kata
-// does to its namespace it does not take back, and its Go shim leaves the
-// interface down, which has no routes then.
+// reconnect makes the namespace of use for another VM, as it was before Kata had
+// it: Kata's Go shim leaves its ingress qdisc in a namespace that is not its own,
+// and may leave the interface down, which has no routes then.
 func (w *podLink) reconnect() error {
 	return w.namespace.Do(func() error {
 		peer, err := netlink.LinkByName("eth0")
 		if err != nil {
 			return err
+		}
+		ingress := &netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: peer.Attrs().Index, Parent: netlink.HANDLE_INGRESS}}
+		if err := netlink.QdiscDel(ingress); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("delete Kata's ingress qdisc: %w", err)
 		}
 		if err := netlink.LinkSetUp(peer); err != nil {
 			return err
