@@ -130,7 +130,11 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if err := withdraw(c.Init, r.GetExchangeDestination(), r.GetToken(), a.exchangePath(id)); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	if err := a.save(c); err != nil {
+	err = c.noteMounts()
+	if err == nil {
+		err = a.save(c)
+	}
+	if err != nil {
 		return nil, errclass.ToRPC(errors.Join(err, a.release(id)))
 	}
 	log.G(ctx).WithFields(log.Fields{"container": id, "pid": c.Init.PID, "cgroup": c.Cgroup}).Info("container adopted")

@@ -59,6 +59,11 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 	if err != nil {
 		return nil, false, err
 	}
+	mounts, err := look.CheckMounts(c.Mounts)
+	if err != nil {
+		return nil, false, err
+	}
+	findings = append(findings, mounts...)
 	others, err := a.otherProcesses(c.ID)
 	if err != nil {
 		return nil, false, err
@@ -234,7 +239,7 @@ func (a *Agent) describe(c *container, look *inspect.Container, ownIPC bool, r *
 	if err != nil {
 		return nil, fmt.Errorf("read the mounts of the guest: %w", err)
 	}
-	out.Externals = inspect.Externals(mounts, guest, r.GetExternals())
+	out.Externals = inspect.Externals(inspect.Given(mounts, c.Mounts), guest, r.GetExternals())
 	if out.OpenFiles, err = inspect.OpenFiles(look.Processes, mounts); err != nil {
 		return nil, fmt.Errorf("list the open files of the container: %w", err)
 	}

@@ -44,6 +44,23 @@ type container struct {
 	// NetworkLocked reports that its TCP connections may be locked, see
 	// [Agent.lockNetwork].
 	NetworkLocked bool `json:"networkLocked,omitempty"`
+	// Mounts are the mount points that the container was created with. Without
+	// them, in a record of an agent that did not note them, every mount counts
+	// as one of those.
+	Mounts []string `json:"mounts,omitempty"`
+}
+
+// noteMounts notes the mounts of a created container, before its own program
+// can make others.
+func (c *container) noteMounts() error {
+	mounts, err := inspect.Mounts(c.Init.PID)
+	if err != nil {
+		return fmt.Errorf("read the mounts of container %s: %w", c.ID, err)
+	}
+	for _, m := range mounts {
+		c.Mounts = append(c.Mounts, m.Mountpoint)
+	}
+	return nil
 }
 
 // root is the first of the container's own processes.

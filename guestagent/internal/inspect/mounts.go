@@ -28,6 +28,57 @@ func Mounts(pid int) ([]*mountinfo.Info, error) {
 	return mountinfo.GetMountsFromReader(bytes.NewReader(data), nil)
 }
 
+// restorableFS are file systems that CRIU mounts again with what was in them, or
+// that have no content of their own (criu/filesystems.c).
+var restorableFS = append([]string{"tmpfs", "devtmpfs", "cgroup2", "cgroup", "fusectl", "configfs"}, kernelFS...)
+
+// Given returns the mounts at mount points that a container was created with.
+// The others were made by its own programs.
+func Given(mounts []*mountinfo.Info, points []string) []*mountinfo.Info {
+	if points == nil {
+		return mounts
+	}
+	seen := make(map[string]bool)
+	var out []*mountinfo.Info
+	for _, m := range mounts {
+		// A second mount at the same point covers the first.
+		if slices.Contains(points, m.Mountpoint) && !seen[m.Mountpoint] {
+			out = append(out, m)
+		}
+		seen[m.Mountpoint] = true
+	}
+	return out
+}
+
+// CheckMounts finds mounts that a container's own programs have made, of file
+// systems that CRIU cannot restore. Points are those that the container was
+// created with.
+func (c *Container) CheckMounts(points []string) (findings []Finding, err error) {
+	if points == nil {
+		return nil, nil
+	}
+	mounts, err := Mounts(c.Root.PID)
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	}
+	return madeMounts(mounts, points), nil
+}
+
+func madeMounts(mounts []*mountinfo.Info, points []string) (findings []Finding) {
+	given := Given(mounts, points)
+	for _, m := range mounts {
+		// A bind of a part of another mount comes with that one.
+		bind := slices.ContainsFunc(given, func(g *mountinfo.Info) bool { return g.Major == m.Major && g.Minor == m.Minor })
+		if bind || slices.Contains(restorableFS, m.FSType) {
+			continue
+		}
+		findings = append(findings, Finding{Class: Refused,
+			What:   fmt.Sprintf("has mounted a file system of the type %s at %s, which CRIU cannot checkpoint", m.FSType, m.Mountpoint),
+			Advice: "unmount it before the checkpoint, or create the container with it as a volume"})
+	}
+	return findings
+}
+
 // PartialMounts are the external mounts of a container that show a part of a
 // file system only, as binds of single files do, several of one share. They
 // are made private before the container starts: when mounts have one master,
