@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -64,6 +65,11 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 		return nil, false, err
 	}
 	findings = append(findings, mounts...)
+	names, err := look.CheckNames()
+	if err != nil {
+		return nil, false, err
+	}
+	findings = append(findings, names...)
 	others, err := a.otherProcesses(c.ID)
 	if err != nil {
 		return nil, false, err
@@ -124,9 +130,21 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, errclass.ToRPC(errors.Join(err, os.RemoveAll(images), stayFrozen(ctx, c)))
+		return nil, errclass.ToRPC(errors.Join(err, keepLogs(images), stayFrozen(ctx, c)))
 	}
 	return out, nil
+}
+
+// keepLogs removes from the directory of a dump that failed what is not CRIU's
+// log or statistics, which the shim copies. It then discards the directory.
+func keepLogs(images string) error {
+	entries, err := os.ReadDir(images)
+	for _, e := range entries {
+		if name := e.Name(); name != imageset.DumpLogName && name != imageset.StatsName {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(images, name)))
+		}
+	}
+	return err
 }
 
 // Discard implements the service. It takes no lock: it neither disturbs nor
@@ -171,6 +189,14 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, err
 	}
 	defer op.Close()
+	defer func() {
+		if err == nil {
+			return
+		}
+		if e := copyLogs(op, images); e != nil && !errors.Is(e, fs.ErrNotExist) {
+			log.G(ctx).WithField("container", c.ID).WithError(e).Warn("failed to copy CRIU's log")
+		}
+	}()
 	out.TcpEstablished = keepsConnections(look.Connections, r.GetOptions())
 	var kept []inspect.Connection
 	if out.GetTcpEstablished() {
@@ -209,6 +235,14 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, err
 	}
+	mounts, err := inspect.Mounts(c.root().PID)
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	}
+	inImages := func(path string) bool { return inspect.InImages(path, mounts, out.GetExternals()) }
+	if err := mendImages(images, look.Names, inImages); err != nil {
+		return nil, fmt.Errorf("mend the images: %w", err)
+	}
 	if r.GetStop() {
 		err = netlock.EnterRepair(kept)
 	} else if len(kept) > 0 {
@@ -218,10 +252,8 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, err
 	}
 
-	for from, to := range map[string]string{op.LogPath(): imageset.DumpLogName, op.StatsPath("dump"): imageset.StatsName} {
-		if err := copyOut(from, filepath.Join(images, to)); err != nil {
-			return nil, err
-		}
+	if err := copyLogs(op, images); err != nil {
+		return nil, err
 	}
 	ph.done("copy logs")
 	out.Phases = ph.list
@@ -292,6 +324,8 @@ func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.C
 	// Without it CRIU waits forever for tasks that are already frozen.
 	opts.FreezeCgroup = proto.String(c.tree())
 	opts.GhostLimit = proto.Uint32(ghostLimit)
+	// For the dump alone, see mendImages.
+	opts.LinkRemap = proto.Bool(true)
 	applyOptions(opts, o)
 	opts.TcpEstablished = proto.Bool(out.GetTcpEstablished())
 	// A connection that nobody has accepted yet would refuse the checkpoint of any
@@ -320,13 +354,19 @@ func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
 	}
 }
 
+// copyLogs copies CRIU's log and statistics to the directory of the images. After
+// a failure there may be no statistics, or neither.
+func copyLogs(op *criu.Op, images string) error {
+	return errors.Join(copyOut(op.LogPath(), filepath.Join(images, imageset.DumpLogName)), copyOut(op.StatsPath("dump"), filepath.Join(images, imageset.StatsName)))
+}
+
 func copyOut(from, to string) error {
 	src, err := os.Open(from)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}

@@ -25,6 +25,10 @@ import (
 // reads it and creates only regular files, directories, links and FIFOs from
 // it.
 
+// linkRemapPattern matches the links that CRIU makes while it dumps
+// (criu/files-reg.c, create_link_remap).
+const linkRemapPattern = "link_remap.[0-9]*"
+
 // saveShm archives the /dev/shm of a frozen process.
 func saveShm(ctx context.Context, pid int, archive string) error {
 	dir := fmt.Sprintf("/proc/%d/root/dev/shm", pid)
@@ -33,7 +37,7 @@ func saveShm(ctx context.Context, pid int, archive string) error {
 		return os.WriteFile(archive, make([]byte, 1024), 0o600)
 	}
 	cmd := criu.Command(ctx, "tar", "--create", "--file", archive, "--format=pax", "--sparse", "--numeric-owner", "--xattrs", "--one-file-system",
-		"--warning=no-file-ignored", "--directory", dir, ".")
+		"--warning=no-file-ignored", "--exclude="+linkRemapPattern, "--directory", dir, ".")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := criu.Start(cmd); err != nil {

@@ -39,6 +39,8 @@ type Container struct {
 	Processes []*Process
 	// Connections are their open TCP connections.
 	Connections []Connection
+	// Names are those that [Container.CheckNames] has found.
+	Names Names
 
 	// Addresses are the guest's, in whose network namespace they are.
 	Addresses []Address

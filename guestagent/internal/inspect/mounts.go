@@ -165,3 +165,17 @@ func Shares(mounts []*mountinfo.Info) map[uint64]bool {
 	}
 	return out
 }
+
+// InImages reports whether a path of a container is in a file system that CRIU's
+// images contain: a tmpfs that is not external.
+func InImages(path string, mounts []*mountinfo.Info, external []*api.External) bool {
+	var on *mountinfo.Info
+	for _, m := range mounts {
+		below := m.Mountpoint == "/" || path == m.Mountpoint || strings.HasPrefix(path, m.Mountpoint+"/")
+		if below && (on == nil || len(m.Mountpoint) >= len(on.Mountpoint)) {
+			on = m // the last one covers those before
+		}
+	}
+	return on != nil && on.FSType == "tmpfs" && on.Mountpoint != "/" &&
+		!slices.ContainsFunc(external, func(e *api.External) bool { return e.GetDestination() == on.Mountpoint })
+}

@@ -87,3 +87,60 @@ func TestSharesAreWhatTheHostHas(t *testing.T) {
 		t.Errorf("shares = %v", got)
 	}
 }
+
+// made has the mounts of a container that was created with the first six.
+const made = `100 99 0:41 / / rw - virtiofs none rw
+101 100 0:50 / /proc rw - proc proc rw
+102 100 0:60 / /run rw - tmpfs tmpfs rw
+103 100 0:31 / /dev/shm rw - tmpfs shm rw
+104 100 0:42 / /data rw - virtiofs none rw
+105 100 0:41 /etc/hosts /etc/hosts rw - virtiofs none rw
+106 100 0:41 /a /b rw - virtiofs none rw
+107 100 0:70 / /t rw - tmpfs t rw
+108 107 0:71 / /m rw - overlay o rw
+109 100 0:72 / /mnt rw - fuse.sshfs x rw
+110 100 0:73 / /sys/kernel/config rw - configfs none rw
+111 104 0:74 / /data rw - tmpfs over rw
+112 102 0:75 / /run/user rw - tmpfs tmpfs rw
+`
+
+var madePoints = []string{"/", "/proc", "/run", "/dev/shm", "/data", "/etc/hosts"}
+
+func TestMountsOfAContainersOwnProgramsAreNotExternal(t *testing.T) {
+	mounts := parseMounts(t, made)
+	var have []string
+	for _, e := range Externals(Given(mounts, madePoints), nil, nil) {
+		have = append(have, e.GetDestination())
+	}
+	if want := []string{"/dev/shm", "/data", "/etc/hosts"}; !slices.Equal(have, want) {
+		t.Errorf("external are %q, not %q", have, want)
+	}
+	if have := Given(mounts, nil); len(have) != len(mounts) {
+		t.Errorf("without a list %d of %d are given", len(have), len(mounts))
+	}
+}
+
+func TestMountsThatCannotBeRestoredAreFound(t *testing.T) {
+	var have []string
+	for _, f := range madeMounts(parseMounts(t, made), madePoints) {
+		if f.Class != Refused || f.Advice == "" {
+			t.Errorf("%v is no refusal with advice", f)
+		}
+		have = append(have, f.What)
+	}
+	if len(have) != 2 || !strings.Contains(have[0], "type overlay at /m,") || !strings.Contains(have[1], "type fuse.sshfs at /mnt,") {
+		t.Errorf("findings %q", have)
+	}
+}
+
+func TestInImages(t *testing.T) {
+	mounts := parseMounts(t, made)
+	external := Externals(Given(mounts, madePoints), nil, nil)
+	for path, want := range map[string]bool{
+		"/file": false, "/run/file": true, "/run/user/1/file": true, "/runner": false, "/dev/shm/sem": false, "/b/file": false, "/t/file": true, "/m/file": false,
+	} {
+		if have := InImages(path, mounts, external); have != want {
+			t.Errorf("%s: %v", path, have)
+		}
+	}
+}

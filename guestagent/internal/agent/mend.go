@@ -1,0 +1,177 @@
+package agent
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
+	remap_file_path "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+)
+
+// Images that are changed after a dump.
+const (
+	filesImage  = "files.img"
+	remapsImage = "remap-fpath.img"
+)
+
+// mendImages changes what CRIU has written where its restore would not bring
+// back what was dumped:
+//
+//   - A periodic timerfd that has expired and was not read since has no time
+//     left. CRIU takes that for a disarmed one, and it would never tick again.
+//   - A file that has lost the name it was opened by, but not all of its names,
+//     is opened by another of them. CRIU makes a link to it for the restore,
+//     which would have to stay in the container's file system until then, and
+//     removes it after every dump that leaves its processes alive, as all do. In
+//     a tmpfs that is part of the image set the link is as well.
+//   - A listening socket is bound to the name that its file has now.
+//
+// InImages reports whether a path is in a file system that the image set contains.
+func mendImages(images string, names inspect.Names, inImages func(path string) bool) error {
+	gone, err := linkRemaps(images)
+	if err != nil {
+		return err
+	}
+	found, lost := make(map[uint32]bool), ""
+	err = editImage(filepath.Join(images, filesImage), func(f *fdinfo.FileEntry) bool {
+		changed := false
+		if t := f.GetTfd(); t != nil && t.GetTicks() > 0 && t.GetVsec()+t.GetVnsec() == 0 && t.GetIsec()+t.GetInsec() > 0 {
+			t.Vnsec, changed = proto.Uint64(1), true
+		}
+		if r := f.GetReg(); gone[r.GetId()] && !inImages(r.GetName()) {
+			if now := names.Files[r.GetName()]; now != "" {
+				r.Name, changed = proto.String(now), true
+				found[r.GetId()] = true
+			} else {
+				lost = r.GetName()
+			}
+		}
+		if now := names.Sockets[f.GetUsk().GetIno()]; now != "" {
+			f.Usk.Name, f.Usk.Deleted, changed = append([]byte(now), 0), nil, true
+		}
+		return changed
+	})
+	if err != nil {
+		return err
+	}
+	if lost != "" {
+		return fmt.Errorf("%s, which a process has open, was renamed or removed during the checkpoint: repeat it", lost)
+	}
+	return dropLinkRemaps(images, found)
+}
+
+// linkRemaps lists the open files, by their ids, that CRIU has made links for.
+func linkRemaps(images string) (map[uint32]bool, error) {
+	ids := make(map[uint32]bool)
+	err := editImage(filepath.Join(images, remapsImage), func(r *remap_file_path.RemapFilePathEntry) bool {
+		if r.GetRemapType() == remap_file_path.RemapType_LINKED {
+			ids[r.GetOrigId()] = true
+		}
+		return false
+	})
+	return ids, err
+}
+
+// dropLinkRemaps removes the links of files from an image set that are opened by
+// other names.
+func dropLinkRemaps(images string, files map[uint32]bool) error {
+	if len(files) == 0 {
+		return nil
+	}
+	path := filepath.Join(images, remapsImage)
+	image, err := readEntries(path)
+	if err != nil {
+		return err
+	}
+	var kept [][]byte
+	for _, e := range image.entries {
+		r := &remap_file_path.RemapFilePathEntry{}
+		if err := proto.Unmarshal(e, r); err != nil {
+			return fmt.Errorf("read %s: %w", remapsImage, err)
+		}
+		if r.GetRemapType() != remap_file_path.RemapType_LINKED || !files[r.GetOrigId()] {
+			kept = append(kept, e)
+		}
+	}
+	image.entries = kept
+	return image.write(path)
+}
+
+// editImage calls edit with each entry of an image, and writes those back that it
+// reports to have changed. An image that does not exist has no entries.
+func editImage[T any, M interface {
+	*T
+	proto.Message
+}](path string, edit func(M) bool) error {
+	image, err := readEntries(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	changed := false
+	for i, data := range image.entries {
+		entry := M(new(T))
+		// Fields that this package does not know are kept.
+		if err := proto.Unmarshal(data, entry); err != nil {
+			return fmt.Errorf("read %s: %w", filepath.Base(path), err)
+		}
+		if !edit(entry) {
+			continue
+		}
+		changed = true
+		if image.entries[i], err = proto.Marshal(entry); err != nil {
+			return fmt.Errorf("change %s: %w", filepath.Base(path), err)
+		}
+	}
+	if !changed {
+		return nil
+	}
+	return image.write(path)
+}
+
+// entriesImage is an image of CRIU's that consists of messages only.
+type entriesImage struct {
+	magic   []byte // two numbers
+	entries [][]byte
+}
+
+func readEntries(path string) (*entriesImage, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	wrong := fmt.Errorf("%s is not an image of CRIU", filepath.Base(path))
+	if len(data) < 8 || binary.LittleEndian.Uint32(data) != imageMagic {
+		return nil, wrong
+	}
+	image := &entriesImage{magic: data[:8]}
+	for rest := data[8:]; len(rest) > 0; {
+		if len(rest) < 4 {
+			return nil, wrong
+		}
+		size := int64(binary.LittleEndian.Uint32(rest))
+		if int64(len(rest)-4) < size {
+			return nil, wrong
+		}
+		image.entries = append(image.entries, rest[4:4+size])
+		rest = rest[4+size:]
+	}
+	return image, nil
+}
+
+func (image *entriesImage) write(path string) error {
+	out := append([]byte(nil), image.magic...)
+	for _, e := range image.entries {
+		out = binary.LittleEndian.AppendUint32(out, uint32(len(e))) //nolint:gosec // far less
+		out = append(out, e...)
+	}
+	return os.WriteFile(path, out, 0o600)
+}

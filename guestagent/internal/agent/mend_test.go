@@ -1,0 +1,184 @@
+package agent
+
+import (
+	"encoding/binary"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/regfile"
+	remap_file_path "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
+	sk_opts "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-opts"
+	sk_unix "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-unix"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/timerfd"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+)
+
+func notInImages(string) bool { return false }
+
+// writeImage writes an image with any second number.
+func writeImage[M proto.Message](t *testing.T, path string, entries ...M) {
+	t.Helper()
+	image := &entriesImage{magic: binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, imageMagic), 7)}
+	for _, e := range entries {
+		data, err := proto.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		image.entries = append(image.entries, data)
+	}
+	if err := image.write(path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readImage[T any, M interface {
+	*T
+	proto.Message
+}](t *testing.T, path string) (out []M) {
+	t.Helper()
+	if err := editImage(path, func(m M) bool { out = append(out, m); return false }); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+var noOwner = &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
+
+func timerEntry(ticks, left, interval uint64) *fdinfo.FileEntry {
+	return &fdinfo.FileEntry{Type: fdinfo.FdTypes_TIMERFD.Enum(), Id: proto.Uint32(1), Tfd: &timerfd.TimerfdEntry{
+		Id: proto.Uint32(1), Flags: proto.Uint32(0), Fown: noOwner, Clockid: proto.Uint32(1), Ticks: proto.Uint64(ticks), SettimeFlags: proto.Uint32(0),
+		Vsec: proto.Uint64(0), Vnsec: proto.Uint64(left), Isec: proto.Uint64(interval), Insec: proto.Uint64(0),
+	}}
+}
+
+func TestAnExpiredPeriodicTimerGoesOn(t *testing.T) {
+	for name, test := range map[string]struct{ ticks, left, interval, want uint64 }{
+		"expired":          {3, 0, 5, 1},
+		"disarmed":         {0, 0, 5, 0}, // its interval stays
+		"not yet expired":  {0, 99, 5, 99},
+		"again, unread":    {1, 99, 5, 99},
+		"once, and unread": {1, 0, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, filesImage)
+			writeImage(t, path, timerEntry(test.ticks, test.left, test.interval))
+			before, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := mendImages(dir, inspect.Names{}, notInImages); err != nil {
+				t.Fatal(err)
+			}
+			entries := readImage[fdinfo.FileEntry](t, path)
+			if len(entries) != 1 || entries[0].GetTfd().GetVnsec() != test.want || entries[0].GetTfd().GetTicks() != test.ticks {
+				t.Errorf("entries %v", entries)
+			}
+			after, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if unchanged := slices.Equal(before, after); unchanged != (test.want == test.left) {
+				t.Errorf("the file is unchanged: %v", unchanged)
+			}
+		})
+	}
+}
+
+func regEntry(id uint32, name string) *fdinfo.FileEntry {
+	return &fdinfo.FileEntry{Type: fdinfo.FdTypes_REG.Enum(), Id: proto.Uint32(id), Reg: &regfile.RegFileEntry{
+		Id: proto.Uint32(id), Flags: proto.Uint32(0), Pos: proto.Uint64(0), Fown: noOwner, Name: proto.String(name),
+	}}
+}
+
+func remapEntry(from, to uint32, kind remap_file_path.RemapType) *remap_file_path.RemapFilePathEntry {
+	return &remap_file_path.RemapFilePathEntry{OrigId: proto.Uint32(from), RemapId: proto.Uint32(to), RemapType: kind.Enum()}
+}
+
+func TestFilesAreOpenedByTheNamesThatTheyHave(t *testing.T) {
+	dir := t.TempDir()
+	writeImage(t, filepath.Join(dir, filesImage), regEntry(1, "/d/a"), regEntry(2, "/d/link_remap.2"), regEntry(3, "/d/a"), regEntry(4, "/d/ghost"), regEntry(5, "/run/a"))
+	remaps := filepath.Join(dir, remapsImage)
+	writeImage(t, remaps, remapEntry(1, 2, remap_file_path.RemapType_LINKED), remapEntry(4, 9, remap_file_path.RemapType_GHOST), remapEntry(5, 6, remap_file_path.RemapType_LINKED))
+	if err := mendImages(dir, inspect.Names{Files: map[string]string{"/d/a": "/d/b", "/d/ghost": "/d/no", "/run/a": "/run/b"}}, func(path string) bool { return path == "/run/a" }); err != nil {
+		t.Fatal(err)
+	}
+	var have []string
+	for _, f := range readImage[fdinfo.FileEntry](t, filepath.Join(dir, filesImage)) {
+		have = append(have, f.GetReg().GetName())
+	}
+	// The third is another file, of the first's old name.
+	if want := []string{"/d/b", "/d/link_remap.2", "/d/a", "/d/ghost", "/run/a"}; !slices.Equal(have, want) {
+		t.Errorf("the files are %q, not %q", have, want)
+	}
+	if left := readImage[remap_file_path.RemapFilePathEntry](t, remaps); len(left) != 2 || left[0].GetOrigId() != 4 || left[1].GetOrigId() != 5 {
+		t.Errorf("the remaps are %v", left)
+	}
+}
+
+func TestAFileWithoutAnotherNameIsAnError(t *testing.T) {
+	dir := t.TempDir()
+	writeImage(t, filepath.Join(dir, filesImage), regEntry(1, "/d/a"))
+	writeImage(t, filepath.Join(dir, remapsImage), remapEntry(1, 2, remap_file_path.RemapType_LINKED))
+	if err := mendImages(dir, inspect.Names{}, notInImages); err == nil {
+		t.Error("the image set would need a file that CRIU has removed")
+	}
+}
+
+func TestAListenerIsBoundToTheNameThatItHas(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, filesImage)
+	writeImage(t, path, &fdinfo.FileEntry{Type: fdinfo.FdTypes_UNIXSK.Enum(), Id: proto.Uint32(1), Usk: &sk_unix.UnixSkEntry{
+		Id: proto.Uint32(1), Ino: proto.Uint32(77), Type: proto.Uint32(1), State: proto.Uint32(10), Flags: proto.Uint32(0), Uflags: proto.Uint32(0), Backlog: proto.Uint32(5),
+		Peer: proto.Uint32(0), Fown: noOwner, Opts: &sk_opts.SkOptsEntry{SoSndbuf: proto.Uint32(0), SoRcvbuf: proto.Uint32(0), SoSndTmoSec: proto.Uint64(0), SoSndTmoUsec: proto.Uint64(0), SoRcvTmoSec: proto.Uint64(0), SoRcvTmoUsec: proto.Uint64(0)},
+		Name: []byte("/run/s.tmp\x00"), Deleted: proto.Bool(true),
+	}})
+	if err := mendImages(dir, inspect.Names{Sockets: map[uint32]string{77: "/run/s"}}, notInImages); err != nil {
+		t.Fatal(err)
+	}
+	socket := readImage[fdinfo.FileEntry](t, path)[0].GetUsk()
+	if string(socket.GetName()) != "/run/s\x00" || socket.GetDeleted() {
+		t.Errorf("the socket is %v", socket)
+	}
+}
+
+func TestABrokenImageIsAnError(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, filesImage)
+	writeImage(t, path, timerEntry(1, 0, 1))
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, broken := range map[string][]byte{"short": data[:len(data)-1], "no magic": data[4:], "half a size": append(slices.Clone(data), 1, 0), "empty": nil} {
+		if err := os.WriteFile(path, broken, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := mendImages(dir, inspect.Names{}, notInImages); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+func TestOfAFailedDumpTheLogsAreKept(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{imageset.DumpLogName, imageset.StatsName, imageset.InventoryName, "pages-1.img"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := keepLogs(dir); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob(dir + "/*")
+	if want := []string{filepath.Join(dir, imageset.DumpLogName), filepath.Join(dir, imageset.StatsName)}; err != nil || !slices.Equal(left, want) {
+		t.Errorf("%q is left, not %q (%v)", left, want, err)
+	}
+}

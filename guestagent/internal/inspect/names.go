@@ -1,0 +1,302 @@
+package inspect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+)
+
+// Names are the names in the file system that have changed since processes
+// opened or bound them: CRIU looks for a file by its old name.
+type Names struct {
+	// Files maps the name that /proc has for an open file, without its mark of a
+	// deleted one, to another name of the same file.
+	Files map[string]string
+	// Sockets maps the inode of a bound unix socket to the name that its file has
+	// now.
+	Sockets map[uint32]string
+}
+
+// maxSearched bounds the directory entries that are compared with one file.
+const maxSearched = 10000
+
+// CheckNames looks for open files and bound sockets that have lost the name by
+// which CRIU looks for them, and notes other names of theirs in the same
+// directory. Its findings are those that a restore could not bring back.
+func (c *Container) CheckNames() ([]Finding, error) {
+	mounts, err := Mounts(c.Root.PID)
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	}
+	s := nameSearch{c: c, mounts: make(map[int]*mountinfo.Info), there: make(map[string]inode), names: Names{Files: make(map[string]string), Sockets: make(map[uint32]string)}}
+	for _, m := range mounts {
+		s.mounts[m.ID] = m
+	}
+	if s.root, err = openRoot(c.Root.PID); err != nil {
+		return nil, fmt.Errorf("open the root of the container: %w", err)
+	}
+	defer unix.Close(s.root)
+	own, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", c.Root.PID))
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range c.Processes {
+		// What names mean in a mount namespace below the container's, CRIU knows.
+		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", p.PID)); err != nil || ns != own {
+			continue
+		}
+		for _, f := range p.Files {
+			// CRIU has its own way with files that the kernel generates.
+			if m := s.mounts[f.MountID]; m == nil || generatedFS[m.FSType] {
+				continue
+			}
+			if err := s.file(p, f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), s.mounts[f.MountID]); err != nil {
+				return nil, err
+			}
+		}
+		for _, m := range p.Mappings {
+			if err := s.file(p, m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), nil); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for number, o := range c.sockets.owners {
+		if err := s.socket(number, o); err != nil {
+			return nil, err
+		}
+	}
+	c.Names = s.names
+	return s.findings, nil
+}
+
+// inode identifies a file.
+type inode struct{ device, number uint64 }
+
+type nameSearch struct {
+	c *Container
+	// root is that of the mount namespace: a process may have another one.
+	root   int
+	mounts map[int]*mountinfo.Info
+	// there has the files that were found by name, none for what is gone.
+	there    map[string]inode
+	names    Names
+	findings []Finding
+}
+
+func (s *nameSearch) refuse(p *Process, advice, format string, args ...any) {
+	s.findings = append(s.findings, s.c.finding(p, rule{Refused, fmt.Sprintf(format, args...), advice}))
+}
+
+// reopen is the advice for a file that has lost its name.
+const reopen = "have it open the file anew before the checkpoint, or restart it"
+
+func readOnly(m *mountinfo.Info) bool {
+	return slices.Contains(strings.Split(m.Options, ","), "ro")
+}
+
+// file looks at an open or mapped file. The mount is known for open ones.
+func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) error {
+	if !strings.HasPrefix(name, "/") {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(link, &st); err != nil {
+		return nil //nolint:nilerr // closed, unmapped or exited meanwhile
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil
+	}
+	own := inode{st.Dev, st.Ino}
+	if name, deleted := strings.CutSuffix(name, deletedSuffix); deleted {
+		if there, err := s.lookUp(name + deletedSuffix); err != nil || there == own {
+			return nil //nolint:nilerr // that is its name, or CRIU reports the error
+		}
+	}
+	name = strings.TrimSuffix(name, deletedSuffix)
+	if st.Nlink == 0 {
+		// CRIU has its content in the image set, and makes it anew in the same
+		// directory (criu/files-reg.c, open_remap_ghost).
+		if mount != nil && readOnly(mount) {
+			s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
+		}
+		return nil
+	}
+	there, err := s.lookUp(name)
+	if err != nil || there == own {
+		return nil //nolint:nilerr // CRIU reports it
+	}
+	if mount != nil && readOnly(mount) {
+		s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
+		return nil
+	}
+	if there != (inode{}) {
+		s.refuse(p, reopen, "has the file %s open, and another file has taken its name", name)
+		return nil
+	}
+	now, err := s.find(filepath.Dir(name), own)
+	if err != nil {
+		return err
+	}
+	switch before := s.names.Files[name]; {
+	case now == "":
+		s.refuse(p, reopen, "has the file %s open, which was renamed or moved to another directory", name)
+	case before != "" && before != now:
+		s.refuse(p, reopen, "has two files open that were called %s and are %s and %s now", name, before, now)
+	default:
+		s.names.Files[name] = now
+	}
+	return nil
+}
+
+// siocUnixFile gives a descriptor of the file that a unix socket is bound to
+// (linux/un.h).
+const siocUnixFile = unix.SIOCPROTOPRIVATE
+
+// socket looks at the name of a listening unix socket: connections that were
+// made before do not need it.
+func (s *nameSearch) socket(number uint32, o owner) error {
+	file, bound, err := boundFile(o)
+	if err != nil || file < 0 {
+		return err
+	}
+	defer unix.Close(file)
+	var st unix.Stat_t
+	if err := unix.Fstat(file, &st); err != nil {
+		return fmt.Errorf("file of socket %s: %w", bound, err)
+	}
+	if st.Nlink == 0 {
+		return nil // CRIU binds it and removes the name again
+	}
+	if !strings.HasPrefix(bound, "/") {
+		return nil // CRIU notes the directory that it is relative to
+	}
+	own := inode{st.Dev, st.Ino}
+	there, err := s.lookUp(bound)
+	if err != nil || there == own {
+		return nil //nolint:nilerr // CRIU reports it
+	}
+	// The kernel knows a name that was changed in this guest.
+	now, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file))
+	if err != nil {
+		return err
+	}
+	if there, err := s.lookUp(now); err != nil {
+		return err
+	} else if there != own {
+		if now, err = s.find(filepath.Dir(bound), own); err != nil {
+			return err
+		}
+	}
+	if now == "" {
+		s.refuse(o.process, "have it bind the name itself, or move the file back before the checkpoint", "listens on a unix socket that was bound to %s and was moved to another directory", bound)
+		return nil
+	}
+	s.names.Sockets[number] = now
+	return nil
+}
+
+// boundFile returns a descriptor of the file that a listening unix socket is
+// bound to, and the name that it was bound by, or -1.
+func boundFile(o owner) (file int, name string, err error) {
+	process, err := pidfd.Open(o.process.PID)
+	if err != nil {
+		return -1, "", nil //nolint:nilerr // exited meanwhile
+	}
+	defer unix.Close(process)
+	fd, err := unix.PidfdGetfd(process, o.fd, 0)
+	if err != nil {
+		return -1, "", nil //nolint:nilerr // closed meanwhile
+	}
+	defer unix.Close(fd)
+	listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	if err != nil || listens == 0 {
+		return -1, "", nil //nolint:nilerr // no socket any more, or of a kind that has no listeners
+	}
+	address, err := unix.Getsockname(fd)
+	if err != nil {
+		return -1, "", nil //nolint:nilerr // of a family that x/sys does not know
+	}
+	local, ok := address.(*unix.SockaddrUnix)
+	if !ok || local.Name == "" || local.Name[0] == '@' {
+		return -1, "", nil
+	}
+	file, err = unix.IoctlRetInt(fd, siocUnixFile)
+	if err != nil {
+		return -1, "", fmt.Errorf("file of the unix socket %s: %w", local.Name, err)
+	}
+	return file, local.Name, nil
+}
+
+// lookUp finds the file of a name; none if there is none.
+func (s *nameSearch) lookUp(name string) (inode, error) {
+	if found, ok := s.there[name]; ok {
+		return found, nil
+	}
+	fd, err := s.open(name, unix.O_PATH|unix.O_NOFOLLOW)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		s.there[name] = inode{}
+		return inode{}, nil
+	}
+	if err != nil {
+		return inode{}, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return inode{}, &os.PathError{Op: "stat", Path: name, Err: err}
+	}
+	s.there[name] = inode{st.Dev, st.Ino}
+	return s.there[name], nil
+}
+
+// find finds a name of a file in a directory; empty if it has none there.
+func (s *nameSearch) find(dir string, file inode) (string, error) {
+	fd, err := s.open(dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	if gone(err) || errors.Is(err, unix.ENOTDIR) {
+		return "", nil
+	}
+	if err != nil {
+		return "", &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	d := os.NewFile(uintptr(fd), dir) //nolint:gosec // a descriptor
+	defer d.Close()
+	names, err := d.Readdirnames(maxSearched)
+	if err != nil && len(names) > 0 {
+		return "", err
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		var st unix.Stat_t
+		if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && (inode{st.Dev, st.Ino}) == file {
+			return filepath.Join(dir, name), nil
+		}
+	}
+	return "", nil
+}
+
+// open opens a path of the container without leaving its root.
+func (s *nameSearch) open(path string, flags uint64) (int, error) {
+	how := &unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
+	return unix.Openat2(s.root, "."+path, how)
+}
+
+// openRoot opens the root directory of a process's mount namespace.
+func openRoot(pid int) (root int, err error) {
+	err = thread.Do(func() error {
+		if err := thread.Enter(pid, "mnt"); err != nil {
+			return err
+		}
+		root, err = unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		return err
+	})
+	return root, err
+}

@@ -1,0 +1,194 @@
+package inspect
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// checkNames looks at this process.
+func checkNames(t *testing.T) (Names, []string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("enters a mount namespace and reads the file of a socket")
+	}
+	c, err := Look(os.Getpid(), []int{os.Getpid()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	findings, err := c.CheckNames()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var texts []string
+	for _, f := range findings {
+		texts = append(texts, f.String())
+	}
+	return c.Names, texts
+}
+
+func create(t *testing.T, path string) *os.File {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func must(t *testing.T, errs ...error) {
+	t.Helper()
+	for _, err := range errs {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestNamesOfOpenFiles(t *testing.T) {
+	for name, test := range map[string]struct {
+		change  func(dir string) error
+		want    string // the name in the directory
+		refused string
+	}{
+		"as it was":            {func(string) error { return nil }, "", ""},
+		"renamed":              {func(d string) error { return os.Rename(d+"/a", d+"/b") }, "", ""}, // the kernel follows
+		"removed":              {func(d string) error { return os.Remove(d + "/a") }, "", ""},       // is in the image set
+		"another link is left": {func(d string) error { return firstError(os.Link(d+"/a", d+"/b"), os.Remove(d+"/a")) }, "b", ""},
+		"called deleted":       {func(d string) error { return os.Rename(d+"/a", d+"/a (deleted)") }, "", ""},
+		"a link elsewhere is left": {func(d string) error {
+			return firstError(os.Mkdir(d+"/c", 0o700), os.Link(d+"/a", d+"/c/b"), os.Remove(d+"/a"))
+		}, "", "renamed or moved to another directory"},
+		"replaced, and a link is left": {func(d string) error {
+			return firstError(os.Link(d+"/a", d+"/b"), os.Remove(d+"/a"), os.WriteFile(d+"/a", nil, 0o600))
+		}, "", "another file has taken its name"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "a")
+			create(t, path)
+			must(t, test.change(dir))
+			names, findings := checkNames(t)
+			want := ""
+			if test.want != "" {
+				want = filepath.Join(dir, test.want)
+			}
+			if have := names.Files[path]; have != want {
+				t.Errorf("it is called %q, not %q", have, want)
+			}
+			if text := strings.Join(findings, "; "); test.refused == "" && text != "" || !strings.Contains(text, test.refused) {
+				t.Errorf("findings %q, not %q", text, test.refused)
+			}
+		})
+	}
+}
+
+func firstError(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestAMappedFileThatHasLostItsName(t *testing.T) {
+	dir := t.TempDir()
+	f, err := os.Create(dir + "/sem.Xyz")
+	must(t, err)
+	must(t, f.Truncate(4096))
+	data, err := unix.Mmap(int(f.Fd()), 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	must(t, err)
+	defer unix.Munmap(data) //nolint:errcheck // the end of the test
+	must(t, f.Close(), os.Link(dir+"/sem.Xyz", dir+"/sem.case"), os.Remove(dir+"/sem.Xyz"))
+	names, findings := checkNames(t)
+	if have := names.Files[dir+"/sem.Xyz"]; have != dir+"/sem.case" || len(findings) > 0 {
+		t.Errorf("it is called %q; findings %q", have, findings)
+	}
+}
+
+func TestTwoOpenFilesThatHadOneName(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 2 {
+		create(t, dir+"/a")
+		must(t, os.Link(dir+"/a", fmt.Sprintf("%s/b%d", dir, i)), os.Remove(dir+"/a"))
+	}
+	_, findings := checkNames(t)
+	if text := strings.Join(findings, "; "); !strings.Contains(text, "two files open that were called "+dir+"/a") {
+		t.Errorf("findings %q", text)
+	}
+}
+
+func TestAFileRemovedFromAReadOnlyMount(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounts a file system")
+	}
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, ""))
+	defer unix.Unmount(dir, unix.MNT_DETACH) //nolint:errcheck // the end of the test
+	f := create(t, dir+"/app.conf")
+	defer f.Close()
+	must(t, os.Remove(dir+"/app.conf"))
+	if _, findings := checkNames(t); len(findings) > 0 {
+		t.Errorf("while it can be written to: %q", findings)
+	}
+	reader, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	must(t, err)
+	defer reader.Close()
+	must(t, f.Close(), unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""))
+	_, findings := checkNames(t)
+	if text := strings.Join(findings, "; "); !strings.Contains(text, "file "+dir+"/app.conf open, which was removed or replaced on the read-only mount "+dir) {
+		t.Errorf("findings %q", text)
+	}
+}
+
+func TestNamesOfListeningSockets(t *testing.T) {
+	for name, test := range map[string]struct {
+		change  func(dir string) error
+		want    string
+		refused string
+	}{
+		"as it was":            {func(string) error { return nil }, "", ""},
+		"renamed":              {func(d string) error { return os.Rename(d+"/s", d+"/t") }, "t", ""},
+		"another link is left": {func(d string) error { return firstError(os.Link(d+"/s", d+"/t"), os.Remove(d+"/s")) }, "t", ""},
+		"replaced":             {func(d string) error { return firstError(os.Rename(d+"/s", d+"/t"), os.WriteFile(d+"/s", nil, 0o600)) }, "t", ""},
+		"removed":              {func(d string) error { return os.Remove(d + "/s") }, "", ""},
+		"moved":                {func(d string) error { return firstError(os.Mkdir(d+"/c", 0o700), os.Rename(d+"/s", d+"/c/s")) }, "c/s", ""},
+		"a link elsewhere is left": {func(d string) error {
+			return firstError(os.Mkdir(d+"/c", 0o700), os.Link(d+"/s", d+"/c/s"), os.Remove(d+"/s"))
+		}, "", "moved to another directory"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, err := os.MkdirTemp("", "") // short enough for an address
+			must(t, err)
+			defer os.RemoveAll(dir)
+			l, err := net.Listen("unix", dir+"/s")
+			must(t, err)
+			defer l.Close()
+			must(t, test.change(dir))
+			names, findings := checkNames(t)
+			want := map[string]bool{}
+			if test.want != "" {
+				want[filepath.Join(dir, test.want)] = true
+			}
+			for _, name := range names.Sockets {
+				if !want[name] {
+					t.Errorf("it is called %s", name)
+				}
+				delete(want, name)
+			}
+			if len(want) > 0 {
+				t.Errorf("it has no other name, and not %v", want)
+			}
+			if text := strings.Join(findings, "; "); test.refused == "" && text != "" || !strings.Contains(text, test.refused) {
+				t.Errorf("findings %q, not %q", text, test.refused)
+			}
+		})
+	}
+}
