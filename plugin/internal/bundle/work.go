@@ -14,6 +14,10 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
+// LogDir is the directory of a bundle for CRIU's log of the last checkpoint that
+// failed, if its caller has given no other.
+const LogDir = "kata-checkpoint.criu"
+
 // CRIWorkPath is where the CRI looks for CRIU's log and statistics after a
 // checkpoint, "" if unknown: the directory ctrd-checkpoint of the container if
 // there is one, otherwise the container's directory, for versions that expect

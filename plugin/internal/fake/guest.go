@@ -308,6 +308,9 @@ func (g *Guest) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	return &emptypb.Empty{}, g.enter(ctx, "CheckCheckpoint", r.GetContainerId(), r)
 }
 
+// FailedLog is CRIU's log of a checkpoint that fails.
+const FailedLog = "Error: failed"
+
 // Checkpoint implements the agent: it writes a few files.
 func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
 	dir := filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory())
@@ -315,7 +318,7 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		return nil, err
 	}
 	if err := g.enter(ctx, "Checkpoint", r.GetContainerId(), r); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+		return nil, errors.Join(err, os.WriteFile(filepath.Join(dir, imageset.DumpLogName), []byte(FailedLog), 0o600))
 	}
 	for name, content := range g.files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {

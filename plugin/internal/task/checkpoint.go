@@ -161,8 +161,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		return err
 	})
 	if err != nil {
-		j.copyLogs(ctx)
-		return nil, err
+		return nil, j.quoteLog(ctx, err)
 	}
 	j.phases.guest(ctx, out.GetPhases())
 
@@ -356,23 +355,41 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	return m, nil
 }
 
-// copyLogs copies CRIU's log and statistics to the work path. No checkpoint
-// fails because of them.
-func (j *checkpointJob) copyLogs(ctx context.Context) {
+// quoteLog keeps CRIU's log of a dump that failed, if there is one, and adds its
+// path to the error. Without a work path it is in the container's bundle, until
+// the container is removed.
+func (j *checkpointJob) quoteLog(ctx context.Context, err error) error {
 	if j.work == "" {
-		return
+		j.work = filepath.Join(j.c.bundle, bundle.LogDir)
 	}
-	if err := os.MkdirAll(j.work, 0o700); err != nil {
-		log.G(ctx).WithError(err).WithField("path", j.work).Warn("failed to create work path")
-		return
+	if !j.copyLogs(ctx) {
+		return err
+	}
+	return fmt.Errorf("%w; CRIU's log is in %s", err, filepath.Join(j.work, imageset.DumpLogName))
+}
+
+// copyLogs copies CRIU's log and statistics to the work path, and reports whether
+// the log is there. No checkpoint fails because of them.
+func (j *checkpointJob) copyLogs(ctx context.Context) (copied bool) {
+	if j.work == "" {
+		return false
 	}
 	for _, name := range []string{imageset.DumpLogName, imageset.StatsName} {
 		data, err := imageset.ReadFile(j.c.exchange.dir, j.images, name, maxCRIULog)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = os.MkdirAll(j.work, 0o700)
+		}
 		if err == nil {
 			err = os.WriteFile(filepath.Join(j.work, name), data, 0o600)
 		}
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err != nil {
 			log.G(ctx).WithError(err).WithField("file", name).Warn("failed to copy file to work path")
+			continue
 		}
+		copied = copied || name == imageset.DumpLogName
 	}
+	return copied
 }

@@ -30,6 +30,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
 )
 
 func pack(t *testing.T, v any) *anypb.Any {
@@ -592,6 +594,41 @@ func TestWorkPath(t *testing.T) {
 		}
 		wantFiles(t, work, imageset.DumpLogName, imageset.StatsName)
 		wantFiles(t, path, "inventory.img", imageset.ManifestName, "pages-1.img")
+	})
+	t.Run("after a failure", func(t *testing.T) {
+		for _, given := range []bool{true, false} {
+			h := newHarness(t)
+			dir := h.run(nil)
+			h.guest.Before("Checkpoint", func(context.Context) error {
+				return errgrpc.ToGRPCf(errdefs.ErrUnknown, "criu dump failed")
+			})
+			var options *anypb.Any
+			work := filepath.Join(dir, bundle.LogDir)
+			if given {
+				work = filepath.Join(t.TempDir(), "work")
+				options = pack(t, &runcoptions.CheckpointOptions{WorkPath: work})
+			}
+			err := h.checkpoint(t.TempDir(), options)
+			wantError(t, err, "criu dump failed")
+			wantError(t, err, "CRIU's log is in "+filepath.Join(work, imageset.DumpLogName))
+			if log, err := os.ReadFile(filepath.Join(work, imageset.DumpLogName)); err != nil || string(log) != fake.FailedLog {
+				t.Errorf("the log is %q (%v)", log, err)
+			}
+		}
+	})
+	t.Run("after a refusal", func(t *testing.T) {
+		h := newHarness(t)
+		dir := h.run(nil)
+		h.guest.Before("CheckCheckpoint", func(context.Context) error {
+			return errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "the workload uses io_uring")
+		})
+		err := h.checkpoint(t.TempDir(), nil)
+		if err == nil || strings.Contains(err.Error(), "CRIU's log") {
+			t.Errorf("CRIU has not run, and the error is %v", err)
+		}
+		if _, err := os.Stat(filepath.Join(dir, bundle.LogDir)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("there is a directory for its log (%v)", err)
+		}
 	})
 	t.Run("of the CRI", func(t *testing.T) {
 		for _, fresh := range []bool{true, false} {
