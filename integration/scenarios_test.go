@@ -43,6 +43,7 @@ const (
 	kindMemory         kind = "memory"
 	kindExecs          kind = "exec, signals and terminals"
 	kindProcesses      kind = "processes"
+	kindCases          kind = "programs that are hard to checkpoint"
 	kindCycles         kind = "repeated checkpoints"
 	kindDamage         kind = "damaged image sets"
 	kindRefusals       kind = "refusals"
@@ -105,6 +106,9 @@ var scenarios = []scenarioCase{
 	{name: "exec-while-frozen", kind: kindExecs, run: execWhileFrozen, core: onGo},
 
 	{name: "process-tree", kind: kindProcesses, run: processTree, core: onGo},
+
+	{name: "cases", kind: kindCases, run: casesRestored, core: onGo},
+	{name: "cases-refused", kind: kindCases, run: casesRefused, core: onRust},
 
 	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
 	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},

@@ -1,0 +1,50 @@
+// A file that a long-running program holds, in DIR.   files hardlink|renamed|ghost|log|locked DIR
+// hardlink: its name is gone, another one is left. renamed: as logrotate does. ghost: no name is left. log: another
+// program appends to it, too. locked: with a lock of each kind.
+#define _GNU_SOURCE
+#include "say.h"
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+
+static int is_free(const char *path)
+{
+	struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	int f = open(path, O_RDWR), free = 0;
+	if (f < 0) return 1;
+	if (!flock(f, LOCK_EX | LOCK_NB)) free = 1;
+	if (fcntl(f, F_OFD_GETLK, &l) || l.l_type == F_UNLCK) free = 1;
+	close(f);
+	return free;
+}
+
+int main(int argc, char **argv)
+{
+	char a[200], b[200], line[32];
+	if (argc != 3) { say("usage: files KIND DIR"); return 2; }
+	const char *k = argv[1];
+	snprintf(a, sizeof a, "%s/%s.1", argv[2], k);
+	snprintf(b, sizeof b, "%s/%s.2", argv[2], k);
+	int log = !strcmp(k, "log"), kept = !strcmp(k, "hardlink") || !strcmp(k, "renamed");
+	int f = open(a, O_CREAT | (log ? O_WRONLY | O_APPEND : O_RDWR), 0600);
+	if (f < 0) die("open");
+	if (!strcmp(k, "hardlink") && (link(a, b) || unlink(a))) die("link");
+	if (!strcmp(k, "renamed") && rename(a, b)) die("rename");
+	if (!strcmp(k, "ghost") && unlink(a)) die("unlink");
+	if (!strcmp(k, "locked")) {
+		struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_len = 1 };
+		if (flock(f, LOCK_EX) || fcntl(f, F_OFD_SETLK, &l)) die("lock");
+	}
+	off_t size = 0;
+	for (int n = 1;; n++, sleep(1)) {
+		struct stat own, named;
+		int len = snprintf(line, sizeof line, "%d\n", n);
+		if (write(f, line, len) != len) say("FAIL write: %s", strerror(errno));
+		size += len;
+		if (fstat(f, &own) || (log ? own.st_size < size : own.st_size != size)) say("FAIL it has %ld bytes, not %ld", (long)own.st_size, (long)size);
+		if (kept && (stat(b, &named) || named.st_ino != own.st_ino || named.st_size != size)) say("FAIL %s is not the file", b);
+		if (kept && !access(a, F_OK)) say("FAIL %s is back", a);
+		if (!strcmp(k, "locked") && is_free(a)) say("FAIL the lock is gone");
+		say("round %d %s", n, k);
+	}
+}

@@ -1,0 +1,253 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+)
+
+// casesDir is where containers have the programs of integration/cases.
+const casesDir = "/cases/"
+
+// caseTimeout is for three rounds of all programs.
+const caseTimeout = 30 * time.Second
+
+// caseProgram is a command line of a program of integration/cases, which prints
+// a numbered round each second, and FAIL when something is not as it was.
+type caseProgram struct {
+	args string
+	// skips: it may count several rounds at once.
+	skips bool
+}
+
+// restoredCases come back from every checkpoint. They share one container.
+var restoredCases = []caseProgram{
+	{args: "sysv attached"},
+	{args: "sysv detached"},
+	{args: "sysv sem"},
+	{args: "sysv msg"},
+	{args: "named-sem keep"},
+	{args: "named-sem unlink"},
+	{args: "timerfd-periodic", skips: true},
+	{args: "backlog"},
+	{args: "loopback"},
+	{args: "files ghost /home"},
+	{args: "files hardlink /home"},
+	{args: "files hardlink /run"},
+	{args: "files renamed /home"},
+	{args: "files log /var/log"},
+	{args: "files log /data"}, // whose file the host renames
+	{args: "files locked /home"},
+	{args: "unix-names direct /home"},
+	{args: "unix-names direct /run"},
+	{args: "unix-names renamed /home"},
+	{args: "unix-names renamed /run"},
+	{args: "unix-names linked /home"},
+	{args: "unix-names linked /run"},
+	{args: "watch /home /etc/passwd /run"},
+	{args: "odd-socket packet"},
+	{args: "odd-socket raw"},
+	{args: "odd-socket route"},
+	{args: "own-address tcp 127.0.0.1"},
+	{args: "own-address udp 127.0.0.1"},
+}
+
+// casesMount has the programs.
+func (s *scenario) casesMount() specs.Mount {
+	s.Helper()
+	p, err := parts.Find()
+	s.check(err)
+	dir, err := p.Cases(s.ctx)
+	s.check(err)
+	return bind(dir, strings.TrimSuffix(casesDir, "/"), "ro")
+}
+
+// casesRestored: what programs hold that are known to be hard to checkpoint comes
+// back, twice.
+func casesRestored(s *scenario) {
+	var script strings.Builder
+	for _, c := range restoredCases {
+		fmt.Fprintf(&script, "CASE='%s' %s%s &\n", c.args, casesDir, c.args)
+	}
+	script.WriteString("wait\n")
+	volume := s.newDir()
+	c := s.create(engine.Container{ID: "c", Args: []string{"sh", "-c", script.String()}, Mounts: []specs.Mount{s.casesMount(), bind(volume, "/data", "rw")}})
+	run := s.run(c)
+	runs := []*engine.Run{run}
+	s.waitCases(run)
+	for cycle := range 2 {
+		// As logrotate does on the host.
+		name, rotated := fmt.Sprintf("log.%d", cycle+1), fmt.Sprintf("log.%d", cycle+2)
+		s.check(os.Rename(filepath.Join(volume, name), filepath.Join(volume, rotated)))
+		s.shell(run, "while [ -e /data/"+name+" ]; do sleep 0.1; done")
+		dir := s.checkpoint(run, true)
+		s.waitExit(run, 137)
+		run = s.restore(c, dir)
+		runs = append(runs, run)
+		s.waitCases(run)
+	}
+	for _, program := range restoredCases {
+		s.Run(program.args, func(t *testing.T) { program.checkRuns(t, runs) })
+	}
+}
+
+// waitCases waits until each program has printed three rounds, or has failed.
+func (s *scenario) waitCases(run *engine.Run) {
+	s.Helper()
+	if s.eventually(caseTimeout, func() bool {
+		return !slices.ContainsFunc(restoredCases, func(c caseProgram) bool {
+			rounds, failures := c.parse(run.Output.Lines())
+			return len(rounds) < 3 && len(failures) == 0
+		})
+	}) {
+		s.step("all programs have counted on")
+	}
+}
+
+// parse returns the rounds that a program has printed, and whatever else.
+func (c caseProgram) parse(lines []string) (rounds []int, failures []string) {
+	for _, line := range lines {
+		text, mine := strings.CutPrefix(line, c.args+": ")
+		if !mine {
+			continue
+		}
+		rest, isRound := strings.CutPrefix(text, "round ")
+		number, _, _ := strings.Cut(strings.TrimSuffix(rest, ","), " ")
+		n, err := strconv.Atoi(strings.TrimSuffix(number, ","))
+		if !isRound || err != nil {
+			failures = append(failures, text)
+			continue
+		}
+		rounds = append(rounds, n)
+	}
+	return rounds, failures
+}
+
+// checkRuns checks that a program has counted on from run to run.
+func (c caseProgram) checkRuns(t *testing.T, runs []*engine.Run) {
+	last := 0
+	for i, run := range runs {
+		rounds, failures := c.parse(run.Output.Lines())
+		if len(failures) > 0 {
+			t.Errorf("in run %d: %q", i, failures)
+		}
+		if len(rounds) < 3 {
+			t.Errorf("in run %d it has printed the rounds %v only", i, rounds)
+		}
+		for _, n := range rounds {
+			if n != last+1 && (!c.skips || n <= last) {
+				t.Errorf("in run %d round %d comes after round %d", i, n, last)
+			}
+			last = n
+		}
+	}
+}
+
+// refusedCase is something that no checkpoint brings back.
+type refusedCase struct {
+	name string
+	// program is started in the container, and is there once ready succeeds.
+	program, ready string
+	// then happens on the host, and undo in the container in the end.
+	then func()
+	undo string
+	// words are in the refusal.
+	words []string
+}
+
+func (s *scenario) refusedCases(volume string) []refusedCase {
+	out := []refusedCase{
+		{name: "mqueue", undo: "rm /dev/mqueue/case", words: []string{"mqueue (pid ", "POSIX message queue /case", "communicate in another way"}},
+		{name: "uring-mapped", words: []string{"uring-mapped (pid ", "io_uring", "without io_uring"}},
+		{name: "odd-socket vsock", words: []string{"odd-socket (pid ", "vsock", "close it"}},
+		{name: "odd-socket alg", words: []string{"odd-socket (pid ", "AF_ALG", "close it"}},
+		{name: "odd-socket route-many", words: []string{"odd-socket (pid ", "multicast groups"}},
+	}
+	for i := range out {
+		out[i].program, out[i].ready = casesDir+out[i].name, "grep -q round /tmp/case"
+	}
+	for kind, option := range map[string]string{"network": "-n", "user": "-U", "UTS": "-u", "IPC": "-i", "PID": "-p -f"} {
+		out = append(out, refusedCase{
+			name: "unshare " + option, program: "unshare " + option + " sleep 1000", ready: "pidof sleep", words: []string{"sleep (pid ", kind + " namespace of its own", "terminate it"},
+		})
+	}
+	conf := filepath.Join(volume, "app.conf")
+	s.check(os.WriteFile(conf, []byte("old\n"), 0o644))
+	return append(out, refusedCase{
+		name: "overlay", program: "mount -t overlay -o lowerdir=/t/l,upperdir=/t/u,workdir=/t/w o /m", ready: "grep -q ' /m ' /proc/mounts", undo: "umount /m",
+		words: []string{"overlay", " /m,", "unmount it"},
+	}, refusedCase{
+		name: "file replaced on a read-only volume", program: "sleep 1000 </conf/app.conf", ready: "pidof sleep",
+		then: func() {
+			s.check(os.WriteFile(conf+".new", []byte("new\n"), 0o644))
+			s.check(os.Rename(conf+".new", conf))
+		},
+		words: []string{"sleep (pid ", "/conf/app.conf", "replaced on the read-only mount /conf", "open the file anew"},
+	})
+}
+
+// casesRefused: what cannot come back is refused in one sentence, before anything
+// is frozen, and the container goes on. What its programs have mounted comes back
+// where CRIU can make it again.
+func casesRefused(s *scenario) {
+	volume := s.newDir()
+	counting := counter("c")
+	counting.Mounts = []specs.Mount{s.casesMount(), bind(volume, "/conf", "ro")}
+	counting.Spec = []oci.SpecOpts{oci.WithPrivileged}
+	c := s.create(counting)
+	run := s.run(c)
+	s.shell(run, "mkdir /a /b /m /t && echo bound >/a/file && mount --bind /a /b && mount -t tmpfs t /t && mkdir /t/l /t/u /t/w && echo lower >/t/l/file")
+	for _, refused := range s.refusedCases(volume) {
+		s.Run(refused.name, func(t *testing.T) {
+			one := *s
+			one.T = t
+			one.checkCase(run, refused)
+		})
+	}
+	for range 2 { // nothing of them is left
+		dir := s.checkpoint(run, true)
+		s.waitExit(run, 137)
+		run = s.restore(c, dir)
+		if have := s.shell(run, "cat /b/file /t/l/file; grep -c -e ' /b ' -e ' /t ' /proc/mounts"); !slices.Equal(have, []string{"bound", "lower", "2"}) {
+			s.Errorf("in what the container has mounted there is %q", have)
+		}
+	}
+}
+
+func (s *scenario) checkCase(run *engine.Run, c refusedCase) {
+	// In the background, so that it becomes a child of the container's init: an
+	// exec is not part of a checkpoint.
+	pid := s.shell(run, c.program+" >/tmp/case 2>&1 & echo $!")[0]
+	if !s.eventually(caseTimeout, func() bool { return s.succeeds(run, c.ready) }) {
+		s.Fatalf("it has not begun: %q", s.shell(run, "cat /tmp/case"))
+	}
+	if c.then != nil {
+		c.then()
+		s.shell(run, "until grep -q new /conf/app.conf; do sleep 0.1; done")
+	}
+	s.checkRefused(c.name, run, s.newDir(), c.words...)
+	if states := s.events.States(run.ID()); len(states) > 0 {
+		s.Errorf("the container was %v", states)
+	}
+	s.checkKeepsCounting(run)
+	s.shell(run, "killall -9 sleep; kill -9 "+pid+"; rm -f /tmp/case; true; "+c.undo)
+}
+
+// succeeds reports whether a script in a task ends with status 0.
+func (s *scenario) succeeds(run *engine.Run, script string) bool {
+	s.Helper()
+	status, err := s.startExec(run, engine.Command{Args: []string{"sh", "-c", script}}).Exit(s.ctx)
+	s.check(err)
+	return status == 0
+}
