@@ -182,7 +182,7 @@ func (s *nameSearch) socket(number uint32, o owner) error {
 	own := inode{st.Dev, st.Ino}
 	there, err := s.lookUp(bound)
 	if err != nil || there == own {
-		return nil //nolint:nilerr // CRIU reports it
+		return nil // CRIU reports it
 	}
 	// The kernel knows a name that was changed in this guest.
 	now, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file))
@@ -209,21 +209,21 @@ func (s *nameSearch) socket(number uint32, o owner) error {
 func boundFile(o owner) (file int, name string, err error) {
 	process, err := pidfd.Open(o.process.PID)
 	if err != nil {
-		return -1, "", nil //nolint:nilerr // exited meanwhile
+		return -1, "", nil // exited meanwhile
 	}
 	defer unix.Close(process)
 	fd, err := unix.PidfdGetfd(process, o.fd, 0)
 	if err != nil {
-		return -1, "", nil //nolint:nilerr // closed meanwhile
+		return -1, "", nil // closed meanwhile
 	}
 	defer unix.Close(fd)
 	listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
 	if err != nil || listens == 0 {
-		return -1, "", nil //nolint:nilerr // no socket any more, or of a kind that has no listeners
+		return -1, "", nil // no socket any more, or of a kind that has no listeners
 	}
 	address, err := unix.Getsockname(fd)
 	if err != nil {
-		return -1, "", nil //nolint:nilerr // of a family that x/sys does not know
+		return -1, "", nil // of a family that x/sys does not know
 	}
 	local, ok := address.(*unix.SockaddrUnix)
 	if !ok || local.Name == "" || local.Name[0] == '@' {
@@ -267,7 +267,7 @@ func (s *nameSearch) find(dir string, file inode) (string, error) {
 	if err != nil {
 		return "", &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	d := os.NewFile(uintptr(fd), dir) //nolint:gosec // a descriptor
+	d := os.NewFile(uintptr(fd), dir)
 	defer d.Close()
 	names, err := d.Readdirnames(maxSearched)
 	if err != nil && len(names) > 0 {
