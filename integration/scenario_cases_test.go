@@ -229,7 +229,7 @@ func (s *scenario) checkCase(run *engine.Run, c refusedCase) {
 	// In the background, so that it becomes a child of the container's init: an
 	// exec is not part of a checkpoint.
 	pid := s.shell(run, c.program+" >/tmp/case 2>&1 & echo $!")[0]
-	if !s.eventually(caseTimeout, func() bool { return s.succeeds(run, c.ready) }) {
+	if !s.eventually(caseTimeout, func() bool { return s.succeeds(run, c.ready+" || grep -q SETUP /tmp/case") }) || !s.succeeds(run, c.ready) {
 		s.Fatalf("it has not begun: %q", s.shell(run, "cat /tmp/case"))
 	}
 	if c.then != nil {
