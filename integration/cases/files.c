@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // A file that a long-running program holds, in DIR.   files hardlink|renamed|ghost|log|locked DIR
 // hardlink: its name is gone, another one is left. renamed: as logrotate does. ghost: no name is left. log: another
 // program appends to it, too. locked: with a lock of each kind.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Named POSIX semaphore that this program has made (sem_open), with its name still there, or removed at once as
 // Python's multiprocessing does.   named-sem keep|unlink|read NAME
 #include "say.h"

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Lines on stdout: "round N ..." once a second; "FAIL ..." when something is not as it was.
 // $CASE stands before each, so that several programs can share one output.
 #include <stdarg.h>

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // System V objects.   sysv attached|detached|sem|msg
 // attached: a segment that stays attached, as PostgreSQL's; detached: one that is attached for each use.
 #include "say.h"

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package agent
 
 import (
@@ -14,11 +16,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 )
 
-// Images that are changed after a dump.
-const (
-	filesImage  = "files.img"
-	remapsImage = "remap-fpath.img"
-)
+// remapsImage has an entry for each open file that CRIU cannot open by its name.
+const remapsImage = "remap-fpath.img"
 
 // mendImages changes what CRIU has written where its restore would not bring
 // back what was dumped:
@@ -119,15 +118,15 @@ func editImage[T any, M interface {
 	changed := false
 	for i, data := range image.entries {
 		entry := M(new(T))
-		// Fields that this package does not know are kept.
-		if err := proto.Unmarshal(data, entry); err != nil {
+		// Fields of a newer CRIU are kept, and may be required.
+		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data, entry); err != nil {
 			return fmt.Errorf("read %s: %w", filepath.Base(path), err)
 		}
 		if !edit(entry) {
 			continue
 		}
 		changed = true
-		if image.entries[i], err = proto.Marshal(entry); err != nil {
+		if image.entries[i], err = (proto.MarshalOptions{AllowPartial: true}).Marshal(entry); err != nil {
 			return fmt.Errorf("change %s: %w", filepath.Base(path), err)
 		}
 	}
