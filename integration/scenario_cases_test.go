@@ -195,12 +195,12 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 			s.check(os.WriteFile(conf+".new", []byte("new\n"), 0o644))
 			s.check(os.Rename(conf+".new", conf))
 		},
-		words: []string{"sleep (pid ", "/conf/app.conf", "replaced on the read-only mount /conf", "open the file anew"},
+		words: []string{"sleep (pid ", "/conf/app.conf", "replaced on the read-only mount /conf", "reopen the file"},
 	})
 }
 
 // casesRefused: what cannot come back is refused in one sentence, before anything
-// is frozen, and the container goes on. What its programs have mounted comes back
+// is frozen, and the container keeps running. What its programs have mounted comes back
 // where CRIU can make it again.
 func casesRefused(s *scenario) {
 	volume := s.newDir()

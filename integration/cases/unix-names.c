@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Listening unix sockets in DIR, each with a client that connects anew in every round.   unix-names direct|renamed|linked DIR
+// Listening unix sockets in DIR, each with a client that connects again in every round.   unix-names direct|renamed|linked DIR
 // renamed and linked: the name is not the one that it was bound to, as with supervisord and haproxy.
 #include "say.h"
 #include <sys/socket.h>

@@ -205,7 +205,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removeCRIULock(op), a.unlockNetwork(c))
+			err = errors.Join(err, removeCRIULock(op), a.unlockNetwork(c), removeLinkRemaps(c.root().PID, look.Names))
 		}
 	}()
 	if len(kept) > 0 {
@@ -223,6 +223,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	ph.done("inspect")
 
+	if err := removeLinkRemaps(c.root().PID, look.Names); err != nil {
+		return nil, fmt.Errorf("remove the links of an earlier dump: %w", err)
+	}
 	// Both write files of their own and only read what is frozen.
 	shm := make(chan error, 1)
 	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()

@@ -25,8 +25,7 @@ import (
 // reads it and creates only regular files, directories, links and FIFOs from
 // it.
 
-// linkRemapPattern matches the links that CRIU makes while it dumps
-// (criu/files-reg.c, create_link_remap).
+// linkRemapPattern is [linkRemapName] for tar.
 const linkRemapPattern = "link_remap.[0-9]*"
 
 // saveShm archives the /dev/shm of a frozen process.

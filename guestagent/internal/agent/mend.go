@@ -6,8 +6,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	remap_file_path "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
@@ -63,6 +66,51 @@ func mendImages(images string, names inspect.Names, inImages func(path string) b
 		return fmt.Errorf("%s, which a process has open, was renamed or removed during the checkpoint: repeat it", lost)
 	}
 	return dropLinkRemaps(images, found)
+}
+
+// linkRemapName matches the links that CRIU makes while it dumps
+// (criu/files-reg.c, create_link_remap).
+var linkRemapName = regexp.MustCompile(`^link_remap\.[0-9]+$`)
+
+// removeLinkRemaps removes the links that a CRIU has left which was killed in a
+// dump: the next one would fail to make its own. Each is a further name of a file
+// that has lost its first.
+func removeLinkRemaps(pid int, names inspect.Names) error {
+	if len(names.Files) == 0 {
+		return nil
+	}
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/%d/root", pid))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it has exited
+	}
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	for _, path := range names.Files {
+		path = strings.TrimPrefix(path, "/")
+		file, err := root.Lstat(path)
+		if err != nil {
+			return err
+		}
+		entries, err := fs.ReadDir(root.FS(), filepath.Dir(path))
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if !linkRemapName.MatchString(e.Name()) {
+				continue
+			}
+			link := filepath.Join(filepath.Dir(path), e.Name())
+			if st, err := root.Lstat(link); err != nil || !os.SameFile(st, file) {
+				continue
+			}
+			if err := root.Remove(link); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // linkRemaps lists the open files, by their ids, that CRIU has made links for.

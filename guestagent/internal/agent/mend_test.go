@@ -184,3 +184,29 @@ func TestOfAFailedDumpTheLogsAreKept(t *testing.T) {
 		t.Errorf("%q is left, not %q (%v)", left, want, err)
 	}
 }
+
+func TestLinksOfADumpThatWasKilledAreRemoved(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"file", "link_remap.7"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, link := range []string{"link_remap.5", "link_remap.x", "other"} {
+		if err := os.Link(filepath.Join(dir, "file"), filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := inspect.Names{Files: map[string]string{filepath.Join(dir, "gone"): filepath.Join(dir, "file")}}
+	if err := removeLinkRemaps(os.Getpid(), names); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob(dir + "/*")
+	for i := range left {
+		left[i] = filepath.Base(left[i])
+	}
+	// The 7 is a file of its own.
+	if want := []string{"file", "link_remap.7", "link_remap.x", "other"}; err != nil || !slices.Equal(left, want) {
+		t.Errorf("%q is left, not %q (%v)", left, want, err)
+	}
+}

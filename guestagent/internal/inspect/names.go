@@ -99,7 +99,7 @@ func (s *nameSearch) refuse(p *Process, advice, format string, args ...any) {
 }
 
 // reopen is the advice for a file that has lost its name.
-const reopen = "have it open the file anew before the checkpoint, or restart it"
+const reopen = "have it reopen the file before the checkpoint, or restart it"
 
 func readOnly(m *mountinfo.Info) bool {
 	return slices.Contains(strings.Split(m.Options, ","), "ro")
@@ -125,7 +125,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	}
 	name = strings.TrimSuffix(name, deletedSuffix)
 	if st.Nlink == 0 {
-		// CRIU has its content in the image set, and makes it anew in the same
+		// CRIU has its content in the image set, and recreates it in the same
 		// directory (criu/files-reg.c, open_remap_ghost).
 		if mount != nil && readOnly(mount) {
 			s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
@@ -260,6 +260,10 @@ func (s *nameSearch) lookUp(name string) (inode, error) {
 	return s.there[name], nil
 }
 
+// linkRemapPrefix begins the names of links that CRIU makes for the time of a
+// dump, and leaves if it is killed.
+const linkRemapPrefix = "link_remap."
+
 // find finds a name of a file in a directory; empty if it has none there.
 func (s *nameSearch) find(dir string, file inode) (string, error) {
 	fd, err := s.open(dir, unix.O_RDONLY|unix.O_DIRECTORY)
@@ -277,6 +281,9 @@ func (s *nameSearch) find(dir string, file inode) (string, error) {
 	}
 	slices.Sort(names)
 	for _, name := range names {
+		if strings.HasPrefix(name, linkRemapPrefix) {
+			continue
+		}
 		var st unix.Stat_t
 		if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && (inode{st.Dev, st.Ino}) == file {
 			return filepath.Join(dir, name), nil

@@ -63,7 +63,10 @@ func TestNamesOfOpenFiles(t *testing.T) {
 		"renamed":              {func(d string) error { return os.Rename(d+"/a", d+"/b") }, "", ""}, // the kernel follows
 		"removed":              {func(d string) error { return os.Remove(d + "/a") }, "", ""},       // is in the image set
 		"another link is left": {func(d string) error { return firstError(os.Link(d+"/a", d+"/b"), os.Remove(d+"/a")) }, "b", ""},
-		"called deleted":       {func(d string) error { return os.Rename(d+"/a", d+"/a (deleted)") }, "", ""},
+		"CRIU's link is left": {func(d string) error {
+			return firstError(os.Link(d+"/a", d+"/b"), os.Link(d+"/a", d+"/link_remap.1"), os.Rename(d+"/b", d+"/m"), os.Remove(d+"/a"))
+		}, "m", ""},
+		"called deleted": {func(d string) error { return os.Rename(d+"/a", d+"/a (deleted)") }, "", ""},
 		"a link elsewhere is left": {func(d string) error {
 			return firstError(os.Mkdir(d+"/c", 0o700), os.Link(d+"/a", d+"/c/b"), os.Remove(d+"/a"))
 		}, "", "renamed or moved to another directory"},
