@@ -137,8 +137,8 @@ func (w *podLink) addToNode(ip net.IP) error {
 }
 
 // reconnect makes the namespace of use for another VM, as it was before Kata had
-// it: Kata's Go shim leaves its ingress qdisc in a namespace that is not its own,
-// and may leave the interface down, which has no routes then.
+// it: in a namespace that is not its own Kata's Go shim leaves its ingress qdisc
+// and its Rust shim its tap. An interface that was set down has no routes.
 func (w *podLink) reconnect() error {
 	return w.namespace.Do(func() error {
 		peer, err := netlink.LinkByName("eth0")
@@ -148,6 +148,11 @@ func (w *podLink) reconnect() error {
 		ingress := &netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: peer.Attrs().Index, Parent: netlink.HANDLE_INGRESS}}
 		if err := netlink.QdiscDel(ingress); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("delete Kata's ingress qdisc: %w", err)
+		}
+		if tap, err := netlink.LinkByName("tap0_kata"); err == nil {
+			if err := netlink.LinkDel(tap); err != nil {
+				return fmt.Errorf("delete Kata's tap: %w", err)
+			}
 		}
 		if err := netlink.LinkSetUp(peer); err != nil {
 			return err
