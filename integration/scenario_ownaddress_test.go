@@ -72,7 +72,7 @@ func ownAddress(s *scenario) {
 func (s *scenario) checkOwnAddress(run *engine.Run, w *podLink, nth int) {
 	s.Helper()
 	const sockets = 5
-	s.waitLine(run.Output, 0, "bound"+strings.Repeat(" "+w.pod.String(), sockets))
+	s.waitLine(run.Output, 0, workload.Bound+strings.Repeat(" "+w.pod.String(), sockets))
 	s.waitNumbers(run.Output, workload.Rounds, 2)
 	s.checkAnswer(net.JoinHostPort(w.pod.String(), fmt.Sprint(workload.OwnAddressTCP)), "say in", fmt.Sprintf("%d in", nth))
 	conn, err := net.Dial("udp4", net.JoinHostPort(w.pod.String(), fmt.Sprint(workload.OwnAddressUDP)))

@@ -24,10 +24,13 @@ const (
 	OwnAddressUDP = 8081 // answers every datagram with "heard " and its content
 )
 
+// Bound precedes the addresses of the program's sockets, which it prints whenever
+// one has changed.
+const Bound = "bound"
+
 // ownAddress has sockets that are bound to the container's own address: a
 // client that is connected to a UDP server, a TCP listener, a UDP server, and a
-// TCP connection of the program to itself. It prints where they are bound
-// whenever that has changed.
+// TCP connection of the program to itself.
 type ownAddress struct {
 	server string
 
@@ -108,7 +111,7 @@ func (o *ownAddress) round(w io.Writer) error {
 	}
 	if now := strings.Join(bound, " "); now != o.bound {
 		o.bound = now
-		if _, err := fmt.Fprintln(w, "bound", now); err != nil {
+		if _, err := fmt.Fprintln(w, Bound, now); err != nil {
 			return err
 		}
 	}

@@ -32,7 +32,7 @@ func Ticks(lines []string) ([]int, error) {
 func Rounds(lines []string) ([]int, error) {
 	var out []int
 	for _, line := range lines {
-		if strings.HasPrefix(line, "boot ") || line == TerminatedLine || line == IgnoringLine {
+		if strings.HasPrefix(line, "boot ") || strings.HasPrefix(line, Bound) || line == TerminatedLine || line == IgnoringLine {
 			continue
 		}
 		var n int
