@@ -29,9 +29,9 @@ E2E_TIMEOUT ?= 6h
 # The race detector needs a C compiler; RACE= does without.
 RACE ?= -race
 
-# RUN=NAME is one scenario; CORE=1 the core set; KATA=DIR runs on the Kata in DIR
+# RUN=NAME is one scenario; APPS=1 those with applications; CORE=1 the core set; KATA=DIR runs on the Kata in DIR
 # in place of the stand-in.
-SCENARIO := $(if $(RUN),-run 'TestScenario/$(RUN)$$')
+SCENARIO := $(if $(RUN),-run 'TestScenario/$(RUN)$$',$(if $(APPS),-run 'TestScenario/app-'))
 E2E_ENV   = $(if $(KATA),TESTBED_KATA=$(abspath $(KATA))) $(if $(CORE),TESTBED_CORE=1)
 
 .DEFAULT_GOAL := help
@@ -97,7 +97,7 @@ demo: ## from nothing: install, build, and show a checkpoint and a restore (KATA
 	@KATA=$(abspath $(KATA)) MAKEFLAGS= integration/demo
 
 .PHONY: e2e
-e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, CORE=1 the core set, KATA=DIR on real Kata
+e2e: testbed ## run the scenarios in VMs: RUN=NAME one of them, APPS=1 the applications, CORE=1 the core set, KATA=DIR on real Kata
 	cd integration && $(E2E_ENV) go test . -count=1 -parallel 2 -v -timeout $(E2E_TIMEOUT) $(SCENARIO)
 
 .PHONY: kubelet

@@ -58,6 +58,7 @@ const (
 	kindPodRestores    kind = "restores by the CRI"
 	kindNRI            kind = "NRI plugin"
 	kindKills          kind = "killed parts"
+	kindApps           kind = "applications"
 )
 
 // scenarioCase is a scenario and what it is tried with.
@@ -170,6 +171,8 @@ var scenarios = []scenarioCase{
 	{name: "nri-absent", kind: kindNRI, run: nriAbsent, cri: true},
 	{name: "nri-restarted", kind: kindNRI, run: nriRestarted, core: onRust, cri: true},
 	{name: "nri-other-runtime-untouched", kind: kindNRI, run: nriOtherRuntimeUntouched, cri: true},
+
+	{name: "app-postgresql", kind: kindApps, run: appPostgreSQL, core: onGo, timeout: 8 * time.Minute},
 
 	{name: "killed", kind: kindKills, run: killed, core: onRust, timeout: 30 * time.Minute},
 }

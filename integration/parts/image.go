@@ -54,21 +54,26 @@ func (p *Parts) image(ctx context.Context, file, name string, inputs, args []str
 		keys = append(keys, key)
 	}
 	return p.once(ctx, "image/"+file+".tar", keyOf(keys...), func(ctx context.Context, path string) error {
-		layer := path + ".layer"
-		defer os.Remove(layer)
-		if err := pack(ctx, layer, args...); err != nil {
-			return err
-		}
-		out, err := os.Create(path)
-		if err != nil {
-			return err
-		}
-		defer out.Close()
-		if err := writeImage(out, name, layer, nil, command...); err != nil {
-			return err
-		}
-		return out.Close()
+		return packImage(ctx, path, name, args, command...)
 	})
+}
+
+// packImage makes the image file from what the script root packs for args.
+func packImage(ctx context.Context, path, name string, args []string, command ...string) error {
+	layer := path + ".layer"
+	defer os.Remove(layer)
+	if err := pack(ctx, layer, args...); err != nil {
+		return err
+	}
+	out, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	if err := writeImage(out, name, layer, nil, command...); err != nil {
+		return err
+	}
+	return out.Close()
 }
 
 // checkpointAnnotation marks images of checkpoint archives; its value is the

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/oci"
+
+	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+)
+
+// An application is checkpointed and restored so many times, each time in
+// another VM: the second checkpoint is of what a restore has made.
+const appCycles = 2
+
+// appPostgreSQL: a database under load loses no committed row. A transaction
+// that is open at a checkpoint keeps its row lock, for which another one waits,
+// and commits after the restore.
+func appPostgreSQL(s *scenario) {
+	c := s.createApp(parts.PostgreSQL)
+	query := func(run *engine.Run, sql string) string {
+		s.Helper()
+		return strings.Join(s.shell(run, "psql -h /tmp -d postgres -qAtX -c \""+sql+"\""), "\n")
+	}
+	const waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+	locked := func(run *engine.Run) bool { return query(run, waiting) == "1" }
+	const begun = 1000
+	balance := begun
+	s.cycle(c, appCheck{
+		before: func(run *engine.Run, _ int) {
+			if !s.eventually(scenarioTimeout, func() bool { return locked(run) }) {
+				s.Fatalf("no transaction waits for another")
+			}
+		},
+		after: func(run *engine.Run, cycle, rounds int) {
+			if !locked(run) {
+				s.Errorf("the row lock is lost: %s", query(run, "SELECT pid, mode, granted FROM pg_locks"))
+			}
+			const intact = "SELECT count(*) = max(n) AND max(n) >= %d AND bool_and(digest = md5(n::text)) FROM rows"
+			if have := query(run, fmt.Sprintf(intact, rounds)); have != "t" {
+				s.Errorf("after %d rows were inserted there is %s", rounds, query(run, "SELECT count(*), min(n), max(n) FROM rows"))
+			}
+			balance = 2 * (balance - 10)
+			s.shell(run, "echo >/tmp/commit")
+			s.waitLine(run.Output, 0, fmt.Sprintf("transfer %d leaves %d", cycle, balance))
+		},
+		last: func(run *engine.Run) {
+			query(run, "SELECT bt_index_check('rows_pkey', true)")
+			query(run, "CHECKPOINT")
+		},
+		stopped: func(lines []string) {
+			for _, line := range lines {
+				for _, bad := range []string{"PANIC", "terminated by signal", "not properly shut down", "interrupted"} {
+					if strings.Contains(line, bad) {
+						s.Errorf("the server has printed %q", line)
+					}
+				}
+			}
+			if last := lines[len(lines)-1]; strings.Join(strings.Fields(last), " ") != "Database cluster state: shut down" {
+				s.Errorf("after its stop the server's control file says %q", last)
+			}
+		},
+	})
+}
+
+// appCheck is what is particular to an application; each may be missing.
+type appCheck struct {
+	// before waits for what is to be there at a checkpoint, the first or the
+	// second.
+	before func(run *engine.Run, cycle int)
+	// after checks the application once it is restored. It had printed the
+	// number of so many rounds by then.
+	after func(run *engine.Run, cycle, rounds int)
+	// last is called before the application is stopped.
+	last func(run *engine.Run)
+	// stopped checks what the last run has printed.
+	stopped func(lines []string)
+}
+
+// createApp makes a container of an application's image, which goes away with
+// the scenario, and whose processes run as an unprivileged user.
+func (s *scenario) createApp(a parts.App) client.Container {
+	s.Helper()
+	p, err := parts.Find()
+	s.check(err)
+	image, err := p.AppImage(s.ctx, a)
+	s.check(err)
+	s.check(s.testbed.Import(s.ctx, image))
+	s.afterContainers(func() error {
+		// The test's context has ended by then.
+		return s.engine.Client.ImageService().Delete(context.WithoutCancel(s.ctx), a.ImageName(), images.SynchronousDelete())
+	})
+	s.step("imported %s", a.ImageName())
+	container, err := s.engine.Create(s.ctx, engine.Container{
+		ID: s.id("c"), Image: a.ImageName(), Spec: []oci.SpecOpts{oci.WithUIDGID(1000, 1000)},
+	})
+	s.check(err)
+	return container
+}
+
+// cycle runs an application through its checkpoints and restores, and stops it
+// as an engine does: SIGTERM, after which it exits with 0. All the time it
+// prints the numbers of its rounds, each once the round is done, none twice.
+func (s *scenario) cycle(c client.Container, check appCheck) {
+	s.Helper()
+	run := s.run(c)
+	var rounds []int
+	const more = 5
+	s.waitNumbers(run.Output, appRounds, more)
+	s.step("it works")
+	boot := s.appBoot(run)
+	for cycle := 1; cycle <= appCycles; cycle++ {
+		if check.before != nil {
+			check.before(run, cycle)
+		}
+		dir := s.checkpoint(run, true)
+		s.waitExit(run, 137)
+		rounds = append(rounds, s.printedNumbers(run.Output, appRounds)...)
+		s.checkConsecutive(1, rounds)
+
+		run = s.restore(c, dir)
+		s.checkConsecutive(len(rounds)+1, s.waitNumbers(run.Output, appRounds, more))
+		s.step("it continues after %d rounds", len(rounds))
+		now := s.appBoot(run)
+		if now == boot {
+			s.Errorf("restored in the same boot %s", boot)
+		}
+		boot = now
+		if check.after != nil {
+			check.after(run, cycle, len(rounds))
+		}
+		s.step("checked")
+	}
+	if check.last != nil {
+		check.last(run)
+	}
+	s.check(run.Kill(s.ctx, syscall.SIGTERM))
+	s.waitExit(run, 0)
+	s.step("stopped")
+	s.checkConsecutive(len(rounds)+1, s.printedNumbers(run.Output, appRounds))
+	if check.stopped != nil {
+		check.stopped(run.Output.Lines())
+	}
+	s.checkExitEvents(c, 137, 137, 0)
+}
+
+// appBoot returns the boot ID of the kernel in which an application runs.
+func (s *scenario) appBoot(run *engine.Run) string {
+	s.Helper()
+	return strings.Join(s.shell(run, "cat /proc/sys/kernel/random/boot_id"), "\n")
+}
+
+// appRounds returns the numbers of an application's rounds, among the other
+// lines that it prints. What its program has found is an error.
+func appRounds(lines []string) (rounds []int, err error) {
+	for _, line := range lines {
+		if strings.HasPrefix(line, "failed: ") {
+			return nil, fmt.Errorf("the application's client says %q", line)
+		}
+		number, ok := strings.CutPrefix(line, "round ")
+		if !ok {
+			continue
+		}
+		n, err := strconv.Atoi(number)
+		if err != nil {
+			return nil, fmt.Errorf("parse %q: %w", line, err)
+		}
+		rounds = append(rounds, n)
+	}
+	return rounds, nil
+}
