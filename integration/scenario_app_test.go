@@ -71,6 +71,22 @@ func appPostgreSQL(s *scenario) {
 	})
 }
 
+// appJVM: a Java program with several threads and a garbage collected heap, the
+// objects of which it verifies, runs its shutdown hook in the end.
+func appJVM(s *scenario) {
+	s.cycle(s.createApp(parts.JVM), appCheck{stopped: s.checkLast("stopped")})
+}
+
+// checkLast returns a check of the last line that an application prints.
+func (s *scenario) checkLast(want string) func(lines []string) {
+	return func(lines []string) {
+		s.Helper()
+		if last := lines[len(lines)-1]; last != want {
+			s.Errorf("the last line is %q, not %q", last, want)
+		}
+	}
+}
+
 // appCheck is what is particular to an application; each may be missing.
 type appCheck struct {
 	// before waits for what is to be there at a checkpoint, the first or the
@@ -112,6 +128,12 @@ func (s *scenario) createApp(a parts.App) client.Container {
 func (s *scenario) cycle(c client.Container, check appCheck) {
 	s.Helper()
 	run := s.run(c)
+	defer func() {
+		if s.Failed() {
+			lines := run.Output.Lines()
+			s.Logf("the application has printed %q", lines[max(0, len(lines)-20):])
+		}
+	}()
 	var rounds []int
 	const more = 5
 	s.waitNumbers(run.Output, appRounds, more)

@@ -45,6 +45,11 @@ var (
 		Packages: []string{"postgresql-17", "bash"},
 		Without:  []string{"libllvm", "libz3", "perl", "libperl", "locales", "postgresql-common", "postgresql-client-common"},
 	}
+	JVM = App{
+		Name:     "jvm",
+		Packages: []string{"openjdk-21-jre-headless"},
+		Without:  []string{"ca-certificates", "openssl", "util-linux", "libpam", "libsystemd0", "libnss3", "libnspr4"},
+	}
 )
 
 // ImageName is the name of the application's image.
