@@ -3,20 +3,16 @@
 package agent
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	sk_inet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -25,10 +21,6 @@ import (
 
 // filesImage has an entry for each open file and socket of the processes.
 const filesImage = "files.img"
-
-// maxFileEntry bounds the size of one of its entries, in bytes. CRIU's are
-// below 10 KiB.
-const maxFileEntry = 1 << 20
 
 // readdressing is what has become of the addresses of the guest that a container
 // was checkpointed in.
@@ -109,101 +101,41 @@ func sameFamily(a, b netip.Addr) bool {
 
 // check refuses an image set with sockets that cannot be bound in this guest.
 func (a *readdressing) check(images string) error {
-	if len(a.moved) == 0 {
-		return nil
-	}
-	in, err := os.Open(filepath.Join(images, filesImage))
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	_, err = a.copyFiles(io.Discard, in)
+	_, err := a.edit(images, false)
 	return err
 }
 
-// apply has CRIU bind the sockets of an image set to this guest's addresses.
-// The images are the copy in the exchange directory: the image set itself stays
-// as it is.
-func (a *readdressing) apply(images string) (changed int, err error) {
+// apply has CRIU bind the sockets of an image set to this guest's addresses, and
+// returns how many move. The images are the copy in the exchange directory: the
+// image set itself stays as it is.
+func (a *readdressing) apply(images string) (int, error) {
+	if err := a.check(images); err != nil {
+		return 0, err
+	}
+	return a.edit(images, true)
+}
+
+func (a *readdressing) edit(images string, write bool) (changed int, err error) {
 	if len(a.moved) == 0 {
 		return 0, nil
 	}
-	path := filepath.Join(images, filesImage)
-	in, err := os.Open(path)
-	if err != nil {
-		return 0, err
-	}
-	defer in.Close()
-	st, err := in.Stat()
-	if err != nil {
-		return 0, err
-	}
-	next := path + ".new"
-	out, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, st.Mode().Perm())
-	if err != nil {
-		return 0, err
-	}
-	changed, err = a.copyFiles(out, in)
-	// The mode is that of the original whatever the umask.
-	err = errors.Join(err, out.Chmod(st.Mode().Perm()), out.Close())
-	if err == nil {
-		err = os.Rename(next, path)
-	}
-	if err != nil {
-		return 0, errors.Join(err, os.Remove(next))
-	}
-	return changed, nil
-}
-
-// copyFiles copies an image of files, in which it changes the addresses of
-// sockets. All other entries stay byte for byte what they were, whatever a
-// newer CRIU has put into them.
-func (a *readdressing) copyFiles(w io.Writer, r io.Reader) (changed int, err error) {
-	wrong := fmt.Errorf("%s is not an image of CRIU", filesImage)
-	in, out := bufio.NewReader(r), bufio.NewWriter(w)
-	var head [8]byte
-	if _, err := io.ReadFull(in, head[:]); err != nil || binary.LittleEndian.Uint32(head[:]) != imageMagic || binary.LittleEndian.Uint32(head[4:]) != filesMagic {
-		return 0, wrong
-	}
-	if _, err := out.Write(head[:]); err != nil {
-		return 0, err
-	}
-	for {
-		var size [4]byte
-		if _, err := io.ReadFull(in, size[:]); errors.Is(err, io.EOF) {
-			return changed, out.Flush()
-		} else if err != nil {
-			return 0, errors.Join(wrong, err)
+	var refused error
+	err = editImage(filepath.Join(images, filesImage), func(f *fdinfo.FileEntry) bool {
+		s := f.GetIsk()
+		if s == nil || refused != nil {
+			return false
 		}
-		n := binary.LittleEndian.Uint32(size[:])
-		if n > maxFileEntry {
-			return 0, fmt.Errorf("%w: it has an entry of %d bytes", wrong, n)
+		moved, err := a.move(s)
+		if err != nil {
+			refused = err
+			return false
 		}
-		entry := make([]byte, n)
-		if _, err := io.ReadFull(in, entry); err != nil {
-			return 0, errors.Join(wrong, err)
+		if moved {
+			changed++
 		}
-		file := &fdinfo.FileEntry{}
-		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(entry, file); err != nil {
-			return 0, errors.Join(wrong, err)
-		}
-		if s := file.GetIsk(); s != nil {
-			moved, err := a.move(s)
-			if err != nil {
-				return 0, err
-			}
-			if moved {
-				changed++
-				if entry, err = (proto.MarshalOptions{AllowPartial: true}).Marshal(file); err != nil {
-					return 0, err
-				}
-				binary.LittleEndian.PutUint32(size[:], uint32(len(entry))) //nolint:gosec // about as long as before
-			}
-		}
-		if _, err := out.Write(append(size[:], entry...)); err != nil {
-			return 0, err
-		}
-	}
+		return moved && write
+	})
+	return changed, errors.Join(refused, err)
 }
 
 // move changes the addresses of a socket that this guest lacks: the local one,

@@ -20,7 +20,6 @@ import (
 const (
 	imageMagic = 0x54564319
 	coreMagic  = 0x55053847
-	filesMagic = 0x56303138
 )
 
 // readCore reads the image of a process or thread: two magic numbers, a size

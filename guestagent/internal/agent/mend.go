@@ -214,11 +214,27 @@ func readEntries(path string) (*entriesImage, error) {
 	return image, nil
 }
 
+// write writes an image in place of the one that is there, whose mode it keeps.
 func (image *entriesImage) write(path string) error {
+	mode := fs.FileMode(0o600)
+	if st, err := os.Stat(path); err == nil {
+		mode = st.Mode().Perm()
+	}
 	out := append([]byte(nil), image.magic...)
 	for _, e := range image.entries {
 		out = binary.LittleEndian.AppendUint32(out, uint32(len(e))) //nolint:gosec // far less
 		out = append(out, e...)
 	}
-	return os.WriteFile(path, out, 0o600)
+	next := path + ".new"
+	err := os.WriteFile(next, out, 0o600)
+	if err == nil {
+		err = os.Chmod(next, mode) // whatever the umask
+	}
+	if err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(next))
+	}
+	return nil
 }
