@@ -230,6 +230,9 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 		return g, nil
 	}
 	src, st, err := openRegular(dir, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // renamed since it was listed
+	}
 	if err != nil {
 		return nil, err
 	}
