@@ -77,6 +77,21 @@ func appJVM(s *scenario) {
 	s.cycle(s.createApp(parts.JVM), appCheck{stopped: s.checkLast("stopped")})
 }
 
+// appRedis: a database in memory, which writes each change to a log on the disk
+// and rewrites that by a child process, has all that it had. A client that waits
+// for something keeps waiting for it.
+func appRedis(s *scenario) {
+	s.cycle(s.createApp(parts.Redis), appCheck{
+		after: func(run *engine.Run, cycle, rounds int) {
+			s.checkReached(rounds, s.shell(run, "redis-cli LLEN rounds"))
+			popped := fmt.Sprintf("signal-%d", cycle)
+			s.shell(run, "redis-cli LPUSH signals "+popped)
+			s.waitLine(run.Output, 0, "popped "+popped)
+		},
+		stopped: s.checkLast("All AOF files and manifest are valid"),
+	})
+}
+
 // checkLast returns a check of the last line that an application prints.
 func (s *scenario) checkLast(want string) func(lines []string) {
 	return func(lines []string) {
@@ -84,6 +99,15 @@ func (s *scenario) checkLast(want string) func(lines []string) {
 		if last := lines[len(lines)-1]; last != want {
 			s.Errorf("the last line is %q, not %q", last, want)
 		}
+	}
+}
+
+// checkReached checks the number that an application has reached, which is in
+// the only line of an answer: it is above that of the checkpoint.
+func (s *scenario) checkReached(rounds int, answer []string) {
+	s.Helper()
+	if n, err := strconv.Atoi(strings.Join(answer, "\n")); err != nil || n <= rounds {
+		s.Errorf("after %d rounds the answer is %q", rounds, answer)
 	}
 }
 

@@ -174,6 +174,7 @@ var scenarios = []scenarioCase{
 
 	{name: "app-postgresql", kind: kindApps, run: appPostgreSQL, core: onGo, timeout: 8 * time.Minute},
 	{name: "app-jvm", kind: kindApps, run: appJVM, core: onGo, timeout: 8 * time.Minute},
+	{name: "app-redis", kind: kindApps, run: appRedis, timeout: 8 * time.Minute},
 
 	{name: "killed", kind: kindKills, run: killed, core: onRust, timeout: 30 * time.Minute},
 }

@@ -50,6 +50,7 @@ var (
 		Packages: []string{"openjdk-21-jre-headless"},
 		Without:  []string{"ca-certificates", "openssl", "util-linux", "libpam", "libsystemd0", "libnss3", "libnspr4"},
 	}
+	Redis = App{Name: "redis", Packages: []string{"redis-server", "bash"}, Without: []string{"perl", "openssl-provider-legacy"}}
 )
 
 // ImageName is the name of the application's image.
