@@ -57,7 +57,8 @@ var restoredCases = []caseProgram{
 	{args: "unix-names renamed /run"},
 	{args: "unix-names linked /home"},
 	{args: "unix-names linked /run"},
-	{args: "watch /home /etc/passwd /run"},
+	{args: "watch /home /etc/passwd /run /data"},
+	{args: "watch /app/config.yaml"}, // a mount of its own
 	{args: "odd-socket packet"},
 	{args: "odd-socket raw"},
 	{args: "odd-socket route"},
@@ -83,8 +84,9 @@ func casesRestored(s *scenario) {
 		fmt.Fprintf(&script, "CASE='%s' %s%s &\n", c.args, casesDir, c.args)
 	}
 	script.WriteString("wait\n")
-	volume := s.newDir()
-	c := s.create(engine.Container{ID: "c", Args: []string{"sh", "-c", script.String()}, Mounts: []specs.Mount{s.casesMount(), bind(volume, "/data", "rw")}})
+	volume, config := s.newDir(), filepath.Join(s.newDir(), "config.yaml")
+	s.check(os.WriteFile(config, nil, 0o644))
+	c := s.create(engine.Container{ID: "c", Args: []string{"sh", "-c", script.String()}, Mounts: []specs.Mount{s.casesMount(), bind(volume, "/data", "rw"), bind(config, "/app/config.yaml", "rw")}})
 	run := s.run(c)
 	runs := []*engine.Run{run}
 	s.waitCases(run)

@@ -221,6 +221,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err := shareNamespace(opts, c.root().PID); err != nil {
 		return nil, err
 	}
+	if opts.IrmapScanPaths, err = inspect.FileMounts(c.root().PID); err != nil {
+		return nil, err
+	}
 	ph.done("inspect")
 
 	if err := removeLinkRemaps(c.root().PID, look.Names); err != nil {

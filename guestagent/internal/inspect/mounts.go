@@ -166,6 +166,33 @@ func Shares(mounts []*mountinfo.Info) map[uint64]bool {
 	return out
 }
 
+// FileMounts are the mount points of a container that are not directories, such
+// as a single file of a volume. CRIU finds the path of a watched file (inotify,
+// fanotify) through a directory of its file system, of which the container may
+// have none.
+func FileMounts(pid int) ([]string, error) {
+	mounts, err := Mounts(pid)
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	}
+	root, err := openRoot(pid)
+	if err != nil {
+		return nil, fmt.Errorf("open the root of the container: %w", err)
+	}
+	defer unix.Close(root)
+	var out []string
+	for _, m := range mounts {
+		var st unix.Stat_t
+		if slices.Contains(kernelFS, m.FSType) || m.FSType == "tmpfs" || m.FSType == "devtmpfs" {
+			continue
+		}
+		if err := unix.Fstatat(root, "."+m.Mountpoint, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			out = append(out, m.Mountpoint)
+		}
+	}
+	return out, nil
+}
+
 // InImages reports whether a path of a container is in a file system that CRIU's
 // images contain: a tmpfs that is not external.
 func InImages(path string, mounts []*mountinfo.Info, external []*api.External) bool {

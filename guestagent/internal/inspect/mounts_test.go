@@ -3,6 +3,8 @@
 package inspect
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -142,5 +144,29 @@ func TestInImages(t *testing.T) {
 		if have := InImages(path, mounts, external); have != want {
 			t.Errorf("%s: %v", path, have)
 		}
+	}
+}
+
+func TestFileMounts(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounts a file system")
+	}
+	dir := t.TempDir()
+	for _, name := range []string{"file", "other"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	point := filepath.Join(dir, "other")
+	if err := unix.Mount(filepath.Join(dir, "file"), point, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(point, unix.MNT_DETACH) //nolint:errcheck // the end of the test
+	have, err := FileMounts(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(have, point) || slices.Contains(have, "/") || slices.Contains(have, "/proc") {
+		t.Errorf("the mounts of files are %q", have)
 	}
 }
