@@ -281,6 +281,11 @@ func (a *Agent) describe(c *container, look *inspect.Container, ownIPC bool, r *
 	if out.OpenFiles, err = inspect.OpenFiles(look.Processes, mounts); err != nil {
 		return nil, fmt.Errorf("list the open files of the container: %w", err)
 	}
+	for _, f := range out.OpenFiles {
+		if now := look.Names.Files[f.GetPath()]; now != "" {
+			f.Path = now // by which the restore opens it
+		}
+	}
 	for _, a := range look.Addresses {
 		out.Addresses = append(out.Addresses, &api.Address{Interface: a.Interface, Address: a.Addr.WithZone("").String()})
 	}
