@@ -51,6 +51,7 @@ func (c *Container) CheckNames() ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
+	seen := make(map[Mapping]bool)
 	for _, p := range c.Processes {
 		// What names mean in a mount namespace below the container's, CRIU knows.
 		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", p.PID)); err != nil || ns != own {
@@ -66,6 +67,12 @@ func (c *Container) CheckNames() ([]Finding, error) {
 			}
 		}
 		for _, m := range p.Mappings {
+			// All processes have the same libraries.
+			key := Mapping{Path: m.Path, Device: m.Device, Inode: m.Inode}
+			if seen[key] {
+				continue
+			}
+			seen[key] = true
 			if err := s.file(p, m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), nil); err != nil {
 				return nil, err
 			}
