@@ -146,9 +146,9 @@ type killer struct {
 
 // killed: whatever is killed at whatever moment of a checkpoint or a restore,
 // nothing is left frozen, half done or without an owner, and the next one
-// works. The workload has a TCP connection that each of its rounds needs.
+// works.
 func killed(s *scenario) {
-	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--loopback"}})}
+	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
 	k.ensureRunning()
 	k.whole = filepath.Join(k.targets, "whole")
 	s.check(os.Mkdir(k.whole, 0o700))
