@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -211,8 +212,12 @@ func (s *machineState) unshareMounts() error {
 const syslogSocket = "/dev/log"
 
 func (s *machineState) startSyslogd() error {
-	if _, err := os.Stat(syslogSocket); err == nil {
+	if syslogdListens() {
 		return nil
+	}
+	// The socket of one that was killed stays, and nobody else would remove it.
+	if err := removeSocket(syslogSocket); err != nil {
+		return fmt.Errorf("start syslogd: %w", err)
 	}
 	cmd := exec.Command("busybox", "syslogd", "-n", "-O", filepath.Join(machineDir, "syslog"))
 	cmd.Dir = "/"
@@ -227,14 +232,23 @@ func (s *machineState) startSyslogd() error {
 	}
 	listens := false
 	eventually(context.Background(), hang, func() bool {
-		_, err := os.Stat(syslogSocket)
-		listens = err == nil
+		listens = syslogdListens()
 		return listens || !s.Syslogd.alive()
 	})
 	if !listens {
 		return errors.New("busybox syslogd does not listen")
 	}
 	return nil
+}
+
+// syslogdListens reports whether anybody receives what is sent to the socket.
+func syslogdListens() bool {
+	conn, err := net.Dial("unixgram", syslogSocket)
+	if err != nil {
+		return errors.Is(err, unix.EPROTOTYPE) // a stream, as of some
+	}
+	conn.Close()
+	return true
 }
 
 func (s *machineState) stopSyslogd() error {
