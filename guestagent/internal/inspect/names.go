@@ -105,6 +105,23 @@ func (s *nameSearch) refuse(p *Process, advice, format string, args ...any) {
 	s.findings = append(s.findings, s.c.finding(p, rule{Refused, fmt.Sprintf(format, args...), advice}))
 }
 
+// stays reports whether a file that did not have its name a moment ago still
+// does not: a program that runs may have renamed or closed it meanwhile, as
+// those do that replace a file by writing another one.
+func (s *nameSearch) stays(link, name string, own inode) bool {
+	delete(s.there, name)
+	there, err := s.lookUp(name)
+	if err != nil || there == own {
+		return false
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(link, &st); err != nil || st.Nlink == 0 || (inode{st.Dev, st.Ino}) != own {
+		return false
+	}
+	now, err := os.Readlink(link)
+	return err == nil && strings.TrimSuffix(now, deletedSuffix) == name
+}
+
 // reopen is the advice for a file that has lost its name.
 const reopen = "have it reopen the file before the checkpoint, or restart it"
 
@@ -140,7 +157,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 		return nil
 	}
 	there, err := s.lookUp(name)
-	if err != nil || there == own {
+	if err != nil || there == own || !s.stays(link, name, own) {
 		return nil //nolint:nilerr // CRIU reports it
 	}
 	if mount != nil && readOnly(mount) {
