@@ -3,12 +3,13 @@
 package imageset
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"sort"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
 // Limits bound what is read from a directory that an untrusted party wrote.
@@ -29,56 +30,32 @@ func openDir(path string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// openDirBeneath opens a directory below dir, never through a symbolic link,
-// another mount or "..".
-func openDirBeneath(dir *os.File, name string) (*os.File, error) {
-	return openAt(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
-}
+// beneath keeps a path in its directory: no symbolic link, no other mount, no
+// "..".
+const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_MAGICLINKS
 
-func openAt(dir *os.File, name string, flags uint64) (*os.File, error) {
-	how := &unix.OpenHow{
-		Flags:   flags | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_MAGICLINKS,
+// openDirBeneath opens a directory below dir. Nothing else is opened, even for
+// a moment: the kernel looks before it opens (O_DIRECTORY).
+func openDirBeneath(dir *os.File, name string) (*os.File, error) {
+	fd, err := regular.Lookup(int(dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY, beneath)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir.Name() + "/" + name, Err: err}
 	}
-	for {
-		fd, err := unix.Openat2(int(dir.Fd()), name, how)
-		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
-			continue
-		}
-		if err != nil {
-			return nil, &os.PathError{Op: "open", Path: dir.Name() + "/" + name, Err: err}
-		}
-		return os.NewFile(uintptr(fd), dir.Name()+"/"+name), nil
-	}
+	return os.NewFile(uintptr(fd), dir.Name()+"/"+name), nil
 }
 
 // openRegular opens a file of a flat directory. It accepts only regular files
 // with a single link, so that nobody can write to one under another name.
 func openRegular(dir *os.File, name string) (*os.File, unix.Stat_t, error) {
-	var st unix.Stat_t
 	if err := checkName(name); err != nil {
-		return nil, st, err
+		return nil, unix.Stat_t{}, err
 	}
-	if err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return nil, st, &os.PathError{Op: "stat", Path: name, Err: err}
-	}
-	// Checked before it is opened: opening a device or a FIFO can have effects.
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, st, fmt.Errorf("%q is not a regular file", name)
-	}
-	f, err := openAt(dir, name, unix.O_RDONLY)
-	if err != nil {
-		return nil, st, err
-	}
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		f.Close()
-		return nil, st, &os.PathError{Op: "stat", Path: name, Err: err}
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+	f, st, err := regular.Open(int(dir.Fd()), name, beneath)
+	if err == nil && st.Nlink != 1 {
 		f.Close()
 		return nil, st, fmt.Errorf("%q is not a regular file with a single link", name)
 	}
-	return f, st, nil
+	return f, st, err
 }
 
 // list returns the sorted names in a directory, at most limit.

@@ -12,10 +12,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
 func write(t *testing.T, path, content string) {
@@ -241,6 +246,84 @@ func TestCollectTakesNothingButRegularFiles(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// watch counts how often a file is opened, whatever its name is at the time.
+func watch(t *testing.T, path string) (opens func() int) {
+	t.Helper()
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if _, err := unix.InotifyAddWatch(fd, path, unix.IN_OPEN); err != nil {
+		t.Fatal(err)
+	}
+	return func() int {
+		total, buf := 0, make([]byte, 64<<10)
+		for {
+			n, err := unix.Read(fd, buf)
+			if err != nil {
+				return total
+			}
+			total += n / unix.SizeofInotifyEvent // events of a file have no name
+		}
+	}
+}
+
+// exchanging has a guest exchange two files all the time, until stop is called.
+func exchanging(t *testing.T, a, b string) (stop func()) {
+	var stopped atomic.Bool
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for !stopped.Load() {
+			if err := unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	return sync.OnceFunc(func() {
+		stopped.Store(true)
+		<-done
+	})
+}
+
+// The FIFO stands for a device: both are opened by open(2) only.
+func TestNothingButRegularFilesIsEverOpened(t *testing.T) {
+	dir := t.TempDir()
+	image, fifo := filepath.Join(dir, "pages-1.img"), filepath.Join(dir, "fifo")
+	write(t, image, "x")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	opens := watch(t, fifo)
+	defer exchanging(t, image, fifo)()
+	top, err := openDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer top.Close()
+	opened, refused := 0, 0
+	for deadline := time.Now().Add(10 * time.Second); (opened < 200 || refused < 200) && time.Now().Before(deadline); {
+		f, _, err := openRegular(top, "pages-1.img")
+		switch {
+		case err == nil:
+			opened++
+			f.Close()
+		case errors.Is(err, regular.ErrNot):
+			refused++
+		default:
+			t.Fatal(err)
+		}
+	}
+	if opened == 0 || refused == 0 {
+		t.Errorf("the file was there %d times, the FIFO %d times", opened, refused)
+	}
+	if n := opens(); n > 0 {
+		t.Errorf("the FIFO was opened %d times", n)
 	}
 }
 

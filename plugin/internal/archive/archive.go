@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
 // Extract writes the image set and the root file system diff of the archive
@@ -121,20 +122,9 @@ func open(dir, name string) (*os.File, error) {
 		return nil, &fs.PathError{Op: "open", Path: dir, Err: err}
 	}
 	defer unix.Close(top)
-	full := filepath.Join(dir, name)
-	fd, err := unix.Openat2(top, name, &unix.OpenHow{
-		Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	})
+	f, _, err := regular.Open(top, name, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
 	if err != nil {
-		return nil, &fs.PathError{Op: "open", Path: full, Err: err}
-	}
-	f := os.NewFile(uintptr(fd), full)
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a regular file", full)
-	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
+		return nil, fmt.Errorf("in %s: %w", dir, err)
 	}
 	return f, nil
 }

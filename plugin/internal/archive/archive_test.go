@@ -158,7 +158,7 @@ func TestNamesOfArchives(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		"": "not the name of an archive", "..": "not the name of an archive", "sub/x.tar": "not the name of an archive", filepath.Join(outside, "x.tar"): "not the name of an archive",
-		"sub": "not a regular file", "link.tar": "too many levels of symbolic links",
+		"sub": "not a regular file", "link.tar": "not a regular file",
 	} {
 		if err := Extract(t.Context(), dir, name, t.TempDir(), imageset.Limits{Files: 9, Bytes: 99}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: error %v, want one with %q", name, err, want)

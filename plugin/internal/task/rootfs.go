@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
@@ -94,19 +94,11 @@ const paxXattr = "SCHILY.xattr."
 
 // openOwn opens a regular file that belongs to this user, who is root.
 func openOwn(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
+	f, st, err := regular.Open(unix.AT_FDCWD, path, 0)
+	if err == nil && int(st.Uid) != os.Geteuid() {
+		return nil, errclass.Join(fmt.Errorf("%s does not belong to this user", path), f.Close())
 	}
-	st, err := f.Stat()
-	if err != nil {
-		return nil, errclass.Join(err, f.Close())
-	}
-	sys, ok := st.Sys().(*syscall.Stat_t)
-	if !ok || !st.Mode().IsRegular() || int(sys.Uid) != os.Geteuid() {
-		return nil, errclass.Join(fmt.Errorf("%s is not a regular file of this user", path), f.Close())
-	}
-	return f, nil
+	return f, err
 }
 
 // inMountNamespace calls f in a new mount namespace, with an empty directory to
