@@ -65,19 +65,28 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 // withoutAuthority filters what would give a process more privileges than the
 // container has, because anybody may have made the archive: it drops device
 // nodes and clears set-user-ID bits, set-group-ID bits and file capabilities.
+// It does so for every type of entry: the mode of a hard link becomes that of
+// the file that it leads to. A directory keeps the bit by which it passes its
+// group on.
 func withoutAuthority(ctx context.Context) archive.Filter {
 	return func(h *tar.Header) (bool, error) {
+		allowed := int64(0o1777)
 		switch h.Typeflag {
 		case tar.TypeChar, tar.TypeBlock:
 			log.G(ctx).WithField("file", h.Name).Warn("dropped device node from root file system diff")
 			return false, nil
-		case tar.TypeReg:
-			const setID = 0o6000
-			if h.Mode&setID != 0 {
-				log.G(ctx).WithField("file", h.Name).Warn("cleared set-ID bits of file in root file system diff")
-				h.Mode &^= setID
-			}
+		case tar.TypeXGlobalHeader:
+			return false, nil
+		case tar.TypeDir:
+			allowed |= unix.S_ISGID
+		case tar.TypeReg, tar.TypeLink, tar.TypeSymlink, tar.TypeFifo:
+		default:
+			return false, fmt.Errorf("%q is an entry of type %q, which no root file system diff has", h.Name, h.Typeflag)
 		}
+		if h.Mode&^allowed&(unix.S_ISUID|unix.S_ISGID) != 0 {
+			log.G(ctx).WithField("file", h.Name).Warn("cleared set-ID bits of file in root file system diff")
+		}
+		h.Mode &= allowed
 		for key := range h.PAXRecords {
 			if !strings.HasPrefix(key, paxXattr) || strings.HasPrefix(key, paxXattr+"user.") {
 				continue
