@@ -32,8 +32,9 @@ import (
 const (
 	headerLength = 10
 	// maxData is the protocol's own limit.
-	maxData     = 4 << 20
-	typeRequest = 1
+	maxData      = 4 << 20
+	typeRequest  = 1
+	typeResponse = 2
 
 	// longest is the size of the longest frame that may pass. The server gets
 	// longer ones.
@@ -64,7 +65,7 @@ func (h handshaker) Handshake(ctx context.Context, c net.Conn) (net.Conn, any, e
 	if err != nil {
 		return nil, nil, err
 	}
-	return &conn{Conn: c, ctx: ctx, handshaker: h, in: bufio.NewReaderSize(c, longest)}, credentials, nil
+	return &conn{Conn: c, ctx: ctx, handshaker: h, in: bufio.NewReaderSize(c, longest), passed: make(map[uint32]bool)}, credentials, nil
 }
 
 // conn is a connection from containerd, as the server sees it. Streams have the
@@ -85,6 +86,8 @@ type conn struct {
 
 	mu   sync.Mutex
 	kata net.Conn
+	// passed has the streams of calls that Kata has and has not answered.
+	passed map[uint32]bool
 	// closed: kata has failed, or the connection was closed.
 	closed bool
 }
@@ -122,7 +125,15 @@ func (c *conn) passOn(size int) (bool, error) {
 	if !c.mayPass(frame) {
 		return false, nil
 	}
-	if kata := c.dial(); kata == nil || !c.sendTo(kata, frame) {
+	kata := c.dial()
+	if kata == nil {
+		return false, nil
+	}
+	stream := binary.BigEndian.Uint32(frame[4:])
+	c.mu.Lock()
+	c.passed[stream] = true // the answer may come before sendTo returns
+	c.mu.Unlock()
+	if !c.sendTo(kata, frame) {
 		return false, nil
 	}
 	_, err = c.in.Discard(size)
@@ -169,7 +180,8 @@ func (c *conn) dial() net.Conn {
 	return kata
 }
 
-// answers copies Kata's answers until that fails.
+// answers copies Kata's answers until that fails. A frame that answers no call
+// that was passed ends the connection: containerd would log a line for it.
 func (c *conn) answers(kata net.Conn) error {
 	in := bufio.NewReader(kata)
 	var frame []byte
@@ -182,6 +194,9 @@ func (c *conn) answers(kata net.Conn) error {
 		if size > headerLength+maxData {
 			return fmt.Errorf("an answer of %d bytes", size)
 		}
+		if stream := binary.BigEndian.Uint32(header[4:]); header[8] != typeResponse || !c.answered(stream) {
+			return fmt.Errorf("a frame of type %d on stream %d, which is no answer", header[8], stream)
+		}
 		frame = slices.Grow(frame[:0], size)[:size]
 		if _, err := io.ReadFull(in, frame); err != nil {
 			return err
@@ -190,6 +205,16 @@ func (c *conn) answers(kata net.Conn) error {
 			return err
 		}
 	}
+}
+
+// answered reports whether Kata has yet to answer on a stream, which it does
+// once.
+func (c *conn) answered(stream uint32) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	passed := c.passed[stream]
+	delete(c.passed, stream)
+	return passed
 }
 
 // Write accepts pieces of frames from the server and sends whole ones.

@@ -168,6 +168,48 @@ func TestKataEnds(t *testing.T) {
 	b.want(t, "stay", "shim")
 }
 
+// Frames that answer nothing do not reach containerd: they end the connection.
+func TestKataSpeaksOutOfTurn(t *testing.T) {
+	for name, frame := range map[string][]byte{
+		"an answer to no call": {0, 0, 0, 0, 0, 0, 0, 99, typeResponse, 0},
+		"data":                 {0, 0, 0, 0, 0, 0, 0, 1, 3, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			l := b.listen(t)
+			ended := make(chan error, 1)
+			go func() {
+				kata, err := l.Accept()
+				if err == nil {
+					defer kata.Close()
+					_, err = kata.Read(make([]byte, 4096))
+				}
+				if err == nil {
+					_, err = kata.Write(frame)
+				}
+				if err == nil {
+					_, err = kata.Read(make([]byte, 1))
+				}
+				ended <- err
+			}()
+			ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			defer cancel()
+			if got, err := b.say(ctx, "pass"); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("got %q and %v, want no answer", got, err)
+			}
+			select {
+			case err := <-ended:
+				if !errors.Is(err, io.EOF) {
+					t.Errorf("read %v, want the end", err)
+				}
+			case <-time.After(waitLimit):
+				t.Fatal("the connection is still open")
+			}
+			b.want(t, "pass", "shim")
+		})
+	}
+}
+
 // A Kata that has stopped to read holds up nobody for long.
 func TestKataDoesNotRead(t *testing.T) {
 	b := newBed(t)

@@ -28,6 +28,13 @@ const (
 	dialPause = 20 * time.Millisecond
 	// infoTimeout bounds the first answer on a new connection.
 	infoTimeout = 5 * time.Second
+
+	// The end of a connection that follows another end within shortLife is reported
+	// after a pause, which doubles each time from lostPause to lostLimit: an agent
+	// that hangs up again and again does not keep the host busy.
+	shortLife = 10 * time.Second
+	lostPause = time.Second
+	lostLimit = time.Minute
 )
 
 // Dialer connects to the agent's port. It is called again for every attempt.
@@ -43,6 +50,10 @@ type Agent struct {
 	sem  chan struct{}
 	conn *connection
 
+	mu sync.Mutex
+	// pause is what the last report of a broken connection waited.
+	pause time.Duration
+
 	closed chan struct{}
 	wg     sync.WaitGroup
 }
@@ -50,6 +61,7 @@ type Agent struct {
 // connection is alive until done is closed.
 type connection struct {
 	client *ttrpc.Client
+	stream *strict
 	agent  api.AgentService
 	done   chan struct{}
 }
@@ -188,8 +200,8 @@ func (a *Agent) open(ctx context.Context) (*connection, error) {
 	if err != nil {
 		return nil, goneError{errclass.Unavailable("no agent answers in the guest: %w", err)}
 	}
-	c := &connection{done: make(chan struct{})}
-	c.client = ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(c.done) }))
+	c := &connection{stream: newStrict(conn), done: make(chan struct{})}
+	c.client = ttrpc.NewClient(c.stream, ttrpc.WithOnClose(func() { close(c.done) }), ttrpc.WithUnaryClientInterceptor(checkAnswers(c.stream.hangUp)))
 	c.agent = api.NewAgentClient(c.client)
 	return c, nil
 }
@@ -199,7 +211,7 @@ func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
 	defer cancel()
 	info, err := c.agent.Info(ctx, &api.InfoRequest{})
 	if err != nil {
-		return nil, goneError{errclass.Unavailable("the agent in the guest does not answer: %w", native(err))}
+		return nil, goneError{errclass.Unavailable("the agent in the guest does not answer: %w", c.native(err))}
 	}
 	if !compatible(info, api.OldestProtocol, api.ProtocolVersion) {
 		return nil, &ProtocolError{Agent: info.GetVersion(), Protocol: info.GetProtocol()}
@@ -220,16 +232,35 @@ func compatible(agent *api.InfoResponse, oldest, newest uint32) bool {
 // hold keeps the agent's Hold call, our lease, open for as long as the
 // connection lives, and calls lost when it has ended.
 func (a *Agent) hold(c *connection) {
+	begin := time.Now()
 	a.wg.Go(func() {
 		_, err := c.agent.Hold(context.Background(), &api.HoldRequest{Owner: a.owner})
 		<-c.done
+		log.L.WithError(err).Debug("connection to the agent in the guest closed")
+		select {
+		case <-a.closed:
+			return
+		case <-time.After(a.pauseAfter(time.Since(begin))):
+		}
 		select {
 		case <-a.closed:
 		default:
-			log.L.WithError(err).Debug("connection to the agent in the guest closed")
 			a.lost()
 		}
 	})
+}
+
+// pauseAfter returns how long to wait before the end of a connection of this
+// age is reported.
+func (a *Agent) pauseAfter(age time.Duration) time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.pause
+	if age >= shortLife {
+		now = 0
+	}
+	a.pause = min(max(2*now, lostPause), lostLimit)
+	return now
 }
 
 // CallIdempotent makes a call that may reach the agent twice: it is repeated
@@ -245,7 +276,7 @@ func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, a
 			<-c.done
 			continue
 		}
-		return failed(ctx, native(err))
+		return failed(ctx, c.native(err))
 	}
 }
 
@@ -253,7 +284,7 @@ func (a *Agent) CallIdempotent(ctx context.Context, call func(context.Context, a
 func (a *Agent) Call(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.connection(ctx)
 	if err == nil {
-		err = native(call(ctx, c.agent))
+		err = c.native(call(ctx, c.agent))
 	}
 	return failed(ctx, err)
 }
@@ -270,7 +301,7 @@ func (a *Agent) Notify(ctx context.Context, call func(context.Context, api.Agent
 	if c == nil {
 		return nil
 	}
-	return native(call(ctx, c.agent))
+	return c.native(call(ctx, c.agent))
 }
 
 // CallDedicated makes a long call on a connection of its own. When ctx is done
@@ -279,7 +310,7 @@ func (a *Agent) Notify(ctx context.Context, call func(context.Context, api.Agent
 func (a *Agent) CallDedicated(ctx context.Context, call func(context.Context, api.AgentService) error) error {
 	c, err := a.alone(ctx)
 	if err == nil {
-		err = native(call(ctx, c.agent))
+		err = c.native(call(ctx, c.agent))
 		c.client.Close()
 	}
 	if err == nil && ctx.Err() != nil {
@@ -314,12 +345,18 @@ func (a *Agent) alone(ctx context.Context) (*connection, error) {
 }
 
 // native restores the class of an error that the agent returned.
-func native(err error) error {
-	switch {
-	case err == nil:
+func (c *connection) native(err error) error {
+	if err == nil {
 		return nil
-	case errors.Is(err, ttrpc.ErrClosed):
-		return goneError{errclass.Unavailable("the agent in the guest is gone")}
+	}
+	if errors.Is(err, ttrpc.ErrClosed) {
+		if err = c.stream.violation(); err == nil {
+			return goneError{errclass.Unavailable("the agent in the guest is gone")}
+		}
+	}
+	switch {
+	case errors.As(err, new(violationError)):
+		return errclass.With(errdefs.ErrUnavailable, err)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
