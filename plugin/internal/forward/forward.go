@@ -4,9 +4,9 @@
 // shim does not have to read. A ttrpc server in between costs a thread wake-up
 // at every hand-over from one goroutine to the next, which is most of the price
 // of a forwarded call. Here, the goroutine that reads a frame writes it. On the
-// stand-in (TCG, 2 cores, a Kill of 1.1 ms) Kill takes 1.16 times as long through
-// the server as without this shim, and 1.04 to 1.10 times as long through this
-// package (make bench).
+// stand-in (TCG, 2 cores, a Kill of 4 ms) Kill takes 1.15 times as long through
+// the server as without this shim, and 1.03 times as long through this package
+// (make bench).
 //
 // Written against ttrpc 1.2, whose frames (PROTOCOL.md) have a header of ten
 // bytes (length of the data and stream, both big endian, type, flags), followed
