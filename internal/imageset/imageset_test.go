@@ -94,7 +94,7 @@ func commit(t *testing.T, dir string, files map[string]string) {
 	}
 }
 
-var someFiles = map[string]string{"inventory.img": "inventory", "pages-1.img": strings.Repeat("page", 1<<16), "empty.img": ""}
+var someFiles = map[string]string{"inventory.img": "inventory", "pages-1.img": strings.Repeat("page", 1<<16), "files.img": ""}
 
 func TestImageSetThereAndBack(t *testing.T) {
 	dir := newSet(t, someFiles)
@@ -110,7 +110,7 @@ func TestImageSetThereAndBack(t *testing.T) {
 	if err := set.CopyTo(t.Context(), stage); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{"empty.img", "inventory.img", "pages-1.img"}, names(t, stage)); diff != "" {
+	if diff := cmp.Diff([]string{"files.img", "inventory.img", "pages-1.img"}, names(t, stage)); diff != "" {
 		t.Errorf("staged files (-want +got):\n%s", diff)
 	}
 	for name, want := range someFiles {
@@ -713,7 +713,7 @@ func TestAbortLeavesNothing(t *testing.T) {
 }
 
 func TestCommitReplacesAnEarlierSetWhole(t *testing.T) {
-	dir := newSet(t, map[string]string{"inventory.img": "old", "old.img": "old"})
+	dir := newSet(t, map[string]string{"inventory.img": "old", "core-1.img": "old"})
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -751,6 +751,30 @@ func TestAbortKeepsAnEarlierSet(t *testing.T) {
 	}
 }
 
+// What a guest's answer makes of a manifest is read before anything is replaced,
+// let alone stopped.
+func TestCommitWritesNothingThatCannotBeRead(t *testing.T) {
+	for name, m := range map[string]*Manifest{
+		"an empty phase for each two bytes": {Phases: make([]Phase, 2<<20)},
+		"a host name of control characters": {Container: Container{Hostname: strings.Repeat("\x00", 4<<20)}},
+		"a mount with a name of its own":    {Externals: []External{{Name: "m0]:/\x00", Destination: "/data"}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := newSet(t, someFiles)
+			target, err := NewTarget(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
+			m.Files = []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}
+			wantError(t, target.Commit(m), "write manifest")
+			if err := stageFrom(t, dir, filepath.Join(t.TempDir(), "x")); err != nil {
+				t.Errorf("the earlier checkpoint: %v", err)
+			}
+		})
+	}
+}
+
 // A commit that fails half way, here because a file was never written, leaves
 // no file under its final name.
 func TestCommitIsAllOrNothing(t *testing.T) {
@@ -760,8 +784,8 @@ func TestCommitIsAllOrNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
-	err = target.Commit(&Manifest{Files: []File{{Name: "inventory.img"}, {Name: "never-written.img"}}})
-	wantError(t, err, "never-written.img")
+	err = target.Commit(&Manifest{Files: []File{{Name: "inventory.img", SHA256: digest("i")}, {Name: "pages-1.img", SHA256: digest("p")}}})
+	wantError(t, err, "pages-1.img")
 	if got := names(t, dir); len(got) != 0 {
 		t.Errorf("left over: %v", got)
 	}

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -93,6 +94,7 @@ type Options struct {
 
 // External is a mount that the new container provides.
 type External struct {
+	// Name is [ExternalName] of its index.
 	Name        string `json:"name"`
 	Destination string `json:"destination"`
 	FSType      string `json:"fsType,omitempty"`
@@ -200,29 +202,10 @@ func ReadManifest(r io.Reader) (*Manifest, error) {
 	if err := d.Decode(m); err != nil {
 		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
-	for _, c := range m.Connections {
-		if !c.Local.IsValid() || !c.Remote.IsValid() {
-			return nil, fmt.Errorf("%s is damaged: a TCP connection lacks an end", ManifestName)
-		}
+	if err := m.check(); err != nil {
+		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
-	for _, a := range m.Addresses {
-		if err := a.check(); err != nil {
-			return nil, fmt.Errorf("%s is damaged: %w", ManifestName, err)
-		}
-	}
-	seen := make(map[string]bool, len(m.Files))
-	for _, f := range m.Files {
-		switch {
-		case checkName(f.Name) != nil:
-			return nil, fmt.Errorf("%s is damaged: %w", ManifestName, checkName(f.Name))
-		case f.Name == ManifestName, seen[f.Name]:
-			return nil, fmt.Errorf("%s is damaged: it lists %q twice", ManifestName, f.Name)
-		case f.Size < 0 || len(f.SHA256) != 64:
-			return nil, fmt.Errorf("%s is damaged: size or digest of %q is invalid", ManifestName, f.Name)
-		}
-		seen[f.Name] = true
-	}
-	if !seen[InventoryName] {
+	if !slices.ContainsFunc(m.Files, func(f File) bool { return f.Name == InventoryName }) {
 		return nil, fmt.Errorf("%s does not list %s, without which CRIU cannot restore", ManifestName, InventoryName)
 	}
 	return m, nil

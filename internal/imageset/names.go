@@ -2,6 +2,11 @@
 
 package imageset
 
+import (
+	"regexp"
+	"strings"
+)
+
 // Names of files in an image set; all others are CRIU's.
 const (
 	// ManifestName is written last.
@@ -26,3 +31,35 @@ const (
 	// file system.
 	RootfsDiffName = "rootfs-diff.tar"
 )
+
+// imageNames matches the images that CRIU 4.2 writes of a container in a guest
+// (criu/image-desc.c). %u stands for a decimal number, %x for a hexadecimal one.
+//
+// CRIU reads more than it writes, and restores with the guest's authority what
+// it finds: credentials in the format of its early versions (creds-%u), user,
+// network and UTS namespaces (userns-%u, netns-%u, utsns-%u and more) that no
+// container in a guest has of its own, AppArmor policies, binfmt_misc handlers.
+// What a later CRIU adds is added here with a new [FormatVersion], so that
+// earlier releases name the version in place of the file.
+var imageNames = matchNames(
+	"inventory", "pstree", "files", "cgroup", "seccomp", "remap-fpath", "filelocks", "memfd",
+	"pipes-data", "fifo-data", "sk-queues", "tty-info", "tty-data", "bpfmap-file", "bpfmap-data",
+	"core-%u", "ids-%u", "mm-%u", "fs-%u", "fdinfo-%u",
+	"pagemap-%u", "pagemap-shmem-%u", "pages-%u",
+	"mountpoints-%u", "tmpfs-dev-%u.tar.gz", "timens-%u", "pidns-%u",
+	"ipcns-var-%u", "ipcns-shm-%u", "ipcns-msg-%u", "ipcns-sem-%u",
+	"ghost-file-%x", "tcp-stream-%x",
+)
+
+func matchNames(formats ...string) *regexp.Regexp {
+	for i, f := range formats {
+		f = regexp.QuoteMeta(f)
+		f = strings.ReplaceAll(f, "%u", "(0|[1-9][0-9]{0,19})")
+		formats[i] = strings.ReplaceAll(f, "%x", "(0|[1-9a-f][0-9a-f]{0,15})")
+	}
+	return regexp.MustCompile(`^(` + strings.Join(formats, "|") + `)\.img$`)
+}
+
+// IsImage reports whether a file may be in an image set besides the manifest: an
+// image of CRIU that a container can have, or the content of /dev/shm.
+func IsImage(name string) bool { return name == DevShmName || imageNames.MatchString(name) }

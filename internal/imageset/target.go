@@ -3,6 +3,7 @@
 package imageset
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
@@ -191,6 +192,10 @@ func (t *Target) Commit(m *Manifest) (err error) {
 	m.FormatVersion = FormatVersion
 	data, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
+		return fmt.Errorf("write manifest: %w", err)
+	}
+	// What no restore would read is not a checkpoint. Parts are the guest's word.
+	if _, err := ReadManifest(bytes.NewReader(data)); err != nil {
 		return fmt.Errorf("write manifest: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(t.staging, ManifestName), append(data, '\n'), 0o600); err != nil {

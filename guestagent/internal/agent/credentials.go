@@ -4,8 +4,10 @@ package agent
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/sys/capability"
@@ -16,12 +18,17 @@ import (
 // checkCredentials refuses an image set with a process whose credentials exceed
 // those of the container that it is restored into: an image set may come from
 // another container, or from anybody. Each thread has an image of its own with
-// its credentials.
-func checkCredentials(images string, r *api.Rights) error {
-	if r == nil {
-		return nil
+// its credentials. Bounding is the placeholder's bounding set, which nothing may
+// exceed.
+func checkCredentials(images string, r *api.Rights, bounding uint64) error {
+	allowed := bounding
+	if r != nil { // an older shim's request may lack them
+		allowed &= capabilityMask(r.GetCapabilities())
 	}
-	allowed := capabilityMask(r.GetCapabilities())
+	zombies, err := readZombies(images)
+	if err != nil {
+		return err
+	}
 	found, err := filepath.Glob(filepath.Join(images, "core-*.img"))
 	if err != nil {
 		return err
@@ -33,7 +40,11 @@ func checkCredentials(images string, r *api.Rights) error {
 		}
 		creds := core.GetThreadCore().GetCreds()
 		if creds == nil {
-			continue // of a zombie
+			if core.GetTc().GetTaskState() == taskDead && zombies[filepath.Base(path)] {
+				continue
+			}
+			// CRIU would read them from an image of an older format, or fail.
+			return fmt.Errorf("%s has no credentials, and is not the image of a zombie: use another copy of the checkpoint", filepath.Base(path))
 		}
 		name := core.GetTc().GetComm()
 		if name == "" {
@@ -56,6 +67,39 @@ func checkCredentials(images string, r *api.Rights) error {
 		}
 	}
 	return nil
+}
+
+// taskDead is the state of a zombie (compel/include/uapi/task-state.h).
+const taskDead = 2
+
+// readZombies returns the names of the images that may be those of zombies:
+// those of processes with a single thread.
+func readZombies(images string) (map[string]bool, error) {
+	tree, err := readTree(images)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]bool, len(tree))
+	for _, p := range tree {
+		if len(p.GetThreads()) <= 1 {
+			out[fmt.Sprintf("core-%d.img", p.GetPid())] = true
+		}
+	}
+	return out, nil
+}
+
+// boundingSet reads the capability bounding set of a process.
+func boundingSet(pid int) (uint64, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if set, found := strings.CutPrefix(line, "CapBnd:"); found {
+			return strconv.ParseUint(strings.TrimSpace(set), 16, 64)
+		}
+	}
+	return 0, fmt.Errorf("/proc/%d/status has no CapBnd", pid)
 }
 
 func capabilityMask(names []string) (mask uint64) {

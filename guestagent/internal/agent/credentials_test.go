@@ -4,6 +4,7 @@ package agent
 
 import (
 	"encoding/binary"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/creds"
 	criu_core "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -36,6 +38,25 @@ func image(t *testing.T, comm string, c *creds.CredsEntry) []byte {
 	return append(data, message...)
 }
 
+// tree is the image of the processes of an image set, by PID, with their threads.
+func tree(t *testing.T, processes map[uint32][]uint32) []byte {
+	t.Helper()
+	data := binary.LittleEndian.AppendUint32(nil, imageMagic)
+	data = binary.LittleEndian.AppendUint32(data, pstreeMagic)
+	for pid, threads := range processes {
+		message, err := proto.Marshal(&pstree.PstreeEntry{Pid: &pid, Ppid: proto.Uint32(0), Pgid: &pid, Sid: &pid, Threads: threads})
+		if err != nil {
+			t.Fatal(err)
+		}
+		data = binary.LittleEndian.AppendUint32(data, uint32(len(message)))
+		data = append(data, message...)
+	}
+	return data
+}
+
+// everything is a bounding set without bounds.
+const everything = ^uint64(0)
+
 func TestCredentials(t *testing.T) {
 	const chown, sysAdmin = 1 << 0, 1 << 21
 	plain := &creds.CredsEntry{CapBnd: []uint32{chown, 0}, CapEff: []uint32{chown, 0}}
@@ -54,7 +75,7 @@ func TestCredentials(t *testing.T) {
 		"more in one set":                  {&creds.CredsEntry{CapPrm: []uint32{sysAdmin, 0}}, &api.Rights{Capabilities: []string{"CAP_CHOWN"}}, "CAP_SYS_ADMIN"},
 		"more of the upper half":           {&creds.CredsEntry{CapBnd: []uint32{0, 1 << 7}}, &api.Rights{}, "CAP_BPF"},
 		"what nobody knows":                {&creds.CredsEntry{CapInh: []uint32{0, 1 << 31}}, &api.Rights{}, "0x8000000000000000"},
-		"nothing is bound":                 {plain, nil, ""},
+		"what the placeholder lacks":       {plain, nil, "the process work has CAP_CHOWN"},
 		"the container's user":             {user(1000), asUser, ""},
 		"another user, no new privileges":  {user(0), asUser, "another user (0)"},
 		"another user, who may become one": {user(0), &api.Rights{Uid: 1000}, ""},
@@ -62,12 +83,16 @@ func TestCredentials(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			for file, data := range map[string][]byte{"core-1.img": image(t, "work", tc.creds), "pages-1.img": []byte("x"), "inventory.img": []byte("y")} {
+			for file, data := range map[string][]byte{"core-1.img": image(t, "work", tc.creds), "pstree.img": tree(t, map[uint32][]uint32{1: {1}})} {
 				if err := os.WriteFile(filepath.Join(dir, file), data, 0o600); err != nil {
 					t.Fatal(err)
 				}
 			}
-			err := checkCredentials(dir, tc.rights)
+			bounding := everything
+			if tc.rights == nil {
+				bounding = 0
+			}
+			err := checkCredentials(dir, tc.rights, bounding)
 			if tc.err == "" && err != nil || tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)) {
 				t.Errorf("error %v, want %q", err, tc.err)
 			}
@@ -79,11 +104,80 @@ func TestFilesThatAreNotImages(t *testing.T) {
 	good := image(t, "work", &creds.CredsEntry{})
 	for name, data := range map[string][]byte{"empty": nil, "text": []byte("this is no image at all"), "cut short": good[:len(good)-1], "another one's": append([]byte{1}, good[1:]...)} {
 		dir := t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, "core-1.img"), data, 0o600); err != nil {
+		if err := errors.Join(os.WriteFile(filepath.Join(dir, "core-1.img"), data, 0o600), os.WriteFile(filepath.Join(dir, "pstree.img"), tree(t, nil), 0o600)); err != nil {
 			t.Fatal(err)
 		}
-		if err := checkCredentials(dir, &api.Rights{}); err == nil || !strings.Contains(err.Error(), "core-1.img") {
+		if err := checkCredentials(dir, &api.Rights{}, everything); err == nil || !strings.Contains(err.Error(), "core-1.img") {
 			t.Errorf("%s: error %v", name, err)
+		}
+	}
+}
+
+// CRIU reads the credentials of a thread whose image has none from an image of an
+// older format, where all may be set, and fails without a thread's state. Only a
+// zombie needs neither.
+func TestImagesWithoutCredentials(t *testing.T) {
+	const alive = 1
+	core := func(state *uint32, thread bool) []byte {
+		c := &criu_core.CoreEntry{}
+		if state != nil {
+			c.Tc = &criu_core.TaskCoreEntry{TaskState: state, Comm: proto.String("work")}
+		}
+		if thread {
+			c.ThreadCore = &criu_core.ThreadCoreEntry{}
+		}
+		message, err := proto.MarshalOptions{AllowPartial: true}.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data := binary.LittleEndian.AppendUint32(nil, imageMagic)
+		data = binary.LittleEndian.AppendUint32(data, coreMagic)
+		data = binary.LittleEndian.AppendUint32(data, uint32(len(message)))
+		return append(data, message...)
+	}
+	for name, tc := range map[string]struct {
+		core []byte
+		tree map[uint32][]uint32
+		ok   bool
+	}{
+		"a zombie":                            {core(proto.Uint32(taskDead), false), map[uint32][]uint32{7: {7}}, true},
+		"a process":                           {core(proto.Uint32(alive), true), map[uint32][]uint32{7: {7}}, false},
+		"a process without its thread":        {core(proto.Uint32(alive), false), map[uint32][]uint32{7: {7}}, false},
+		"a thread":                            {core(nil, true), map[uint32][]uint32{1: {1, 7}}, false},
+		"a thread that claims to be a zombie": {core(proto.Uint32(taskDead), true), map[uint32][]uint32{1: {1, 7}}, false},
+		"a main thread that claims to be a zombie": {core(proto.Uint32(taskDead), true), map[uint32][]uint32{7: {7, 8}}, false},
+		"a zombie that is no process of the tree":  {core(proto.Uint32(taskDead), true), nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := errors.Join(os.WriteFile(filepath.Join(dir, "core-7.img"), tc.core, 0o600), os.WriteFile(filepath.Join(dir, "pstree.img"), tree(t, tc.tree), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range []*api.Rights{nil, {NoNewPrivs: true, Uid: 1000}} {
+				err := checkCredentials(dir, r, everything)
+				if tc.ok && err != nil || !tc.ok && (err == nil || !strings.Contains(err.Error(), "core-7.img has no credentials")) {
+					t.Errorf("error %v", err)
+				}
+			}
+		})
+	}
+}
+
+// The agent must not be made to read what it has no memory for: the guest's OOM
+// killer spares it.
+func TestImagesAreBounded(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"core-1.img", "pstree.img", "files.img"} {
+		if err := errors.Join(os.WriteFile(filepath.Join(dir, name), nil, 0o600), os.Truncate(filepath.Join(dir, name), 1<<40)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, coreErr := readCore(filepath.Join(dir, "core-1.img"))
+	_, treeErr := readTree(dir)
+	_, filesErr := readEntries(filepath.Join(dir, "files.img"))
+	for _, err := range []error{coreErr, treeErr, filesErr} {
+		if err == nil || !strings.Contains(err.Error(), "is larger than") {
+			t.Errorf("error %v", err)
 		}
 	}
 }

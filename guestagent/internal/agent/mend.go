@@ -191,7 +191,7 @@ type entriesImage struct {
 }
 
 func readEntries(path string) (*entriesImage, error) {
-	data, err := os.ReadFile(path)
+	data, err := readBounded(path, maxEntries)
 	if err != nil {
 		return nil, err
 	}

@@ -39,7 +39,11 @@ func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*emptypb
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	if err := a.checkRestore(c, r); err != nil {
+	err = checkRequest(r)
+	if err == nil {
+		err = a.checkRestore(c, r)
+	}
+	if err != nil {
 		return nil, errclass.ToRPC(errclass.Precondition("container %s cannot be restored: %w", c.ID, err))
 	}
 	return &emptypb.Empty{}, nil
@@ -58,11 +62,11 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	for _, name := range []string{imageset.InventoryName, imageset.DevShmName} {
-		if _, err := os.Stat(filepath.Join(images, name)); err != nil {
+		if _, err := os.Lstat(filepath.Join(images, name)); err != nil {
 			return fmt.Errorf("the image set is not visible in the guest: %w", err)
 		}
 	}
-	if err := checkCredentials(images, r.GetRights()); err != nil {
+	if err := checkContents(c, images, r); err != nil {
 		return err
 	}
 	addresses, err := readdress(r)
@@ -144,8 +148,15 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 
 func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest) (*api.RestoreResponse, error) {
 	ph := newPhases(ctx, "restore", c.ID)
+	// CheckRestore is another call.
+	if err := checkRequest(r); err != nil {
+		return nil, err
+	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
+		return nil, err
+	}
+	if err := checkContents(c, images, r); err != nil {
 		return nil, err
 	}
 	if err := waitPlaceholder(ctx, c.Init); err != nil {
@@ -242,9 +253,9 @@ func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.Criu
 	opts := op.Options(images)
 	opts.Root = proto.String(op.AddMount("/", false))
 	applyOptions(opts, r.GetOptions())
-	for _, e := range r.GetExternals() {
+	for i, e := range r.GetExternals() {
 		at := op.AddMount(e.GetDestination(), e.GetDevice())
-		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", e.GetName(), at))
+		opts.External = append(opts.External, fmt.Sprintf("mnt[%s]:%s", imageset.ExternalName(i), at))
 	}
 	done := make(map[string]bool)
 	for _, s := range r.GetStdio() {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
 // kernelFS are file systems that CRIU mounts again at restore, whatever
@@ -149,7 +150,7 @@ func Externals(container, guest []*mountinfo.Info, marked []string) []*api.Exter
 	}
 	for i, e := range out {
 		// Not the path, which may contain characters that CRIU parses.
-		e.Name = fmt.Sprintf("m%d", i)
+		e.Name = imageset.ExternalName(i)
 	}
 	return out
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/sys/capability"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
@@ -142,13 +143,22 @@ func otherImage(a, b string) bool {
 	return a != "" && b != "" && strings.HasPrefix(a, id) == strings.HasPrefix(b, id) && a != b
 }
 
-// rightsOf returns the bounds that a spec sets for credentials. One without
-// capabilities sets none.
+// rightsOf returns the bounds that a spec sets for credentials. What a container
+// has whose spec does not mention capabilities depends on Kata's shim; the agent
+// also compares with what the placeholder has.
 func rightsOf(p *specs.Process) *api.Rights {
-	if p == nil || p.Capabilities == nil {
-		return nil
+	if p == nil {
+		return &api.Rights{}
 	}
-	return &api.Rights{Capabilities: p.Capabilities.Bounding, NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID}
+	r := &api.Rights{NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID}
+	if p.Capabilities != nil {
+		r.Capabilities = p.Capabilities.Bounding
+		return r
+	}
+	for _, c := range capability.ListKnown() {
+		r.Capabilities = append(r.Capabilities, "CAP_"+strings.ToUpper(c.String()))
+	}
+	return r
 }
 
 // setPlaceholder replaces the container's init by the placeholder, below which
