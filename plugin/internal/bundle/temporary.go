@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
 
 // RemoveTemporary removes the directory into which containerd unpacked a
@@ -25,7 +27,7 @@ func RemoveTemporary(path string) error {
 	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || int(sys.Uid) != os.Geteuid() {
 		return nil
 	}
-	return os.RemoveAll(path)
+	return remove.All(path)
 }
 
 // IsTemporary reports whether containerd made the name for a copy of its own.

@@ -12,6 +12,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
 
 // LogDir is the directory of a bundle for CRIU's log of the last checkpoint that
@@ -61,7 +62,7 @@ func EmptyRootfs(dir string) error {
 		return nil
 	}
 	for _, e := range entries {
-		err = errors.Join(err, os.RemoveAll(filepath.Join(rootfs, e.Name())))
+		err = errors.Join(err, remove.All(filepath.Join(rootfs, e.Name())))
 	}
 	if err != nil {
 		return fmt.Errorf("empty the bundle's rootfs: %w", err)

@@ -35,6 +35,11 @@ const (
 	queueLimit = 8192
 	// sendTimeout bounds one event, as in containerd's own shims.
 	sendTimeout = 5 * time.Second
+	// recentLimit bounds what is remembered of processes that have exited and of
+	// containers that are hidden: an exec a second would fill the memory
+	// otherwise. The second exit event of a process, for which it is remembered,
+	// comes right after the first.
+	recentLimit = 1024
 	// retryPause is the maximum pause between two attempts to reach containerd.
 	retryPause = time.Second
 )
@@ -50,8 +55,9 @@ type Relay struct {
 
 	mu     sync.Mutex
 	queue  []*types.Envelope
-	hidden map[string]bool
-	ended  map[process]bool
+	hidden *recent[string]
+	// ended has the processes that have exited, execs apart: they are many.
+	ended, endedExecs *recent[process]
 	// change is closed, and replaced, when the queue changes.
 	change chan struct{}
 
@@ -67,11 +73,12 @@ func NewRelay(namespace, address string) *Relay {
 		namespace: namespace,
 		address:   strings.TrimPrefix(address, "unix://"),
 		onExit:    func(string, string) {},
-		hidden:    make(map[string]bool),
-		ended:     make(map[process]bool),
+		hidden:    newRecent[string](recentLimit),
 		change:    make(chan struct{}),
 		cancel:    cancel,
 		done:      make(chan struct{}),
+
+		ended: newRecent[process](recentLimit), endedExecs: newRecent[process](recentLimit),
 	}
 	go r.run(ctx)
 	return r
@@ -85,7 +92,7 @@ func (r *Relay) OnExit(f func(container, exec string)) { r.onExit = f }
 func (r *Relay) Hide(container string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.hidden[container] = true
+	r.hidden.add(container)
 }
 
 // Expect is called before a process is created, so that its exit is not taken
@@ -93,18 +100,23 @@ func (r *Relay) Hide(container string) {
 func (r *Relay) Expect(container, exec string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.ended, process{container, exec})
+	p := process{container, exec}
+	r.exits(p).remove(p)
 }
 
-// Forget drops the state of a container that was deleted.
+// Forget drops what is known of the execs of a container that was deleted.
 func (r *Relay) Forget(container string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for p := range r.ended {
-		if p.container == container && p.exec != "" {
-			delete(r.ended, p)
-		}
+	r.endedExecs.removeFunc(func(p process) bool { return p.container == container })
+}
+
+// exits is called with the mutex held.
+func (r *Relay) exits(p process) *recent[process] {
+	if p.exec == "" {
+		return r.ended
 	}
+	return r.endedExecs
 }
 
 // Forward implements containerd's event service for Kata's shim.
@@ -147,7 +159,7 @@ func containerOf(event any) string {
 func (r *Relay) isHidden(container string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.hidden[container]
+	return r.hidden.has(container)
 }
 
 // firstExit reports whether this is the first exit event of a process: Kata's
@@ -156,10 +168,11 @@ func (r *Relay) isHidden(container string) bool {
 func (r *Relay) firstExit(p process) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.ended[p] {
+	ended := r.exits(p)
+	if ended.has(p) {
 		return false
 	}
-	r.ended[p] = true
+	ended.add(p)
 	return true
 }
 

@@ -233,3 +233,39 @@ func TestQueueIsBounded(t *testing.T) {
 		t.Errorf("%d events wait", len(r.queue))
 	}
 }
+
+// Of processes that are gone the relay remembers enough to drop a second exit,
+// and no more: a container may have an exec each second for a year.
+func TestRelayForgetsExecs(t *testing.T) {
+	c, path := &containerd{}, filepath.Join(t.TempDir(), "c.ttrpc")
+	c.start(t, path)
+	r := newRelay(t, "unix://"+path)
+	exit := func(container, exec string) {
+		say(t, r, "/tasks/exit", &eventsapi.TaskExit{ContainerID: container, ID: exec})
+	}
+	exit("init", "init")
+	exit("c1", "first")
+	for i := range 3 * recentLimit {
+		r.Expect("c1", fmt.Sprint("exec", i))
+		exit("c1", fmt.Sprint("exec", i))
+		exit("c1", fmt.Sprint("exec", i))
+	}
+	exit("init", "init") // it is no exec
+	flush(t, r)
+	if got, all := len(c.events()), 2+3*recentLimit; got != all {
+		t.Errorf("containerd got %d events, want %d", got, all)
+	}
+	if n := len(r.endedExecs.elements); n != recentLimit || r.endedExecs.order.Len() != n {
+		t.Errorf("%d execs are remembered", n)
+	}
+	r.Forget("c1")
+	if n := len(r.endedExecs.elements); n != 0 || r.endedExecs.order.Len() != 0 {
+		t.Errorf("%d execs of a deleted container are remembered", n)
+	}
+	for i := range 3 * recentLimit {
+		r.Hide(fmt.Sprint("hidden", i))
+	}
+	if n := len(r.hidden.elements); n != recentLimit {
+		t.Errorf("%d containers are hidden", n)
+	}
+}

@@ -25,6 +25,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -106,7 +107,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		warn("remove an unfinished image set", bundle.RemoveStaging(i.Bundle))
 		warn("remove containerd's copy of a checkpoint", removeTemporary(i.Bundle))
 		warn("empty the rootfs", bundle.EmptyRootfs(i.Bundle))
-		warn("remove the exchange directory", os.RemoveAll(adjust.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
+		warn("remove the exchange directory", remove.All(adjust.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
 	}
 	if owns {
 		warn("remove sockets", i.removeSockets(r))

@@ -18,6 +18,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
@@ -94,7 +95,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 		return fail(err)
 	}
 	defer func() {
-		if err := os.RemoveAll(dir); err != nil {
+		if err := remove.All(dir); err != nil {
 			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to remove unpacked archive")
 		}
 	}()

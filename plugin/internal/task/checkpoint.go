@@ -25,6 +25,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
@@ -226,7 +227,7 @@ func (j *checkpointJob) explainFull(err error) error {
 // clean removes everything but the finished image set.
 func (j *checkpointJob) clean(failed bool) (err error) {
 	if failed || j.stop {
-		err = os.RemoveAll(j.c.exchange.path(j.images))
+		err = remove.All(j.c.exchange.path(j.images))
 	} else {
 		go j.c.discardImages(j.images)
 	}

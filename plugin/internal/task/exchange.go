@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
 
 // restoreDir is the name in the exchange directory of an image set that is to
@@ -34,7 +35,7 @@ type exchange struct {
 // task of a name.
 func newExchange(stateDir, namespace, id string) (*exchange, error) {
 	e := &exchange{dir: adjust.ExchangeDir(stateDir, namespace, id), token: rand.Text()}
-	if err := os.RemoveAll(e.dir); err != nil {
+	if err := remove.All(e.dir); err != nil {
 		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	if err := os.MkdirAll(filepath.Dir(e.dir), 0o700); err != nil {
@@ -76,7 +77,7 @@ func (c *container) discardImages(images string) {
 	if err != nil {
 		logger.WithError(err).Debug("failed to have the guest remove stale images")
 	}
-	if err := os.RemoveAll(c.exchange.path(images)); err != nil {
+	if err := remove.All(c.exchange.path(images)); err != nil {
 		logger.WithError(err).Warn("failed to remove stale images")
 	}
 }
@@ -88,7 +89,7 @@ func (e *exchange) remove() error {
 	if e == nil {
 		return nil
 	}
-	if err := os.RemoveAll(e.dir); err != nil {
+	if err := remove.All(e.dir); err != nil {
 		return fmt.Errorf("remove exchange directory: %w", err)
 	}
 	return nil
