@@ -204,7 +204,7 @@ func verify(dir, scratch string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), paced(time.Minute))
 	defer cancel()
 	to := filepath.Join(scratch, "copy")
-	if err := set.CopyTo(ctx, to); err != nil {
+	if err := set.CopyTo(ctx, to, imageset.Limits{Files: 1 << 16, Bytes: 1 << 40}); err != nil {
 		return err
 	}
 	return os.RemoveAll(to)

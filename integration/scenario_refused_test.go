@@ -49,7 +49,7 @@ func refused(s *scenario) {
 		words   []string
 	}{
 		"a directory that cannot be written to": {syscall.MS_RDONLY, "", []string{"cannot be written to", "read-only file system"}},
-		"a full file system":                    {0, "size=1m", []string{"no space left for the image set", "free some", "no space left on device"}},
+		"a full file system":                    {0, "size=1m", []string{"no space left for the image set", "free some", "reserve_bytes"}},
 	} {
 		dir := s.newDir()
 		s.check(syscall.Mount("tmpfs", dir, "tmpfs", mount.flags, mount.options))

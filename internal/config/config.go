@@ -51,6 +51,8 @@ type Config struct {
 	AfterCheckpointCRI string
 	MaxImageFiles      int
 	MaxImageBytes      int64
+	// ReserveBytes stay free on a file system that images are written to.
+	ReserveBytes int64
 	// RestoreDir is the directory of the archives that pods may name.
 	RestoreDir string
 	// NRIRuntimeHandlers are the CRI's names for our runtime; "" is its default.
@@ -73,6 +75,7 @@ type file struct {
 	AfterCheckpointCRI string   `toml:"after_checkpoint_cri"`
 	MaxImageFiles      int64    `toml:"max_image_files"`
 	MaxImageBytes      int64    `toml:"max_image_bytes"`
+	ReserveBytes       int64    `toml:"reserve_bytes"`
 	RestoreDir         string   `toml:"restore_dir"`
 	NRIRuntimeHandlers []string `toml:"nri_runtime_handlers"`
 }
@@ -92,6 +95,7 @@ func defaults() file {
 		AfterCheckpointCRI: annotations.LeaveRunning,
 		MaxImageFiles:      65536,
 		MaxImageBytes:      256 << 30,
+		ReserveBytes:       1 << 30,
 		RestoreDir:         "/var/lib/kubelet/checkpoints",
 		NRIRuntimeHandlers: []string{"kata-checkpoint"},
 	}
@@ -138,6 +142,7 @@ func parse(data []byte) (*Config, error) {
 		AfterCheckpoint:    f.AfterCheckpoint,
 		AfterCheckpointCRI: f.AfterCheckpointCRI,
 		MaxImageBytes:      f.MaxImageBytes,
+		ReserveBytes:       f.ReserveBytes,
 		RestoreDir:         f.RestoreDir,
 		NRIRuntimeHandlers: f.NRIRuntimeHandlers,
 	}
@@ -160,6 +165,7 @@ func parse(data []byte) (*Config, error) {
 	// A set has one file at least, CRIU's inventory; a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")
+	check("reserve_bytes", f.ReserveBytes >= 0, "0 or more")
 	check("restore_dir", filepath.IsAbs(f.RestoreDir), "an absolute path")
 	check("nri_runtime_handlers", len(f.NRIRuntimeHandlers) > 0, "a list of one or more runtime handlers")
 	for _, t := range []struct {

@@ -34,7 +34,7 @@ func TestShippedFileIsTheDefaults(t *testing.T) {
 	for _, key := range []string{
 		"downstream_shim", "kata_config_path", "state_dir", "guest_bundle", "guest_agent", "agent_port", "agent_timeout",
 		"freeze_timeout", "checkpoint_timeout", "exec_wait_timeout", "after_checkpoint", "after_checkpoint_cri",
-		"max_image_files", "max_image_bytes", "nri_runtime_handlers",
+		"max_image_files", "max_image_bytes", "reserve_bytes", "nri_runtime_handlers",
 	} {
 		if !strings.Contains(string(shipped), "\n"+key+" = ") {
 			t.Errorf("configs/config.toml does not show %s", key)
@@ -53,8 +53,10 @@ func TestParse(t *testing.T) {
 		"durations":         {in: "agent_timeout = '1500ms'\nfreeze_timeout = '2m'", want: func(c *Config) { c.AgentTimeout, c.FreezeTimeout = 1500*time.Millisecond, 2*time.Minute }},
 		"paths are cleaned": {in: `state_dir = "/a//b/"`, want: func(c *Config) { c.StateDir = "/a/b" }},
 		"after":             {in: "after_checkpoint = 'leave-running'\nafter_checkpoint_cri = 'stop'", want: func(c *Config) { c.AfterCheckpoint, c.AfterCheckpointCRI = annotations.LeaveRunning, annotations.Stop }},
-		"limits":            {in: "max_image_files = 3\nmax_image_bytes = 4", want: func(c *Config) { c.MaxImageFiles, c.MaxImageBytes = 3, 4 }},
-		"handlers":          {in: "nri_runtime_handlers = ['a', '']", want: func(c *Config) { c.NRIRuntimeHandlers = []string{"a", ""} }},
+		"limits": {in: "max_image_files = 3\nmax_image_bytes = 4\nreserve_bytes = 0", want: func(c *Config) {
+			c.MaxImageFiles, c.MaxImageBytes, c.ReserveBytes = 3, 4, 0
+		}},
+		"handlers": {in: "nri_runtime_handlers = ['a', '']", want: func(c *Config) { c.NRIRuntimeHandlers = []string{"a", ""} }},
 
 		"not TOML":              {in: "state_dir = /var\n", err: []string{"line 1", "not TOML"}},
 		"unknown key":           {in: "\nstate_dri = '/x'\n", err: []string{"line 2", "state_dri"}},
@@ -76,6 +78,7 @@ func TestParse(t *testing.T) {
 		"negative port":         {in: "agent_port = -1", err: []string{"agent_port"}},
 		"after neither":         {in: "after_checkpoint = 'exit'", err: []string{"after_checkpoint"}},
 		"no files":              {in: "max_image_files = 0", err: []string{"max_image_files"}},
+		"a negative reserve":    {in: "reserve_bytes = -1", err: []string{"reserve_bytes"}},
 		"no bytes":              {in: "max_image_bytes = -1", err: []string{"max_image_bytes"}},
 		"no handlers":           {in: "nri_runtime_handlers = []", err: []string{"nri_runtime_handlers"}},
 		"all mistakes are said": {in: "max_image_files = 0\nstate_dir = 'x'", err: []string{"max_image_files", "state_dir"}},

@@ -9,16 +9,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
-// Limits bound what is read from a directory that an untrusted party wrote.
-type Limits struct {
-	// Files is the maximum number of files.
-	Files int
-	// Bytes is the maximum total size.
-	Bytes int64
-}
+// Limits bound what is read from a directory that an untrusted party wrote, and
+// what that takes of the file system that it is copied to.
+type Limits = budget.Limits
 
 // openDir opens a directory for openat2 beneath it. The last element of the
 // path must not be a symbolic link.

@@ -12,6 +12,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 )
 
 func isEOF(err error) bool { return errors.Is(err, io.EOF) }
@@ -27,8 +29,10 @@ const (
 
 // copyFile copies size bytes of src to a new file in dst and returns the digest
 // of what it wrote. The two share their blocks where the file system supports
-// that. A source that grows or shrinks meanwhile is an error.
-func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string) (sum string, err error) {
+// that; otherwise the copy has holes where there are zeros, and the rest is
+// taken from room, which is that of dst. A source that grows or shrinks meanwhile
+// is an error.
+func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string, room *budget.Room) (sum string, err error) {
 	out, err := create(dst, name)
 	if err != nil {
 		return "", err
@@ -36,7 +40,8 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 	defer func() { err = errors.Join(err, out.Close()) }()
 
 	// After a clone, the digest is that of the copy, which nobody else can write.
-	from, to := src, io.Writer(out)
+	sparse := budget.NewSparseWriter(out, room)
+	from, to := src, io.Writer(sparse)
 	if unix.IoctlFileClone(int(out.Fd()), int(src.Fd())) == nil {
 		from, to = out, io.Discard
 	}
@@ -46,6 +51,10 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 		return "", fmt.Errorf("copy %s to %s: %w", name, dst.Name(), err)
 	case n != size:
 		return "", fmt.Errorf("%s changed its size while it was copied", name)
+	case from == src:
+		if err := sparse.Finish(); err != nil {
+			return "", fmt.Errorf("copy %s to %s: %w", name, dst.Name(), err)
+		}
 	}
 	return sum, nil
 }
@@ -104,8 +113,8 @@ func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (t
 	}
 }
 
-// ReadFile returns a small file that the guest wrote beneath src/name, at most
-// limit bytes of it.
+// ReadFile returns a small file that the guest wrote beneath src/name, or the
+// last limit bytes of it.
 func ReadFile(src, name, file string, limit int64) ([]byte, error) {
 	top, err := openDir(src)
 	if err != nil {
@@ -117,10 +126,10 @@ func ReadFile(src, name, file string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	defer dir.Close()
-	f, _, err := openRegular(dir, file)
+	f, st, err := openRegular(dir, file)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, limit))
+	return io.ReadAll(io.NewSectionReader(f, max(0, st.Size-limit), limit))
 }

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -42,6 +43,7 @@ const (
 type Follower struct {
 	src, name string
 	dst       *os.File
+	room      *budget.Room // the goroutine's until ended is closed
 	limits    Limits
 	skip      []string
 
@@ -57,7 +59,7 @@ type Follower struct {
 // except the files in skip, until [Follower.Collect] or [Follower.Stop].
 func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Follower {
 	f := &Follower{
-		src: src, name: name, dst: dst, limits: limits, skip: skip,
+		src: src, name: name, dst: dst, room: budget.NewRoom(dst, limits.Reserve), limits: limits, skip: skip,
 		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing), buffer: make([]byte, copyBuffer),
 	}
 	go func() {
@@ -101,7 +103,7 @@ func (f *Follower) Collect(ctx context.Context) ([]File, error) {
 		}
 	}
 	var files []File
-	left := f.limits.Bytes
+	left := f.limits
 	for _, n := range names {
 		if n == ManifestName {
 			return nil, fmt.Errorf("the guest wrote %s, which only the host may write", n)
@@ -133,16 +135,15 @@ func (f *Follower) list() (*os.File, []string, error) {
 	return dir, slices.DeleteFunc(names, func(n string) bool { return slices.Contains(f.skip, n) }), nil
 }
 
-func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left *int64) (File, error) {
+func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left *Limits) (File, error) {
 	src, st, err := openRegular(dir, name)
 	if err != nil {
 		return File{}, err
 	}
 	defer src.Close()
-	if st.Size > *left {
-		return File{}, fmt.Errorf("the image set is larger than allowed: raise max_image_bytes in config.toml")
+	if err := left.Take(st.Size); err != nil {
+		return File{}, err
 	}
-	*left -= st.Size
 	file := File{Name: name, Size: st.Size}
 	if g := f.growing[name]; g != nil {
 		if file.SHA256, err = g.finish(ctx, src, st.Size); err != nil || file.SHA256 != "" {
@@ -152,7 +153,7 @@ func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left 
 			return file, err
 		}
 	}
-	file.SHA256, err = copyFile(ctx, src, st.Size, f.dst, name)
+	file.SHA256, err = copyFile(ctx, src, st.Size, f.dst, name, f.room)
 	return file, err
 }
 
@@ -200,7 +201,7 @@ func (f *Follower) pass() error {
 		return err
 	}
 	defer dir.Close()
-	left := f.limits.Bytes
+	left := f.limits
 	for _, n := range names {
 		g, err := f.open(dir, n)
 		if err != nil {
@@ -213,8 +214,8 @@ func (f *Follower) pass() error {
 		if err != nil {
 			return err
 		}
-		if left -= size; left < 0 {
-			return errors.New("too large")
+		if err := left.Take(size); err != nil {
+			return err
 		}
 		if err := g.grow(g.src, size, func() bool { return isClosed(f.stop) }); err != nil {
 			return err
@@ -243,7 +244,7 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 	if err != nil {
 		return nil, errors.Join(err, src.Close())
 	}
-	g := &growing{src: src, out: out, digest: sha256.New(), buffer: f.buffer}
+	g := &growing{src: src, out: out, sparse: budget.NewSparseWriter(out, f.room), digest: sha256.New(), buffer: f.buffer}
 	f.growing[name] = g
 	return g, nil
 }
@@ -251,7 +252,8 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 // growing is a file that is copied while it grows.
 type growing struct {
 	src, out *os.File
-	size     int64 // of the copy, bytes
+	sparse   *budget.SparseWriter // to out
+	size     int64                // of the copy, bytes
 	digest   hash.Hash
 	buffer   []byte // the follower's
 }
@@ -266,7 +268,7 @@ func (g *growing) grow(src io.ReaderAt, size int64, stopped func() bool) error {
 	for g.size < size && !stopped() {
 		n, err := src.ReadAt(g.buffer[:min(int64(len(g.buffer)), size-g.size)], g.size)
 		if n > 0 {
-			if _, err := g.out.Write(g.buffer[:n]); err != nil {
+			if _, err := g.sparse.Write(g.buffer[:n]); err != nil {
 				return err
 			}
 			g.digest.Write(g.buffer[:n])
@@ -291,6 +293,9 @@ func (g *growing) finish(ctx context.Context, src *os.File, size int64) (string,
 		err = context.Cause(ctx)
 	}
 	if err != nil || g.size != size {
+		return "", err
+	}
+	if err := g.sparse.Finish(); err != nil {
 		return "", err
 	}
 	same, err := equal(ctx, src, g.out, early)

@@ -177,6 +177,24 @@ func TestFollowManyFiles(t *testing.T) {
 	f.want(t, want)
 }
 
+// A hole that grows needs no blocks, and a copy of it that is found in the end
+// to differ is made again.
+func TestFollowHoles(t *testing.T) {
+	f := follow(t, roomy)
+	const size = 64 << 20
+	vast(t, filepath.Join(f.from, "pages-1.img"), size)
+	f.append(t, "pages-2.img", strings.Repeat("\x00", 2*followFrom)+"end")
+	f.copied(t, "pages-2.img", 2*followFrom+3)
+	if err := os.Truncate(filepath.Join(f.from, "pages-1.img"), size+followFrom); err != nil {
+		t.Fatal(err)
+	}
+	files, err := f.Collect(t.Context())
+	if err != nil || len(files) != 2 || files[0].Size != size+followFrom {
+		t.Fatalf("%v, %v", files, err)
+	}
+	wantVast(t, filepath.Join(f.to, "pages-1.img"), size+followFrom)
+}
+
 // What is refused in the end takes no room before.
 func TestFollowRefuses(t *testing.T) {
 	f := follow(t, Limits{Files: 100, Bytes: 2 * followFrom})

@@ -107,7 +107,7 @@ func TestImageSetThereAndBack(t *testing.T) {
 		t.Errorf("format version %d", set.Manifest.FormatVersion)
 	}
 	stage := filepath.Join(t.TempDir(), "restore")
-	if err := set.CopyTo(t.Context(), stage); err != nil {
+	if err := set.CopyTo(t.Context(), stage, roomy); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]string{"files.img", "inventory.img", "pages-1.img"}, names(t, stage)); diff != "" {
@@ -377,12 +377,94 @@ func TestCollectSkips(t *testing.T) {
 	}
 }
 
+// vast makes a file that is a hole.
+func vast(t *testing.T, path string, size int64) {
+	t.Helper()
+	write(t, path, "")
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantVast(t *testing.T, path string, size int64) {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Size != size || st.Blocks != 0 {
+		t.Errorf("%s has %d bytes in %d blocks, want %d in none", filepath.Base(path), st.Size, st.Blocks, size)
+	}
+}
+
+// A file of holes costs the guest nothing, and the host neither.
+func TestHolesStayHoles(t *testing.T) {
+	const size = 256<<20 + 5
+	exchange, to, stage := t.TempDir(), t.TempDir(), filepath.Join(t.TempDir(), "stage")
+	if err := os.Mkdir(filepath.Join(exchange, "images"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(exchange, "images", InventoryName), "i")
+	vast(t, filepath.Join(exchange, "images", "pages-1.img"), size)
+	target, err := NewTarget(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := collect(t.Context(), exchange, "images", target.Dir(), Limits{Files: 2, Bytes: size + 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := target.Commit(&Manifest{Files: files}); err != nil {
+		t.Fatal(err)
+	}
+	wantVast(t, filepath.Join(to, "pages-1.img"), size)
+
+	set, err := Open(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Close()
+	if err := set.CopyTo(t.Context(), stage, Limits{Files: 2, Bytes: size + 1}); err != nil {
+		t.Fatal(err) // also if the digest is another
+	}
+	wantVast(t, filepath.Join(stage, "pages-1.img"), size)
+	for name, limits := range map[string]Limits{"max_image_bytes": {Files: 2, Bytes: size}, "max_image_files": {Files: 1, Bytes: size + 1}} {
+		wantError(t, set.CopyTo(t.Context(), filepath.Join(t.TempDir(), "stage"), limits), name)
+	}
+}
+
+// What stays free stays free, whoever fills the file system.
+func TestCopiesLeaveTheReserve(t *testing.T) {
+	small := t.TempDir()
+	if err := unix.Mount("imageset", small, "tmpfs", 0, "size=4m"); err != nil {
+		t.Skip("needs to mount: ", err)
+	}
+	defer unix.Unmount(small, unix.MNT_DETACH) //nolint:errcheck // a test's
+	dir := newSet(t, map[string]string{InventoryName: "i", "pages-1.img": strings.Repeat("p", 1<<20-1)})
+	set, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Close()
+	limits := Limits{Files: 9, Bytes: 1 << 30, Reserve: 1 << 30} // a twentieth of 4 MiB
+	if err := set.CopyTo(t.Context(), filepath.Join(small, "one"), limits); err != nil {
+		t.Error(err)
+	}
+	write(t, filepath.Join(small, "other"), strings.Repeat("x", 2<<20-100<<10))
+	err = set.CopyTo(t.Context(), filepath.Join(small, "two"), limits)
+	wantError(t, err, "reserve_bytes", small)
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("error %v", err)
+	}
+}
+
 func TestReadFileIsBounded(t *testing.T) {
 	exchange := t.TempDir()
 	write(t, filepath.Join(exchange, "log"), "0123456789")
-	got, err := ReadFile(exchange, ".", "log", 4)
-	if err != nil || string(got) != "0123" {
-		t.Errorf("got %q, %v", got, err)
+	for limit, want := range map[int64]string{4: "6789", 10: "0123456789", 99: "0123456789"} {
+		if got, err := ReadFile(exchange, ".", "log", limit); err != nil || string(got) != want {
+			t.Errorf("%d bytes: got %q, %v, want %q", limit, got, err, want)
+		}
 	}
 }
 
@@ -607,7 +689,7 @@ func stageFrom(t *testing.T, dir, stage string) error {
 		return err
 	}
 	defer set.Close()
-	return set.CopyTo(t.Context(), stage)
+	return set.CopyTo(t.Context(), stage, roomy)
 }
 
 func TestOpenFollowsNoLink(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 )
 
 // Set is an image set to restore from.
@@ -84,8 +86,14 @@ func (s *Set) check() error {
 }
 
 // CopyTo copies the images, without the manifest, into a new directory and
-// verifies their digests on the way. It removes the directory after an error.
-func (s *Set) CopyTo(ctx context.Context, path string) (err error) {
+// verifies their digests on the way, within the limits. It removes the directory
+// after an error.
+func (s *Set) CopyTo(ctx context.Context, path string, limits Limits) (err error) {
+	for _, f := range s.Manifest.Files {
+		if err := limits.Take(f.Size); err != nil {
+			return fmt.Errorf("stage checkpoint: %w", err)
+		}
+	}
 	if err := os.Mkdir(path, 0o700); err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}
@@ -99,15 +107,16 @@ func (s *Set) CopyTo(ctx context.Context, path string) (err error) {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}
 	defer dst.Close()
+	room := budget.NewRoom(dst, limits.Reserve)
 	for _, want := range s.Manifest.Files {
-		if err := s.copyOne(ctx, want, dst); err != nil {
+		if err := s.copyOne(ctx, want, dst, room); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s *Set) copyOne(ctx context.Context, want File, dst *os.File) error {
+func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget.Room) error {
 	f, st, err := openRegular(s.dir, want.Name)
 	if err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
@@ -116,7 +125,7 @@ func (s *Set) copyOne(ctx context.Context, want File, dst *os.File) error {
 	if st.Size != want.Size {
 		return fmt.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
 	}
-	sum, err := copyFile(ctx, f, st.Size, dst, want.Name)
+	sum, err := copyFile(ctx, f, st.Size, dst, want.Name, room)
 	if err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}

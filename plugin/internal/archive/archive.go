@@ -28,6 +28,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
@@ -44,15 +45,20 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 		return err
 	}
 	defer f.Close()
-	stream, err := compression.DecompressStream(f)
+	stream, err := Decompress(ctx, f)
 	if err != nil {
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	defer stream.Close()
+	top, err := os.Open(target)
+	if err != nil {
+		return fmt.Errorf("archive %s: %w", name, err)
+	}
+	defer top.Close()
 	if err := os.Mkdir(filepath.Join(target, imageset.ArchiveImages), 0o700); err != nil {
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
-	x := &extractor{target: target, left: limits}
+	x := &extractor{target: target, left: limits, room: budget.NewRoom(top, limits.Reserve), buffer: make([]byte, copyBuffer)}
 	if err := x.extract(ctx, tar.NewReader(stream)); err != nil {
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
@@ -85,7 +91,7 @@ func findManifest(ctx context.Context, f *os.File) (*imageset.Manifest, error) {
 		return nil, err
 	}
 	if compression.DetectCompression(magic[:n]) != compression.Uncompressed {
-		stream, err := compression.DecompressStream(f)
+		stream, err := Decompress(ctx, f)
 		if err != nil {
 			return nil, err
 		}
@@ -109,9 +115,6 @@ func findManifest(ctx context.Context, f *os.File) (*imageset.Manifest, error) {
 	}
 }
 
-// magicBytes are as many as containerd looks at.
-const magicBytes = 10
-
 // open opens a regular file that is in dir itself.
 func open(dir, name string) (*os.File, error) {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
@@ -132,8 +135,13 @@ func open(dir, name string) (*os.File, error) {
 type extractor struct {
 	target string
 	left   imageset.Limits
+	room   *budget.Room
 	images int
+	buffer []byte
 }
+
+// copyBuffer is the size of a read in bytes.
+const copyBuffer = 1 << 20
 
 func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 	for {
@@ -151,14 +159,14 @@ func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 		inside, isImage := strings.CutPrefix(name, imageset.ArchiveImages+"/")
 		switch {
 		case name == imageset.RootfsDiffName:
-			err = x.write(header, r, name)
+			err = x.write(ctx, header, r, name)
 		case !isImage, inside == "":
 			continue
 		case inside == ".", inside == "..", strings.Contains(inside, "/"):
 			err = fmt.Errorf("%q is in a subdirectory, which an image set cannot have", header.Name)
 		default:
 			x.images++
-			err = x.write(header, r, path.Join(imageset.ArchiveImages, inside))
+			err = x.write(ctx, header, r, path.Join(imageset.ArchiveImages, inside))
 		}
 		if err != nil {
 			return err
@@ -166,17 +174,15 @@ func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 	}
 }
 
-func (x *extractor) write(header *tar.Header, r io.Reader, name string) (err error) {
+func (x *extractor) write(ctx context.Context, header *tar.Header, r io.Reader, name string) (err error) {
 	if header.Typeflag != tar.TypeReg {
 		return fmt.Errorf("%q is not a regular file", header.Name)
 	}
-	x.left.Files--
-	x.left.Bytes -= header.Size
-	switch {
-	case x.left.Files < 0:
-		return errors.New("it has more files than allowed: raise max_image_files in config.toml")
-	case x.left.Bytes < 0:
-		return errors.New("it is larger than allowed: raise max_image_bytes in config.toml")
+	if err := x.left.Take(header.Size); err != nil {
+		return err
+	}
+	if err := x.room.Check(0); err != nil {
+		return err
 	}
 	// O_EXCL rejects duplicate names.
 	f, err := os.OpenFile(filepath.Join(x.target, name), os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
@@ -184,6 +190,10 @@ func (x *extractor) write(header *tar.Header, r io.Reader, name string) (err err
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	_, err = io.Copy(f, r)
-	return err
+	// A sparse entry may be mostly holes.
+	sparse := budget.NewSparseWriter(f, x.room)
+	if _, err := io.CopyBuffer(sparse, budget.Reader(ctx, r), x.buffer); err != nil {
+		return err
+	}
+	return sparse.Finish()
 }

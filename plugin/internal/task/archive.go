@@ -99,7 +99,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to remove unpacked archive")
 		}
 	}()
-	err := archive.Extract(ctx, cfg.RestoreDir, name, dir, imageset.Limits{Files: cfg.MaxImageFiles, Bytes: cfg.MaxImageBytes})
+	err := archive.Extract(ctx, cfg.RestoreDir, name, dir, c.s.limits())
 	if errors.Is(err, fs.ErrNotExist) {
 		return fail(fmt.Errorf("there is no archive %s in %s on this node: put it there, or name another one", name, cfg.RestoreDir))
 	}

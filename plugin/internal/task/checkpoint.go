@@ -23,6 +23,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
@@ -30,8 +31,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
-// maxCRIULog bounds how much of CRIU's log and statistics is copied, in bytes.
-const maxCRIULog = 64 << 20
+// maxCRIULog bounds how much of CRIU's log and statistics is copied, in bytes:
+// of a longer log, its end, which says what went wrong.
+const maxCRIULog = 16 << 20
 
 // checkpointRequest is a validated request for a checkpoint.
 type checkpointRequest struct {
@@ -153,8 +155,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		j.phases.done(ctx, "freeze")
 	}
 
-	limits := imageset.Limits{Files: c.s.cfg.MaxImageFiles, Bytes: c.s.cfg.MaxImageBytes}
-	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), limits, imageset.DumpLogName, imageset.StatsName)
+	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), c.s.limits(), imageset.DumpLogName, imageset.StatsName)
 	defer images.Stop()
 	var out *api.CheckpointResponse
 	err := c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
@@ -218,6 +219,9 @@ func (j *checkpointJob) openTarget() (err error) {
 
 // explainFull adds to the error of a full file system what to do about it.
 func (j *checkpointJob) explainFull(err error) error {
+	if full := new(budget.FullError); errors.As(err, &full) {
+		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the image set in %s: %w, or use a directory on another file system", j.path, err))
+	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the image set in %s: free some, or use a directory on another file system: %w", j.path, err))
 	}

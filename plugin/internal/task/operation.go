@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 )
 
 // operation returns a context for a call that takes longer than a forwarded
@@ -25,6 +27,11 @@ func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 		s.idleTimer.Reset(idleDelay)
 		s.wg.Done()
 	}
+}
+
+// limits bound what a checkpoint or a restore takes from a guest or an archive.
+func (s *Service) limits() budget.Limits {
+	return budget.Limits{Files: s.cfg.MaxImageFiles, Bytes: s.cfg.MaxImageBytes, Reserve: s.cfg.ReserveBytes}
 }
 
 // idleDelay is the time from the last operation until its memory is returned to

@@ -87,10 +87,10 @@ func (c *container) stageImages(ctx context.Context, path string, rootfs []*type
 	if err != nil {
 		return nil, err
 	}
-	if err := set.CopyTo(ctx, c.exchange.path(restoreDir)); err != nil {
+	if err := set.CopyTo(ctx, c.exchange.path(restoreDir), c.s.limits()); err != nil {
 		return nil, err
 	}
-	if err := applyRootfsDiff(ctx, path, rootfs); err != nil {
+	if err := applyRootfsDiff(ctx, path, rootfs, c.s.limits()); err != nil {
 		return nil, err
 	}
 	return set.Manifest, nil

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,15 +15,16 @@ import (
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/containerd/v2/pkg/archive"
-	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	layer "github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -30,7 +32,9 @@ import (
 // there is one. containerd also does so, after Create, but with Kata the mount
 // that it means exists in the mount namespace of Kata's shim only, so that the
 // changes would be lost.
-func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mount) error {
+//
+// The limits are those of the image set, except that a diff may have more files.
+func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mount, limits budget.Limits) error {
 	if bundle.IsTemporary(checkpoint) {
 		return nil // anybody may have put a file next to it
 	}
@@ -42,17 +46,13 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 		return fmt.Errorf("apply the root file system diff: %w", err)
 	}
 	defer f.Close()
+	limits.Files = maxRootfsFiles
 	if err := inMountNamespace(func(target string) (err error) {
 		if err := mount.All(mount.FromProto(mounts), target); err != nil {
 			return fmt.Errorf("mount: %w", err)
 		}
 		defer func() { err = errclass.Join(err, mount.UnmountMounts(mount.FromProto(mounts), target, 0)) }()
-		r, err := compression.DecompressStream(f)
-		if err != nil {
-			return fmt.Errorf("%s: %w", f.Name(), err)
-		}
-		defer r.Close()
-		if _, err := archive.Apply(ctx, target, r, archive.WithFilter(withoutAuthority(ctx))); err != nil {
+		if err := applyDiff(ctx, f, target, limits); err != nil {
 			return fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		return nil
@@ -62,13 +62,42 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 	return nil
 }
 
+// maxRootfsFiles bounds the entries of a root file system diff.
+const maxRootfsFiles = 1 << 20
+
+// applyDiff applies an archive, which may be compressed, to a directory.
+func applyDiff(ctx context.Context, diff io.Reader, target string, limits budget.Limits) error {
+	top, err := os.Open(target)
+	if err != nil {
+		return err
+	}
+	defer top.Close()
+	r, err := archive.Decompress(ctx, diff)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	authority, room := withoutAuthority(ctx), budget.NewRoom(top, limits.Reserve)
+	_, err = layer.Apply(ctx, target, r, layer.WithFilter(func(h *tar.Header) (bool, error) {
+		// The size is that of the file, of which only a part may be in the archive.
+		if err := limits.Take(h.Size); err != nil {
+			return false, err
+		}
+		if err := room.Check(h.Size); err != nil {
+			return false, err
+		}
+		return authority(h)
+	}))
+	return err
+}
+
 // withoutAuthority filters what would give a process more privileges than the
 // container has, because anybody may have made the archive: it drops device
 // nodes and clears set-user-ID bits, set-group-ID bits and file capabilities.
 // It does so for every type of entry: the mode of a hard link becomes that of
 // the file that it leads to. A directory keeps the bit by which it passes its
 // group on.
-func withoutAuthority(ctx context.Context) archive.Filter {
+func withoutAuthority(ctx context.Context) layer.Filter {
 	return func(h *tar.Header) (bool, error) {
 		allowed := int64(0o1777)
 		switch h.Typeflag {
