@@ -505,7 +505,7 @@ func TestDelete(t *testing.T) {
 			n.mustStart(dir)
 			started := time.Since(begin) // a measure of the machine
 			exchange := adjust.ExchangeDir(n.state, "ns", "c1")
-			unfinished := filepath.Join(t.TempDir(), ".kata-checkpoint-0123")
+			unfinished := filepath.Join(t.TempDir(), ".kata-checkpoint-0123456789abcdef")
 			bootstrap := filepath.Join(n.state, "bootstrap", "ns--c1--x")
 			unpacked := filepath.Join(n.dir, "ctrd-checkpoint0123")
 			for _, d := range []string{exchange, unfinished, bootstrap, unpacked} {

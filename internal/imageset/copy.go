@@ -41,7 +41,7 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 
 	// After a clone, the digest is that of the copy, which nobody else can write.
 	sparse := budget.NewSparseWriter(out, room)
-	from, to := src, io.Writer(sparse)
+	from, to := src, io.Writer(&early{Writer: sparse, f: out})
 	if unix.IoctlFileClone(int(out.Fd()), int(src.Fd())) == nil {
 		from, to = out, io.Discard
 	}
@@ -57,6 +57,22 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 		}
 	}
 	return sum, nil
+}
+
+// early writes to a file whose content the kernel begins to write to the disk at
+// once, so that less of it is left when the caller waits for all.
+type early struct {
+	io.Writer
+	f  *os.File
+	at int64
+}
+
+// Write implements io.Writer.
+func (w *early) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	writeOut(w.f, w.at, int64(n))
+	w.at += int64(n)
+	return n, err
 }
 
 // create makes a new file in dir.
@@ -111,25 +127,4 @@ func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (t
 			free <- buf
 		}
 	}
-}
-
-// ReadFile returns a small file that the guest wrote beneath src/name, or the
-// last limit bytes of it.
-func ReadFile(src, name, file string, limit int64) ([]byte, error) {
-	top, err := openDir(src)
-	if err != nil {
-		return nil, err
-	}
-	defer top.Close()
-	dir, err := openDirBeneath(top, name)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	f, st, err := openRegular(dir, file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.NewSectionReader(f, max(0, st.Size-limit), limit))
 }

@@ -271,6 +271,7 @@ func (g *growing) grow(src io.ReaderAt, size int64, stopped func() bool) error {
 			if _, err := g.sparse.Write(g.buffer[:n]); err != nil {
 				return err
 			}
+			writeOut(g.out, g.size, int64(n))
 			g.digest.Write(g.buffer[:n])
 			g.size += int64(n)
 		}

@@ -60,8 +60,11 @@ func (s *Set) check() error {
 	}
 	present := make(map[string]bool, len(names))
 	for _, n := range names {
-		present[n] = true
+		// The directory from which the files came stays behind if the host stops
+		// before it is removed.
+		present[n] = !isStagingName(n)
 	}
+	maps.DeleteFunc(present, func(_ string, counts bool) bool { return !counts })
 	delete(present, ManifestName)
 	for _, want := range s.Manifest.Files {
 		if !present[want.Name] {

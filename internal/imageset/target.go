@@ -4,6 +4,7 @@ package imageset
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
@@ -12,183 +13,218 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
-// stagingPrefix starts the name of a directory with an unfinished image set.
-// checkName rejects such names, so that it is never mistaken for a part of one.
-const stagingPrefix = ".kata-checkpoint-"
-
-// committingName is a file in such a directory as soon as its files get their
-// final names. No file of an image set has that name.
-const committingName = ".committing"
-
-// IsStaging reports whether a path is that of an unfinished image set.
-func IsStaging(path string) bool {
-	return filepath.IsAbs(path) && strings.HasPrefix(filepath.Base(path), stagingPrefix)
-}
-
 // Target is the directory that an engine named for a checkpoint, while the
-// image set is assembled inside or beside it. It ends with [Target.Commit] or
-// [Target.Abort]; nothing has its final name before Commit.
+// image set is assembled inside or beside it. Nothing has its final name before
+// [Target.Commit]. Callers end with [Target.Abort], whether they commit or not.
+//
+// The directory may be below one that somebody else owns, and can be replaced
+// at any time. Target holds open what it has checked, and never looks up the
+// path again.
 type Target struct {
-	path    string
+	path string
+	disk disk
+	// home is the directory at path, and parent the one that it is in.
+	home, parent *os.File
+	// staging is the name of the directory dir in parent if an earlier image set
+	// is to be replaced, else in home. It is empty once there is none.
 	staging string
 	dir     *os.File
-	// replaces: path is an earlier image set, which stays complete until Commit.
+	// replaces: home is an earlier image set, which stays complete until Commit.
 	replaces bool
+	// synced are the files that are on the disk.
+	synced map[string]bool
 }
 
 // NewTarget opens a directory for a new image set. The directory must exist and
-// be empty, or be an earlier image set, which Commit replaces. NewTarget
-// removes what earlier attempts left unfinished.
-func NewTarget(path string) (*Target, error) {
-	st, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("image directory %s does not exist: create it first", path)
-	case err != nil:
-		return nil, fmt.Errorf("image directory: %w", err)
-	case !st.IsDir():
-		return nil, fmt.Errorf("image directory %s is not a directory", path)
-	}
-	t := &Target{path: path}
-	if t.replaces, err = t.holdsImageSet(); err != nil {
-		return nil, err
-	}
-	name := stagingPrefix + randomName()
-	t.staging = filepath.Join(path, name)
-	if t.replaces {
-		// Beside it, so that the two can be exchanged atomically.
-		t.staging = filepath.Join(filepath.Dir(filepath.Clean(path)), name)
-	}
-	if err := os.Mkdir(t.staging, 0o700); err != nil {
-		return nil, fmt.Errorf("image directory %s cannot be written to: name another one: %w", path, err)
-	}
-	if t.dir, err = openDir(t.staging); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(t.staging))
-	}
-	if err := unix.Flock(int(t.dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", t.staging, err), t.Abort())
-	}
-	return t, nil
-}
+// be empty, or be an earlier image set, which Commit replaces, and nobody but
+// this user may be able to replace what is in it. NewTarget removes what earlier
+// attempts left unfinished.
+func NewTarget(path string) (*Target, error) { return newTarget(path, kernel{}) }
 
-// Dir is the directory for the files of the image set.
-func (t *Target) Dir() *os.File { return t.dir }
-
-// holdsImageSet reports whether there is an earlier image set to replace.
-func (t *Target) holdsImageSet() (bool, error) {
-	if err := removeUnfinished(t.path); err != nil {
-		return false, fmt.Errorf("image directory %s: %w", t.path, err)
-	}
-	entries, err := os.ReadDir(t.path)
-	if err != nil {
-		return false, fmt.Errorf("image directory: %w", err)
-	}
-	manifest, other := false, ""
-	for _, e := range entries {
-		switch {
-		case e.Name() == ManifestName:
-			manifest = true
-		default:
-			other = e.Name()
-		}
-	}
-	if !manifest {
-		if other != "" {
-			return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, other)
-		}
-		return false, nil
-	}
-	s, err := Open(t.path)
-	if err != nil {
-		return false, fmt.Errorf("image directory %s is neither empty nor a complete earlier checkpoint: name an empty directory (%w)", t.path, err)
-	}
-	return true, s.Close()
-}
-
-// removeUnfinished removes what earlier attempts left in a directory, unless
-// one is still in progress.
-func removeUnfinished(path string) error {
-	entries, err := os.ReadDir(path)
-	for _, e := range entries {
-		if e.IsDir() && strings.HasPrefix(e.Name(), stagingPrefix) {
-			err = errors.Join(err, removeUnlocked(filepath.Join(path, e.Name())))
-		}
-	}
-	return err
-}
-
-// removeUnlocked removes an unfinished image set, unless it is locked: then
-// another checkpoint is still writing it.
-func removeUnlocked(path string) error {
-	dir, err := openDir(path)
-	if err != nil {
-		return fmt.Errorf("unfinished checkpoint: %w", err)
-	}
-	defer dir.Close()
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return errors.New("another checkpoint is being written to it")
-	}
-	return RemoveStaging(path)
-}
-
-// RemoveStaging removes an unfinished image set whose writer is gone, including
-// those of its files that already have their final names.
-func RemoveStaging(path string) error {
-	if !IsStaging(path) {
-		return fmt.Errorf("%q is not an unfinished image set", path)
-	}
-	if err := rollBack(path); err != nil {
-		return fmt.Errorf("remove an unfinished checkpoint: %w", err)
-	}
-	if err := os.RemoveAll(path); err != nil {
-		return fmt.Errorf("remove an unfinished checkpoint: %w", err)
-	}
-	return nil
-}
-
-// rollBack removes the files that an interrupted Commit has moved to their
-// final names: those that the manifest, which moves last, lists and that are no
-// longer in the staging directory.
-func rollBack(staging string) error {
-	if _, err := os.Lstat(filepath.Join(staging, committingName)); err != nil {
-		return nil // nothing has moved
-	}
-	f, err := os.Open(filepath.Join(staging, ManifestName))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it has moved: the image set is complete
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	m, err := ReadManifest(f)
-	if err != nil {
-		return err
-	}
-	for _, file := range m.Files { // decode allows flat names only
-		if _, err := os.Lstat(filepath.Join(staging, file.Name)); !errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err := os.Remove(filepath.Join(filepath.Dir(staging), file.Name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
-}
-
-// Commit writes the manifest and moves the files to their final names, the
-// manifest last. After an error the directory is as it was before NewTarget.
-func (t *Target) Commit(m *Manifest) (err error) {
+func newTarget(path string, d disk) (_ *Target, err error) {
+	t := &Target{path: filepath.Clean(path), disk: d, synced: make(map[string]bool)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, t.Abort())
 		}
 	}()
+	switch t.home, err = openDir(t.path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("image directory %s does not exist: create it first", path)
+	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
+		return nil, fmt.Errorf("image directory %s is not a directory", path)
+	case err != nil:
+		return nil, fmt.Errorf("image directory: %w", err)
+	}
+	if err := checkPrivate(t.home); err != nil {
+		return nil, fmt.Errorf("image directory: %w", err)
+	}
+	if t.parent, err = openParent(t.home); err != nil {
+		return nil, fmt.Errorf("image directory: %w", err)
+	}
+	if t.replaces, err = t.holdsImageSet(); err != nil {
+		return nil, err
+	}
+	if t.replaces {
+		// Beside it, so that the two can be exchanged atomically.
+		if err := t.checkExchange(); err != nil {
+			return nil, fmt.Errorf("replace the earlier checkpoint in %s: %w; or name an empty directory", t.path, err)
+		}
+	}
+	if err := t.makeStaging(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// around is the directory that the staging directory is in.
+func (t *Target) around() *os.File {
+	if t.replaces {
+		return t.parent
+	}
+	return t.home
+}
+
+// openParent opens the directory that a directory is in now.
+func openParent(dir *os.File) (*os.File, error) {
+	fd, err := unix.Openat(int(dir.Fd()), "..", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir.Name() + "/..", Err: err}
+	}
+	return os.NewFile(uintptr(fd), filepath.Dir(dir.Name())), nil
+}
+
+// checkExchange checks that the earlier image set can be replaced by its name in
+// its parent, and removes what earlier attempts have left there.
+func (t *Target) checkExchange() error {
+	if err := checkPrivate(t.parent); err != nil {
+		return err
+	}
+	if err := t.checkPlace(); err != nil {
+		return err
+	}
+	_, err := removeUnfinished(t.disk, t.parent)
+	return err
+}
+
+// checkPlace checks that the parent still has the directory under its name.
+func (t *Target) checkPlace() error {
+	var home, named unix.Stat_t
+	if err := unix.Fstat(int(t.home.Fd()), &home); err != nil {
+		return err
+	}
+	err := unix.Fstatat(int(t.parent.Fd()), filepath.Base(t.path), &named, unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil || home.Dev != named.Dev || home.Ino != named.Ino {
+		return fmt.Errorf("%s is no longer the directory that it was", t.path)
+	}
+	return nil
+}
+
+// makeStaging makes the directory for the files, which is locked as long as it is
+// open.
+func (t *Target) makeStaging() error {
+	around := t.around()
+	for {
+		name := stagingPrefix + randomName()
+		if err := unix.Mkdirat(int(around.Fd()), name, 0o700); err != nil {
+			return fmt.Errorf("image directory %s cannot be written to: name another one: %w", t.path, err)
+		}
+		t.staging = name
+		dir, err := openDirBeneath(around, name)
+		if err != nil {
+			return fmt.Errorf("image directory: %w", err)
+		}
+		t.dir = dir
+		// Until it is locked it looks like one that its writer has left.
+		lock := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		var st unix.Stat_t
+		if lock == nil && unix.Fstat(int(dir.Fd()), &st) == nil && st.Nlink > 0 {
+			return nil
+		}
+		if lock != nil && !errors.Is(lock, unix.EWOULDBLOCK) {
+			return fmt.Errorf("lock %s: %w", dir.Name(), lock)
+		}
+		t.staging, t.dir = "", nil
+		if err := dir.Close(); err != nil {
+			return err
+		}
+	}
+}
+
+// Dir is the directory for the files of the image set.
+func (t *Target) Dir() *os.File { return t.dir }
+
+// holdsImageSet reports whether there is an earlier image set to replace: a
+// manifest, and nothing but images beside it. It may be damaged, as one that a
+// release which did not wait for the disk wrote before a power loss.
+func (t *Target) holdsImageSet() (bool, error) {
+	busy, err := removeUnfinished(t.disk, t.home)
+	if busy {
+		err = errors.New("another checkpoint is being written to it")
+	}
+	if err != nil {
+		return false, fmt.Errorf("image directory %s: %w", t.path, err)
+	}
+	names, err := list(t.home, maxEntries)
+	if err != nil {
+		return false, fmt.Errorf("image directory: %w", err)
+	}
+	if len(names) == 0 {
+		return false, nil
+	}
+	for _, name := range names {
+		var st unix.Stat_t
+		err := unix.Fstatat(int(t.home.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
+		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || name != ManifestName && !IsImage(name) {
+			return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, name)
+		}
+	}
+	if !slices.Contains(names, ManifestName) {
+		return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, names[0])
+	}
+	return true, nil
+}
+
+// Sync waits until files of the image set are on the disk. Commit does so for
+// the others, and callers that have nothing to do meanwhile need not call Sync.
+func (t *Target) Sync(ctx context.Context, files []File) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(syncs)
+	for _, f := range files {
+		if t.synced[f.Name] {
+			continue
+		}
+		group.Go(func() error {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return t.disk.sync(t.dir, f.Name)
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return fmt.Errorf("write image set to the disk: %w", err)
+	}
+	for _, f := range files {
+		t.synced[f.Name] = true
+	}
+	return nil
+}
+
+// syncs is how many files are synced at the same time.
+const syncs = 8
+
+// Commit writes the manifest and moves the files to their final names, the
+// manifest last. It returns once all of that is on the disk; a power loss before
+// leaves what was there before NewTarget, or the new image set. After an error
+// the directory is as it was before NewTarget. Abort then removes what is left.
+func (t *Target) Commit(ctx context.Context, m *Manifest) error {
 	m.FormatVersion = FormatVersion
 	data, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
@@ -198,57 +234,131 @@ func (t *Target) Commit(m *Manifest) (err error) {
 	if _, err := ReadManifest(bytes.NewReader(data)); err != nil {
 		return fmt.Errorf("write manifest: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(t.staging, ManifestName), append(data, '\n'), 0o600); err != nil {
+	if err := t.Sync(ctx, m.Files); err != nil {
+		return err
+	}
+	if err := t.write(ManifestName, append(data, '\n')); err != nil {
 		return fmt.Errorf("write manifest: %w", err)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	if t.replaces {
 		return t.exchange()
-	}
-	if err := os.WriteFile(filepath.Join(t.staging, committingName), nil, 0o600); err != nil {
-		return fmt.Errorf("finish checkpoint: %w", err)
 	}
 	names := make([]string, 0, len(m.Files)+1)
 	for _, f := range m.Files {
 		names = append(names, f.Name)
 	}
-	for i, n := range append(names, ManifestName) {
-		if err := os.Rename(filepath.Join(t.staging, n), filepath.Join(t.path, n)); err != nil {
-			for _, moved := range names[:min(i, len(names))] {
-				err = errors.Join(err, os.Remove(filepath.Join(t.path, moved)))
-			}
-			return fmt.Errorf("finish checkpoint: %w", err)
+	if err := t.moveIn(append(names, ManifestName)); err != nil {
+		return errors.Join(fmt.Errorf("finish checkpoint: %w", err), rollBack(t.disk, t.home, t.dir))
+	}
+	return nil
+}
+
+// write writes a file of the image set to the disk.
+func (t *Target) write(name string, content []byte) error {
+	if err := t.disk.create(t.dir, name, content); err != nil {
+		return err
+	}
+	return t.disk.sync(t.dir, name)
+}
+
+// moveIn moves files to their final names. The last one makes them an image set,
+// so that it comes when all others are on the disk.
+func (t *Target) moveIn(names []string) error {
+	moved, err := json.Marshal(names)
+	if err != nil {
+		return err
+	}
+	if err := t.write(committingName, moved); err != nil {
+		return err
+	}
+	if err := t.disk.syncDir(t.dir); err != nil {
+		return err
+	}
+	last := len(names) - 1
+	for _, n := range names[:last] {
+		if err := t.disk.rename(t.dir, t.home, n); err != nil {
+			return err
 		}
 	}
-	return t.Abort()
+	if err := t.syncDirs(t.home, t.dir, t.parent); err != nil { // home may be new
+		return err
+	}
+	if err := t.disk.rename(t.dir, t.home, names[last]); err != nil {
+		return err
+	}
+	if err := t.syncDirs(t.home, t.dir); err != nil {
+		// Back, for the caller is going to hear that there is no image set.
+		return errors.Join(err, t.disk.rename(t.home, t.dir, names[last]))
+	}
+	return nil
 }
 
-// exchange swaps the new image set with the earlier one, which it removes.
+func (t *Target) syncDirs(dirs ...*os.File) error {
+	for _, dir := range dirs {
+		if err := t.disk.syncDir(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// exchange swaps the new image set with the earlier one, which Abort removes.
 func (t *Target) exchange() error {
-	st, err := os.Stat(t.path)
-	if err != nil {
-		return fmt.Errorf("image directory: %w", err)
-	}
-	if err := os.Chmod(t.staging, st.Mode().Perm()); err != nil {
-		return fmt.Errorf("image directory: %w", err)
-	}
-	if err := unix.Renameat2(unix.AT_FDCWD, t.staging, unix.AT_FDCWD, t.path, unix.RENAME_EXCHANGE); err != nil {
+	fail := func(err error) error {
 		return fmt.Errorf("replace the earlier checkpoint in %s: %w; name an empty directory", t.path, err)
 	}
-	return t.Abort()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(t.home.Fd()), &st); err != nil {
+		return fail(err)
+	}
+	if err := unix.Fchmod(int(t.dir.Fd()), st.Mode&0o7777); err != nil {
+		return fail(err)
+	}
+	if err := t.checkPlace(); err != nil {
+		return fail(err)
+	}
+	if err := t.syncDirs(t.dir, t.parent); err != nil {
+		return fail(err)
+	}
+	if err := t.disk.exchange(t.parent, t.staging, filepath.Base(t.path)); err != nil {
+		return fail(err)
+	}
+	if err := t.disk.syncDir(t.parent); err != nil {
+		return fail(errors.Join(err, t.disk.exchange(t.parent, t.staging, filepath.Base(t.path))))
+	}
+	return nil
 }
 
-// Abort removes what is unfinished. It does nothing after Commit.
-func (t *Target) Abort() error {
-	if t.dir == nil {
-		return nil
+// Abort removes what is unfinished, or what Commit has replaced.
+func (t *Target) Abort() (err error) {
+	if t.staging != "" {
+		err = t.disk.removeAll(t.around(), t.staging)
+		t.staging = ""
 	}
-	err := t.dir.Close()
-	t.dir = nil
-	return errors.Join(err, os.RemoveAll(t.staging))
+	for _, f := range []**os.File{&t.dir, &t.home, &t.parent} {
+		if *f != nil {
+			err = errors.Join(err, (*f).Close())
+			*f = nil
+		}
+	}
+	return err
 }
 
 func randomName() string {
 	b := make([]byte, 8)
 	_, _ = rand.Read(b) // never fails (crypto/rand)
 	return hex.EncodeToString(b)
+}
+
+// stagingPrefix starts the name of a directory with an unfinished image set.
+// checkName rejects such names, so that it is never mistaken for a part of one.
+const stagingPrefix = ".kata-checkpoint-"
+
+// isStagingName reports whether randomName has made a name.
+func isStagingName(name string) bool {
+	random, found := strings.CutPrefix(name, stagingPrefix)
+	return found && len(random) == 16 && strings.Trim(random, "0123456789abcdef") == ""
 }

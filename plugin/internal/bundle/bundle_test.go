@@ -178,7 +178,7 @@ func TestRecord(t *testing.T) {
 
 func TestStaging(t *testing.T) {
 	dir, images := t.TempDir(), t.TempDir()
-	unfinished := filepath.Join(images, ".kata-checkpoint-0123")
+	unfinished := filepath.Join(images, ".kata-checkpoint-0123456789abcdef")
 	if err := os.Mkdir(unfinished, 0o700); err != nil {
 		t.Fatal(err)
 	}

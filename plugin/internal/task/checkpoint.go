@@ -180,7 +180,20 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	if err != nil {
 		return nil, err
 	}
-	if err := j.target.Commit(m); err != nil {
+	if !j.stop && !before.frozen() {
+		// Nobody waits for the container to be frozen: it need not wait for the disk.
+		if err := c.thaw(ctx); err != nil {
+			return nil, err
+		}
+		c.transition(checkpointingState{c: c})
+		j.phases.done(ctx, "thaw")
+	}
+	if err := j.target.Sync(ctx, files); err != nil {
+		return nil, j.explainFull(err)
+	}
+	j.phases.done(ctx, "sync")
+	m.Phases = j.phases.list
+	if err := j.target.Commit(ctx, m); err != nil {
 		return nil, j.explainFull(err)
 	}
 	j.phases.done(ctx, "commit")
@@ -385,10 +398,7 @@ func (j *checkpointJob) copyLogs(ctx context.Context) (copied bool) {
 			continue
 		}
 		if err == nil {
-			err = os.MkdirAll(j.work, 0o700)
-		}
-		if err == nil {
-			err = os.WriteFile(filepath.Join(j.work, name), data, 0o600)
+			err = imageset.WriteLog(j.work, name, data)
 		}
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("file", name).Warn("failed to copy file to work path")

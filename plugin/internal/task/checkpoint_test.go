@@ -122,6 +122,58 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 	}
 }
 
+// The wait for the disk is no part of the freeze where the engine has not paused
+// the container, and always comes before the container is stopped.
+func TestWaitForTheDisk(t *testing.T) {
+	for name, tc := range map[string]struct {
+		change func(*specs.Spec)
+		paused bool
+		want   string
+	}{
+		"leave running": {leaveRunning, false, "thaw, sync"},
+		"paused before": {leaveRunning, true, "sync"},
+		"stop":          {nil, false, "sync"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t)
+			h.run(tc.change)
+			if tc.paused {
+				h.pause()
+			}
+			path := t.TempDir()
+			h.guest.Before("Thaw", func(context.Context) error {
+				if exists(filepath.Join(path, imageset.ManifestName)) {
+					t.Error("thawed when all was on the disk")
+				}
+				return nil
+			})
+			h.kata.Before("Kill", func(context.Context) error {
+				if !exists(filepath.Join(path, imageset.ManifestName)) {
+					t.Error("killed before the image set is complete")
+				}
+				return nil
+			})
+			if err := h.checkpoint(path, nil); err != nil {
+				t.Fatal(err)
+			}
+			set, err := imageset.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer set.Close()
+			var got []string
+			for _, p := range set.Manifest.Phases {
+				if p.Name == "thaw" || p.Name == "sync" {
+					got = append(got, p.Name)
+				}
+			}
+			if diff := cmp.Diff(tc.want, strings.Join(got, ", ")); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
 // The guest may be another one by then, or out of order.
 func TestImagesAreRemovedWithoutTheGuest(t *testing.T) {
 	h := newHarness(t)
