@@ -230,7 +230,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 			return nil, err
 		}
 	}
-	if err := op.Restore(opts); err != nil {
+	if err := restoreFrozen(ctx, op, opts, tree); err != nil {
 		return nil, err
 	}
 	ph.done("criu restore")
@@ -246,7 +246,41 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err := a.save(c); err != nil {
 		return nil, err
 	}
+	if err := cgroup.Thaw(tree); err != nil {
+		return nil, err
+	}
 	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
+}
+
+// restoreFrozen has CRIU restore the processes. They are frozen, and have not
+// executed an instruction. If it fails, they have been killed.
+func restoreFrozen(ctx context.Context, op *criu.Op, opts *rpc.CriuOpts, tree string) error {
+	own, err := cgroup.Own()
+	if err != nil {
+		return err
+	}
+	hold := func() error {
+		err := cgroup.Hold(ctx, tree)
+		if err != nil {
+			uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+			defer cancel()
+			err = errors.Join(err, cgroup.Kill(uctx, tree))
+		}
+		return err
+	}
+	err = op.Restore(opts, criu.Stages{
+		// CRIU must not be frozen with them, nor killed in place of them when they
+		// use too much memory: what it traces would run.
+		Created: func(pid int) error { return cgroup.Move(pid, own) },
+		// CRIU's option to leave them stopped would be noticed: a parent is told of
+		// SIGSTOP, and a process of the SIGCONT that ends it.
+		Restored: hold,
+	})
+	if err != nil {
+		return err
+	}
+	// A thread that CRIU lets go passes from one stop to the other.
+	return hold()
 }
 
 func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.CriuOpts {

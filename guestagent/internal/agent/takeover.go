@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -16,16 +17,21 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // criuTimeout is how long a restarted agent waits for a CRIU whose agent has
 // died to finish, before it kills it.
 const criuTimeout = 5 * time.Second
 
-// takeOver cleans up after an agent that has died: it waits for a running CRIU,
-// which freezes its container again when it is done, removes the directories of
-// operations, and has frozen containers thawed unless a shim claims them.
+// takeOver cleans up after an agent that has died: it kills what a restore in
+// progress has restored, waits for the CRIU of a dump, which freezes its
+// container again when it is done, removes the directories of operations, and has
+// frozen containers thawed unless a shim claims them.
 func (a *Agent) takeOver() error {
+	if err := a.endRestores(); err != nil {
+		return err
+	}
 	deadline := time.Now().Add(criuTimeout)
 	for _, pid := range criu.Running() {
 		if err := outlive(pid, deadline); err != nil {
@@ -54,6 +60,36 @@ func (a *Agent) takeOver() error {
 		if frozen {
 			log.L.WithField("container", c.ID).Warn("container was frozen by an agent that has died")
 			a.leases.frozen(c.ID)
+		}
+	}
+	return nil
+}
+
+// endRestores kills the processes of restores that were in progress, which nobody
+// has checked. The shim has been told that they failed, by the end of its
+// connection.
+func (a *Agent) endRestores() error {
+	containers, err := a.containers()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
+	defer cancel()
+	for _, c := range containers {
+		if c.Restored == nil {
+			err = errors.Join(err, cgroup.Kill(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("kill what was being restored by an agent that has died: %w", err)
+	}
+	// CRIU waits for that agent's answer. It is not in their cgroup any more, but
+	// has a namespace of it; that of a dump has none.
+	for _, pid := range criu.Running() {
+		if same, err := procfs.SameNamespace(os.Getpid(), pid, "cgroup"); err == nil && !same {
+			if err := outlive(pid, time.Now()); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -106,6 +106,29 @@ func Procs(dir string, deep bool) ([]int, error) {
 	return pids, err
 }
 
+// Own returns the directory of this process's cgroup.
+func Own() (string, error) {
+	data, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(data)) {
+		// That of version 2 has the number 0 and no controllers.
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			return filepath.Join(Root, strings.TrimSuffix(path, "\n")), nil
+		}
+	}
+	return "", errors.New("/proc/self/cgroup names no cgroup of version 2")
+}
+
+// Move moves a process to a cgroup.
+func Move(pid int, dir string) error {
+	if err := write(dir, "cgroup.procs", strconv.Itoa(pid)); err != nil {
+		return fmt.Errorf("move process %d to the cgroup %s: %w", pid, dir, err)
+	}
+	return nil
+}
+
 // Frozen reports whether freezing has been requested for a cgroup.
 func Frozen(dir string) (bool, error) {
 	data, err := os.ReadFile(filepath.Join(dir, "cgroup.freeze"))
@@ -118,6 +141,15 @@ func Frozen(dir string) (bool, error) {
 // Freeze freezes all processes of a cgroup and returns once they are frozen. If
 // ctx ends first, the cgroup is thawed again.
 func Freeze(ctx context.Context, dir string) error {
+	if err := Hold(ctx, dir); err != nil {
+		return errors.Join(err, Thaw(dir))
+	}
+	return nil
+}
+
+// Hold is Freeze for processes that must not run: whatever its error, the cgroup
+// is not thawed.
+func Hold(ctx context.Context, dir string) error {
 	events, err := os.Open(filepath.Join(dir, "cgroup.events"))
 	if err != nil {
 		return fmt.Errorf("freeze: %w", err)
@@ -129,21 +161,21 @@ func Freeze(ctx context.Context, dir string) error {
 	for {
 		frozen, populated, err := readEvents(events)
 		if err != nil {
-			return errors.Join(fmt.Errorf("freeze: %w", err), Thaw(dir))
+			return fmt.Errorf("freeze: %w", err)
 		}
 		if frozen {
 			return nil
 		}
 		if !populated {
-			return errors.Join(fmt.Errorf("freeze: no processes are left: %w", fs.ErrNotExist), Thaw(dir))
+			return fmt.Errorf("freeze: no processes are left: %w", fs.ErrNotExist)
 		}
 		if err := ctx.Err(); err != nil {
-			return errors.Join(fmt.Errorf("freeze: processes were not frozen in time: %w", err), Thaw(dir))
+			return fmt.Errorf("freeze: processes were not frozen in time: %w", err)
 		}
 		// A change of cgroup.events is reported as POLLPRI.
 		fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}} //nolint:gosec // a descriptor
 		if _, err := unix.Poll(fds, 50); err != nil && !errors.Is(err, unix.EINTR) {
-			return errors.Join(fmt.Errorf("freeze: %w", err), Thaw(dir))
+			return fmt.Errorf("freeze: %w", err)
 		}
 	}
 }

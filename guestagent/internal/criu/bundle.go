@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package criu runs CRIU in the guest over its RPC, through go-criu.
+// Package criu runs CRIU in the guest over its RPC.
 //
-// go-criu starts "PATH swrk FD" and talks to it over FD. PATH is the agent's
-// own binary: in that mode ([Launch]) it reads the operation's [Job] from the
+// It starts "PATH swrk FD" and talks to it over FD. PATH is the agent's own
+// binary: in that mode ([Launch]) it reads the operation's [Job] from the
 // directory that it was started from, joins namespaces, sets up mounts and
 // inherited descriptors, and executes CRIU.
 //
@@ -23,7 +23,7 @@ import (
 	"strings"
 	"sync"
 
-	gocriu "github.com/checkpoint-restore/go-criu/v7"
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -115,16 +115,16 @@ func Version() (uint32, error) {
 	if _, err := os.Stat(binary); err != nil {
 		return 0, fmt.Errorf("no CRIU in the guest: %w", err)
 	}
-	c := gocriu.MakeCriu()
-	c.SetCriuPath(binary)
-	if err := prepare(c); err != nil {
+	s, err := startService(binary)
+	if err != nil {
 		return 0, err
 	}
-	v, err := c.GetCriuVersion()
-	if err = errors.Join(err, c.Cleanup()); err != nil {
+	resp, err := s.call(&rpc.CriuReq{Type: rpc.CriuReqType_VERSION.Enum()}, nil)
+	if err = errors.Join(err, s.close()); err != nil {
 		return 0, fmt.Errorf("get the version of CRIU: %w", err)
 	}
-	return uint32(v), nil //nolint:gosec // a version number
+	v := resp.GetVersion()
+	return uint32(v.GetMajorNumber()*10000 + v.GetMinorNumber()*100 + v.GetSublevel()), nil //nolint:gosec // version numbers
 }
 
 // Check runs `criu check`, which go-criu has no call for. The error contains
@@ -170,15 +170,6 @@ func Start(cmd *exec.Cmd) error {
 	start.Lock()
 	defer start.Unlock()
 	return cmd.Start()
-}
-
-func prepare(c *gocriu.Criu) error {
-	start.Lock()
-	defer start.Unlock()
-	if err := c.Prepare(); err != nil {
-		return fmt.Errorf("start CRIU: %w", err)
-	}
-	return nil
 }
 
 // FormatVersion formats CRIU's version number, such as 40201, as 4.2.1.

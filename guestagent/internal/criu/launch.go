@@ -19,7 +19,7 @@ import (
 // read.
 const launchErrorName = "launch-error"
 
-// IsLaunch reports whether the arguments are those that go-criu passes to CRIU.
+// IsLaunch reports whether the arguments are those that CRIU is started with.
 func IsLaunch(args []string) bool { return len(args) == 3 && args[1] == "swrk" }
 
 // Launch does the job in the directory of args[0] and executes CRIU. It returns

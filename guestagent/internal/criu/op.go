@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 
-	gocriu "github.com/checkpoint-restore/go-criu/v7"
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
@@ -20,7 +19,7 @@ import (
 
 // Names in an operation's directory.
 const (
-	launcherName = "criu" // started by go-criu: a link to the agent
+	launcherName = "criu" // a link to the agent
 	jobName      = "job.json"
 	confName     = "criu.conf"
 	logName      = "criu.log"
@@ -151,24 +150,45 @@ func (o *Op) Options(images string) *rpc.CriuOpts {
 
 // Dump runs a dump. The error contains the relevant lines of CRIU's log.
 func (o *Op) Dump(opts *rpc.CriuOpts) error {
-	return o.run("dump", func(c *gocriu.Criu) error { return c.Dump(opts, nil) })
+	return o.run("dump", &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
+}
+
+// Stages are called while a restore waits at a stage. If one returns an error,
+// CRIU is killed, which lets go of what it has restored: Restored has killed it
+// then.
+type Stages struct {
+	// Created: all processes exist. From here on CRIU makes none, and needs not
+	// be in their cgroup. PID is CRIU's.
+	Created func(pid int) error
+	// Restored: all processes are as they were, and are about to run. CRIU holds
+	// each thread by ptrace: none has executed an instruction of its own.
+	Restored func() error
 }
 
 // Restore runs a restore. The error contains the relevant lines of CRIU's log.
-func (o *Op) Restore(opts *rpc.CriuOpts) error {
-	return o.run("restore", func(c *gocriu.Criu) error { return c.Restore(opts, nil) })
+func (o *Op) Restore(opts *rpc.CriuOpts, stages Stages) error {
+	opts.NotifyScripts = proto.Bool(true)
+	return o.run("restore", &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int) error {
+		switch stage {
+		case "post-restore":
+			return stages.Created(pid)
+		case "pre-resume":
+			return stages.Restored()
+		}
+		return nil
+	})
 }
 
 // maxLaunches bounds how often CRIU is started until it has a PID that it may
 // have. Each start has a higher one.
 const maxLaunches = 100
 
-func (o *Op) run(what string, call func(*gocriu.Criu) error) error {
+func (o *Op) run(what string, req *rpc.CriuReq, notify func(stage string, pid int) error) error {
 	if err := o.write(); err != nil {
 		return fmt.Errorf("prepare criu %s: %w", what, err)
 	}
 	for range maxLaunches {
-		err := o.runOnce(what, call)
+		err := o.runOnce(what, req, notify)
 		if !errors.Is(err, errPIDTaken) {
 			return err
 		}
@@ -182,26 +202,32 @@ func (o *Op) run(what string, call func(*gocriu.Criu) error) error {
 // errPIDTaken is the launcher's error if it has a PID that CRIU must not have.
 var errPIDTaken = errors.New("no PID is left for CRIU")
 
-func (o *Op) runOnce(what string, call func(*gocriu.Criu) error) error {
-	c := gocriu.MakeCriu()
-	c.SetCriuPath(filepath.Join(o.dir, launcherName))
-	err := thread.Do(func() error {
+func (o *Op) runOnce(what string, req *rpc.CriuReq, notify func(stage string, pid int) error) error {
+	var s *service
+	err := thread.Do(func() (err error) {
 		if o.pidNamespaceOf != 0 {
 			// It is in effect for this thread's children: CRIU only.
 			if err := thread.Enter(o.pidNamespaceOf, "pid"); err != nil {
 				return err
 			}
 		}
-		return prepare(c)
+		s, err = startService(filepath.Join(o.dir, launcherName))
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("criu %s: %w", what, err)
 	}
-	err = call(c)
-	// The exit code adds nothing to CRIU's response.
-	cleanup := c.Cleanup()
+	var own error // not CRIU's
+	_, err = s.call(req, func(stage string) error {
+		own = notify(stage, s.pid())
+		return own
+	})
+	status := s.close()
 	if err == nil {
-		return nil
+		return nil // the exit code adds nothing to CRIU's response
+	}
+	if own != nil {
+		return own
 	}
 	if launch, e := os.ReadFile(filepath.Join(o.dir, launchErrorName)); e == nil {
 		if string(launch) == errPIDTaken.Error() {
@@ -209,9 +235,9 @@ func (o *Op) runOnce(what string, call func(*gocriu.Criu) error) error {
 		}
 		return fmt.Errorf("criu %s: %s", what, launch)
 	}
-	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, io.EOF) {
-		if cleanup != nil {
-			err = cleanup // reports how it exited
+	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF) {
+		if status != nil {
+			err = status
 		}
 		err = fmt.Errorf("CRIU has exited before it was done: %w", err)
 	}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package criu
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// Descriptors of a CRIU that is started by [startService].
+const (
+	serviceFD = 3 // its end of the socket
+	// clientFD is a copy of ours. It keeps the socket open if this process dies:
+	// CRIU then waits forever for the answer to a notification. At the end of
+	// the socket it would let processes run that nobody has looked at, since it
+	// ignores a failure of the stage pre-resume (criu/cr-restore.c,
+	// restore_root_task).
+	clientFD
+)
+
+// maxMessage is more than any message of CRIU's has bytes.
+const maxMessage = 1 << 16
+
+// service is a CRIU that executes one request (criu/cr-service.c). go-criu's
+// client is not used: it cannot tell when the restored processes are about to
+// run, and leaves the socket to any child that is started at the same time.
+type service struct {
+	cmd    *exec.Cmd
+	socket *os.File
+	// exited is closed when CRIU has exited, and status is how.
+	exited chan struct{}
+	status error
+	// answered: the response has come, after which CRIU exits on its own.
+	answered bool
+}
+
+// startService starts "PATH swrk FD" with the calling thread's namespaces. The
+// caller calls close.
+func startService(path string) (*service, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("start CRIU: %w", err)
+	}
+	socket, theirs := os.NewFile(uintptr(fds[0]), "criu"), os.NewFile(uintptr(fds[1]), "criu's end")
+	defer theirs.Close()
+	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{})} //nolint:gosec // our own
+	s.cmd.ExtraFiles = []*os.File{theirs, socket}
+	if err := s.cmd.Start(); err != nil {
+		socket.Close()
+		return nil, fmt.Errorf("start CRIU: %w", err)
+	}
+	go func() {
+		defer close(s.exited)
+		s.status = s.cmd.Wait()
+		// Its children may have the other end of the socket open still. What it
+		// has sent can be read nevertheless.
+		_ = unix.Shutdown(fds[0], unix.SHUT_RDWR)
+	}()
+	return s, nil
+}
+
+// pid is CRIU's in the PID namespace of the caller.
+func (s *service) pid() int { return s.cmd.Process.Pid }
+
+// close waits until CRIU has exited, and returns how. It is killed if it has not
+// answered the request.
+func (s *service) close() error {
+	if !s.answered {
+		_ = s.cmd.Process.Kill()
+	}
+	<-s.exited
+	return errors.Join(s.socket.Close(), s.status)
+}
+
+// call sends the request and returns the response. Before that it calls notify
+// with each stage that CRIU reaches, if the request asks for it; CRIU waits
+// until notify returns.
+func (s *service) call(req *rpc.CriuReq, notify func(stage string) error) (*rpc.CriuResp, error) {
+	buf, want := make([]byte, maxMessage), req.GetType()
+	for {
+		out, err := proto.Marshal(req)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := s.socket.Write(out); err != nil {
+			return nil, err
+		}
+		n, err := s.socket.Read(buf)
+		if err != nil {
+			return nil, err
+		}
+		resp := &rpc.CriuResp{}
+		if err := proto.Unmarshal(buf[:n], resp); err != nil {
+			return nil, fmt.Errorf("read the response of CRIU: %w", err)
+		}
+		s.answered = resp.GetType() != rpc.CriuReqType_NOTIFY
+		switch {
+		case !resp.GetSuccess():
+			return nil, fmt.Errorf("operation failed (msg:%s err:%d)", resp.GetCrErrmsg(), resp.GetCrErrno())
+		case resp.GetType() == rpc.CriuReqType_NOTIFY && notify != nil:
+			if err := notify(resp.GetNotify().GetScript()); err != nil {
+				return nil, err
+			}
+			req = &rpc.CriuReq{Type: rpc.CriuReqType_NOTIFY.Enum(), NotifySuccess: proto.Bool(true)}
+		case resp.GetType() != want:
+			return nil, fmt.Errorf("CRIU answers %s to %s", resp.GetType(), want)
+		default:
+			return resp, nil
+		}
+	}
+}

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package criu
+
+import (
+	"errors"
+	"io"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// behaviourEnv is how this program behaves as a CRIU.
+const behaviourEnv = "KATA_CHECKPOINT_TEST_CRIU"
+
+func TestMain(m *testing.M) {
+	if behaviour := os.Getenv(behaviourEnv); behaviour != "" && IsLaunch(os.Args) {
+		if os.Args[2] != "3" {
+			os.Exit(2)
+		}
+		os.Exit(imitate(os.NewFile(3, "socket"), behaviour))
+	}
+	os.Exit(m.Run())
+}
+
+// imitate serves a restore as CRIU does (criu/cr-service.c, send_criu_rpc_script).
+func imitate(socket *os.File, behaviour string) int {
+	buf := make([]byte, maxMessage)
+	receive := func() *rpc.CriuReq {
+		n, err := socket.Read(buf)
+		req := &rpc.CriuReq{}
+		if err != nil || proto.Unmarshal(buf[:n], req) != nil {
+			return nil
+		}
+		return req
+	}
+	send := func(resp *rpc.CriuResp) {
+		data, err := proto.Marshal(resp)
+		if err == nil {
+			_, _ = socket.Write(data)
+		}
+	}
+	req := receive()
+	if req.GetType() != rpc.CriuReqType_RESTORE || !req.GetOpts().GetNotifyScripts() {
+		return 3
+	}
+	for _, stage := range []string{"pre-restore", "post-restore", "pre-resume", "post-resume"} {
+		send(&rpc.CriuResp{Type: rpc.CriuReqType_NOTIFY.Enum(), Success: proto.Bool(true), Notify: &rpc.CriuNotify{Script: &stage}})
+		if answer := receive(); answer.GetType() != rpc.CriuReqType_NOTIFY || !answer.GetNotifySuccess() {
+			return 4 // and CRIU lets the processes run
+		}
+		if behaviour == "dies" && stage == "post-restore" {
+			return 5
+		}
+	}
+	if behaviour == "orphans the socket" {
+		// A process that it has restored keeps it open.
+		if _, err := os.StartProcess("/bin/sleep", []string{"sleep", "2"}, &os.ProcAttr{Files: []*os.File{nil, nil, nil, socket}}); err != nil {
+			return 6
+		}
+		return 7
+	}
+	send(&rpc.CriuResp{Type: rpc.CriuReqType_RESTORE.Enum(), Success: proto.Bool(behaviour != "fails")})
+	return 0
+}
+
+func startImitation(t *testing.T, behaviour string) *service {
+	t.Helper()
+	t.Setenv(behaviourEnv, behaviour)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := startService(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func restoreRequest() *rpc.CriuReq {
+	return &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: &rpc.CriuOpts{ImagesDirFd: proto.Int32(-1), NotifyScripts: proto.Bool(true)}}
+}
+
+func TestStages(t *testing.T) {
+	own := errors.New("no")
+	for behaviour, tc := range map[string]struct {
+		refuse string
+		stages int
+		err    func(error) bool
+	}{
+		"succeeds":           {"", 4, func(err error) bool { return err == nil }},
+		"fails":              {"", 4, func(err error) bool { return err != nil && err.Error() == "operation failed (msg: err:0)" }},
+		"dies":               {"", 2, func(err error) bool { return errors.Is(err, io.EOF) }},
+		"orphans the socket": {"", 4, func(err error) bool { return errors.Is(err, io.EOF) }},
+		"is refused":         {"pre-resume", 3, func(err error) bool { return errors.Is(err, own) }},
+	} {
+		t.Run(behaviour, func(t *testing.T) {
+			s := startImitation(t, behaviour)
+			var stages []string
+			_, err := s.call(restoreRequest(), func(stage string) error {
+				stages = append(stages, stage)
+				if stage == tc.refuse {
+					return own
+				}
+				return nil
+			})
+			if !tc.err(err) {
+				t.Errorf("error %v", err)
+			}
+			if want := []string{"pre-restore", "post-restore", "pre-resume", "post-resume"}[:tc.stages]; !slices.Equal(stages, want) {
+				t.Errorf("stages %q", stages)
+			}
+			_ = s.close()
+			if !s.cmd.ProcessState.Exited() && behaviour != "is refused" {
+				t.Errorf("it has not exited on its own: %s", s.cmd.ProcessState)
+			}
+		})
+	}
+}
+
+// A CRIU whose agent has died waits at the stage: it would let the processes run
+// that nobody has looked at.
+func TestWhoseAgentHasDiedWaits(t *testing.T) {
+	s := startImitation(t, "succeeds")
+	_, err := s.call(restoreRequest(), func(stage string) error {
+		if stage != "pre-resume" {
+			return nil
+		}
+		if err := s.socket.Close(); err != nil { // as the kernel does for a process that dies
+			t.Fatal(err)
+		}
+		select {
+		case <-s.exited:
+			t.Error("it has not waited")
+		case <-time.After(300 * time.Millisecond):
+		}
+		return unix.ECANCELED
+	})
+	if !errors.Is(err, unix.ECANCELED) {
+		t.Errorf("error %v", err)
+	}
+	_ = s.close()
+}
