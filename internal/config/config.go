@@ -18,6 +18,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 const (
@@ -181,7 +182,7 @@ func parse(data []byte) (*Config, error) {
 		check(t.key, err == nil && v > 0, fmt.Sprintf(`a duration greater than 0, such as "10s" or "2m", not %q`, t.value))
 		*t.to = v
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errclass.Join(errs...); err != nil {
 		return nil, err
 	}
 	c.AgentPort = uint32(f.AgentPort) //nolint:gosec // checked above
@@ -200,7 +201,7 @@ func explain(err error) error {
 			line, _ := e.Position()
 			errs = append(errs, fmt.Errorf("line %d: unknown key %s", line, strings.Join(e.Key(), ".")))
 		}
-		return errors.Join(errs...)
+		return errclass.Join(errs...)
 	}
 	if de, ok := errors.AsType[*toml.DecodeError](err); ok {
 		line, column := de.Position()

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Bounds of a manifest's lists and strings. No container comes near them.
@@ -40,7 +42,7 @@ func ExternalName(i int) string { return fmt.Sprintf("m%d", i) }
 // check checks all that is known of a manifest without its files.
 func (m *Manifest) check() error {
 	c := m.Container
-	if err := errors.Join(
+	if err := errclass.Join(
 		checkText("container ID", c.ID, maxID), checkText("containerd namespace", c.Namespace, maxID),
 		checkText("pod namespace", c.PodNamespace, maxID), checkText("image", c.Image, maxPath),
 		checkText("host name", c.Hostname, maxHostname), checkText("kernel", m.Guest.Kernel, maxID),
@@ -76,7 +78,7 @@ func (m *Manifest) check() error {
 // CheckRestore checks the part of a manifest that a restore passes to the guest.
 // The agent checks it again, because it does not rely on its caller.
 func (m *Manifest) CheckRestore() error {
-	if err := errors.Join(
+	if err := errclass.Join(
 		checkCount("external mounts", len(m.Externals), maxMounts), checkCount("descriptors", len(m.Stdio), 3),
 		checkCount("TCP connections", len(m.Connections), maxConnections), checkCount("addresses", len(m.Addresses), maxAddresses),
 		checkCount("open files", len(m.OpenFiles), maxOpenFiles), checkCount("CPU features", len(m.Guest.CPUFeatures), maxFeatures),

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 func isEOF(err error) bool { return errors.Is(err, io.EOF) }
@@ -37,7 +38,7 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 	if err != nil {
 		return "", err
 	}
-	defer func() { err = errors.Join(err, out.Close()) }()
+	defer func() { err = errclass.Join(err, out.Close()) }()
 
 	// After a clone, the digest is that of the copy, which nobody else can write.
 	sparse := budget.NewSparseWriter(out, room)

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
@@ -42,14 +43,14 @@ func (kernel) create(dir *os.File, name string, content []byte) error {
 		return err
 	}
 	_, err = f.Write(content)
-	return errors.Join(err, f.Close())
+	return errclass.Join(err, f.Close())
 }
 
 func (kernel) rename(from, to *os.File, name string) error {
 	err := unix.Renameat2(int(from.Fd()), name, int(to.Fd()), name, unix.RENAME_NOREPLACE)
 	if errors.Is(err, unix.EINVAL) { // not on this file system, such as NFS
 		if there, e := exists(to, name); e != nil || there {
-			return &os.PathError{Op: "rename", Path: to.Name() + "/" + name, Err: errors.Join(e, unix.EEXIST)}
+			return &os.PathError{Op: "rename", Path: to.Name() + "/" + name, Err: errclass.Join(e, unix.EEXIST)}
 		}
 		err = unix.Renameat(int(from.Fd()), name, int(to.Fd()), name)
 	}
@@ -79,7 +80,7 @@ func (kernel) removeAll(dir *os.File, name string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(root.RemoveAll(name), root.Close())
+	return errclass.Join(root.RemoveAll(name), root.Close())
 }
 
 func (kernel) sync(dir *os.File, name string) error {

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -130,7 +131,7 @@ func (f *Follower) list() (*os.File, []string, error) {
 	}
 	names, err := list(dir, f.limits.Files)
 	if err != nil {
-		return nil, nil, errors.Join(err, dir.Close())
+		return nil, nil, errclass.Join(err, dir.Close())
 	}
 	return dir, slices.DeleteFunc(names, func(n string) bool { return slices.Contains(f.skip, n) }), nil
 }
@@ -242,7 +243,7 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 	}
 	out, err := create(f.dst, name)
 	if err != nil {
-		return nil, errors.Join(err, src.Close())
+		return nil, errclass.Join(err, src.Close())
 	}
 	g := &growing{src: src, out: out, sparse: budget.NewSparseWriter(out, f.room), digest: sha256.New(), buffer: f.buffer}
 	f.growing[name] = g
@@ -324,7 +325,7 @@ func equal(ctx context.Context, a, b io.ReaderAt, size int64) (bool, error) {
 				n := min(copyBuffer, size-at)
 				_, aerr := a.ReadAt(one[:n], at)
 				_, berr := b.ReadAt(two[:n], at)
-				switch err := errors.Join(aerr, berr); {
+				switch err := errclass.Join(aerr, berr); {
 				case isEOF(err): // the guest has truncated it
 					return errDiffer
 				case err != nil:

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Set is an image set to restore from.
@@ -102,7 +103,7 @@ func (s *Set) CopyTo(ctx context.Context, path string, limits Limits) (err error
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, os.RemoveAll(path))
+			err = errclass.Join(err, os.RemoveAll(path))
 		}
 	}()
 	dst, err := openDir(path)

@@ -18,6 +18,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Target is the directory that an engine named for a checkpoint, while the
@@ -52,7 +54,7 @@ func newTarget(path string, d disk) (_ *Target, err error) {
 	t := &Target{path: filepath.Clean(path), disk: d, synced: make(map[string]bool)}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, t.Abort())
+			err = errclass.Join(err, t.Abort())
 		}
 	}()
 	switch t.home, err = openDir(t.path); {
@@ -251,7 +253,7 @@ func (t *Target) Commit(ctx context.Context, m *Manifest) error {
 		names = append(names, f.Name)
 	}
 	if err := t.moveIn(append(names, ManifestName)); err != nil {
-		return errors.Join(fmt.Errorf("finish checkpoint: %w", err), rollBack(t.disk, t.home, t.dir))
+		return errclass.Join(fmt.Errorf("finish checkpoint: %w", err), rollBack(t.disk, t.home, t.dir))
 	}
 	return nil
 }
@@ -291,7 +293,7 @@ func (t *Target) moveIn(names []string) error {
 	}
 	if err := t.syncDirs(t.home, t.dir); err != nil {
 		// Back, for the caller is going to hear that there is no image set.
-		return errors.Join(err, t.disk.rename(t.home, t.dir, names[last]))
+		return errclass.Join(err, t.disk.rename(t.home, t.dir, names[last]))
 	}
 	return nil
 }
@@ -327,7 +329,7 @@ func (t *Target) exchange() error {
 		return fail(err)
 	}
 	if err := t.disk.syncDir(t.parent); err != nil {
-		return fail(errors.Join(err, t.disk.exchange(t.parent, t.staging, filepath.Base(t.path))))
+		return fail(errclass.Join(err, t.disk.exchange(t.parent, t.staging, filepath.Base(t.path))))
 	}
 	return nil
 }
@@ -340,7 +342,7 @@ func (t *Target) Abort() (err error) {
 	}
 	for _, f := range []**os.File{&t.dir, &t.home, &t.parent} {
 		if *f != nil {
-			err = errors.Join(err, (*f).Close())
+			err = errclass.Join(err, (*f).Close())
 			*f = nil
 		}
 	}

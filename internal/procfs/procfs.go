@@ -21,6 +21,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Stat is a part of /proc/PID/stat.
@@ -71,7 +73,7 @@ func parseStat(data []byte) (Stat, error) {
 	device, err := strconv.ParseInt(fields[terminal], 10, 32)
 	s.Terminal, errs[1] = uint64(uint32(device)), err //nolint:gosec // see above
 	s.StartTime, errs[2] = strconv.ParseUint(fields[startTime], 10, 64)
-	return s, errors.Join(errs[:]...)
+	return s, errclass.Join(errs[:]...)
 }
 
 // Exited reports whether the process has exited and only waits to be reaped.

@@ -4,7 +4,6 @@ package agent
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -135,7 +134,7 @@ func (a *readdressing) edit(images string, write bool) (changed int, err error) 
 		}
 		return moved && write
 	})
-	return changed, errors.Join(refused, err)
+	return changed, errclass.Join(refused, err)
 }
 
 // move changes the addresses of a socket that this guest lacks: the local one,

@@ -124,7 +124,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	}
 	// What an earlier container of the same id has left, if it was never
 	// forgotten.
-	if err := errors.Join(a.release(id), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup))); err != nil {
+	if err := errclass.Join(a.release(id), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup))); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
 	if err := withdraw(c.Init, r.GetExchangeDestination(), r.GetToken(), a.exchangePath(id)); err != nil {
@@ -135,7 +135,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 		err = a.save(c)
 	}
 	if err != nil {
-		return nil, errclass.ToRPC(errors.Join(err, a.release(id)))
+		return nil, errclass.ToRPC(errclass.Join(err, a.release(id)))
 	}
 	log.G(ctx).WithFields(log.Fields{"container": id, "pid": c.Init.PID, "cgroup": c.Cgroup}).Info("container adopted")
 	return &api.AdoptResponse{Pid: int32(c.Init.PID)}, nil //nolint:gosec // a pid
@@ -151,13 +151,13 @@ func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	a.leases.thawed(id)
 	var left error
 	if c, err := a.load(id); err == nil {
-		left = errors.Join(a.unlockNetwork(c), c.forgetCgroup(ctx))
+		left = errclass.Join(a.unlockNetwork(c), c.forgetCgroup(ctx))
 	}
 	err := os.Remove(a.recordPath(id))
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}
-	if err := errors.Join(left, err, a.release(id)); err != nil {
+	if err := errclass.Join(left, err, a.release(id)); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
 	return &emptypb.Empty{}, nil
@@ -182,7 +182,7 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
 	}
 	if err := c.writeOut(ctx); err != nil {
-		return nil, errclass.ToRPC(errors.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
+		return nil, errclass.ToRPC(errclass.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
 	}
 	a.leases.frozen(c.ID)
 	return &emptypb.Empty{}, nil
@@ -200,7 +200,7 @@ func (a *Agent) thaw(id string) error {
 		return err
 	}
 	a.leases.thawed(id)
-	if err := errors.Join(a.unlockNetwork(c), cgroup.Thaw(c.tree())); err != nil {
+	if err := errclass.Join(a.unlockNetwork(c), cgroup.Thaw(c.tree())); err != nil {
 		return fmt.Errorf("container %s: %w", id, err)
 	}
 	return nil

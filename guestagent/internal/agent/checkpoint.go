@@ -123,14 +123,14 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
 	}
 	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
-		return nil, errclass.ToRPC(errors.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
+		return nil, errclass.ToRPC(errclass.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
 	}
 	if err := os.Mkdir(images, 0o700); err != nil {
 		return nil, errclass.ToRPC(fmt.Errorf("make the directory for the images: %w", err))
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, errclass.ToRPC(errors.Join(err, keepLogs(images), stayFrozen(ctx, c)))
+		return nil, errclass.ToRPC(errclass.Join(err, keepLogs(images), stayFrozen(ctx, c)))
 	}
 	return out, nil
 }
@@ -141,7 +141,7 @@ func keepLogs(images string) error {
 	entries, err := os.ReadDir(images)
 	for _, e := range entries {
 		if name := e.Name(); name != imageset.DumpLogName && name != imageset.StatsName {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(images, name)))
+			err = errclass.Join(err, os.RemoveAll(filepath.Join(images, name)))
 		}
 	}
 	return err
@@ -205,7 +205,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removeCRIULock(op), a.unlockNetwork(c), removeLinkRemaps(c.root().PID, look.Names))
+			err = errclass.Join(err, removeCRIULock(op), a.unlockNetwork(c), removeLinkRemaps(c.root().PID, look.Names))
 		}
 	}()
 	if len(kept) > 0 {
@@ -236,7 +236,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	ph.done("criu dump")
 	// CRIU cannot be stopped halfway without harm to what it dumps. A caller
 	// that has given up meanwhile gets no image set.
-	err = errors.Join(err, <-shm, ctx.Err())
+	err = errclass.Join(err, <-shm, ctx.Err())
 	ph.done("save /dev/shm")
 	if err != nil {
 		return nil, err
@@ -368,7 +368,7 @@ func applyOptions(opts *rpc.CriuOpts, o *api.CheckpointOptions) {
 // copyLogs copies CRIU's log and statistics to the directory of the images. After
 // a failure there may be no statistics, or neither.
 func copyLogs(op *criu.Op, images string) error {
-	return errors.Join(copyOut(op.LogPath(), filepath.Join(images, imageset.DumpLogName)), copyOut(op.StatsPath("dump"), filepath.Join(images, imageset.StatsName)))
+	return errclass.Join(copyOut(op.LogPath(), filepath.Join(images, imageset.DumpLogName)), copyOut(op.StatsPath("dump"), filepath.Join(images, imageset.StatsName)))
 }
 
 func copyOut(from, to string) error {
@@ -382,5 +382,5 @@ func copyOut(from, to string) error {
 		return err
 	}
 	_, err = io.Copy(dst, src)
-	return errors.Join(err, dst.Close())
+	return errclass.Join(err, dst.Close())
 }

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -134,7 +135,7 @@ func Daemon(ctx context.Context, executable string) error {
 // setting that the hook made has had that effect. It is reset, as processes
 // that the agent starts would inherit it.
 func smallPages() (err error) {
-	defer func() { err = errors.Join(err, unix.Prctl(unix.PR_SET_THP_DISABLE, 0, 0, 0, 0)) }()
+	defer func() { err = errclass.Join(err, unix.Prctl(unix.PR_SET_THP_DISABLE, 0, 0, 0, 0)) }()
 	maps, err := os.ReadFile("/proc/self/maps")
 	if err != nil {
 		return err

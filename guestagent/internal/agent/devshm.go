@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // CRIU's images do not contain the files of external mounts, and a restore
@@ -141,7 +142,7 @@ func unpackFile(root *os.Root, h *tar.Header, content io.Reader) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	defer func() { err = errclass.Join(err, f.Close()) }()
 	if err := f.Truncate(h.Size); err != nil {
 		return err
 	}

@@ -4,7 +4,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -50,7 +49,7 @@ func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int
 	}
 	pid, err := process.Run(criu.Helper, h.Stdio)
 	if err != nil {
-		return 0, errors.Join(err, h.Kill())
+		return 0, errclass.Join(err, h.Kill())
 	}
 	go h.Attend(pid)
 	return pid, nil

@@ -16,6 +16,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/pstree"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Magic numbers at the beginning of CRIU's images (criu/include/magic.h).
@@ -69,7 +71,7 @@ func readCore(path string) (*criu_core.CoreEntry, error) {
 	core := &criu_core.CoreEntry{}
 	// Fields that a newer CRIU requires do not matter here.
 	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data[head:head+size], core); err != nil {
-		return nil, errors.Join(wrong, err)
+		return nil, errclass.Join(wrong, err)
 	}
 	return core, nil
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // remapsImage has an entry for each open file that CRIU cannot open by its name.
@@ -234,7 +235,7 @@ func (image *entriesImage) write(path string) error {
 		err = os.Rename(next, path)
 	}
 	if err != nil {
-		return errors.Join(err, os.RemoveAll(next))
+		return errclass.Join(err, os.RemoveAll(next))
 	}
 	return nil
 }

@@ -57,7 +57,7 @@ func (a *Agent) unlockNetwork(c *container) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(netlock.LeaveRepair(list), netlock.Unlock(lockName(c.ID))); err != nil {
+	if err := errclass.Join(netlock.LeaveRepair(list), netlock.Unlock(lockName(c.ID))); err != nil {
 		return err
 	}
 	return a.noteUnlocked(c)
@@ -83,7 +83,7 @@ func connectionsOf(list []*api.Connection) ([]inspect.Connection, error) {
 	for _, c := range list {
 		local, lerr := netip.ParseAddrPort(c.GetLocal())
 		remote, rerr := netip.ParseAddrPort(c.GetRemote())
-		if err := errors.Join(lerr, rerr); err != nil {
+		if err := errclass.Join(lerr, rerr); err != nil {
 			return nil, errclass.Invalid("TCP connection from %q to %q: %w", c.GetLocal(), c.GetRemote(), err)
 		}
 		out = append(out, inspect.Connection{Local: local, Remote: remote})

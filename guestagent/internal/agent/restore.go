@@ -140,7 +140,7 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
-		err = errors.Join(fmt.Errorf("restore container %s: %w", c.ID, err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		err = errclass.Join(fmt.Errorf("restore container %s: %w", c.ID, err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
 		return nil, errclass.ToRPC(err)
 	}
 	return out, nil
@@ -235,7 +235,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	}
 	ph.done("criu restore")
 	if len(connections) > 0 {
-		if err := errors.Join(netlock.Unlock(lockName(c.ID)), a.noteUnlocked(c)); err != nil {
+		if err := errclass.Join(netlock.Unlock(lockName(c.ID)), a.noteUnlocked(c)); err != nil {
 			return nil, err
 		}
 	}
@@ -264,7 +264,7 @@ func restoreFrozen(ctx context.Context, op *criu.Op, opts *rpc.CriuOpts, tree st
 		if err != nil {
 			uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 			defer cancel()
-			err = errors.Join(err, cgroup.Kill(uctx, tree))
+			err = errclass.Join(err, cgroup.Kill(uctx, tree))
 		}
 		return err
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
@@ -40,7 +41,7 @@ func (a *Agent) takeOver() error {
 	}
 	ops, err := filepath.Glob(filepath.Join(a.dir, "ops", "*"))
 	for _, dir := range ops {
-		err = errors.Join(err, os.RemoveAll(dir))
+		err = errclass.Join(err, os.RemoveAll(dir))
 	}
 	if err != nil {
 		return err
@@ -77,7 +78,7 @@ func (a *Agent) endRestores() error {
 	defer cancel()
 	for _, c := range containers {
 		if c.Restored == nil {
-			err = errors.Join(err, cgroup.Kill(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+			err = errclass.Join(err, cgroup.Kill(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
 		}
 	}
 	if err != nil {
@@ -101,7 +102,7 @@ func (a *Agent) endRestores() error {
 func (a *Agent) takeOverLock(c *container, frozen bool) error {
 	err := netlock.RemoveStale("")
 	if !frozen {
-		err = errors.Join(err, a.unlockNetwork(c))
+		err = errclass.Join(err, a.unlockNetwork(c))
 	}
 	return err
 }

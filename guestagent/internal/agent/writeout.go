@@ -4,7 +4,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 
@@ -12,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // writeOut makes what a frozen container has written visible to the host, where
@@ -81,7 +81,7 @@ func writeOutFile(ctx context.Context, path string) error {
 		return nil
 	}
 	err = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
-	if err = errors.Join(err, unix.Close(fd)); err != nil {
+	if err = errclass.Join(err, unix.Close(fd)); err != nil {
 		return fmt.Errorf("write out file %s of the container: %w", path, err)
 	}
 	return nil

@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Root is where cgroup v2 is mounted in the guest.
@@ -142,7 +144,7 @@ func Frozen(dir string) (bool, error) {
 // ctx ends first, the cgroup is thawed again.
 func Freeze(ctx context.Context, dir string) error {
 	if err := Hold(ctx, dir); err != nil {
-		return errors.Join(err, Thaw(dir))
+		return errclass.Join(err, Thaw(dir))
 	}
 	return nil
 }
@@ -235,7 +237,7 @@ func Remove(ctx context.Context, dir string) error {
 	})
 	for _, d := range slices.Backward(dirs) {
 		if rerr := os.Remove(d); !errors.Is(rerr, fs.ErrNotExist) {
-			err = errors.Join(err, rerr)
+			err = errclass.Join(err, rerr)
 		}
 	}
 	if err != nil {
@@ -267,5 +269,5 @@ func write(dir, file, value string) error {
 		return err
 	}
 	_, err = f.WriteString(value)
-	return errors.Join(err, f.Close())
+	return errclass.Join(err, f.Close())
 }

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 const (
@@ -64,14 +65,14 @@ func Load(bundle string) error {
 	if err := unix.Unmount(programs, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("load CRIU: unmount %s: %w", programs, err)
 	}
-	if err := errors.Join(os.RemoveAll(home), os.RemoveAll(programs)); err != nil {
+	if err := errclass.Join(os.RemoveAll(home), os.RemoveAll(programs)); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
-	if err := errors.Join(os.CopyFS(home, os.DirFS(src)), copyExecutable(self, Agent), copyExecutable(filepath.Join(bundle, "bin", filepath.Base(Helper)), Helper)); err != nil {
+	if err := errclass.Join(os.CopyFS(home, os.DirFS(src)), copyExecutable(self, Agent), copyExecutable(filepath.Join(bundle, "bin", filepath.Base(Helper)), Helper)); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
 	return sealPrograms()
@@ -103,7 +104,7 @@ func copyExecutable(from, to string) error {
 		return err
 	}
 	_, err = io.Copy(dst, src)
-	return errors.Join(err, dst.Close())
+	return errclass.Join(err, dst.Close())
 }
 
 // start serialises the start of processes: go-criu creates its socket pair
@@ -120,7 +121,7 @@ func Version() (uint32, error) {
 		return 0, err
 	}
 	resp, err := s.call(&rpc.CriuReq{Type: rpc.CriuReqType_VERSION.Enum()}, nil)
-	if err = errors.Join(err, s.close()); err != nil {
+	if err = errclass.Join(err, s.close()); err != nil {
 		return 0, fmt.Errorf("get the version of CRIU: %w", err)
 	}
 	v := resp.GetVersion()

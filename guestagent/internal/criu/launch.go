@@ -4,7 +4,6 @@ package criu
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -29,7 +29,7 @@ func Launch(args []string) error {
 	dir := filepath.Dir(args[0])
 	err := launch(dir, args)
 	if e := os.WriteFile(filepath.Join(dir, launchErrorName), []byte(err.Error()), 0o600); e != nil {
-		err = errors.Join(err, e)
+		err = errclass.Join(err, e)
 	}
 	return err
 }

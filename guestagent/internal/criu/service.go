@@ -3,7 +3,6 @@
 package criu
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -11,6 +10,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Descriptors of a CRIU that is started by [startService].
@@ -75,7 +76,7 @@ func (s *service) close() error {
 		_ = s.cmd.Process.Kill()
 	}
 	<-s.exited
-	return errors.Join(s.socket.Close(), s.status)
+	return errclass.Join(s.socket.Close(), s.status)
 }
 
 // call sends the request and returns the response. Before that it calls notify

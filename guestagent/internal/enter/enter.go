@@ -18,6 +18,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // The helper's argument: what it becomes.
@@ -177,11 +179,11 @@ func (p *Prepared) parse(report string) (int, error) {
 		n, err := strconv.Atoi(value)
 		switch {
 		case err != nil:
-			failed = errors.Join(failed, fmt.Errorf("exec: report %q: %w", line, err))
+			failed = errclass.Join(failed, fmt.Errorf("exec: report %q: %w", line, err))
 		case kind == "pid":
 			pid = n
 		default:
-			failed = errors.Join(failed, p.failure(step, syscall.Errno(n)))
+			failed = errclass.Join(failed, p.failure(step, syscall.Errno(n)))
 		}
 	}
 	if failed == nil && pid == 0 {

@@ -12,6 +12,8 @@ import (
 	"github.com/moby/sys/capability"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // plan is all that the helper needs, in the order in which it needs it: strings,
@@ -23,7 +25,7 @@ type plan struct {
 
 func (p *plan) text(s string) {
 	if strings.IndexByte(s, 0) >= 0 {
-		p.err = errors.Join(p.err, fmt.Errorf("%q contains a zero byte", s))
+		p.err = errclass.Join(p.err, fmt.Errorf("%q contains a zero byte", s))
 	}
 	p.data = append(append(p.data, s...), 0)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
@@ -195,5 +196,5 @@ func closeIfOpen(fd int) {
 
 // Kill ends a helper that has no process.
 func (h *Helper) Kill() error {
-	return errors.Join(pidfd.Kill(h.pidfd), h.close())
+	return errclass.Join(pidfd.Kill(h.pidfd), h.close())
 }

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Lock drops every packet of the connections, in both directions, until Unlock
@@ -132,7 +133,7 @@ const (
 // and takes effect as a whole or not at all.
 func dial(elements int) (*nftables.Conn, error) {
 	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return errors.Join(c.SetWriteBuffer(64<<10+elements*elementBytes), c.SetDeadline(time.Now().Add(answerTimeout)))
+		return errclass.Join(c.SetWriteBuffer(64<<10+elements*elementBytes), c.SetDeadline(time.Now().Add(answerTimeout)))
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)

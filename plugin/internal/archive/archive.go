@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
@@ -189,7 +190,7 @@ func (x *extractor) write(ctx context.Context, header *tar.Header, r io.Reader, 
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	defer func() { err = errclass.Join(err, f.Close()) }()
 	// A sparse entry may be mostly holes.
 	sparse := budget.NewSparseWriter(f, x.room)
 	if _, err := io.CopyBuffer(sparse, budget.Reader(ctx, r), x.buffer); err != nil {

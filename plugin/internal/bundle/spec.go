@@ -20,6 +20,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 const specName = "config.json"
@@ -47,7 +48,7 @@ func ReadSpec(dir string) (*Spec, error) {
 		return nil, fmt.Errorf("%s is not an OCI runtime spec: %w", s.path, err)
 	}
 	if err := json.Unmarshal(data, &s.raw); err != nil || s.raw == nil {
-		return nil, fmt.Errorf("%s is not an OCI runtime spec: %w", s.path, errors.Join(err, errors.New("no JSON object")))
+		return nil, fmt.Errorf("%s is not an OCI runtime spec: %w", s.path, errclass.Join(err, errors.New("no JSON object")))
 	}
 	return s, nil
 }
@@ -196,12 +197,12 @@ func replaceFile(path string, data []byte) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode), f.Close())
+	err = errclass.Join(err, f.Chmod(mode), f.Close())
 	if err == nil {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		return fmt.Errorf("write %s: %w", path, errors.Join(err, os.Remove(f.Name())))
+		return fmt.Errorf("write %s: %w", path, errclass.Join(err, os.Remove(f.Name())))
 	}
 	return nil
 }

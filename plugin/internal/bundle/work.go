@@ -11,6 +11,7 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
@@ -62,7 +63,7 @@ func EmptyRootfs(dir string) error {
 		return nil
 	}
 	for _, e := range entries {
-		err = errors.Join(err, remove.All(filepath.Join(rootfs, e.Name())))
+		err = errclass.Join(err, remove.All(filepath.Join(rootfs, e.Name())))
 	}
 	if err != nil {
 		return fmt.Errorf("empty the bundle's rootfs: %w", err)

@@ -36,6 +36,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -76,11 +77,11 @@ func Run(ctx context.Context, i *manager.Invocation) error {
 	d, err := newDaemon(namespaces.WithNamespace(ctx, i.Namespace), i)
 	if err != nil {
 		_, werr := io.WriteString(ready, err.Error())
-		return errors.Join(err, werr, ready.Close())
+		return errclass.Join(err, werr, ready.Close())
 	}
 	// If this fails, start has exited, and containerd calls delete.
 	_, err = io.WriteString(ready, "ok")
-	if err := errors.Join(err, ready.Close()); err != nil {
+	if err := errclass.Join(err, ready.Close()); err != nil {
 		log.G(ctx).WithError(err).Warn("failed to report readiness to start")
 	}
 	return d.serve()
@@ -213,7 +214,7 @@ func (d *daemon) serve() error {
 		<-d.shutdown.Done()
 	}
 	if serr := d.shutdown.Err(); !errors.Is(serr, shutdown.ErrShutdown) {
-		err = errors.Join(err, serr)
+		err = errclass.Join(err, serr)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(d.ctx), drainTimeout)
 	defer cancel()
@@ -226,7 +227,7 @@ func (d *daemon) serve() error {
 	// that wait for a Kata that is gone end with this process.
 	time.Sleep(linger) //nolint:forbidigo // nothing tells when they are written
 	log.G(ctx).Info("shut down")
-	return errors.Join(err, d.relay.Close())
+	return errclass.Join(err, d.relay.Close())
 }
 
 func inherit(fd uintptr) (net.Listener, error) {

@@ -5,7 +5,6 @@ package fake
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -22,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -318,7 +318,7 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		return nil, err
 	}
 	if err := g.enter(ctx, "Checkpoint", r.GetContainerId(), r); err != nil {
-		return nil, errors.Join(err, os.WriteFile(filepath.Join(dir, imageset.DumpLogName), []byte(FailedLog), 0o600))
+		return nil, errclass.Join(err, os.WriteFile(filepath.Join(dir, imageset.DumpLogName), []byte(FailedLog), 0o600))
 	}
 	for name, content := range g.files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {

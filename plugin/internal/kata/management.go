@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/mdlayher/vsock"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // managementTimeout bounds a request to the management socket.
@@ -153,7 +155,7 @@ func (g *Guest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 		return nil, err
 	}
 	if err := hybridConnect(ctx, conn, port); err != nil {
-		return nil, errors.Join(fmt.Errorf("port %d by %s: %w", port, g.hybrid, err), conn.Close())
+		return nil, errclass.Join(fmt.Errorf("port %d by %s: %w", port, g.hybrid, err), conn.Close())
 	}
 	return conn, nil
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -60,7 +61,7 @@ func protect(pidfd, pid int, share string) error {
 			return fmt.Errorf("enter the mount namespace of Kata's shim: %w", err)
 		}
 		for _, t := range targets {
-			err = errors.Join(err, makeReadOnly(t))
+			err = errclass.Join(err, makeReadOnly(t))
 		}
 		return err
 	})

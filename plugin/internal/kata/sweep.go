@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // shareDir is where both of Kata's shims make the directory tree that a
@@ -34,7 +36,7 @@ func Sweep(sandbox string) error {
 	name := filepath.Base(sandbox)
 	err := sweep(filepath.Join(shareDir, name))
 	for _, dir := range vmDirs {
-		err = errors.Join(err, sweep(filepath.Join(dir, name)))
+		err = errclass.Join(err, sweep(filepath.Join(dir, name)))
 	}
 	return err
 }
@@ -62,7 +64,7 @@ func sweepMount(dir, container, destination string) error {
 		if st, ierr := e.Info(); ierr != nil || !st.Mode().IsRegular() || st.Size() > 0 {
 			continue // gone, or mounted
 		}
-		err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
+		err = errclass.Join(err, os.Remove(filepath.Join(dir, e.Name())))
 	}
 	return err
 }

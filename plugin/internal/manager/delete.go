@@ -24,6 +24,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -203,7 +204,7 @@ func (i *Invocation) retire(ctx context.Context, e kata.Endpoint, owns bool) err
 		if errors.Is(serr, ttrpc.ErrClosed) {
 			return nil
 		}
-		err = errors.Join(err, serr)
+		err = errclass.Join(err, serr)
 	}
 	return err
 }
@@ -258,5 +259,5 @@ func (i *Invocation) removeSockets(r *bundle.Record) error {
 	for _, dir := range left {
 		errs = append(errs, os.RemoveAll(dir))
 	}
-	return errors.Join(errs...)
+	return errclass.Join(errs...)
 }

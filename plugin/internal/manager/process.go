@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -65,7 +66,7 @@ func end(pid int, grace time.Duration, isMeant func() bool) error {
 // EndKata kills the daemon of Kata's shim that was started in a sandbox's
 // bundle, and its VM, and removes what they leave behind.
 func EndKata(dir, sandbox string) error {
-	return errors.Join(killKata(dir, 0), endVM(dir, sandbox, time.Now().Add(endTimeout)), kata.Sweep(sandbox))
+	return errclass.Join(killKata(dir, 0), endVM(dir, sandbox, time.Now().Add(endTimeout)), kata.Sweep(sandbox))
 }
 
 // endVM kills the VM of a sandbox whose Kata is gone, and waits until it has

@@ -21,6 +21,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -101,17 +102,17 @@ func (i *Invocation) found(ctx context.Context, shim kata.Binary, r *bundle.Reco
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, tasks.Close(), unlinkIf(err != nil, socket)) }()
+	defer func() { err = errclass.Join(err, tasks.Close(), unlinkIf(err != nil, socket)) }()
 	// Before Kata's shim: the Rust one connects to it when it starts.
 	events, err := listen(r.Events)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, events.Close(), unlinkIf(err != nil, r.Events)) }()
+	defer func() { err = errclass.Join(err, events.Close(), unlinkIf(err != nil, r.Events)) }()
 
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, i.stopKata(r.Downstream), bundle.RemoveRecord(i.Bundle))
+			err = errclass.Join(err, i.stopKata(r.Downstream), bundle.RemoveRecord(i.Bundle))
 		}
 	}()
 	if r.Downstream, err = i.startKata(ctx, shim, r.Events); err != nil {
@@ -148,7 +149,7 @@ func (i *Invocation) stopKata(e kata.Endpoint) error {
 	err := killKata(i.Bundle, 0)
 	if e.Address != "" {
 		if rerr := os.Remove(e.Path()); !errors.Is(rerr, os.ErrNotExist) {
-			err = errors.Join(err, rerr)
+			err = errclass.Join(err, rerr)
 		}
 	}
 	return err

@@ -33,6 +33,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Connection is a TCP connection as the container has it.
@@ -107,7 +109,7 @@ func closeGate(h *netlink.Handle, connections []Connection) error {
 			held[c.Local.Addr()] = true
 		}
 	}
-	if err := errors.Join(failed...); err != nil {
+	if err := errclass.Join(failed...); err != nil {
 		return err
 	}
 	for _, c := range connections {

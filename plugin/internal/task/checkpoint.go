@@ -358,7 +358,7 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	for _, t := range out.GetConnections() {
 		local, lerr := netip.ParseAddrPort(t.GetLocal())
 		remote, rerr := netip.ParseAddrPort(t.GetRemote())
-		if err := errors.Join(lerr, rerr); err != nil {
+		if err := errclass.Join(lerr, rerr); err != nil {
 			return nil, fmt.Errorf("the agent returned an invalid TCP connection: %w", err)
 		}
 		m.Connections = append(m.Connections, imageset.Connection{Local: local, Remote: remote})
