@@ -179,10 +179,11 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 		return nil, errclass.ToRPC(err)
 	}
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(c.explain(fmt.Errorf("container %s: %w", c.ID, err)))
 	}
 	if err := c.writeOut(ctx); err != nil {
-		return nil, errclass.ToRPC(errclass.Join(fmt.Errorf("container %s: %w", c.ID, err), cgroup.Thaw(c.tree())))
+		err = c.explain(fmt.Errorf("container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(errclass.Join(err, cgroup.Thaw(c.tree())))
 	}
 	a.leases.frozen(c.ID)
 	return &emptypb.Empty{}, nil

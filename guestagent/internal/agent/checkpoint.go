@@ -39,7 +39,7 @@ func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 		return nil, errclass.ToRPC(err)
 	}
 	if _, _, err := a.inspect(ctx, c, r.GetOptions()); err != nil {
-		return nil, errclass.ToRPC(err)
+		return nil, errclass.ToRPC(c.explain(err))
 	}
 	return &emptypb.Empty{}, nil
 }
@@ -123,14 +123,14 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
 	}
 	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
-		return nil, errclass.ToRPC(errclass.Join(fmt.Errorf("container %s is not frozen: %w", c.ID, errdefs.ErrFailedPrecondition), err))
+		return nil, errclass.ToRPC(c.explain(errclass.Join(errclass.Precondition("container %s is not frozen", c.ID), err)))
 	}
 	if err := os.Mkdir(images, 0o700); err != nil {
 		return nil, errclass.ToRPC(fmt.Errorf("make the directory for the images: %w", err))
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, errclass.ToRPC(errclass.Join(err, keepLogs(images), stayFrozen(ctx, c)))
+		return nil, errclass.ToRPC(errclass.Join(c.explain(err), keepLogs(images), stayFrozen(ctx, c)))
 	}
 	return out, nil
 }

@@ -16,9 +16,11 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // restoredCgroup is the child of a container's cgroup with the restored
@@ -183,9 +185,25 @@ func (a *Agent) running(id string) (*container, error) {
 		return nil, err
 	}
 	if !c.root().alive() {
-		return nil, fmt.Errorf("the process of container %s has exited: %w", id, errdefs.ErrNotFound)
+		return nil, errExited
 	}
 	return c, nil
+}
+
+// errExited is the failure of a call that needs a container's processes.
+var errExited = errclass.Precondition("the container's process has exited")
+
+// explain returns the error of an operation on a container's processes. Once
+// their root has exited, that is what failed, whatever the error: each file of a
+// process has its own way to fail then, and so has CRIU, whose log may have more.
+func (c *container) explain(err error) error {
+	if err == nil || c.root().alive() {
+		return err
+	}
+	if dump, ok := errors.AsType[*criu.Error](err); ok {
+		return errclass.Join(errExited, dump)
+	}
+	return errExited
 }
 
 // containers are all that have a record and whose root process is alive.

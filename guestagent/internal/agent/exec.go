@@ -6,8 +6,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/errdefs"
-
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
@@ -22,7 +20,7 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored == nil {
-		return nil, errclass.ToRPC(fmt.Errorf("container %s is not a restored one: %w", c.ID, errdefs.ErrFailedPrecondition))
+		return nil, errclass.ToRPC(errclass.Precondition("container %s is not a restored one", c.ID))
 	}
 	pid, err := a.exec(ctx, c, r)
 	if err != nil {

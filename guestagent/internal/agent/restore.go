@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -44,7 +43,7 @@ func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*emptypb
 		err = a.checkRestore(c, r)
 	}
 	if err != nil {
-		return nil, errclass.ToRPC(errclass.Precondition("container %s cannot be restored: %w", c.ID, err))
+		return nil, errclass.ToRPC(c.explain(errclass.Precondition("container %s cannot be restored: %w", c.ID, err)))
 	}
 	return &emptypb.Empty{}, nil
 }
@@ -134,13 +133,13 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("container %s has already been restored: %w", c.ID, errdefs.ErrFailedPrecondition))
+		return nil, errclass.ToRPC(errclass.Precondition("container %s has already been restored", c.ID))
 	}
 	out, err := a.restore(ctx, c, r)
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
-		err = errclass.Join(fmt.Errorf("restore container %s: %w", c.ID, err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		err = errclass.Join(c.explain(fmt.Errorf("restore container %s: %w", c.ID, err)), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
 		return nil, errclass.ToRPC(err)
 	}
 	return out, nil

@@ -116,7 +116,7 @@ func Look(root int, pids []int) (*Container, error) {
 	}
 	i := slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == root })
 	if i < 0 {
-		return nil, errclass.NotFound("the process of the container has exited")
+		return nil, errclass.Precondition("the container's process has exited")
 	}
 	c.Root = c.Processes[i]
 	if c.sockets, err = readSockets(c.Processes); err != nil {
