@@ -4,6 +4,7 @@ package integration
 
 import (
 	"context"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -127,6 +128,17 @@ func (s *scenario) waitExecExit(p *engine.Process, want ...uint32) {
 	s.check(err)
 	if !slices.Contains(want, status) {
 		s.Errorf("%s exited with status %d, not %d; it printed %q and %q", p.ID(), status, want, p.Stdout.Lines(), p.Stderr.Lines())
+	}
+}
+
+// checkNamesLog checks that an error is one line, with the path of CRIU's log.
+func (s *scenario) checkNamesLog(err error) {
+	s.Helper()
+	text := err.Error()
+	_, path, _ := strings.Cut(text, "CRIU's log is in ")
+	path, _, _ = strings.Cut(path, ":") // the class, which containerd appends
+	if log, err := os.ReadFile(path); strings.Contains(text, "\n") || err != nil || len(log) == 0 {
+		s.Errorf("CRIU's log of %q has %d bytes (%v)", text, len(log), err)
 	}
 }
 

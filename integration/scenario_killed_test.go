@@ -212,8 +212,11 @@ func (k *killer) checkSurvives(t trial, err error) {
 	if err != nil && !strings.Contains(strings.ToLower(err.Error()), t.victim) {
 		k.Errorf("%s: the error does not name it: %v", t, err)
 	}
-	if err == nil && t.victim == "criu" {
-		k.Errorf("%s: the checkpoint was made without it", t)
+	if t.victim == "criu" {
+		if err == nil {
+			k.Fatalf("%s: the checkpoint was made without it", t)
+		}
+		k.checkNamesLog(err)
 	}
 	k.checkKeepsRunning(k.run)
 	if t.midway { // elsewhere the next trial sees to it
@@ -318,6 +321,9 @@ func (k *killer) restore(t trial) {
 		k.Errorf("%s: the error does not name it: %v", t, err)
 	}
 	k.checkTaskEnds(t, ours)
+	if t.victim == "criu" && err != nil { // the task is deleted, and the log still there
+		k.checkNamesLog(err)
+	}
 	k.checkWholeOrNothing(t, k.whole, true)
 	k.step("%s: %v", t, err)
 }

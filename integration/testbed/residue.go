@@ -58,8 +58,11 @@ func (t *Testbed) Residue(containers ...string) ([]string, error) {
 	for _, p := range patterns {
 		found, _ := filepath.Glob(p)
 		for _, path := range found {
-			if filepath.Dir(path) == filepath.Join(t.Dir, "state/restored") {
-				continue // records of pods that may get another sandbox
+			switch filepath.Dir(path) {
+			case filepath.Join(t.Dir, "state/restored"): // records of pods that may get another sandbox
+				continue
+			case filepath.Join(t.Dir, "state/restore-logs"): // the last ones, of CRIU
+				continue
 			}
 			out = append(out, "file "+path)
 		}

@@ -38,6 +38,10 @@ const (
 	// MarkerName is the file in an exchange directory whose content is the
 	// token of AdoptRequest: it proves to the agent that it has the right mount.
 	MarkerName = ".exchange"
+
+	// LogSuffix is what the name of CRIU's log of a restore that failed has in
+	// addition to that of RestoreRequest's directory, beside which it is.
+	LogSuffix = ".log"
 )
 
 // Paths in a container.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -230,6 +231,9 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		}
 	}
 	if err := restoreFrozen(ctx, op, opts, tree); err != nil {
+		if e := copyOut(op.LogPath(), images+api.LogSuffix); e != nil && !errors.Is(e, fs.ErrNotExist) {
+			log.G(ctx).WithField("container", c.ID).WithError(e).Warn("failed to copy CRIU's log")
+		}
 		return nil, err
 	}
 	ph.done("criu restore")

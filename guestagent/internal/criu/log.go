@@ -6,74 +6,85 @@ import (
 	"bufio"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
+	"unicode"
 )
 
-// Error is the failure of a dump or restore.
+// Error is the failure of a dump or restore. Its message is one line: CRIU's log
+// has the rest.
 type Error struct {
 	What string
-	Err  error
-	// Log has the relevant lines of CRIU's log.
-	Log []string
+	// Err is what CRIU failed by, or how it ended.
+	Err error
+	// Advice is what to do about it, if that is known.
+	Advice string
 }
 
 func (e *Error) Error() string {
-	if len(e.Log) == 0 {
-		return fmt.Sprintf("criu %s: %v (without a log)", e.What, e.Err)
+	text := fmt.Sprintf("criu %s failed: %v", e.What, e.Err)
+	if e.Advice == "" {
+		return text
 	}
-	text := strings.Join(e.Log, "\n")
-	for sign, advice := range advices {
-		if strings.Contains(text, sign) {
-			return fmt.Sprintf("%s (criu %s: %v); its log says:\n%s", advice, e.What, e.Err, text)
-		}
-	}
-	return fmt.Sprintf("criu %s: %v; its log says:\n%s", e.What, e.Err, strings.Join(e.Log, "\n"))
-}
-
-// advices say what to do about a failure, by a message in CRIU's log.
-var advices = map[string]string{
-	"External socket is used": "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint",
-	"No space left on device": "no space left for the images in the shim's state_dir on the host: free some, or set state_dir to a directory on another file system",
+	return fmt.Sprintf("%s (%s)", e.Advice, text)
 }
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// Bounds of what is quoted from a log.
-const (
-	contextLines = 3
-	maxQuoted    = 40
-)
+// advices are what to do about a failure, by what CRIU's log contains.
+var advices = []struct{ sign, advice string }{
+	{"External socket is used", "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint"},
+	{"No space left on device", "no space left for the images in the shim's state_dir on the host: free some, or set state_dir to a directory on another file system"},
+}
 
-// Tail returns the lines of CRIU's log that explain a failure: each error with
-// a few lines before it, or the last lines if there is no error.
-func Tail(path string) []string {
+// errorLine matches an error in CRIU's log: the time, in a restore the process,
+// and the place in the source (criu/log.c). What runs inside of the processes
+// puts "pie" in front.
+var errorLine = regexp.MustCompile(`^\(\d+\.\d+\)\s+(?:pie: )?(?:\d+: )?Error \([^)]*\): (.*)`)
+
+// maxCause bounds what is quoted of a log, in characters.
+const maxCause = 300
+
+// cause returns the first error in a log of CRIU's, of which the others are
+// consequences, and what to do about any of them. Each may be empty.
+func cause(path string) (first, advice string) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil
+		return "", ""
 	}
 	defer f.Close()
-	var out, before []string
 	s := bufio.NewScanner(f)
 	s.Buffer(nil, 1<<20)
 	for s.Scan() {
-		line := s.Text()
-		if strings.Contains(line, "Error (") {
-			out = append(append(out, before...), line)
-			before = nil
+		m := errorLine.FindStringSubmatch(s.Text())
+		if m == nil {
 			continue
 		}
-		if before = append(before, line); len(before) > contextLines {
-			before = before[1:]
+		if first == "" {
+			first = printable(m[1])
+		}
+		for _, a := range advices {
+			if advice == "" && strings.Contains(m[1], a.sign) {
+				advice = a.advice
+			}
 		}
 	}
-	if len(out) == 0 {
-		out = before
+	return first, advice
+}
+
+// printable makes a text fit for a message. It may contain names that the
+// container has chosen.
+func printable(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, strings.TrimSpace(text))
+	if runes := []rune(text); len(runes) > maxCause {
+		text = string(runes[:maxCause]) + "..."
 	}
-	if len(out) > maxQuoted {
-		// The first error is the cause; the others are its consequences.
-		out = append(out[:maxQuoted], fmt.Sprintf("(%d more lines)", len(out)-maxQuoted))
-	}
-	return out
+	return text
 }
 
 // runIDSign stands before the id that a CRIU has chosen for its run (util_init in

@@ -4,39 +4,44 @@ package criu
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 )
 
-func TestTail(t *testing.T) {
-	var many, ok []string
-	for i := range 100 {
-		many = append(many, fmt.Sprintf("(00.%03d) Error (x.c:1): number %d", i, i))
-		ok = append(ok, fmt.Sprintf("(00.%03d) line %d", i, i))
-	}
+// A failure is one line, whatever CRIU has logged: its first error, and what to
+// do about it.
+func TestCause(t *testing.T) {
 	for name, tc := range map[string]struct {
-		log, want []string
+		log, first, advice string
 	}{
-		"an error with what came before": {
-			[]string{"a", "b", "c", "d", "(00.1) Error (files.c:9): bad", "e"},
-			[]string{"b", "c", "d", "(00.1) Error (files.c:9): bad"}},
-		"no error: the last lines":          {ok, ok[len(ok)-contextLines:]},
-		"the first of many count":           {many, append(slices.Clone(many[:maxQuoted]), "(60 more lines)")},
-		"an empty log has nothing to quote": {nil, nil},
+		"a dump": {
+			"(00.1) Dumping\n(00.2) Error (criu/sk-unix.c:874): unix: External socket is used.\n(00.3) Error (criu/cr-dump.c:9): Dumping FAILED.\n",
+			"unix: External socket is used.", "close the connection"},
+		"a restore, with the process": {
+			"(00.045678)     12: Error (criu/files-reg.c:2345): File f has bad size 5 (expect 4)\n", "File f has bad size 5 (expect 4)", ""},
+		"a restore, in the process": {"(00.1) pie: 12: Error (criu/pie/restorer.c:1): Can't map\n", "Can't map", ""},
+		"advice for a later error": {
+			"(00.2) Error (a.c:1): Can't write\n(00.3) Error (b.c:2): write: No space left on device\n", "Can't write", "free some"},
+		"no error":                {"(00.1) Dumping\n(00.2) Warn  (criu/x.c:1): Error (that is none)\n", "", ""},
+		"an empty log":            {"", "", ""},
+		"names with escape codes": {"(00.2) Error (a.c:1): Can't open \x1b[2Jf\n", "Can't open ?[2Jf", ""},
+		"a long line":             {"(00.2) Error (a.c:1): " + strings.Repeat("x", 1000) + "\n", strings.Repeat("x", maxCause) + "...", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "criu.log")
-			if err := os.WriteFile(path, []byte(strings.Join(tc.log, "\n")), 0o600); err != nil {
+			if err := os.WriteFile(path, []byte(tc.log), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if got := Tail(path); !slices.Equal(got, tc.want) {
-				t.Errorf("Tail = %q, want %q", got, tc.want)
+			first, advice := cause(path)
+			if first != tc.first || !strings.Contains(advice, tc.advice) || (advice == "") != (tc.advice == "") {
+				t.Errorf("cause = %q, %q, want %q, %q", first, advice, tc.first, tc.advice)
 			}
 		})
+	}
+	if first, advice := cause(filepath.Join(t.TempDir(), "none")); first != "" || advice != "" {
+		t.Errorf("%q, %q of no log", first, advice)
 	}
 }
 
@@ -49,11 +54,13 @@ func TestFormatVersion(t *testing.T) {
 }
 
 func TestErrorSaysWhatToDo(t *testing.T) {
-	err := &Error{What: "dump", Err: errors.New("operation failed"), Log: []string{"(02.4) Error (criu/sk-unix.c:874): unix: External socket is used. Consider using --ext-unix-sk option."}}
-	for _, part := range []string{"unix socket", "outside of the container", "close the connection", "criu dump: operation failed", "sk-unix.c"} {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q lacks %q", err, part)
-		}
+	err := &Error{What: "dump", Err: errors.New("unix: External socket is used.")}
+	if got, want := err.Error(), "criu dump failed: unix: External socket is used."; got != want {
+		t.Errorf("%q, not %q", got, want)
+	}
+	err.Advice = "close the connection"
+	if got, want := err.Error(), "close the connection (criu dump failed: unix: External socket is used.)"; got != want {
+		t.Errorf("%q, not %q", got, want)
 	}
 }
 

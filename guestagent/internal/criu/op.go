@@ -148,7 +148,7 @@ func (o *Op) Options(images string) *rpc.CriuOpts {
 	}
 }
 
-// Dump runs a dump. The error contains the relevant lines of CRIU's log.
+// Dump runs a dump. An error of CRIU's is an [*Error].
 func (o *Op) Dump(opts *rpc.CriuOpts) error {
 	return o.run("dump", &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
 }
@@ -165,7 +165,7 @@ type Stages struct {
 	Restored func() error
 }
 
-// Restore runs a restore. The error contains the relevant lines of CRIU's log.
+// Restore runs a restore. An error of CRIU's is an [*Error].
 func (o *Op) Restore(opts *rpc.CriuOpts, stages Stages) error {
 	opts.NotifyScripts = proto.Bool(true)
 	return o.run("restore", &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int) error {
@@ -235,13 +235,17 @@ func (o *Op) runOnce(what string, req *rpc.CriuReq, notify func(stage string, pi
 		}
 		return fmt.Errorf("criu %s: %s", what, launch)
 	}
-	if errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF) {
+	first, advice := cause(o.LogPath())
+	switch {
+	case errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.EOF):
 		if status != nil {
 			err = status
 		}
 		err = fmt.Errorf("CRIU has exited before it was done: %w", err)
+	case first != "": // more than CRIU's response has
+		err = errors.New(first)
 	}
-	return &Error{What: what, Err: err, Log: Tail(o.LogPath())}
+	return &Error{What: what, Err: err, Advice: advice}
 }
 
 // write creates the launcher, the job and CRIU's configuration file in the

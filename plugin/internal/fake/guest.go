@@ -308,7 +308,7 @@ func (g *Guest) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	return &emptypb.Empty{}, g.enter(ctx, "CheckCheckpoint", r.GetContainerId(), r)
 }
 
-// FailedLog is CRIU's log of a checkpoint that fails.
+// FailedLog is CRIU's log of a checkpoint or a restore that fails.
 const FailedLog = "Error: failed"
 
 // Checkpoint implements the agent: it writes a few files.
@@ -344,7 +344,11 @@ func (g *Guest) CheckRestore(ctx context.Context, r *api.RestoreRequest) (*empty
 
 // Restore implements the agent.
 func (g *Guest) Restore(ctx context.Context, r *api.RestoreRequest) (*api.RestoreResponse, error) {
-	return &api.RestoreResponse{Pid: 101, Phases: []*api.Phase{{Name: "criu restore", Nanoseconds: 1}}}, g.enter(ctx, "Restore", r.GetContainerId(), r)
+	if err := g.enter(ctx, "Restore", r.GetContainerId(), r); err != nil {
+		path := filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory()+api.LogSuffix)
+		return nil, errclass.Join(err, os.WriteFile(path, []byte(FailedLog), 0o600))
+	}
+	return &api.RestoreResponse{Pid: 101, Phases: []*api.Phase{{Name: "criu restore", Nanoseconds: 1}}}, nil
 }
 
 // Exec implements the agent.

@@ -163,7 +163,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		return err
 	})
 	if err != nil {
-		return nil, j.quoteLog(ctx, err)
+		return nil, j.keepLog(ctx, err)
 	}
 	j.phases.guest(ctx, out.GetPhases())
 
@@ -373,10 +373,10 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 	return m, nil
 }
 
-// quoteLog keeps CRIU's log of a dump that failed, if there is one, and adds its
+// keepLog keeps CRIU's log of a dump that failed, if there is one, and adds its
 // path to the error. Without a work path it is in the container's bundle, until
 // the container is removed.
-func (j *checkpointJob) quoteLog(ctx context.Context, err error) error {
+func (j *checkpointJob) keepLog(ctx context.Context, err error) error {
 	if j.work == "" {
 		j.work = filepath.Join(j.c.bundle, bundle.LogDir)
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -29,6 +30,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
@@ -402,9 +404,9 @@ func TestCheckpointThatFails(t *testing.T) {
 	for name, spoil := range map[string]func(h *harness) string{
 		"CRIU": func(h *harness) string {
 			h.guest.Before("Checkpoint", func(context.Context) error {
-				return errgrpc.ToGRPCf(errdefs.ErrUnknown, "CRIU failed: io_uring\nError (criu/io.c:1): no")
+				return errgrpc.ToGRPCf(errdefs.ErrUnknown, "criu dump failed: no")
 			})
-			return "CRIU failed: io_uring\nError (criu/io.c:1): no"
+			return "criu dump failed: no"
 		},
 		"the agent dies": func(h *harness) string {
 			h.guest.Before("Checkpoint", func(context.Context) error {
@@ -860,14 +862,26 @@ func TestRestoreThatFailsLeavesNothingAlive(t *testing.T) {
 			h := newHarness(t)
 			h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
 			h.guest.Before(method, func(context.Context) error {
-				return errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "/data/f has grown\nError (criu/files-reg.c:1): bad size")
+				return errclass.ToRPC(errclass.Precondition("/data/f has grown"))
 			})
 			h.kata.Before("Kill", func(context.Context) error {
 				h.wantStatus("CREATED") // the placeholder is nothing to show
 				return nil
 			})
 			_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
-			wantError(t, err, "restore container c1 from "+path, "/data/f has grown\nError (criu/files-reg.c:1): bad size")
+			kept := filepath.Join(h.cfg.StateDir, restoreLogs, "ns-c1.log")
+			want := fmt.Sprintf("restore container c1 from %s: /data/f has grown", path)
+			if method == "Restore" { // CRIU has run
+				want += "; CRIU's log is in " + kept
+				if log, err := os.ReadFile(kept); err != nil || string(log) != fake.FailedLog {
+					t.Errorf("the log is %q (%v)", log, err)
+				}
+			} else if exists(kept) {
+				t.Error("CRIU has not run, and there is a log")
+			}
+			if got := errgrpc.ToNative(err).Error(); got != want {
+				t.Errorf("the error is %q, not %q", got, want)
+			}
 			h.wantStatus("STOPPED")
 			if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
 				t.Fatal(err)
@@ -876,6 +890,28 @@ func TestRestoreThatFailsLeavesNothingAlive(t *testing.T) {
 				t.Error("the exchange directory is left")
 			}
 		})
+	}
+}
+
+func TestKeepNewest(t *testing.T) {
+	dir := t.TempDir()
+	now := time.Now()
+	for i, name := range []string{"c", "a", "b"} { // from the newest on
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(filepath.Join(dir, name), now, now.Add(-time.Duration(i)*time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		n    int
+		want []string
+	}{{3, []string{"a", "b", "c"}}, {2, []string{"a", "c"}}} {
+		if err := keepNewest(dir, tc.n); err != nil {
+			t.Fatal(err)
+		}
+		wantFiles(t, dir, tc.want...)
 	}
 }
 

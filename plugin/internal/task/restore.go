@@ -221,6 +221,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	if err != nil {
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
+		err = c.keepRestoreLog(ctx, err)
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 		if kerr := c.killAndWait(uctx); kerr != nil {
 			err = errclass.Join(err, kerr)
