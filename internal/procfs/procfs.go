@@ -11,12 +11,14 @@
 package procfs
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -167,6 +169,28 @@ func SameNamespace(a, b int, kind string) (bool, error) {
 	}
 	y, err := os.Readlink(path(b, "ns", kind))
 	return x == y, err
+}
+
+// Maps reports whether a process has a file in its memory, by the numbers of
+// the file's device and inode as stat(2) returns them. No file system is asked.
+func Maps(pid int, device, inode uint64) bool {
+	maps, err := os.Open(path(pid, "maps"))
+	if err != nil {
+		return false
+	}
+	defer maps.Close()
+	want := []string{fmt.Sprintf("%02x:%02x", unix.Major(device), unix.Minor(device)), strconv.FormatUint(inode, 10)}
+	lines := bufio.NewReader(maps)
+	for {
+		line, err := lines.ReadString('\n')
+		// Addresses, permissions, offset, device, inode, path.
+		if f := strings.Fields(line); len(f) > 4 && slices.Equal(f[3:5], want) {
+			return true
+		}
+		if err != nil {
+			return false
+		}
+	}
 }
 
 // WorksIn reports whether a directory is the working directory of a process.

@@ -4,6 +4,7 @@ package procfs
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -134,5 +135,25 @@ func TestNamespaces(t *testing.T) {
 		if err != nil || same != want {
 			t.Errorf("%s: the same %t, %v", kind, same, err)
 		}
+	}
+}
+
+func TestMaps(t *testing.T) {
+	cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+	testproc.Ready(t, cmd)
+	var shell, other unix.Stat_t
+	for path, st := range map[string]*unix.Stat_t{fmt.Sprintf("/proc/%d/exe", cmd.Process.Pid): &shell, "/proc/self/exe": &other} {
+		if err := unix.Stat(path, st); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !Maps(cmd.Process.Pid, shell.Dev, shell.Ino) {
+		t.Error("a process does not map its executable")
+	}
+	if Maps(cmd.Process.Pid, other.Dev, other.Ino) || Maps(cmd.Process.Pid, shell.Dev+1, shell.Ino) {
+		t.Error("a process maps the executable of another")
+	}
+	if Maps(1<<30, shell.Dev, shell.Ino) {
+		t.Error("no process maps a file")
 	}
 }

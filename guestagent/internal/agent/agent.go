@@ -28,6 +28,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -42,13 +43,18 @@ import (
 // has ended, so that it can reconnect.
 const leaseGrace = 3 * time.Second
 
+// forgetTimeout bounds the end of the operation in progress on a container that
+// is deleted.
+const forgetTimeout = time.Minute
+
 // Agent implements the service of package api.
 type Agent struct {
 	dir string
 
 	mu sync.Mutex // records of containers
-	// ops serialises Freeze, Thaw, Checkpoint and Restore of a container.
-	ops keyedMutex
+	// ops serialises what changes a container. Thaw waits for none of it but a
+	// dump.
+	ops operations
 
 	leases leases
 
@@ -114,7 +120,11 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if err := checkID(id); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	defer a.ops.lock(id)()
+	ctx, end, err := a.ops.begin(ctx, id, change)
+	if err != nil {
+		return nil, errclass.ToRPC(err)
+	}
+	defer end()
 	if c, err := a.running(id); err == nil {
 		return &api.AdoptResponse{Pid: int32(c.Init.PID)}, nil //nolint:gosec // a pid
 	}
@@ -147,13 +157,21 @@ func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	if err := checkID(id); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	defer a.ops.lock(id)()
+	a.ops.interrupt(id, errForgotten, change, freezing, dumping)
+	// The caller does not wait long, and does not ask again.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTimeout)
+	defer cancel()
+	ctx, end, err := a.ops.begin(ctx, id, change)
+	if err != nil {
+		return nil, errclass.ToRPC(err)
+	}
+	defer end()
 	a.leases.thawed(id)
 	var left error
 	if c, err := a.load(id); err == nil {
-		left = errclass.Join(a.unlockNetwork(c), c.forgetCgroup(ctx))
+		left = errclass.Join(a.unlockNetwork(ctx, c), c.forgetCgroup(ctx))
 	}
-	err := os.Remove(a.recordPath(id))
+	err = os.Remove(a.recordPath(id))
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}
@@ -173,7 +191,11 @@ func (a *Agent) Hold(ctx context.Context, _ *api.HoldRequest) (*emptypb.Empty, e
 
 // Freeze implements the service.
 func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
-	defer a.ops.lock(r.GetContainerId())()
+	ctx, end, err := a.ops.begin(ctx, r.GetContainerId(), freezing)
+	if err != nil {
+		return nil, errclass.ToRPC(err)
+	}
+	defer end()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
 		return nil, errclass.ToRPC(err)
@@ -181,41 +203,87 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
 		return nil, errclass.ToRPC(c.explain(fmt.Errorf("container %s: %w", c.ID, err)))
 	}
-	if err := c.writeOut(ctx); err != nil {
+	if err = c.writeOut(ctx); err == nil {
+		err = a.ops.complete(ctx, func() { a.leases.frozen(c.ID) })
+	}
+	if err != nil {
 		err = c.explain(fmt.Errorf("container %s: %w", c.ID, err))
 		return nil, errclass.ToRPC(errclass.Join(err, cgroup.Thaw(c.tree())))
 	}
-	a.leases.frozen(c.ID)
 	return &emptypb.Empty{}, nil
 }
 
+// Why an operation was interrupted.
+var (
+	errThawed    = errors.New("the container was thawed meanwhile")
+	errForgotten = errors.New("the container was deleted meanwhile")
+)
+
 // Thaw implements the service.
-func (a *Agent) Thaw(_ context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
-	defer a.ops.lock(r.GetContainerId())()
-	return &emptypb.Empty{}, errclass.ToRPC(a.thaw(r.GetContainerId()))
+func (a *Agent) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
+	_, err := a.thaw(ctx, r.GetContainerId(), func() bool { return true })
+	return &emptypb.Empty{}, errclass.ToRPC(err)
 }
 
-func (a *Agent) thaw(id string) error {
+// thaw thaws a container, if that is still wanted, and reports whether it was. A
+// Freeze in progress, which may wait for a file system that does not answer, is
+// not waited for: it thaws what it has frozen. A dump is: it is cancelled, and
+// ends soon.
+func (a *Agent) thaw(ctx context.Context, id string, wanted func() bool) (bool, error) {
 	c, err := a.load(id)
-	if err != nil {
-		return err
+	if err != nil || !wanted() {
+		return false, err
+	}
+	if kind, busy := a.ops.interrupt(id, errThawed, freezing, dumping); !busy || kind != freezing {
+		opCtx, end, err := a.ops.begin(ctx, id, change)
+		if err != nil {
+			return false, err
+		}
+		defer end()
+		ctx = opCtx
+		// It may have been forgotten or restored meanwhile, or have a new owner.
+		if c, err = a.load(id); err != nil || !wanted() {
+			return false, err
+		}
+	}
+	if err := errclass.Join(a.unlockNetwork(ctx, c), cgroup.Thaw(c.tree())); err != nil {
+		return false, fmt.Errorf("container %s: %w", id, err)
 	}
 	a.leases.thawed(id)
-	if err := errclass.Join(a.unlockNetwork(c), cgroup.Thaw(c.tree())); err != nil {
-		return fmt.Errorf("container %s: %w", id, err)
-	}
-	return nil
+	return true, nil
 }
 
-// thawAll thaws the containers whose owner is gone.
+// The pauses between attempts to thaw a container without an owner, and the
+// time that each may take.
+const (
+	firstThawPause = 100 * time.Millisecond
+	lastThawPause  = 10 * time.Second
+	thawTimeout    = time.Minute
+)
+
+// thawAll thaws the containers whose owner is gone, each as soon as it can be,
+// unless another owner comes first.
 func (a *Agent) thawAll(ids []string) {
 	for _, id := range ids {
-		unlock := a.ops.lock(id)
-		if err := a.thaw(id); err != nil {
-			log.L.WithError(err).WithField("container", id).Error("failed to thaw a container whose shim is gone")
-		} else {
-			log.L.WithField("container", id).Warn("container thawed: the shim that froze it is gone")
+		go a.thawOrphan(id)
+	}
+}
+
+func (a *Agent) thawOrphan(id string) {
+	logger := log.L.WithField("container", id)
+	orphaned := func() bool { return a.leases.orphaned(id) }
+	for pause := firstThawPause; orphaned(); pause = min(2*pause, lastThawPause) {
+		ctx, cancel := context.WithTimeout(context.Background(), thawTimeout)
+		thawed, err := a.thaw(ctx, id, orphaned)
+		cancel()
+		switch {
+		case errdefs.IsNotFound(err):
+			a.leases.thawed(id) // forgotten
+		case err != nil:
+			logger.WithError(err).Error("failed to thaw a container whose shim is gone")
+			time.Sleep(pause)
+		case thawed:
+			logger.Warn("container thawed: the shim that froze it is gone")
 		}
-		unlock()
 	}
 }

@@ -52,7 +52,7 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 	if err != nil {
 		return nil, false, err
 	}
-	look, err := inspect.Look(c.root().PID, pids)
+	look, err := inspect.Look(ctx, c.root().PID, pids, c.Mounts)
 	if err != nil {
 		return nil, false, err
 	}
@@ -60,17 +60,13 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 	if err != nil {
 		return nil, false, err
 	}
-	mounts, err := look.CheckMounts(c.Mounts)
-	if err != nil {
-		return nil, false, err
-	}
-	findings = append(findings, mounts...)
-	names, err := look.CheckNames()
+	findings = append(findings, look.CheckMounts()...)
+	names, err := look.CheckNames(ctx)
 	if err != nil {
 		return nil, false, err
 	}
 	findings = append(findings, names...)
-	others, err := a.otherProcesses(c.ID)
+	others, err := a.otherProcesses(ctx, c.ID)
 	if err != nil {
 		return nil, false, err
 	}
@@ -88,7 +84,7 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 }
 
 // otherProcesses are those of the sandbox's other containers.
-func (a *Agent) otherProcesses(id string) ([]*inspect.Process, error) {
+func (a *Agent) otherProcesses(ctx context.Context, id string) ([]*inspect.Process, error) {
 	containers, err := a.containers()
 	if err != nil {
 		return nil, err
@@ -102,7 +98,7 @@ func (a *Agent) otherProcesses(id string) ([]*inspect.Process, error) {
 		if err != nil {
 			continue // it has ended
 		}
-		processes, err := inspect.Processes(pids)
+		processes, err := inspect.Processes(ctx, pids)
 		if err != nil {
 			return nil, err
 		}
@@ -113,7 +109,11 @@ func (a *Agent) otherProcesses(id string) ([]*inspect.Process, error) {
 
 // Checkpoint implements the service.
 func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.CheckpointResponse, error) {
-	defer a.ops.lock(r.GetContainerId())()
+	ctx, end, err := a.ops.begin(ctx, r.GetContainerId(), dumping)
+	if err != nil {
+		return nil, errclass.ToRPC(err)
+	}
+	defer end()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
 		return nil, errclass.ToRPC(err)
@@ -130,7 +130,7 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	out, err := a.checkpoint(ctx, c, r, images)
 	if err != nil {
-		return nil, errclass.ToRPC(errclass.Join(c.explain(err), keepLogs(images), stayFrozen(ctx, c)))
+		return nil, errclass.ToRPC(errclass.Join(c.explain(err), keepLogs(images), stayFrozen(c)))
 	}
 	return out, nil
 }
@@ -168,12 +168,15 @@ func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empt
 }
 
 // stayFrozen freezes a container again after a dump that failed: CRIU thaws
-// what it dumps and freezes it again at the end, unless it is killed.
-func stayFrozen(ctx context.Context, c *container) error {
+// what it dumps and freezes it again at the end, unless it is killed. That of
+// the dump may be why it failed, so that it has a context of its own.
+func stayFrozen(c *container) error {
 	frozen, err := cgroup.Frozen(c.tree())
 	if err != nil || frozen {
 		return nil //nolint:nilerr // the container has exited
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
+	defer cancel()
 	return cgroup.Freeze(ctx, c.tree())
 }
 
@@ -184,7 +187,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, err
 	}
-	op, err := a.describe(c, look, ownIPC, r, out)
+	op, err := a.describe(ctx, c, look, ownIPC, r, out)
 	if err != nil {
 		return nil, err
 	}
@@ -205,7 +208,8 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	defer func() {
 		if err != nil {
-			err = errclass.Join(err, removeCRIULock(op), a.unlockNetwork(c), removeLinkRemaps(c.root().PID, look.Names))
+			// Not with ctx, whose end may be why.
+			err = errclass.Join(err, removeCRIULock(op), a.unlockNetwork(context.WithoutCancel(ctx), c), removeLinkRemaps(look))
 		}
 	}()
 	if len(kept) > 0 {
@@ -221,21 +225,21 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err := shareNamespace(opts, c.root().PID); err != nil {
 		return nil, err
 	}
-	if opts.IrmapScanPaths, err = inspect.FileMounts(c.root().PID); err != nil {
+	if opts.IrmapScanPaths, err = look.FileMounts(ctx); err != nil {
 		return nil, err
 	}
 	ph.done("inspect")
 
-	if err := removeLinkRemaps(c.root().PID, look.Names); err != nil {
+	if err := removeLinkRemaps(look); err != nil {
 		return nil, fmt.Errorf("remove the links of an earlier dump: %w", err)
 	}
 	// Both write files of their own and only read what is frozen.
 	shm := make(chan error, 1)
 	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()
-	err = op.Dump(opts)
+	err = op.Dump(ctx, opts)
 	ph.done("criu dump")
-	// CRIU cannot be stopped halfway without harm to what it dumps. A caller
-	// that has given up meanwhile gets no image set.
+	// A caller that has given up meanwhile gets no image set, even if CRIU has
+	// finished it.
 	err = errclass.Join(err, <-shm, ctx.Err())
 	ph.done("save /dev/shm")
 	if err != nil {
@@ -267,7 +271,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 }
 
 // describe records what the restore needs to know and prepares the run of CRIU.
-func (a *Agent) describe(c *container, look *inspect.Container, ownIPC bool, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
+func (a *Agent) describe(ctx context.Context, c *container, look *inspect.Container, ownIPC bool, r *api.CheckpointRequest, out *api.CheckpointResponse) (*criu.Op, error) {
 	root := c.root().PID
 	mounts, err := inspect.Mounts(root)
 	if err != nil {
@@ -278,7 +282,7 @@ func (a *Agent) describe(c *container, look *inspect.Container, ownIPC bool, r *
 		return nil, fmt.Errorf("read the mounts of the guest: %w", err)
 	}
 	out.Externals = inspect.Externals(inspect.Given(mounts, c.Mounts), guest, r.GetExternals())
-	if out.OpenFiles, err = inspect.OpenFiles(look.Processes, mounts); err != nil {
+	if out.OpenFiles, err = look.OpenFiles(ctx); err != nil {
 		return nil, fmt.Errorf("list the open files of the container: %w", err)
 	}
 	for _, f := range out.OpenFiles {

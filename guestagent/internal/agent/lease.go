@@ -56,6 +56,13 @@ func (l *leases) thawed(id string) {
 	delete(l.ids, id)
 }
 
+// orphaned reports whether a container is frozen and no shim is connected.
+func (l *leases) orphaned(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.count == 0 && l.ids[id]
+}
+
 func (l *leases) arm(grace time.Duration) {
 	if l.expiry != nil {
 		l.expiry.Stop()
@@ -76,27 +83,4 @@ func (l *leases) arm(grace time.Duration) {
 		l.expired(ids)
 	})
 	l.expiry = timer
-}
-
-// keyedMutex has a mutex for each key. Keys are container ids: few, and gone
-// with the VM.
-type keyedMutex struct {
-	mu    sync.Mutex
-	locks map[string]*sync.Mutex
-}
-
-// lock locks the key's mutex and returns the function that unlocks it.
-func (k *keyedMutex) lock(key string) func() {
-	k.mu.Lock()
-	if k.locks == nil {
-		k.locks = make(map[string]*sync.Mutex)
-	}
-	m := k.locks[key]
-	if m == nil {
-		m = &sync.Mutex{}
-		k.locks[key] = m
-	}
-	k.mu.Unlock()
-	m.Lock()
-	return m.Unlock
 }

@@ -10,14 +10,15 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	remap_file_path "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 )
 
 // remapsImage has an entry for each open file that CRIU cannot open by its name.
@@ -76,39 +77,52 @@ var linkRemapName = regexp.MustCompile(`^link_remap\.[0-9]+$`)
 // removeLinkRemaps removes the links that a CRIU has left which was killed in a
 // dump: the next one would fail to make its own. Each is a further name of a file
 // that has lost its first.
-func removeLinkRemaps(pid int, names inspect.Names) error {
-	if len(names.Files) == 0 {
+func removeLinkRemaps(look *inspect.Container) error {
+	if len(look.Names.Files) == 0 {
 		return nil
 	}
-	root, err := os.OpenRoot(fmt.Sprintf("/proc/%d/root", pid))
+	tree, err := look.Tree()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // it has exited
 	}
 	if err != nil {
 		return err
 	}
-	defer root.Close()
-	for _, path := range names.Files {
-		path = strings.TrimPrefix(path, "/")
-		file, err := root.Lstat(path)
-		if err != nil {
+	defer tree.Close()
+	for _, path := range look.Names.Files {
+		if err := removeLinks(tree, path); err != nil {
 			return err
 		}
-		entries, err := fs.ReadDir(root.FS(), filepath.Dir(path))
-		if err != nil {
-			return err
+	}
+	return nil
+}
+
+// removeLinks removes the links of CRIU's to one file.
+func removeLinks(tree *inside.Tree, path string) error {
+	fd, err := tree.Open(filepath.Dir(path), unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	dir := os.NewFile(uintptr(fd), filepath.Dir(path))
+	defer dir.Close()
+	var file unix.Stat_t
+	if err := unix.Fstatat(fd, filepath.Base(path), &file, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if !linkRemapName.MatchString(name) || tree.IsMountPoint(filepath.Join(filepath.Dir(path), name)) {
+			continue
 		}
-		for _, e := range entries {
-			if !linkRemapName.MatchString(e.Name()) {
-				continue
-			}
-			link := filepath.Join(filepath.Dir(path), e.Name())
-			if st, err := root.Lstat(link); err != nil || !os.SameFile(st, file) {
-				continue
-			}
-			if err := root.Remove(link); err != nil {
-				return err
-			}
+		var st unix.Stat_t
+		if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || st.Dev != file.Dev || st.Ino != file.Ino {
+			continue
+		}
+		if err := unix.Unlinkat(fd, name, 0); err != nil {
+			return &os.PathError{Op: "unlink", Path: filepath.Join(filepath.Dir(path), name), Err: err}
 		}
 	}
 	return nil

@@ -197,8 +197,12 @@ func TestLinksOfADumpThatWasKilledAreRemoved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	names := inspect.Names{Files: map[string]string{filepath.Join(dir, "gone"): filepath.Join(dir, "file")}}
-	if err := removeLinkRemaps(os.Getpid(), names); err != nil {
+	look, err := inspect.LookAtFiles(t.Context(), os.Getpid(), []int{os.Getpid()}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look.Names = inspect.Names{Files: map[string]string{filepath.Join(dir, "gone"): filepath.Join(dir, "file")}}
+	if err := removeLinkRemaps(look); err != nil {
 		t.Fatal(err)
 	}
 	left, err := filepath.Glob(dir + "/*")

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -41,7 +42,7 @@ func (a *Agent) lockNetwork(c *container, list []inspect.Connection) error {
 
 // unlockNetwork undoes lockNetwork, of whose connections the processes are still
 // frozen, or gone.
-func (a *Agent) unlockNetwork(c *container) error {
+func (a *Agent) unlockNetwork(ctx context.Context, c *container) error {
 	if !c.NetworkLocked {
 		return nil
 	}
@@ -49,7 +50,7 @@ func (a *Agent) unlockNetwork(c *container) error {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("list the processes of the container: %w", err)
 	}
-	processes, err := inspect.Processes(pids)
+	processes, err := inspect.Processes(ctx, pids)
 	if err != nil {
 		return err
 	}

@@ -33,8 +33,12 @@ import (
 const cleanupTimeout = 10 * time.Second
 
 // CheckRestore implements the service.
-func (a *Agent) CheckRestore(_ context.Context, r *api.RestoreRequest) (*emptypb.Empty, error) {
-	defer a.ops.lock(r.GetContainerId())()
+func (a *Agent) CheckRestore(ctx context.Context, r *api.RestoreRequest) (*emptypb.Empty, error) {
+	_, end, err := a.ops.begin(ctx, r.GetContainerId(), change)
+	if err != nil {
+		return nil, errclass.ToRPC(err)
+	}
+	defer end()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
 		return nil, errclass.ToRPC(err)
@@ -128,7 +132,11 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 
 // Restore implements the service.
 func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.RestoreResponse, error) {
-	defer a.ops.lock(r.GetContainerId())()
+	ctx, end, err := a.ops.begin(ctx, r.GetContainerId(), change)
+	if err != nil {
+		return nil, errclass.ToRPC(err)
+	}
+	defer end()
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
 		return nil, errclass.ToRPC(err)
@@ -265,25 +273,31 @@ func restoreFrozen(ctx context.Context, op *criu.Op, opts *rpc.CriuOpts, tree st
 	hold := func() error {
 		err := cgroup.Hold(ctx, tree)
 		if err != nil {
-			uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
-			defer cancel()
-			err = errclass.Join(err, cgroup.Kill(uctx, tree))
+			err = errclass.Join(err, killTree(ctx, tree))
 		}
 		return err
 	}
-	err = op.Restore(opts, criu.Stages{
+	err = op.Restore(ctx, opts, criu.Stages{
 		// CRIU must not be frozen with them, nor killed in place of them when they
 		// use too much memory: what it traces would run.
 		Created: func(pid int) error { return cgroup.Move(pid, own) },
 		// CRIU's option to leave them stopped would be noticed: a parent is told of
 		// SIGSTOP, and a process of the SIGCONT that ends it.
-		Restored: hold,
+		Restored:  hold,
+		Abandoned: func() { _ = killTree(ctx, tree) },
 	})
 	if err != nil {
 		return err
 	}
 	// A thread that CRIU lets go passes from one stop to the other.
 	return hold()
+}
+
+// killTree kills the processes of a cgroup, even if ctx has ended.
+func killTree(ctx context.Context, tree string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	return cgroup.Kill(ctx, tree)
 }
 
 func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.CriuOpts {

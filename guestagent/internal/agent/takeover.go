@@ -23,7 +23,7 @@ import (
 
 // criuTimeout is how long a restarted agent waits for a CRIU whose agent has
 // died to finish, before it kills it.
-const criuTimeout = 5 * time.Second
+const criuTimeout = criu.StopGrace
 
 // takeOver cleans up after an agent that has died: it kills what a restore in
 // progress has restored, waits for the CRIU of a dump, which freezes its
@@ -102,7 +102,7 @@ func (a *Agent) endRestores() error {
 func (a *Agent) takeOverLock(c *container, frozen bool) error {
 	err := netlock.RemoveStale("")
 	if !frozen {
-		err = errclass.Join(err, a.unlockNetwork(c))
+		err = errclass.Join(err, a.unlockNetwork(context.Background(), c))
 	}
 	return err
 }

@@ -5,7 +5,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"os"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -24,29 +23,22 @@ import (
 // processes have mapped and, if the share is mounted with a writeback cache,
 // what they have open.
 func (c *container) writeOut(ctx context.Context) error {
-	root := c.root().PID
-	mounts, err := inspect.Mounts(root)
-	if err != nil {
-		return fmt.Errorf("read the mounts of the container: %w", err)
-	}
-	shares := inspect.Shares(mounts)
-	var st unix.Stat_t
-	path := fmt.Sprintf("/proc/%d/root", root)
-	if err := unix.Stat(path, &st); err != nil {
-		return &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	if !shares[st.Dev] {
-		return syncRoot(path)
-	}
 	pids, err := c.pids()
 	if err != nil {
 		return err
 	}
-	processes, err := inspect.Processes(pids)
+	look, err := inspect.LookAtFiles(ctx, c.root().PID, pids, c.Mounts)
 	if err != nil {
 		return err
 	}
-	for _, path := range inspect.WrittenFiles(processes, shares) {
+	if shared, answers := look.RootIsShared(); answers && !shared {
+		return syncRoot(fmt.Sprintf("/proc/%d/root", c.root().PID))
+	}
+	files, err := look.WrittenFiles(ctx)
+	if err != nil {
+		return err
+	}
+	for _, path := range files {
 		if ctx.Err() != nil {
 			return fmt.Errorf("write out the files of the container: %w", context.Cause(ctx))
 		}

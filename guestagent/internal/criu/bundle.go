@@ -28,6 +28,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 const (
@@ -139,19 +140,18 @@ func Check(ctx context.Context) error {
 }
 
 // Running lists the processes in the guest that run the loaded CRIU, as opposed
-// to another file of that name.
+// to another file of that name. It only asks what is mapped: the executable of
+// another process may be on a file system that does not answer.
 func Running() []int {
-	own, err := os.Stat(binary)
-	if err != nil {
+	var own unix.Stat_t
+	if err := unix.Stat(binary, &own); err != nil {
 		return nil
 	}
-	links, _ := filepath.Glob("/proc/[0-9]*/exe")
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	var out []int
-	for _, link := range links {
-		if exe, err := os.Stat(link); err != nil || !os.SameFile(exe, own) {
-			continue
-		}
-		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link))); err == nil {
+	for _, dir := range dirs {
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err == nil && procfs.Maps(pid, own.Dev, own.Ino) {
 			out = append(out, pid)
 		}
 	}

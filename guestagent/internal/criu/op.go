@@ -3,12 +3,14 @@
 package criu
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
@@ -148,9 +150,24 @@ func (o *Op) Options(images string) *rpc.CriuOpts {
 	}
 }
 
-// Dump runs a dump. An error of CRIU's is an [*Error].
-func (o *Op) Dump(opts *rpc.CriuOpts) error {
-	return o.run("dump", &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
+// StopGrace is the time that a dump has to finish once nobody wants it any
+// longer, before CRIU is killed: what it dumps is best left by CRIU itself.
+const StopGrace = 5 * time.Second
+
+// Dump runs a dump. An error of CRIU's is an [*Error]. When
+// ctx is done, CRIU is killed after [StopGrace].
+func (o *Op) Dump(ctx context.Context, opts *rpc.CriuOpts) error {
+	return o.run(ctx, "dump", waitGrace, &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
+}
+
+// waitGrace waits for the end of a dump.
+func waitGrace(done <-chan struct{}) {
+	timer := time.NewTimer(StopGrace)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+	}
 }
 
 // Stages are called while a restore waits at a stage. If one returns an error,
@@ -163,12 +180,17 @@ type Stages struct {
 	// Restored: all processes are as they were, and are about to run. CRIU holds
 	// each thread by ptrace: none has executed an instruction of its own.
 	Restored func() error
+	// Abandoned kills what has been restored, before CRIU is killed at the end of
+	// the context.
+	Abandoned func()
 }
 
 // Restore runs a restore. An error of CRIU's is an [*Error].
-func (o *Op) Restore(opts *rpc.CriuOpts, stages Stages) error {
+// When ctx is done, CRIU is killed.
+func (o *Op) Restore(ctx context.Context, opts *rpc.CriuOpts, stages Stages) error {
 	opts.NotifyScripts = proto.Bool(true)
-	return o.run("restore", &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int) error {
+	abandon := func(<-chan struct{}) { stages.Abandoned() }
+	return o.run(ctx, "restore", abandon, &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int) error {
 		switch stage {
 		case "post-restore":
 			return stages.Created(pid)
@@ -183,12 +205,12 @@ func (o *Op) Restore(opts *rpc.CriuOpts, stages Stages) error {
 // have. Each start has a higher one.
 const maxLaunches = 100
 
-func (o *Op) run(what string, req *rpc.CriuReq, notify func(stage string, pid int) error) error {
+func (o *Op) run(ctx context.Context, what string, abandon func(done <-chan struct{}), req *rpc.CriuReq, notify func(stage string, pid int) error) error {
 	if err := o.write(); err != nil {
 		return fmt.Errorf("prepare criu %s: %w", what, err)
 	}
 	for range maxLaunches {
-		err := o.runOnce(what, req, notify)
+		err := o.runOnce(ctx, what, abandon, req, notify)
 		if !errors.Is(err, errPIDTaken) {
 			return err
 		}
@@ -202,7 +224,7 @@ func (o *Op) run(what string, req *rpc.CriuReq, notify func(stage string, pid in
 // errPIDTaken is the launcher's error if it has a PID that CRIU must not have.
 var errPIDTaken = errors.New("no PID is left for CRIU")
 
-func (o *Op) runOnce(what string, req *rpc.CriuReq, notify func(stage string, pid int) error) error {
+func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan struct{}), req *rpc.CriuReq, notify func(stage string, pid int) error) error {
 	var s *service
 	err := thread.Do(func() (err error) {
 		if o.pidNamespaceOf != 0 {
@@ -217,17 +239,22 @@ func (o *Op) runOnce(what string, req *rpc.CriuReq, notify func(stage string, pi
 	if err != nil {
 		return fmt.Errorf("criu %s: %w", what, err)
 	}
+	stop := s.watch(ctx, abandon)
 	var own error // not CRIU's
 	_, err = s.call(req, func(stage string) error {
 		own = notify(stage, s.pid())
 		return own
 	})
+	stop()
 	status := s.close()
 	if err == nil {
 		return nil // the exit code adds nothing to CRIU's response
 	}
 	if own != nil {
 		return own
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("criu %s: %w", what, context.Cause(ctx))
 	}
 	if launch, e := os.ReadFile(filepath.Join(o.dir, launchErrorName)); e == nil {
 		if string(launch) == errPIDTaken.Error() {

@@ -3,6 +3,7 @@
 package criu
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -73,10 +74,33 @@ func (s *service) pid() int { return s.cmd.Process.Pid }
 // answered the request.
 func (s *service) close() error {
 	if !s.answered {
-		_ = s.cmd.Process.Kill()
+		s.kill()
 	}
 	<-s.exited
 	return errclass.Join(s.socket.Close(), s.status)
+}
+
+// kill kills CRIU, unless it has exited.
+func (s *service) kill() { _ = s.cmd.Process.Kill() }
+
+// watch calls abandon at the end of ctx, and then kills CRIU, unless the returned
+// function was called meanwhile, of which abandon is told.
+func (s *service) watch(ctx context.Context, abandon func(done <-chan struct{})) (stop func()) {
+	done := make(chan struct{})
+	go func() {
+		select {
+		case <-done:
+			return
+		case <-ctx.Done():
+			abandon(done)
+		}
+		select {
+		case <-done: // it has come to its end
+		default:
+			s.kill()
+		}
+	}()
+	return func() { close(done) }
 }
 
 // call sends the request and returns the response. Before that it calls notify

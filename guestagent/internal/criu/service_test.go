@@ -3,10 +3,12 @@
 package criu
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -49,6 +51,9 @@ func imitate(socket *os.File, behaviour string) int {
 	if req.GetType() != rpc.CriuReqType_RESTORE || !req.GetOpts().GetNotifyScripts() {
 		return 3
 	}
+	if behaviour == "hangs" {
+		receive()
+	}
 	for _, stage := range []string{"pre-restore", "post-restore", "pre-resume", "post-resume"} {
 		send(&rpc.CriuResp{Type: rpc.CriuReqType_NOTIFY.Enum(), Success: proto.Bool(true), Notify: &rpc.CriuNotify{Script: &stage}})
 		if answer := receive(); answer.GetType() != rpc.CriuReqType_NOTIFY || !answer.GetNotifySuccess() {
@@ -85,6 +90,44 @@ func startImitation(t *testing.T, behaviour string) *service {
 
 func restoreRequest() *rpc.CriuReq {
 	return &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: &rpc.CriuOpts{ImagesDirFd: proto.Int32(-1), NotifyScripts: proto.Bool(true)}}
+}
+
+// A CRIU that nobody wants any longer is killed, once what it has restored is.
+func TestACRIUEndsWithItsContext(t *testing.T) {
+	s := startImitation(t, "hangs")
+	ctx, cancel := context.WithCancel(t.Context())
+	abandoned := false
+	stop := s.watch(ctx, func(<-chan struct{}) {
+		abandoned = true
+		select {
+		case <-s.exited:
+			t.Error("it was killed first")
+		default:
+		}
+	})
+	time.AfterFunc(20*time.Millisecond, cancel)
+	_, err := s.call(restoreRequest(), func(string) error { return nil })
+	<-s.exited
+	stop()
+	if err == nil || !abandoned {
+		t.Errorf("error %v, abandoned %v", err, abandoned)
+	}
+	if err := s.close(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("it has exited with: %v", err)
+	}
+}
+
+// A dump that comes to its end in time is left alone.
+func TestADumpThatEndsIsNotKilled(t *testing.T) {
+	s := startImitation(t, "works")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	stop := s.watch(ctx, waitGrace)
+	_, err := s.call(restoreRequest(), func(string) error { return nil })
+	stop()
+	if err != nil || s.close() != nil {
+		t.Errorf("error %v, exited with %v", err, s.status)
+	}
 }
 
 func TestStages(t *testing.T) {

@@ -3,6 +3,7 @@
 package inspect
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -41,7 +42,7 @@ func newSkippedMounts(mounts []*mountinfo.Info) skippedMounts {
 	l := skippedMounts{ids: make(map[int]bool), devices: make(map[string]bool)}
 	shm := ""
 	for _, m := range mounts {
-		device := fmt.Sprintf("%02x:%02x", m.Major, m.Minor)
+		device := device(m)
 		switch {
 		case m.Mountpoint == ShmDir:
 			shm = device
@@ -56,9 +57,10 @@ func newSkippedMounts(mounts []*mountinfo.Info) skippedMounts {
 // OpenFiles lists the regular files that processes have open or mapped and that
 // CRIU's images do not contain, with their sizes: CRIU restores no process
 // whose file has another size, unless the file is only appended to. The
-// processes are frozen.
-func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile, error) {
-	skipped := newSkippedMounts(mounts)
+// processes are frozen, and files that may not answer are left out: CRIU checks
+// those alone.
+func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
+	skipped := newSkippedMounts(c.mounts.root)
 	seen := make(map[string]*api.OpenFile)
 	var out []*api.OpenFile
 	add := func(path, link string, appends bool) error {
@@ -68,6 +70,9 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 		}
 		if len(out) == maxOpenFiles || !strings.HasPrefix(path, "/") || strings.HasSuffix(path, deletedSuffix) {
 			return nil
+		}
+		if err := ended(ctx); err != nil {
+			return err
 		}
 		var st unix.Stat_t
 		if err := unix.Stat(link, &st); err != nil {
@@ -83,9 +88,9 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 		out = append(out, seen[path])
 		return nil
 	}
-	for _, p := range processes {
+	for _, p := range c.Processes {
 		for _, f := range p.Files {
-			if skipped.ids[f.MountID] {
+			if skipped.ids[f.MountID] || !c.mounts.answers(c.mounts.mountOf(f)) {
 				continue
 			}
 			if err := add(f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), f.appends()); err != nil {
@@ -93,10 +98,10 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 			}
 		}
 		for _, m := range p.Mappings {
-			if skipped.devices[m.Device] {
+			if skipped.devices[m.Device] || !c.mounts.answers(c.mounts.deviceOf(m)) {
 				continue
 			}
-			if err := add(m.Path, fmt.Sprintf("/proc/%d/root%s", p.PID, m.Path), false); err != nil {
+			if err := add(m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), false); err != nil {
 				return nil, err
 			}
 		}
@@ -104,36 +109,59 @@ func OpenFiles(processes []*Process, mounts []*mountinfo.Info) ([]*api.OpenFile,
 	return out, nil
 }
 
-// WrittenFiles lists the regular files on the devices that processes have open
-// for writing or have mapped shared, each once, as links in /proc. Unlinked
-// files are left out.
-func WrittenFiles(processes []*Process, devices map[uint64]bool) []string {
-	type inode struct{ device, number uint64 }
+// RootIsShared reports whether the host shares the root file system of init with
+// the guest, and whether that file system is known to answer.
+func (c *Container) RootIsShared() (shared, answers bool) {
+	for _, m := range c.mounts.root {
+		if m.Mountpoint == "/" {
+			return m.FSType == hostFS, c.mounts.answers(m)
+		}
+	}
+	return false, false
+}
+
+// WrittenFiles lists the regular files shared by the host that processes have
+// open for writing or have mapped shared, each once, as links in /proc.
+// Unlinked files are left out.
+func (c *Container) WrittenFiles(ctx context.Context) ([]string, error) {
+	return c.writtenFiles(ctx, func(m *mountinfo.Info) bool { return m != nil && m.FSType == hostFS })
+}
+
+func (c *Container) writtenFiles(ctx context.Context, on func(*mountinfo.Info) bool) (out []string, _ error) {
 	seen := make(map[inode]bool)
-	var out []string
-	add := func(link string) {
+	add := func(link string) error {
+		if err := ended(ctx); err != nil {
+			return err
+		}
 		var st unix.Stat_t
-		if err := unix.Stat(link, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 || !devices[st.Dev] {
-			return // closed or exited meanwhile, or on another device
+		if err := unix.Stat(link, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 {
+			return nil //nolint:nilerr // closed or exited meanwhile
 		}
 		if i := (inode{st.Dev, st.Ino}); !seen[i] {
 			seen[i] = true
 			out = append(out, link)
 		}
+		return nil
 	}
-	for _, p := range processes {
+	for _, p := range c.Processes {
 		for _, f := range p.Files {
-			if f.writable() {
-				add(fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD))
+			if !f.writable() || !on(c.mounts.mountOf(f)) {
+				continue
+			}
+			if err := add(fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD)); err != nil {
+				return nil, err
 			}
 		}
 		for _, m := range p.Mappings {
-			if m.Shared { // whether or not it is writable right now
-				add(fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses))
+			if !m.Shared || !on(c.mounts.deviceOf(m)) { // whether or not it is writable right now
+				continue
+			}
+			if err := add(fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses)); err != nil {
+				return nil, err
 			}
 		}
 	}
-	return out
+	return out, nil
 }
 
 // ChangedFiles names the files that a restore would find with another size,

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,11 +83,7 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 	defer kernels.Close()
 	cmd.ExtraFiles = []*os.File{f, deleted, kernels}
 	testproc.Ready(t, cmd)
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("proc"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := OpenFiles(processes(t, cmd.Process.Pid), mounts)
+	got, err := look(t, cmd.Process.Pid).OpenFiles(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +124,7 @@ func TestOpenFilesThatMayGrow(t *testing.T) {
 		open("written", os.O_WRONLY), open("both", os.O_RDWR|os.O_APPEND),
 	}
 	testproc.Ready(t, cmd)
-	got, err := OpenFiles(processes(t, cmd.Process.Pid), nil)
+	got, err := look(t, cmd.Process.Pid).OpenFiles(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +219,9 @@ func TestOpenFilesOfMemory(t *testing.T) {
 		m[0].Mountpoint = at
 		mounts = append(mounts, m[0])
 	}
-	got, err := OpenFiles(processes(t, os.Getpid()), mounts)
+	c := look(t, os.Getpid())
+	c.mounts.root = mounts
+	got, err := c.OpenFiles(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -233,6 +232,68 @@ func TestOpenFilesOfMemory(t *testing.T) {
 	for name, f := range files {
 		if want := strings.HasPrefix(name, ShmDir); listed[f.Name()] != want {
 			t.Errorf("%s: listed %t, want %t", name, listed[f.Name()], want)
+		}
+	}
+}
+
+func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
+	dir := t.TempDir()
+	open := func(name string, flags int) *os.File {
+		f, err := os.OpenFile(filepath.Join(dir, name), flags, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	for _, name := range []string{"written", "read", "deleted", "mapped", "private"} {
+		if err := os.WriteFile(filepath.Join(dir, name), make([]byte, os.Getpagesize()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+	cmd.ExtraFiles = []*os.File{open("written", os.O_WRONLY), open("written", os.O_RDWR), open("read", os.O_RDONLY), open("deleted", os.O_RDWR)}
+	if err := os.Remove(filepath.Join(dir, "deleted")); err != nil {
+		t.Fatal(err)
+	}
+	testproc.Ready(t, cmd)
+	for name, kind := range map[string]int{"mapped": unix.MAP_SHARED, "private": unix.MAP_PRIVATE} {
+		memory, err := unix.Mmap(int(open(name, os.O_RDONLY).Fd()), 0, os.Getpagesize(), unix.PROT_READ, kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = unix.Munmap(memory) })
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+
+	for pid, want := range map[int]string{cmd.Process.Pid: "written", os.Getpid(): "mapped"} {
+		c := look(t, pid)
+		on := func(m *mountinfo.Info) bool {
+			return m != nil && unix.Mkdev(uint32(m.Major), uint32(m.Minor)) == st.Dev
+		}
+		files, err := c.writtenFiles(t.Context(), on)
+		must(t, err)
+		var names []string
+		for _, f := range files {
+			name, err := os.Readlink(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if filepath.Dir(name) == dir {
+				names = append(names, filepath.Base(name))
+			}
+		}
+		if pid == os.Getpid() {
+			names = slices.DeleteFunc(names, func(name string) bool { return name == "written" }) // the test has it, too
+		}
+		if fmt.Sprint(names) != "["+want+"]" {
+			t.Errorf("WrittenFiles of process %d = %q, want %s", pid, files, want)
+		}
+		if files, err = c.WrittenFiles(t.Context()); err != nil || len(files) > 0 {
+			t.Errorf("files that the host shares: %q, %v", files, err)
 		}
 	}
 }

@@ -51,7 +51,7 @@ func sleeper(t *testing.T, kind int) int {
 // refusal is the error of a check of a container with these processes.
 func refusal(t *testing.T, root int, pids []int, o *api.CheckpointOptions) error {
 	t.Helper()
-	c, err := Look(root, pids)
+	c, err := Look(t.Context(), root, pids, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,7 @@
 // left out.
 //
 // [Look] reads each process once. What it read is judged by [Container.Check],
-// and [OpenFiles] and [WrittenFiles] list files from it.
+// and [Container.OpenFiles] and [Container.WrittenFiles] list files from it.
 //
 // It relies on /proc and sock_diag as in Linux 6.18, on what CRIU 4.2 can dump,
 // and on how the kata-agent of Kata 4.1.0 sets up stdio and mounts.
@@ -16,6 +16,7 @@ package inspect
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -46,6 +47,10 @@ type Container struct {
 	Addresses []Address
 
 	sockets sockets
+	mounts  *mountTable
+	// points are the mount points that it was created with, nil if they are not
+	// known.
+	points []string
 }
 
 // Process is what one pass over /proc/PID has read.
@@ -67,6 +72,8 @@ type Process struct {
 	// Namespaces are those of the kinds in [nested], as their links in /proc
 	// show them.
 	Namespaces map[string]string
+	// mountNamespace and rootDir are as its links in /proc show them.
+	mountNamespace, rootDir string
 	// Files are the open descriptors.
 	Files []File
 	// Mappings are those of files. Neighbours of one file that only differ in
@@ -79,9 +86,10 @@ type File struct {
 	FD int
 	// Name is what its link in /proc shows: a path, or a kind and a number.
 	Name string
-	// Flags are those of open, and MountID is the mount that the file is on.
-	// Both are read for paths only.
+	// Flags are those of open, MountID is the mount that the file is on, and Inode
+	// its number there. They are read for paths only.
 	Flags, MountID int
+	Inode          uint64
 }
 
 // writable reports whether the descriptor was opened for writing.
@@ -107,18 +115,13 @@ type Mapping struct {
 	Inode uint64
 }
 
-// Look reads the processes of a container, of which root is the first.
-func Look(root int, pids []int) (*Container, error) {
-	c := &Container{}
-	var err error
-	if c.Processes, err = Processes(pids); err != nil {
+// Look reads the processes of a container, of which root is the first. Points
+// are the mount points that it was created with, nil if they are not known.
+func Look(ctx context.Context, root int, pids []int, points []string) (*Container, error) {
+	c, err := LookAtFiles(ctx, root, pids, points)
+	if err != nil {
 		return nil, err
 	}
-	i := slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == root })
-	if i < 0 {
-		return nil, errclass.Precondition("the container's process has exited")
-	}
-	c.Root = c.Processes[i]
 	if c.sockets, err = readSockets(c.Processes); err != nil {
 		return nil, err
 	}
@@ -129,10 +132,31 @@ func Look(root int, pids []int) (*Container, error) {
 	return c, nil
 }
 
+// LookAtFiles is Look without sockets and addresses.
+func LookAtFiles(ctx context.Context, root int, pids []int, points []string) (*Container, error) {
+	c := &Container{points: points}
+	var err error
+	if c.Processes, err = Processes(ctx, pids); err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == root })
+	if i < 0 {
+		return nil, errclass.Precondition("the container's process has exited")
+	}
+	c.Root = c.Processes[i]
+	if c.mounts, err = readMounts(c.Root, c.Processes, points); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
 // Processes reads processes, without those that have exited.
-func Processes(pids []int) ([]*Process, error) {
+func Processes(ctx context.Context, pids []int) ([]*Process, error) {
 	out := make([]*Process, 0, len(pids))
 	for _, pid := range pids {
+		if err := ended(ctx); err != nil {
+			return nil, err
+		}
 		p, err := readProcess(pid)
 		if gone(err) {
 			continue
@@ -143,6 +167,14 @@ func Processes(pids []int) ([]*Process, error) {
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+// ended is the error of a context that has ended.
+func ended(ctx context.Context) error {
+	if ctx.Err() == nil {
+		return nil
+	}
+	return fmt.Errorf("inspect the container: %w", context.Cause(ctx))
 }
 
 // gone reports whether an error means that a process has exited, or has closed
@@ -175,6 +207,8 @@ func readProcess(pid int) (*Process, error) {
 	if p.Namespaces, err = readNamespaces(pid); err != nil {
 		return nil, err
 	}
+	p.mountNamespace, _ = os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
+	p.rootDir, _ = os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
 	if p.Files, err = readFiles(pid); err != nil {
 		return nil, err
 	}
@@ -247,6 +281,8 @@ func (f *File) parseInfo(info string) error {
 			f.Flags = int(n)
 		case "mnt_id":
 			f.MountID, err = strconv.Atoi(value)
+		case "ino":
+			f.Inode, err = strconv.ParseUint(value, 10, 64)
 		}
 		if err != nil {
 			return fmt.Errorf("fdinfo of descriptor %d: %w", f.FD, err)

@@ -85,7 +85,7 @@ func TestProcessesThatHaveExited(t *testing.T) {
 	if p := processes(t, pid, os.Getpid()); len(p) != 1 || p[0].PID != os.Getpid() {
 		t.Errorf("got %+v", p)
 	}
-	if _, err := Look(pid, []int{pid, os.Getpid()}); err == nil {
+	if _, err := Look(t.Context(), pid, []int{pid, os.Getpid()}, nil); err == nil {
 		t.Error("a container without its root")
 	}
 }
@@ -120,7 +120,7 @@ func BenchmarkLook(b *testing.B) {
 		pids = append(pids, cmd.Process.Pid)
 	}
 	for b.Loop() {
-		c, err := Look(pids[0], pids)
+		c, err := Look(b.Context(), pids[0], pids, nil)
 		if err != nil {
 			b.Fatal(err)
 		}

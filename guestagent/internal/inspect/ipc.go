@@ -5,6 +5,7 @@ package inspect
 import (
 	"bufio"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -95,24 +96,24 @@ func (o ipcObject) userAmong(processes []*Process) *Process {
 }
 
 // queues finds POSIX message queues that are the container's, or may be.
-func (c *Container) queues(names []string, sharing []*Process) (findings []Finding) {
-	if len(names) == 0 {
+func (c *Container) queues(queues map[string]uint64, sharing []*Process) (findings []Finding) {
+	if len(queues) == 0 {
 		return nil
 	}
 	const advice = "have the program communicate in another way, such as by a socket"
 	known := make(map[string]bool)
 	for _, p := range c.Processes {
-		for _, name := range openQueues(p) {
+		for _, name := range openQueues(p, queues) {
 			known[name] = true
 			findings = append(findings, c.finding(p, rule{Refused, "has the POSIX message queue " + name + " open, which CRIU cannot checkpoint", advice}))
 		}
 	}
 	for _, p := range sharing {
-		for _, name := range openQueues(p) {
+		for _, name := range openQueues(p, queues) {
 			known[name] = true
 		}
 	}
-	for _, name := range names {
+	for _, name := range slices.Sorted(maps.Keys(queues)) {
 		if !known[name] {
 			findings = append(findings, Finding{Class: Refused, What: "has the POSIX message queue " + name + ", which CRIU cannot checkpoint", Advice: "remove it, or " + advice})
 		}
@@ -120,26 +121,13 @@ func (c *Container) queues(names []string, sharing []*Process) (findings []Findi
 	return findings
 }
 
-// mqueueMagic is the type of the file system of message queues in statfs(2)
-// (ipc/mqueue.c, MQUEUE_MAGIC).
-const mqueueMagic = 0x19800202
-
-// openQueues lists the message queues that a process has open.
-func openQueues(p *Process) (names []string) {
+// openQueues lists the message queues that a process has open: those of a
+// namespace are known by their names and inodes.
+func openQueues(p *Process, queues map[string]uint64) (names []string) {
 	for _, f := range p.Files {
-		if strings.LastIndexByte(f.Name, '/') != 0 {
-			continue // a queue's name has one element
-		}
-		// O_PATH does not open the queue.
-		fd, err := unix.Open(fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), unix.O_PATH|unix.O_CLOEXEC, 0)
-		if err != nil {
-			continue // closed meanwhile
-		}
-		var st unix.Statfs_t
-		if err := unix.Fstatfs(fd, &st); err == nil && st.Type == mqueueMagic {
+		if inode, ok := queues[f.Name]; ok && inode == f.Inode {
 			names = append(names, f.Name)
 		}
-		unix.Close(fd)
 	}
 	return names
 }
@@ -153,7 +141,7 @@ const (
 
 // ipcObjects lists the System V objects and the message queues in the IPC
 // namespace of a process.
-func ipcObjects(root int) (objects []ipcObject, queues []string, err error) {
+func ipcObjects(root int) (objects []ipcObject, queues map[string]uint64, err error) {
 	err = thread.Do(func() error {
 		if err := thread.Enter(root, "ipc"); err != nil {
 			return err
@@ -256,9 +244,9 @@ func semaphorePIDs(id int) (pids []int) {
 	}
 }
 
-// messageQueues lists the POSIX message queues in the calling thread's IPC
-// namespace, by a mount of their file system that nobody else sees.
-func messageQueues() ([]string, error) {
+// messageQueues maps the names of the POSIX message queues in the calling
+// thread's IPC namespace to their inodes, by a mount of their file system that nobody else sees.
+func messageQueues() (map[string]uint64, error) {
 	fs, err := unix.Fsopen("mqueue", unix.FSOPEN_CLOEXEC)
 	if err == unix.ENODEV { //nolint:errorlint // an errno
 		return nil, nil // a kernel without message queues
@@ -282,8 +270,15 @@ func messageQueues() ([]string, error) {
 	dir := os.NewFile(uintptr(root), "mqueue")
 	defer dir.Close()
 	names, err := dir.Readdirnames(-1)
-	for i, name := range names {
-		names[i] = "/" + name
+	if err != nil {
+		return nil, err
 	}
-	return names, err
+	queues := make(map[string]uint64, len(names))
+	for _, name := range names {
+		var st unix.Stat_t
+		if err := unix.Fstatat(root, name, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil {
+			queues["/"+name] = st.Ino
+		}
+	}
+	return queues, nil
 }

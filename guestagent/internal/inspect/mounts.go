@@ -4,7 +4,9 @@ package inspect
 
 import (
 	"bytes"
+	"context"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -51,22 +53,28 @@ func Given(mounts []*mountinfo.Info, points []string) []*mountinfo.Info {
 	return out
 }
 
-// CheckMounts finds mounts that a container's own programs have made, of file
-// systems that CRIU cannot restore. Points are those that the container was
-// created with.
-func (c *Container) CheckMounts(points []string) (findings []Finding, err error) {
-	if points == nil {
-		return nil, nil
+// CheckMounts finds mounts that a container's own programs have made, in any
+// mount namespace of theirs, of file systems that CRIU cannot restore.
+func (c *Container) CheckMounts() (findings []Finding) {
+	if c.points == nil {
+		return nil
 	}
-	mounts, err := Mounts(c.Root.PID)
-	if err != nil {
-		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	given := Given(c.mounts.root, c.points)
+	findings = madeMounts(c.mounts.root, given)
+	seen := make(map[int]bool)
+	for _, m := range c.mounts.root {
+		seen[m.ID] = true
 	}
-	return madeMounts(mounts, points), nil
+	var nested []*mountinfo.Info
+	for _, id := range slices.Sorted(maps.Keys(c.mounts.ids)) {
+		if !seen[id] {
+			nested = append(nested, c.mounts.ids[id])
+		}
+	}
+	return distinct(append(findings, madeMounts(nested, given)...))
 }
 
-func madeMounts(mounts []*mountinfo.Info, points []string) (findings []Finding) {
-	given := Given(mounts, points)
+func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 	for _, m := range mounts {
 		// A bind of a part of another mount comes with that one.
 		bind := slices.ContainsFunc(given, func(g *mountinfo.Info) bool { return g.Major == m.Major && g.Minor == m.Minor })
@@ -155,39 +163,32 @@ func Externals(container, guest []*mountinfo.Info, marked []string) []*api.Exter
 	return out
 }
 
-// Shares are the devices of the file systems that the host shares with the
-// guest.
-func Shares(mounts []*mountinfo.Info) map[uint64]bool {
-	out := make(map[uint64]bool)
-	for _, m := range mounts {
-		if m.FSType == "virtiofs" || m.FSType == "fuse" || strings.HasPrefix(m.FSType, "fuse.") {
-			out[unix.Mkdev(uint32(m.Major), uint32(m.Minor))] = true //nolint:gosec // device numbers
-		}
-	}
-	return out
-}
-
 // FileMounts are the mount points of a container that are not directories, such
 // as a single file of a volume. CRIU finds the path of a watched file (inotify,
 // fanotify) through a directory of its file system, of which the container may
 // have none.
-func FileMounts(pid int) ([]string, error) {
-	mounts, err := Mounts(pid)
+func (c *Container) FileMounts(ctx context.Context) ([]string, error) {
+	tree, err := c.Tree()
 	if err != nil {
-		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+		return nil, err
 	}
-	root, err := openRoot(pid)
-	if err != nil {
-		return nil, fmt.Errorf("open the root of the container: %w", err)
-	}
-	defer unix.Close(root)
+	defer tree.Close()
 	var out []string
-	for _, m := range mounts {
-		var st unix.Stat_t
-		if slices.Contains(kernelFS, m.FSType) || m.FSType == "tmpfs" || m.FSType == "devtmpfs" {
+	for _, m := range c.mounts.root {
+		if err := ended(ctx); err != nil {
+			return nil, err
+		}
+		if slices.Contains(memoryFS, m.FSType) || !c.mounts.answers(m) {
 			continue
 		}
-		if err := unix.Fstatat(root, "."+m.Mountpoint, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		fd, err := tree.Open(m.Mountpoint, unix.O_PATH|unix.O_NOFOLLOW)
+		if err != nil {
+			continue // covered by another mount, or gone
+		}
+		var st unix.Stat_t
+		err = unix.Fstat(fd, &st)
+		unix.Close(fd)
+		if err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			out = append(out, m.Mountpoint)
 		}
 	}

@@ -83,10 +83,13 @@ func TestExternalsKnowTheUpperOfTwoMounts(t *testing.T) {
 	}
 }
 
-func TestSharesAreWhatTheHostHas(t *testing.T) {
-	got := Shares([]*mountinfo.Info{{FSType: "virtiofs", Minor: 40}, {FSType: "tmpfs", Minor: 41}, {FSType: "fuse.nydus", Minor: 42}, {FSType: "ext4", Major: 254, Minor: 1}})
-	if len(got) != 2 || !got[unix.Mkdev(0, 40)] || !got[unix.Mkdev(0, 42)] {
-		t.Errorf("shares = %v", got)
+// A FUSE file system that is no virtiofs may be served by the container itself.
+func TestOnlyVirtiofsIsTheHosts(t *testing.T) {
+	for root, want := range map[string][2]bool{"virtiofs": {true, true}, "ext4": {false, true}, "fuse": {false, false}, "fuse.nydus": {false, false}, "nfs4": {false, false}} {
+		c := &Container{mounts: &mountTable{root: parseMounts(t, "100 99 0:41 / / rw - "+root+" none rw\n101 100 0:42 / /x rw - virtiofs x rw\n")}}
+		if shared, answers := c.RootIsShared(); shared != want[0] || answers != want[1] {
+			t.Errorf("%s: %v %v", root, shared, answers)
+		}
 	}
 }
 
@@ -124,7 +127,7 @@ func TestMountsOfAContainersOwnProgramsAreNotExternal(t *testing.T) {
 
 func TestMountsThatCannotBeRestoredAreFound(t *testing.T) {
 	var have []string
-	for _, f := range madeMounts(parseMounts(t, made), madePoints) {
+	for _, f := range madeMounts(parseMounts(t, made), Given(parseMounts(t, made), madePoints)) {
 		if f.Class != Refused || f.Advice == "" {
 			t.Errorf("%v is no refusal with advice", f)
 		}
@@ -162,7 +165,7 @@ func TestFileMounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Unmount(point, unix.MNT_DETACH) //nolint:errcheck // the end of the test
-	have, err := FileMounts(os.Getpid())
+	have, err := look(t, os.Getpid()).FileMounts(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@
 package inspect
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -13,8 +14,8 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // Names are the names in the file system that have changed since processes
@@ -34,51 +35,51 @@ const maxSearched = 10000
 // CheckNames looks for open files and bound sockets that have lost the name by
 // which CRIU looks for them, and notes other names of theirs in the same
 // directory. Its findings are those that a restore could not bring back.
-func (c *Container) CheckNames() ([]Finding, error) {
-	mounts, err := Mounts(c.Root.PID)
-	if err != nil {
-		return nil, fmt.Errorf("read the mounts of the container: %w", err)
-	}
-	s := nameSearch{c: c, mounts: make(map[int]*mountinfo.Info), there: make(map[string]inode), names: Names{Files: make(map[string]string), Sockets: make(map[uint32]string)}}
-	for _, m := range mounts {
-		s.mounts[m.ID] = m
-	}
-	if s.root, err = openRoot(c.Root.PID); err != nil {
-		return nil, fmt.Errorf("open the root of the container: %w", err)
-	}
-	defer unix.Close(s.root)
-	own, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", c.Root.PID))
+func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
+	tree, err := c.Tree()
 	if err != nil {
 		return nil, err
 	}
+	defer tree.Close()
+	s := nameSearch{c: c, tree: tree, there: make(map[string]inode), names: Names{Files: make(map[string]string), Sockets: make(map[uint32]string)}}
 	seen := make(map[Mapping]bool)
 	for _, p := range c.Processes {
 		// What names mean in a mount namespace below the container's, CRIU knows.
-		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", p.PID)); err != nil || ns != own {
+		if p.mountNamespace != c.Root.mountNamespace {
 			continue
 		}
 		for _, f := range p.Files {
 			// CRIU has its own way with files that the kernel generates.
-			if m := s.mounts[f.MountID]; m == nil || generatedFS[m.FSType] {
+			m := c.mounts.mountOf(f)
+			if !c.mounts.answers(m) || generatedFS[m.FSType] {
 				continue
 			}
-			if err := s.file(p, f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), s.mounts[f.MountID]); err != nil {
+			if err := ended(ctx); err != nil {
+				return nil, err
+			}
+			if err := s.file(p, f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), m); err != nil {
 				return nil, err
 			}
 		}
 		for _, m := range p.Mappings {
 			// All processes have the same libraries.
 			key := Mapping{Path: m.Path, Device: m.Device, Inode: m.Inode}
-			if seen[key] {
+			if seen[key] || !c.mounts.answers(c.mounts.deviceOf(m)) {
 				continue
 			}
 			seen[key] = true
+			if err := ended(ctx); err != nil {
+				return nil, err
+			}
 			if err := s.file(p, m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), nil); err != nil {
 				return nil, err
 			}
 		}
 	}
 	for number, o := range c.sockets.owners {
+		if err := ended(ctx); err != nil {
+			return nil, err
+		}
 		if err := s.socket(number, o); err != nil {
 			return nil, err
 		}
@@ -91,10 +92,8 @@ func (c *Container) CheckNames() ([]Finding, error) {
 type inode struct{ device, number uint64 }
 
 type nameSearch struct {
-	c *Container
-	// root is that of the mount namespace: a process may have another one.
-	root   int
-	mounts map[int]*mountinfo.Info
+	c    *Container
+	tree *inside.Tree
 	// there has the files that were found by name, none for what is gone.
 	there    map[string]inode
 	names    Names
@@ -195,6 +194,11 @@ func (s *nameSearch) socket(number uint32, o owner) error {
 		return err
 	}
 	defer unix.Close(file)
+	if on, err := s.c.mounts.mountOfFD(file); err != nil {
+		return fmt.Errorf("file of socket %s: %w", bound, err)
+	} else if !s.c.mounts.answers(on) {
+		return nil
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(file, &st); err != nil {
 		return fmt.Errorf("file of socket %s: %w", bound, err)
@@ -267,13 +271,13 @@ func (s *nameSearch) lookUp(name string) (inode, error) {
 	if found, ok := s.there[name]; ok {
 		return found, nil
 	}
-	fd, err := s.open(name, unix.O_PATH|unix.O_NOFOLLOW)
+	fd, err := s.tree.Open(name, unix.O_PATH|unix.O_NOFOLLOW)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
 		s.there[name] = inode{}
 		return inode{}, nil
 	}
 	if err != nil {
-		return inode{}, &os.PathError{Op: "open", Path: name, Err: err}
+		return inode{}, err
 	}
 	defer unix.Close(fd)
 	var st unix.Stat_t
@@ -290,12 +294,12 @@ const linkRemapPrefix = "link_remap."
 
 // find finds a name of a file in a directory; empty if it has none there.
 func (s *nameSearch) find(dir string, file inode) (string, error) {
-	fd, err := s.open(dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	fd, err := s.tree.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY)
 	if gone(err) || errors.Is(err, unix.ENOTDIR) {
 		return "", nil
 	}
 	if err != nil {
-		return "", &os.PathError{Op: "open", Path: dir, Err: err}
+		return "", err
 	}
 	d := os.NewFile(uintptr(fd), dir)
 	defer d.Close()
@@ -305,7 +309,7 @@ func (s *nameSearch) find(dir string, file inode) (string, error) {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		if strings.HasPrefix(name, linkRemapPrefix) {
+		if strings.HasPrefix(name, linkRemapPrefix) || s.tree.IsMountPoint(filepath.Join(dir, name)) {
 			continue
 		}
 		var st unix.Stat_t
@@ -314,22 +318,4 @@ func (s *nameSearch) find(dir string, file inode) (string, error) {
 		}
 	}
 	return "", nil
-}
-
-// open opens a path of the container without leaving its root.
-func (s *nameSearch) open(path string, flags uint64) (int, error) {
-	how := &unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT}
-	return unix.Openat2(s.root, "."+path, how)
-}
-
-// openRoot opens the root directory of a process's mount namespace.
-func openRoot(pid int) (root int, err error) {
-	err = thread.Do(func() error {
-		if err := thread.Enter(pid, "mnt"); err != nil {
-			return err
-		}
-		root, err = unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		return err
-	})
-	return root, err
 }

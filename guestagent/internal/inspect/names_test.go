@@ -19,11 +19,11 @@ func checkNames(t *testing.T) (Names, []string) {
 	if os.Getuid() != 0 {
 		t.Skip("enters a mount namespace and reads the file of a socket")
 	}
-	c, err := Look(os.Getpid(), []int{os.Getpid()})
+	c, err := Look(t.Context(), os.Getpid(), []int{os.Getpid()}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	findings, err := c.CheckNames()
+	findings, err := c.CheckNames(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -232,11 +232,21 @@ func TestSocketsOfAnotherNetworkNamespace(t *testing.T) {
 // processes are read as a look at a container does.
 func processes(t *testing.T, pids ...int) []*Process {
 	t.Helper()
-	out, err := Processes(pids)
+	out, err := Processes(t.Context(), pids)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return out
+}
+
+// look looks at the files of a process.
+func look(t *testing.T, pid int) *Container {
+	t.Helper()
+	c, err := LookAtFiles(t.Context(), pid, []int{pid}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 func TestSocketInode(t *testing.T) {

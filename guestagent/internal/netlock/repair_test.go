@@ -32,7 +32,7 @@ func TestConnectionsInRepairModeCloseSilently(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { here.Close(); there.Close() })
-		processes, err := inspect.Processes([]int{os.Getpid()})
+		processes, err := inspect.Processes(t.Context(), []int{os.Getpid()})
 		if err != nil {
 			t.Fatal(err)
 		}

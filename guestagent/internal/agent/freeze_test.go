@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testfuse"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+)
+
+// cgroupOf makes a cgroup of version 2 with processes.
+func cgroupOf(t *testing.T, pids ...int) string {
+	t.Helper()
+	root := t.TempDir()
+	if err := unix.Mount("cgroup2", root, "cgroup2", 0, ""); err != nil {
+		t.Skip("needs to mount cgroup v2: ", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(root, unix.MNT_DETACH) })
+	dir, err := os.MkdirTemp(root, "agent-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cgroup.Remove(context.Background(), dir) })
+	for _, pid := range pids {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// adopted is an agent with one container of processes, of which the first is
+// its init.
+func adopted(t *testing.T, pids ...int) (*Agent, *container) {
+	t.Helper()
+	a := &Agent{dir: t.TempDir()}
+	a.leases.begin() // a shim
+	if err := os.Mkdir(filepath.Join(a.dir, "containers"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	init, err := newProcess(pids[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &container{ID: "c1", Init: init, Cgroup: cgroupOf(t, pids...)}
+	mounts, err := inspect.Mounts(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range mounts {
+		c.Mounts = append(c.Mounts, m.Mountpoint)
+	}
+	if err := a.save(c); err != nil {
+		t.Fatal(err)
+	}
+	return a, c
+}
+
+func isFrozen(t *testing.T, c *container) bool {
+	t.Helper()
+	frozen, err := cgroup.Frozen(c.tree())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return frozen
+}
+
+// A container that serves a file system to itself is frozen with its server,
+// refused a checkpoint, and thawed.
+func TestAContainerThatServesAFileSystemIsFrozenAndThawed(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, testfuse.Name)
+	user := exec.Command("sh", "-c", "echo ready; until [ -e "+file+" ]; do sleep 0.05; done; exec 5<>"+file+"; echo open; read line")
+	out := testproc.Start(t, user)
+	if _, err := out.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	a, c := adopted(t, user.Process.Pid) // created before anything is mounted
+	server := testfuse.Mount(t, dir)
+	if err := os.WriteFile(filepath.Join(c.Cgroup, "cgroup.procs"), []byte(strconv.Itoa(server.Pid)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cgroup.Thaw(c.tree()) })
+	r := &api.ContainerRequest{ContainerId: c.ID}
+	testfuse.Ends(t, "a freeze", func() {
+		if _, err := a.Freeze(t.Context(), r); err != nil {
+			t.Error(err)
+		}
+	})
+	if !isFrozen(t, c) {
+		t.Error("it is not frozen")
+	}
+	testfuse.Ends(t, "a checkpoint", func() {
+		_, _, err := a.inspect(t.Context(), c, &api.CheckpointOptions{})
+		if err == nil || !strings.Contains(err.Error(), "has mounted a file system of the type fuse at "+dir) {
+			t.Error(err)
+		}
+	})
+	testfuse.Ends(t, "a thaw", func() {
+		if _, err := a.Thaw(t.Context(), r); err != nil {
+			t.Error(err)
+		}
+	})
+	if isFrozen(t, c) {
+		t.Error("it is still frozen")
+	}
+}
+
+// sleeping is a container of one process.
+func sleeping(t *testing.T) (*Agent, *container) {
+	t.Helper()
+	cmd := exec.Command("sh", "-c", "echo ready; read line")
+	testproc.Ready(t, cmd)
+	return adopted(t, cmd.Process.Pid)
+}
+
+// A Thaw thaws at once while a Freeze waits for what nobody answers, and the
+// Freeze, when it comes back, has not frozen anything.
+func TestAThawDoesNotWaitForAFreeze(t *testing.T) {
+	a, c := sleeping(t)
+	// A Freeze that has frozen the processes and is stuck.
+	ctx, end, err := a.ops.begin(t.Context(), c.ID, freezing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
+		t.Fatal(err)
+	}
+	testfuse.Ends(t, "a thaw", func() {
+		if _, err := a.Thaw(t.Context(), &api.ContainerRequest{ContainerId: c.ID}); err != nil {
+			t.Error(err)
+		}
+	})
+	if isFrozen(t, c) {
+		t.Error("it is still frozen")
+	}
+	if err := a.ops.complete(ctx, func() {}); !errors.Is(err, errThawed) {
+		t.Errorf("the freeze is complete: %v", err)
+	}
+	end()
+}
+
+// A Thaw ends a dump, and waits for that end: CRIU may be at work.
+func TestAThawEndsADump(t *testing.T) {
+	a, c := sleeping(t)
+	ctx, end, err := a.ops.begin(t.Context(), c.ID, dumping)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
+		t.Fatal(err)
+	}
+	r := &api.ContainerRequest{ContainerId: c.ID}
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := a.Thaw(short, r); err == nil || !isFrozen(t, c) {
+		t.Errorf("thawed during a dump: %v", err)
+	}
+	if !errors.Is(context.Cause(ctx), errThawed) {
+		t.Error("the dump is not told")
+	}
+	done := make(chan error)
+	go func() { _, err := a.Thaw(t.Context(), r); done <- err }()
+	end()
+	if err := <-done; err != nil || isFrozen(t, c) {
+		t.Errorf("not thawed after the dump: %v", err)
+	}
+}
+
+// A container whose shim is gone is thawed, however long that takes, but not
+// once another shim has come while the agent waited.
+func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
+	for name, tc := range map[string]struct{ owner, frozen bool }{"nobody comes": {}, "an owner comes": {true, true}} {
+		t.Run(name, func(t *testing.T) {
+			a, c := sleeping(t)
+			a.leases.expired = a.thawAll
+			if _, err := a.Freeze(t.Context(), &api.ContainerRequest{ContainerId: c.ID}); err != nil {
+				t.Fatal(err)
+			}
+			_, end, err := a.ops.begin(t.Context(), c.ID, change) // keeps it waiting
+			if err != nil {
+				t.Fatal(err)
+			}
+			a.leases.end(0)
+			time.Sleep(50 * time.Millisecond)
+			if !isFrozen(t, c) {
+				t.Fatal("thawed during an operation")
+			}
+			if tc.owner {
+				a.leases.begin()
+			}
+			end()
+			for range 100 {
+				if !isFrozen(t, c) {
+					break
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+			if have := isFrozen(t, c); have != tc.frozen {
+				t.Errorf("frozen: %v", have)
+			}
+		})
+	}
+}

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inspect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
+)
+
+// While a container is frozen, nobody may wait for a file that a process of the
+// container serves itself (FUSE), and at no time for a server that may be gone
+// (NFS): a call for such a file blocks in the kernel, where no context reaches
+// it. So nothing here touches a file before its mount is known to answer. The
+// kernel names the mount of a descriptor (fdinfo) and the device of a mapping
+// (maps) without asking the file system.
+
+// memoryFS are file systems that the guest's kernel answers for alone.
+var memoryFS = append([]string{"tmpfs", "devtmpfs", "ramfs", "hugetlbfs", "cgroup", "cgroup2", "nsfs", "bpf", "configfs", "fusectl", "selinuxfs"}, kernelFS...)
+
+// hostFS is the file system that the host shares with the guest.
+const hostFS = "virtiofs"
+
+// diskFS are file systems that answer if their disk or their layers do. Those
+// that the container was created with do; a workload may have made others of a
+// file on any file system.
+var diskFS = []string{"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "erofs", "squashfs", "vfat", "iso9660", "overlay"}
+
+// mountTable has the mounts in all mount namespaces of a container's processes.
+type mountTable struct {
+	// root are those that init sees.
+	root []*mountinfo.Info
+	ids  map[int]*mountinfo.Info
+	// devices are by their numbers as /proc/PID/maps prints them.
+	devices map[string]*mountinfo.Info
+	// given are the devices of the mounts that the container was created with;
+	// nil: all are.
+	given map[[2]int]bool
+}
+
+func device(m *mountinfo.Info) string { return fmt.Sprintf("%02x:%02x", m.Major, m.Minor) }
+
+// readMounts reads the mounts of a container's processes. Points are the mount
+// points that the container was created with, nil if they are not known.
+func readMounts(root *Process, processes []*Process, points []string) (*mountTable, error) {
+	t := &mountTable{ids: make(map[int]*mountinfo.Info), devices: make(map[string]*mountinfo.Info)}
+	var err error
+	if t.root, err = Mounts(root.PID); err != nil {
+		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	}
+	if points != nil {
+		t.given = make(map[[2]int]bool)
+		for _, m := range Given(t.root, points) {
+			t.given[[2]int{m.Major, m.Minor}] = true
+		}
+	}
+	t.add(t.root)
+	type view struct{ namespace, root string }
+	seen := map[view]bool{{root.mountNamespace, root.rootDir}: true}
+	for _, p := range processes {
+		v := view{p.mountNamespace, p.rootDir}
+		if p.mountNamespace == "" || seen[v] {
+			continue
+		}
+		seen[v] = true
+		list, err := Mounts(p.PID)
+		if gone(err) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EACCES) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read the mounts of process %d: %w", p.PID, err)
+		}
+		t.add(list)
+	}
+	return t, nil
+}
+
+func (t *mountTable) add(list []*mountinfo.Info) {
+	for _, m := range list {
+		t.ids[m.ID] = m
+		t.devices[device(m)] = m
+	}
+}
+
+// answers reports whether a mount is known to answer. One that is not known is
+// not.
+func (t *mountTable) answers(m *mountinfo.Info) bool {
+	switch {
+	case m == nil:
+		return false
+	case m.FSType == hostFS, slices.Contains(memoryFS, m.FSType):
+		return true
+	case slices.Contains(diskFS, m.FSType):
+		return t.given == nil || t.given[[2]int{m.Major, m.Minor}]
+	}
+	return false
+}
+
+// Tree opens the container's files, those that are known to answer.
+func (c *Container) Tree() (*inside.Tree, error) { return inside.Open(c.Root.PID, c.mounts.answers) }
+
+// mountOf is the mount of a descriptor, or nil.
+func (t *mountTable) mountOf(f File) *mountinfo.Info { return t.ids[f.MountID] }
+
+// deviceOf is a mount of a mapping's file system, or nil.
+func (t *mountTable) deviceOf(m Mapping) *mountinfo.Info { return t.devices[m.Device] }
+
+// mountOfFD is the mount of a descriptor of this process, or nil.
+func (t *mountTable) mountOfFD(fd int) (*mountinfo.Info, error) {
+	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil {
+		return nil, err
+	}
+	f := File{FD: fd}
+	if err := f.parseInfo(string(info)); err != nil {
+		return nil, err
+	}
+	return t.mountOf(f), nil
+}
