@@ -141,8 +141,8 @@ func (s *Service) onAgentLost() {
 	if len(s.frozen()) == 0 {
 		return
 	}
-	s.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(s.base, s.cfg.AgentTimeout)
+	s.background(func(ctx context.Context) {
+		ctx, cancel := context.WithTimeout(ctx, s.cfg.AgentTimeout)
 		defer cancel()
 		restart := func(ctx context.Context) error {
 			if len(s.frozen()) == 0 {

@@ -276,6 +276,7 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 		if err := c.thaw(uctx); err != nil {
 			log.G(ctx).WithError(err).WithField("container", c.id).Error("failed to thaw container after checkpoint")
 			c.transition(pausedState{c: c, thawOwed: true})
+			c.collectThaw()
 			return
 		}
 	}

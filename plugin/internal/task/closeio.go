@@ -45,13 +45,18 @@ func (s *Service) closeIO(ctx context.Context, r *task.CloseIORequest) (*emptypb
 	}
 	kctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	unhook := context.AfterFunc(s.base, cancel)
-	s.wg.Go(func() {
+	begun := s.background(func(context.Context) {
 		defer cancel()
 		defer unhook()
 		resp := &emptypb.Empty{}
 		err := s.down.call(kctx, "CloseIO", r, resp)
 		answered <- answer{resp, err}
 	})
+	if !begun {
+		unhook()
+		cancel()
+		return nil, context.Cause(s.base)
+	}
 	select {
 	case a := <-answered:
 		if errors.Is(a.err, ttrpc.ErrClosed) {

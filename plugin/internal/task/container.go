@@ -5,6 +5,7 @@ package task
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 
@@ -41,9 +42,8 @@ type container struct {
 
 	// stateCache holds Kata's last response to State by exec ID.
 	stateCache sync.Map
-	// runningAt is when Kata last reported init as running, in nanoseconds since
-	// 1970.
-	runningAt atomic.Int64
+	// runningAt is when Kata last reported init as running.
+	runningAt atomic.Pointer[time.Time]
 	// execs holds the execs into a restored container by exec ID.
 	execs sync.Map
 }

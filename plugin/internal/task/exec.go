@@ -31,7 +31,12 @@ type restoredExec struct {
 
 // exec adds an exec to a container, without starting it.
 func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*emptypb.Empty, error) {
-	if !c.restored() {
+	if c.source != nil && !c.restored() {
+		// Kata would start it in the placeholder's namespaces, where no process of
+		// the container is.
+		return nil, errclass.Precondition("exec %s: container %s is being restored: repeat it once the container is running", r.ExecID, c.id)
+	}
+	if c.source == nil {
 		resp, err := c.s.forwardEmpty(ctx, "Exec", r)
 		if err == nil {
 			c.starts.expect(r.ExecID)

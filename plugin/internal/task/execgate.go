@@ -28,7 +28,8 @@ type execGate struct {
 // enter waits up to wait until the gate is open. A caller that has entered must
 // leave.
 func (g *execGate) enter(ctx context.Context, wait time.Duration) error {
-	deadline := time.After(wait)
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
 	for {
 		g.mu.Lock()
 		opened := g.opened
@@ -40,7 +41,7 @@ func (g *execGate) enter(ctx context.Context, wait time.Duration) error {
 		g.mu.Unlock()
 		select {
 		case <-opened:
-		case <-deadline:
+		case <-timer.C:
 			return errclass.Precondition("the container has been paused for longer than exec_wait_timeout of %s", wait)
 		case <-ctx.Done():
 			return fmt.Errorf("the container is paused: %w", context.Cause(ctx))
@@ -71,11 +72,13 @@ func (g *execGate) close(ctx context.Context, wait time.Duration) error {
 	empty := make(chan struct{})
 	g.empty = empty
 	g.mu.Unlock()
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
 	var err error
 	select {
 	case <-empty:
 		return nil
-	case <-time.After(wait):
+	case <-timer.C:
 		err = errclass.Unavailable("an exec that is being started has not started within exec_wait_timeout of %s", wait)
 	case <-ctx.Done():
 		err = fmt.Errorf("wait for an exec that is being started: %w", context.Cause(ctx))

@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
@@ -42,4 +44,37 @@ func (c *container) thaw(ctx context.Context) error {
 		return nil // perhaps together with its VM
 	}
 	return fmt.Errorf("thaw container %s: %w", c.id, err)
+}
+
+// The pauses between attempts to thaw a container that is owed a thaw.
+const (
+	firstThawPause = 100 * time.Millisecond
+	lastThawPause  = 10 * time.Second
+)
+
+// collectThaw thaws a container that is owed a thaw, as soon as the agent can: a
+// dump that has outlasted its deadline may still be at work on it. Nobody else
+// would: the CRI has no Resume.
+func (c *container) collectThaw() {
+	c.s.background(func(ctx context.Context) {
+		for pause := firstThawPause; ; pause = min(2*pause, lastThawPause) {
+			timer := time.NewTimer(pause)
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
+				return // the agent thaws what has no owner
+			}
+			err := c.do(ctx, func(st state) error {
+				if paused, ok := st.(pausedState); ok && paused.thawOwed {
+					return paused.resume(ctx)
+				}
+				return nil // somebody else was first, or it has stopped
+			})
+			if err == nil {
+				return
+			}
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to thaw container after checkpoint, trying again")
+		}
+	})
 }

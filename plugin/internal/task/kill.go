@@ -10,6 +10,8 @@ import (
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // kill forwards the signal, except where the container's state has to deal with
@@ -18,15 +20,47 @@ func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Emp
 	if c.forwardsKill(r) {
 		return c.s.forwardEmpty(ctx, "Kill", r)
 	}
+	// A SIGKILL is not to wait for a restore: it ends it, and with it the container.
+	ended := c.interruptRestore()
 	done := false
 	err := c.do(ctx, func(st state) (err error) {
 		done, err = st.kill(ctx)
 		return err
 	})
-	if err != nil || done {
+	if err != nil || done || ended && hasStopped(c.current()) {
 		return &emptypb.Empty{}, err
 	}
 	return c.s.forwardEmpty(ctx, "Kill", r)
+}
+
+// errKilled is why a restore was interrupted.
+var errKilled = errclass.Unavailable("the container was killed meanwhile")
+
+// interruptible returns the context of a restore, which a SIGKILL ends. The
+// caller calls the function at the end.
+func (c *container) interruptible(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.interrupt = cancel
+	return ctx, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.interrupt = nil
+		cancel(nil)
+	}
+}
+
+// interruptRestore ends the restore in progress, and reports whether there was
+// one.
+func (c *container) interruptRestore() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.interrupt == nil {
+		return false
+	}
+	c.interrupt(errKilled)
+	return true
 }
 
 // forwardsKill reports whether a Kill is for Kata alone; c is nil for a

@@ -73,6 +73,8 @@ type lifecycle struct {
 	// resumePending: the caller of a Resume gave up before it was done. The
 	// operation in progress, which may be any in any state, does it when it ends.
 	resumePending bool
+	// interrupt cancels the restore in progress; nil: there is none.
+	interrupt context.CancelCauseFunc
 }
 
 func newLifecycle() lifecycle {
@@ -280,7 +282,8 @@ type pausedState struct {
 	usual
 	c *container
 	// thawOwed: a checkpoint that froze the container has ended and could not
-	// thaw it. An agent that comes back does so, or a Resume.
+	// thaw it. [container.collectThaw] tries until it is done, and an agent that
+	// comes back or a Resume may be first.
 	thawOwed bool
 }
 

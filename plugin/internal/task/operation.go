@@ -5,19 +5,66 @@ package task
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 )
+
+// inProgress counts what the service waits for when it stops.
+type inProgress struct {
+	mu       sync.Mutex
+	stopping bool
+	wg       sync.WaitGroup
+}
+
+// enter reports whether something may begin, which then calls leave at its end:
+// nothing may once the service waits.
+func (p *inProgress) enter() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopping {
+		return false
+	}
+	p.wg.Add(1)
+	return true
+}
+
+func (p *inProgress) leave() { p.wg.Done() }
+
+// wait waits for all that has begun. Nothing begins any more.
+func (p *inProgress) wait() {
+	p.mu.Lock()
+	p.stopping = true
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+// background runs a function that the service waits for when it stops, which is
+// when its context is done. It reports whether it does: not once the service
+// stops.
+func (s *Service) background(f func(context.Context)) bool {
+	if !s.operations.enter() {
+		return false
+	}
+	go func() {
+		defer s.operations.leave()
+		f(s.base)
+	}()
+	return true
+}
 
 // operation returns a context for a call that takes longer than a forwarded
 // one. It is done when the caller's is, when the service stops, and after
 // checkpoint_timeout. The caller must call the function at the end.
 func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 	timeout := s.cfg.CheckpointTimeout
-	s.wg.Add(1)
-	s.idleTimer.Stop()
 	ctx, cancel := context.WithCancelCause(ctx)
+	if !s.operations.enter() {
+		cancel(context.Cause(s.base))
+		return ctx, func() {}
+	}
+	s.idleTimer.Stop()
 	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has expired: %w", timeout, context.DeadlineExceeded))
 	return ctx, func() {
@@ -25,7 +72,7 @@ func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 		unhook()
 		cancel(nil)
 		s.idleTimer.Reset(idleDelay)
-		s.wg.Done()
+		s.operations.leave()
 	}
 }
 

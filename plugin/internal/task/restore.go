@@ -198,6 +198,8 @@ func (c *container) setPlaceholder(spec *bundle.Spec) error {
 // that fails, no process is left.
 func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
 	begin := time.Now()
+	ctx, end := c.interruptible(ctx)
+	defer end()
 	c.s.stops.Wait(ctx, "restore", "adopt")
 	req := restoreRequest(c)
 	err := c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
@@ -213,6 +215,8 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		return nil, err
 	}
 	c.s.stops.Wait(ctx, "restore", "start")
+	// From the Start on there is a placeholder, which is ended if the caller has
+	// given up.
 	var out *api.RestoreResponse
 	err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		out, err = a.Restore(ctx, req)

@@ -89,9 +89,9 @@ type Service struct {
 	restarting chan struct{}
 
 	// base is done when the service stops; operations do not outlive it.
-	base   context.Context
-	cancel context.CancelCauseFunc
-	wg     sync.WaitGroup
+	base       context.Context
+	cancel     context.CancelCauseFunc
+	operations inProgress
 	// idleTimer returns freed memory to the OS once no operation has run for
 	// idleDelay.
 	idleTimer *time.Timer
@@ -136,7 +136,7 @@ func (s *Service) stop(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.wg.Wait()
+		s.operations.wait()
 		s.idleTimer.Stop()
 		s.agent.Close()
 		s.down.client.Close()

@@ -68,7 +68,8 @@ func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.Sta
 func (c *container) recordStatus(status tasktypes.Status) {
 	switch status {
 	case statusRunning:
-		c.runningAt.Store(time.Now().UnixNano())
+		now := time.Now() // with the monotonic clock, which nobody sets
+		c.runningAt.Store(&now)
 	case statusStopped:
 		c.stopped()
 	}
@@ -77,7 +78,8 @@ func (c *container) recordStatus(status tasktypes.Status) {
 // cachedRunning returns the cached state of a managed container that is
 // running, or nil if there is none that is fresh enough.
 func (c *container) cachedRunning() *task.StateResponse {
-	if !c.managed() || time.Since(time.Unix(0, c.runningAt.Load())) > runningTTL {
+	at := c.runningAt.Load()
+	if at == nil || !c.managed() || time.Since(*at) > runningTTL {
 		return nil
 	}
 	last, ok := c.stateCache.Load("")

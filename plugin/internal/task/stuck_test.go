@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package task
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+)
+
+// restoring is a container that the agent is restoring, which ends with its
+// context. Started has the answer of Start.
+func restoring(t *testing.T) (h *harness, started <-chan error) {
+	t.Helper()
+	path := imageSet(t)
+	h = newHarness(t)
+	h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+	in := make(chan struct{})
+	h.guest.Before("Restore", func(ctx context.Context) error {
+		close(in)
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	done := make(chan error, 1)
+	go func() {
+		_, err := h.task.Start(context.Background(), &task.StartRequest{ID: "c1"})
+		done <- err
+	}()
+	<-in
+	return h, done
+}
+
+// A pod can be deleted while a restore in it takes its time.
+func TestKillEndsARestore(t *testing.T) {
+	h, started := restoring(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := h.task.Kill(ctx, &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
+		t.Fatal(err)
+	}
+	h.wantStatus("STOPPED")
+	wantError(t, <-started, "restore container c1", "the container was killed")
+	if !h.kata.Called("Kill c1") {
+		t.Error("the placeholder is left")
+	}
+	if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	if exists(h.exchange()) {
+		t.Error("the exchange directory is left")
+	}
+}
+
+func execRequest(t *testing.T, id string) *task.ExecProcessRequest {
+	t.Helper()
+	spec, err := json.Marshal(specs.Process{Args: []string{"id"}, Cwd: "/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &task.ExecProcessRequest{ID: "c1", ExecID: id, Spec: &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/Process", Value: spec}}
+}
+
+// Before a container is restored there is nothing but the placeholder's own
+// namespaces to start an exec in, and none may be there.
+func TestNoExecBeforeTheRestoreIsDone(t *testing.T) {
+	h, started := restoring(t)
+	_, err := h.task.Exec(t.Context(), execRequest(t, "e"))
+	if !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
+		t.Errorf("an exec: %v", err)
+	}
+	wantError(t, err, "exec e: container c1 is being restored")
+	if slices.ContainsFunc(h.kata.Calls(), func(call string) bool { return strings.HasPrefix(call, "Exec") }) {
+		t.Errorf("Kata has had %q", h.kata.Calls())
+	}
+	if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
+		t.Fatal(err)
+	}
+	<-started
+}
+
+// A dump that outlasts its deadline and the time for the thaw leaves a container
+// that is thawed as soon as the agent can, and execs work again.
+func TestAThawThatIsOwedIsPaid(t *testing.T) {
+	h := newHarness(t, withConfig(func(c *config.Config) {
+		c.CheckpointTimeout, c.FreezeTimeout = 3*time.Second, time.Second
+	}))
+	h.run(nil)
+	dumpEnds := make(chan struct{})
+	h.guest.Before("Checkpoint", func(ctx context.Context) error {
+		<-dumpEnds
+		return ctx.Err()
+	})
+	h.guest.Before("Thaw", func(ctx context.Context) error {
+		select {
+		case <-dumpEnds:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	wantError(t, h.checkpoint(t.TempDir(), nil), "checkpoint_timeout of 3s has expired")
+	h.wantStatus("PAUSED")
+	time.Sleep(h.cfg.FreezeTimeout + 2*firstThawPause) // an attempt fails
+	h.wantStatus("PAUSED")
+	close(dumpEnds)
+	eventually(t, "the container runs", func() bool { return h.status() == "RUNNING" })
+	if _, err := h.task.Exec(t.Context(), execRequest(t, "e")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1", ExecID: "e"}); err != nil {
+		t.Errorf("an exec afterwards: %v", err)
+	}
+}
+
+// Nobody counts as running by a clock that was set back.
+func TestTheAgeOfAStateIsMonotonic(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	h.wantStatus("RUNNING")
+	if at := h.service.container("c1").runningAt.Load(); at == nil || !strings.Contains(at.String(), " m=") {
+		t.Errorf("the state was cached at %v", at)
+	}
+}
+
+// Nothing begins once the service waits for what is in progress.
+func TestNothingBeginsDuringTheStop(t *testing.T) {
+	var p inProgress
+	if !p.enter() {
+		t.Fatal("nothing can begin")
+	}
+	waited := make(chan struct{})
+	go func() {
+		defer close(waited)
+		p.wait()
+	}()
+	for p.enter() {
+		p.leave()
+	}
+	select {
+	case <-waited:
+		t.Fatal("it does not wait for what is in progress")
+	default:
+	}
+	p.leave()
+	<-waited
+}
