@@ -110,6 +110,7 @@ var scenarios = []scenarioCase{
 
 	{name: "cases", kind: kindCases, run: casesRestored, core: onGo},
 	{name: "cases-refused", kind: kindCases, run: casesRefused, core: onRust},
+	{name: "serves-files", kind: kindCases, run: servesFiles, core: onGo},
 
 	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
 	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},
