@@ -61,6 +61,15 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 		return nil, false, err
 	}
 	findings = append(findings, look.CheckMounts()...)
+	device, err := c.shm()
+	if err != nil {
+		return nil, false, err
+	}
+	shm, err := look.CheckShm(device)
+	if err != nil {
+		return nil, false, err
+	}
+	findings = append(findings, shm...)
 	names, err := look.CheckNames(ctx)
 	if err != nil {
 		return nil, false, err
@@ -235,7 +244,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	}
 	// Both write files of their own and only read what is frozen.
 	shm := make(chan error, 1)
-	go func() { shm <- saveShm(ctx, c.root().PID, filepath.Join(images, imageset.DevShmName)) }()
+	go func() { shm <- saveShm(ctx, c, filepath.Join(images, imageset.DevShmName)) }()
 	err = op.Dump(ctx, opts)
 	ph.done("criu dump")
 	// A caller that has given up meanwhile gets no image set, even if CRIU has

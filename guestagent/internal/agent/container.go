@@ -50,6 +50,9 @@ type container struct {
 	// them, in a record of an agent that did not note them, every mount counts
 	// as one of those.
 	Mounts []string `json:"mounts,omitempty"`
+	// Shm is the device number of the /dev/shm that the container was created with;
+	// 0: it has none. In a record of an agent that did not note it, it is nil.
+	Shm *uint64 `json:"shm,omitempty"`
 }
 
 // noteMounts notes the mounts of a created container, before its own program
@@ -62,7 +65,40 @@ func (c *container) noteMounts() error {
 	for _, m := range mounts {
 		c.Mounts = append(c.Mounts, m.Mountpoint)
 	}
+	device := inspect.MountedDevice(mounts, inspect.ShmDir)
+	c.Shm = &device
 	return nil
+}
+
+// shm is the device number of the container's /dev/shm, or 0.
+func (c *container) shm() (uint64, error) {
+	if c.Shm != nil {
+		return *c.Shm, nil
+	}
+	mounts, err := inspect.Mounts(c.Init.PID)
+	if err != nil {
+		return 0, fmt.Errorf("read the mounts of container %s: %w", c.ID, err)
+	}
+	return inspect.MountedDevice(inspect.Given(mounts, c.Mounts), inspect.ShmDir), nil
+}
+
+// openShm opens the container's /dev/shm as a process sees it, or returns nil
+// where the container was created without.
+func (c *container) openShm(pid int) (*os.File, error) {
+	device, err := c.shm()
+	if err != nil || device == 0 {
+		return nil, err
+	}
+	tree, err := inspect.Tree(pid, c.Mounts)
+	if err != nil {
+		return nil, err
+	}
+	defer tree.Close()
+	fd, err := tree.OpenMount(inspect.ShmDir, device)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), inspect.ShmDir), nil
 }
 
 // root is the first of the container's own processes.

@@ -29,15 +29,21 @@ import (
 // linkRemapPattern is [linkRemapName] for tar.
 const linkRemapPattern = "link_remap.[0-9]*"
 
-// saveShm archives the /dev/shm of a frozen process.
-func saveShm(ctx context.Context, pid int, archive string) error {
-	dir := fmt.Sprintf("/proc/%d/root/dev/shm", pid)
-	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
-		// The container has no /dev/shm: the archive is empty.
+// saveShm archives the /dev/shm of a container that is frozen.
+func saveShm(ctx context.Context, c *container, archive string) error {
+	shm, err := c.openShm(c.root().PID)
+	if err != nil {
+		return fmt.Errorf("save /dev/shm: %w", err)
+	}
+	if shm == nil { // the archive is empty
 		return os.WriteFile(archive, make([]byte, 1024), 0o600)
 	}
+	defer shm.Close()
+	// By descriptor: below a path of the container, tar would follow links in the
+	// guest's root.
 	cmd := criu.Command(ctx, "tar", "--create", "--file", archive, "--format=pax", "--sparse", "--numeric-owner", "--xattrs", "--one-file-system",
-		"--warning=no-file-ignored", "--exclude="+linkRemapPattern, "--directory", dir, ".")
+		"--warning=no-file-ignored", "--exclude="+linkRemapPattern, "--directory", "/proc/self/fd/3", ".")
+	cmd.ExtraFiles = []*os.File{shm}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := criu.Start(cmd); err != nil {
@@ -53,38 +59,54 @@ func saveShm(ctx context.Context, pid int, archive string) error {
 
 // restoreShm extracts an archive into a /dev/shm. A file that exists belongs to
 // another container of the pod and is kept.
-func restoreShm(dir, archive string) error {
+func restoreShm(ctx context.Context, shm *os.File, archive string) error {
 	f, err := os.Open(archive)
 	if err != nil {
 		return fmt.Errorf("restore /dev/shm: %w", err)
 	}
 	defer f.Close()
-	root, err := os.OpenRoot(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", shm.Fd()))
 	if err != nil {
 		return fmt.Errorf("restore /dev/shm: %w", err)
 	}
 	defer root.Close()
-	r := tar.NewReader(f)
+	u := unpacker{ctx: ctx, root: root, archive: &archiveReader{f: f}}
+	if err := u.unpack(); err != nil {
+		return fmt.Errorf("restore /dev/shm: %w", err)
+	}
+	return nil
+}
+
+// unpacker extracts an archive below root, which no name can escape.
+type unpacker struct {
+	ctx     context.Context
+	root    *os.Root
+	archive *archiveReader
+}
+
+func (u *unpacker) unpack() error {
+	r := tar.NewReader(u.archive)
 	var directories []*tar.Header
 	for {
+		if u.ctx.Err() != nil {
+			return context.Cause(u.ctx)
+		}
+		u.archive.begin()
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("restore /dev/shm: read archive: %w", err)
+			return fmt.Errorf("read archive: %w", err)
 		}
 		name := filepath.Clean(h.Name)
 		if name == "." {
 			continue // the root directory belongs to the mount
 		}
 		h.Name = name
-		made, err := unpack(root, h, r)
+		made, err := u.entry(h)
 		if err != nil {
-			return fmt.Errorf("restore /dev/shm: %s: %w", name, err)
+			return fmt.Errorf("%s: %w", name, err)
 		}
 		if made && h.Typeflag == tar.TypeDir {
 			directories = append(directories, h)
@@ -92,18 +114,19 @@ func restoreShm(dir, archive string) error {
 	}
 	// Last: creating their content changes their times.
 	for _, h := range directories {
-		if err := root.Chtimes(h.Name, h.AccessTime, h.ModTime); err != nil {
-			return fmt.Errorf("restore /dev/shm: %w", err)
+		if err := u.root.Chtimes(h.Name, h.AccessTime, h.ModTime); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// unpack creates one entry below root, which no name can escape.
-func unpack(root *os.Root, h *tar.Header, content io.Reader) (made bool, err error) {
+// entry creates one entry.
+func (u *unpacker) entry(h *tar.Header) (made bool, err error) {
+	root := u.root
 	switch h.Typeflag {
 	case tar.TypeReg:
-		err = unpackFile(root, h, content)
+		err = u.file(h)
 	case tar.TypeDir:
 		err = root.Mkdir(h.Name, 0o700)
 	case tar.TypeSymlink:
@@ -137,29 +160,46 @@ func unpack(root *os.Root, h *tar.Header, content io.Reader) (made bool, err err
 	return true, root.Chtimes(h.Name, h.AccessTime, h.ModTime)
 }
 
-func unpackFile(root *os.Root, h *tar.Header, content io.Reader) (err error) {
-	f, err := root.OpenFile(h.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func (u *unpacker) file(h *tar.Header) (err error) {
+	parts, err := u.archive.parts(h)
+	if err != nil {
+		return err
+	}
+	f, err := u.root.OpenFile(h.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errclass.Join(err, f.Close()) }()
+	// Shared memory segments are often sparse, and holes cost nothing.
 	if err := f.Truncate(h.Size); err != nil {
 		return err
 	}
-	// Holes stay holes: shared memory segments are often sparse.
-	buf := make([]byte, 1<<16)
-	zero := make([]byte, len(buf))
-	for off := int64(0); off < h.Size; {
-		n, err := io.ReadFull(content, buf[:min(int64(len(buf)), h.Size-off)])
-		if err != nil {
+	for _, p := range parts {
+		if err := u.copy(f, p); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// copy copies a part of a file, without blocks of zeros.
+func (u *unpacker) copy(f *os.File, p part) error {
+	buf := make([]byte, min(1<<16, p.size))
+	zero := make([]byte, len(buf))
+	for done := int64(0); done < p.size; {
+		if u.ctx.Err() != nil {
+			return context.Cause(u.ctx)
+		}
+		n := min(int64(len(buf)), p.size-done)
+		if _, err := io.ReadFull(io.NewSectionReader(u.archive.f, p.at+done, n), buf[:n]); err != nil {
+			return fmt.Errorf("read archive: %w", err)
+		}
 		if !bytes.Equal(buf[:n], zero[:n]) {
-			if _, err := f.WriteAt(buf[:n], off); err != nil {
+			if _, err := f.WriteAt(buf[:n], p.offset+done); err != nil {
 				return err
 			}
 		}
-		off += int64(n)
+		done += n
 	}
 	return nil
 }

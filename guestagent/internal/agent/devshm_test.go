@@ -4,14 +4,22 @@ package agent
 
 import (
 	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
 // The archive is GNU tar's own, with what is special about shared memory:
@@ -52,7 +60,7 @@ func TestRestoreShmReadsWhatTarWrote(t *testing.T) {
 	if err != nil {
 		t.Fatalf("tar: %v: %s", err, out)
 	}
-	if err := restoreShm(dst, archive); err != nil {
+	if err := restoreShm(t.Context(), directory(t, dst), archive); err != nil {
 		t.Fatal(err)
 	}
 	data, err := os.ReadFile(filepath.Join(dst, "segment"))
@@ -88,7 +96,7 @@ func TestRestoreShmTwice(t *testing.T) {
 		writeShm(t, shmFile{"shared", "of the first"}, shmFile{"dir/first", "1"}),
 		writeShm(t, shmFile{"shared", "of the second, which is longer"}, shmFile{"dir/first", "changed"}, shmFile{"dir/second", "2"}, shmFile{"own", "3"}),
 	} {
-		if err := restoreShm(dst, archive); err != nil {
+		if err := restoreShm(t.Context(), directory(t, dst), archive); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -96,6 +104,197 @@ func TestRestoreShmTwice(t *testing.T) {
 		if got, err := os.ReadFile(filepath.Join(dst, name)); err != nil || string(got) != want {
 			t.Errorf("%s = %q, %v, want %q", name, got, err, want)
 		}
+	}
+}
+
+// directory opens a directory as a path.
+func directory(t *testing.T, path string) *os.File {
+	t.Helper()
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// holes is an archive in GNU tar's sparse format of a file of a size with some
+// parts of data. The list of parts is written as it is given.
+func holes(t *testing.T, size int64, list, data string) string {
+	t.Helper()
+	pad := func(s string) string { return s + strings.Repeat("\x00", -len(s)&(blockSize-1)) }
+	pax := func(key, value string) string {
+		for n := len(key) + len(value) + 3; ; n++ {
+			if s := fmt.Sprintf("%d %s=%s\n", n, key, value); len(s) == n {
+				return s
+			}
+		}
+	}
+	header := func(name string, kind byte, size int) string {
+		b := make([]byte, blockSize)
+		copy(b, name)
+		copy(b[100:], "0000600\x000000000\x000000000\x00")
+		copy(b[124:], fmt.Sprintf("%011o\x0000000000000\x00        %c", size, kind))
+		copy(b[257:], "ustar\x0000")
+		sum := 0
+		for _, c := range b {
+			sum += int(c)
+		}
+		copy(b[148:], fmt.Sprintf("%06o\x00 ", sum))
+		return string(b)
+	}
+	records := pax("GNU.sparse.major", "1") + pax("GNU.sparse.minor", "0") + pax("GNU.sparse.name", "file") + pax("GNU.sparse.realsize", strconv.FormatInt(size, 10))
+	content := pad(list) + data
+	archive := header("PaxHeaders.0/x", 'x', len(records)) + pad(records) + header("GNUSparseFile.0/file", '0', len(content)) + pad(content) + strings.Repeat("\x00", 2*blockSize)
+	path := filepath.Join(t.TempDir(), "dev-shm.tar")
+	if err := os.WriteFile(path, []byte(archive), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// smallTmpfs is a tmpfs of 1 MiB.
+func smallTmpfs(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skip("needs to mount a tmpfs: ", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+// Holes cost nothing, as many as there may be.
+func TestRestoreShmOfHoles(t *testing.T) {
+	const size = int64(1) << 42
+	for name, tc := range map[string]struct{ list, data, err string }{
+		"nothing but a hole":       {list: "0\n"},
+		"data between holes":       {list: "2\n4096\n4\n4398046510080\n5\n", data: "aaaabbbbb"},
+		"data beyond the end":      {list: "1\n4398046511104\n1\n", data: "a", err: "invalid tar header"},
+		"overlapping data":         {list: "2\n0\n4\n2\n4\n", data: "aaaabbbb", err: "invalid tar header"},
+		"more data than there are": {list: "1\n0\n1048576\n", data: "a", err: "EOF"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := smallTmpfs(t)
+			begin := time.Now()
+			err := restoreShm(t.Context(), directory(t, dir), holes(t, size, tc.list, tc.data))
+			if took := time.Since(begin); took > 5*time.Second {
+				t.Errorf("it took %s", took)
+			}
+			if tc.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.err) {
+					t.Errorf("error %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := os.Open(filepath.Join(dir, "file"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if st, err := f.Stat(); err != nil || st.Size() != size {
+				t.Errorf("%v, %v", st, err)
+			}
+			for at, want := range map[int64]string{0: "\x00\x00", 4096: "aaaa", 4398046510080: "bbbbb"} {
+				got := make([]byte, len(want))
+				if tc.data == "" {
+					want = string(got)
+				}
+				if _, err := f.ReadAt(got, at); err != nil || string(got) != want {
+					t.Errorf("at %d: %q, %v", at, got, err)
+				}
+			}
+		})
+	}
+}
+
+// A restore that nobody wants any longer ends.
+func TestRestoreShmEndsWithItsContext(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	reason := errors.New("the container was killed")
+	cancel(reason)
+	dir := t.TempDir()
+	if err := restoreShm(ctx, directory(t, dir), writeShm(t, shmFile{"file", "content"})); !errors.Is(err, reason) {
+		t.Errorf("error %v", err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("it has made %v", left)
+	}
+}
+
+// A container's first process may be in a mount namespace of its own, in which it
+// may put what it likes at /dev/shm, without any capability in the guest. What the
+// container was created with is all that is opened.
+func TestOnlyTheContainersOwnShmIsOpened(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes mount namespaces")
+	}
+	secret := t.TempDir()
+	if err := os.WriteFile(filepath.Join(secret, "of-the-guest"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(secret, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const tmpfs = "mount -t tmpfs tmpfs "
+	for name, tc := range map[string]struct{ script, err string }{
+		"its own":               {tmpfs + "/dev; mkdir /dev/shm; " + tmpfs + "/dev/shm; touch /dev/shm/file", ""},
+		"a link":                {tmpfs + "/dev; ln -s " + secret + " /dev/shm", "not a directory"},
+		"a link above":          {"mkdir /tmp/d; " + tmpfs + "/tmp/d; ln -s " + secret + " /tmp/d/shm; mount --bind /tmp/d /dev", "not a directory"},
+		"a directory":           {tmpfs + "/dev; mkdir /dev/shm", "not what the container was created with"},
+		"a bind of a directory": {tmpfs + "/dev; mkdir /dev/shm; mount --bind " + secret + " /dev/shm", "not what the container was created with"},
+		"another tmpfs":         {tmpfs + "/dev; mkdir /dev/shm; " + tmpfs + "/dev/shm; " + tmpfs + "/dev/shm", "not what the container was created with"},
+		"nothing":               {tmpfs + "/dev", "no such file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command("unshare", "--mount", "sh", "-c", tc.script+"; echo ready; read line")
+			testproc.Ready(t, cmd)
+			init, err := newProcess(cmd.Process.Pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := &container{ID: "c1", Init: init}
+			if err := c.noteMounts(); err != nil {
+				t.Fatal(err)
+			}
+			if tc.err != "" {
+				var st unix.Stat_t // it was there when the container was created
+				if err := unix.Stat("/dev/shm", &st); err != nil {
+					t.Skip(err)
+				}
+				c.Shm = &st.Dev
+			}
+			look, err := inspect.LookAtFiles(t.Context(), init.PID, []int{init.PID}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			findings, err := look.CheckShm(*c.Shm)
+			if err != nil || (len(findings) == 0) != (tc.err == "") {
+				t.Errorf("a checkpoint: %v, %v", findings, err)
+			}
+			shm, err := c.openShm(init.PID)
+			if tc.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.err) {
+					t.Errorf("it was opened: %v, error %v", shm, err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer shm.Close()
+			if names, err := os.ReadDir(fmt.Sprintf("/proc/self/fd/%d", shm.Fd())); err != nil || len(names) != 1 || names[0].Name() != "file" {
+				t.Errorf("it has %v (%v)", names, err)
+			}
+		})
+	}
+	none := uint64(0)
+	if shm, err := (&container{ID: "c1", Init: process{PID: os.Getpid()}, Shm: &none}).openShm(os.Getpid()); shm != nil || err != nil {
+		t.Errorf("of a container without: %v, %v", shm, err)
 	}
 }
 
@@ -132,7 +331,7 @@ func TestRestoreShmIsConfined(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dst := t.TempDir()
-			if err := restoreShm(dst, writeTar(t, entries)); err == nil {
+			if err := restoreShm(t.Context(), directory(t, dst), writeTar(t, entries)); err == nil {
 				t.Error("restoreShm took it")
 			}
 			if entries, _ := os.ReadDir(outside); len(entries) > 0 {
@@ -149,7 +348,7 @@ func TestRestoreShmIsConfined(t *testing.T) {
 			{Name: "null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3},
 			{Name: "suid", Typeflag: tar.TypeReg, Mode: 0o6755, Uid: os.Getuid(), Gid: os.Getgid()},
 		})
-		if err := restoreShm(dst, archive); err != nil {
+		if err := restoreShm(t.Context(), directory(t, dst), archive); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := os.Lstat(filepath.Join(dst, "null")); err == nil {

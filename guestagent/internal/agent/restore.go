@@ -95,7 +95,6 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if lost := missing(r.GetCpuFeatures(), have); len(lost) > 0 {
 		return fmt.Errorf("the checkpoint was made on a processor with %s, which the processor of this guest lacks: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
 	}
-	root := fmt.Sprintf("/proc/%d/root", c.Init.PID)
 	mounts, err := inspect.Mounts(c.Init.PID)
 	if err != nil {
 		return err
@@ -113,14 +112,29 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if lost := missing(want, there); len(lost) > 0 {
 		return fmt.Errorf("the new container has no mount at %s: create it with the mounts of the old one", strings.Join(lost, ", "))
 	}
-	changed, err := inspect.ChangedFiles(root, r.GetOpenFiles())
+	return c.checkOpenFiles(r.GetOpenFiles())
+}
+
+// checkOpenFiles refuses an image set with open files that differ now.
+func (c *container) checkOpenFiles(files []*api.OpenFile) error {
+	tree, err := inspect.Tree(c.Init.PID, c.Mounts)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	changed, err := inspect.ChangedFiles(tree, files)
 	if err != nil {
 		return err
 	}
 	if len(changed) > 0 {
 		return fmt.Errorf("files that its processes have open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
 	}
-	changed, err = inspect.ChangedShm(root+inspect.ShmDir, r.GetOpenFiles())
+	shm, err := c.openShm(c.Init.PID)
+	if err != nil || shm == nil {
+		return err
+	}
+	defer shm.Close()
+	changed, err = inspect.ChangedShm(int(shm.Fd()), files)
 	if err != nil {
 		return err
 	}
@@ -171,8 +185,15 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("wait for the placeholder")
-	if err := restoreShm(fmt.Sprintf("/proc/%d/root"+inspect.ShmDir, c.Init.PID), filepath.Join(images, imageset.DevShmName)); err != nil {
-		return nil, err
+	shm, err := c.openShm(c.Init.PID)
+	if err != nil {
+		return nil, fmt.Errorf("restore /dev/shm: %w", err)
+	}
+	if shm != nil {
+		defer shm.Close()
+		if err := restoreShm(ctx, shm, filepath.Join(images, imageset.DevShmName)); err != nil {
+			return nil, err
+		}
 	}
 	ph.done("restore /dev/shm")
 

@@ -4,15 +4,15 @@ package enter
 
 import (
 	"bytes"
-	"fmt"
 	"io"
-	"os"
 	"path"
 	"strconv"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 )
 
 // candidates are the paths to try for a command, as execvp(3) would.
@@ -66,27 +66,15 @@ const maxPasswd = 1 << 20
 
 // passwd reads the container's file, whatever the container has put there.
 func passwd(target int) ([]byte, error) {
-	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", target), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	tree, err := inside.OpenRoot(target, func(m *mountinfo.Info) bool { return inside.KindOf(m) != inside.Other })
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(root)
-	// It may not be a regular file: an open must not wait.
-	fd, err := unix.Openat2(root, "etc/passwd", &unix.OpenHow{
-		Flags:   unix.O_RDONLY | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	defer tree.Close()
+	f, err := tree.OpenRegular("/etc/passwd")
 	if err != nil {
 		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), "passwd")
 	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !st.Mode().IsRegular() {
-		return nil, unix.EINVAL
-	}
 	return io.ReadAll(io.LimitReader(f, maxPasswd))
 }

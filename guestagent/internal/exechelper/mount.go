@@ -10,6 +10,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -55,7 +56,19 @@ func mount(placeholder int) error {
 	if err := thread.Enter(placeholder, "mnt"); err != nil {
 		return err
 	}
-	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, api.HelperPath, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: "/", Err: err}
+	}
+	defer unix.Close(root)
+	// Over the binary that Kata has mounted, and nowhere else: the container's image
+	// may have links in its path.
+	target, err := inside.OpenMountPoint(root, api.HelperPath, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(target)
+	if err := unix.MoveMount(fd, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
 		return fmt.Errorf("move to %s: %w", api.HelperPath, err)
 	}
 	return nil

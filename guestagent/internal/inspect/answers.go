@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -20,17 +19,6 @@ import (
 // it. So nothing here touches a file before its mount is known to answer. The
 // kernel names the mount of a descriptor (fdinfo) and the device of a mapping
 // (maps) without asking the file system.
-
-// memoryFS are file systems that the guest's kernel answers for alone.
-var memoryFS = append([]string{"tmpfs", "devtmpfs", "ramfs", "hugetlbfs", "cgroup", "cgroup2", "nsfs", "bpf", "configfs", "fusectl", "selinuxfs"}, kernelFS...)
-
-// hostFS is the file system that the host shares with the guest.
-const hostFS = "virtiofs"
-
-// diskFS are file systems that answer if their disk or their layers do. Those
-// that the container was created with do; a workload may have made others of a
-// file on any file system.
-var diskFS = []string{"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "erofs", "squashfs", "vfat", "iso9660", "overlay"}
 
 // mountTable has the mounts in all mount namespaces of a container's processes.
 type mountTable struct {
@@ -91,12 +79,13 @@ func (t *mountTable) add(list []*mountinfo.Info) {
 // answers reports whether a mount is known to answer. One that is not known is
 // not.
 func (t *mountTable) answers(m *mountinfo.Info) bool {
-	switch {
-	case m == nil:
+	if m == nil {
 		return false
-	case m.FSType == hostFS, slices.Contains(memoryFS, m.FSType):
+	}
+	switch inside.KindOf(m) {
+	case inside.Memory, inside.Host:
 		return true
-	case slices.Contains(diskFS, m.FSType):
+	case inside.Disk: // a workload may have made it of a file on any file system
 		return t.given == nil || t.given[[2]int{m.Major, m.Minor}]
 	}
 	return false
@@ -104,6 +93,17 @@ func (t *mountTable) answers(m *mountinfo.Info) bool {
 
 // Tree opens the container's files, those that are known to answer.
 func (c *Container) Tree() (*inside.Tree, error) { return inside.Open(c.Root.PID, c.mounts.answers) }
+
+// Tree opens the files that a process of a container sees, those that are known
+// to answer. Points are the mount points that the container was created with.
+func Tree(pid int, points []string) (*inside.Tree, error) {
+	p := &Process{PID: pid}
+	mounts, err := readMounts(p, []*Process{p}, points)
+	if err != nil {
+		return nil, err
+	}
+	return inside.Open(pid, mounts.answers)
+}
 
 // mountOf is the mount of a descriptor, or nil.
 func (t *mountTable) mountOf(f File) *mountinfo.Info { return t.ids[f.MountID] }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 )
 
 // maxOpenFiles bounds the list in the manifest. CRIU itself checks the files
@@ -114,7 +115,7 @@ func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
 func (c *Container) RootIsShared() (shared, answers bool) {
 	for _, m := range c.mounts.root {
 		if m.Mountpoint == "/" {
-			return m.FSType == hostFS, c.mounts.answers(m)
+			return inside.KindOf(m) == inside.Host, c.mounts.answers(m)
 		}
 	}
 	return false, false
@@ -124,7 +125,7 @@ func (c *Container) RootIsShared() (shared, answers bool) {
 // open for writing or have mapped shared, each once, as links in /proc.
 // Unlinked files are left out.
 func (c *Container) WrittenFiles(ctx context.Context) ([]string, error) {
-	return c.writtenFiles(ctx, func(m *mountinfo.Info) bool { return m != nil && m.FSType == hostFS })
+	return c.writtenFiles(ctx, func(m *mountinfo.Info) bool { return m != nil && inside.KindOf(m) == inside.Host })
 }
 
 func (c *Container) writtenFiles(ctx context.Context, on func(*mountinfo.Info) bool) (out []string, _ error) {
@@ -164,23 +165,21 @@ func (c *Container) writtenFiles(ctx context.Context, on func(*mountinfo.Info) b
 	return out, nil
 }
 
-// ChangedFiles names the files that a restore would find with another size,
-// looked up below root without leaving it. Files of /dev/shm are left out: the
-// missing ones come from the image set (see [ChangedShm]).
-func ChangedFiles(root string, files []*api.OpenFile) ([]string, error) {
-	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: root, Err: err}
-	}
-	defer unix.Close(dir)
+// ChangedFiles names the files that a restore would find with another size, in
+// the container's tree. Files of /dev/shm are left out: the missing ones come
+// from the image set (see [ChangedShm]).
+func ChangedFiles(tree *inside.Tree, files []*api.OpenFile) ([]string, error) {
 	var out []string
 	for _, f := range files {
 		if strings.HasPrefix(f.GetPath(), ShmDir+"/") {
 			continue
 		}
-		fd, err := unix.Openat2(dir, strings.TrimPrefix(f.GetPath(), "/"), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT})
+		fd, err := tree.Open(f.GetPath(), unix.O_PATH)
+		if errors.Is(err, inside.ErrMayBlock) {
+			continue // CRIU checks it
+		}
 		if err != nil {
-			out = append(out, fmt.Sprintf("%s (is gone: %v)", f.GetPath(), err))
+			out = append(out, fmt.Sprintf("%s (is gone: %v)", f.GetPath(), errors.Unwrap(err)))
 			continue
 		}
 		var st unix.Stat_t
@@ -196,18 +195,10 @@ func ChangedFiles(root string, files []*api.OpenFile) ([]string, error) {
 	return out, nil
 }
 
-// ChangedShm names the files of /dev/shm that a restore needs and that differ
-// from those of the image set: another container of the pod owns them, or has
-// left them, and files that exist are never replaced.
-func ChangedShm(dir string, files []*api.OpenFile) ([]string, error) {
-	shm, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
-	}
-	defer unix.Close(shm)
+// ChangedShm names the files of /dev/shm, by a descriptor of it, that a restore
+// needs and that differ from those of the image set: another container of the
+// pod owns them, or has left them, and files that exist are never replaced.
+func ChangedShm(shm int, files []*api.OpenFile) ([]string, error) {
 	var out []string
 	for _, f := range files {
 		name, ok := strings.CutPrefix(f.GetPath(), ShmDir+"/")

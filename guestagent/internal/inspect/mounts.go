@@ -5,6 +5,7 @@ package inspect
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 )
 
 // kernelFS are file systems that CRIU mounts again at restore, whatever
@@ -72,6 +74,38 @@ func (c *Container) CheckMounts() (findings []Finding) {
 		}
 	}
 	return distinct(append(findings, madeMounts(nested, given)...))
+}
+
+// MountedDevice returns the device number of the file system that is mounted at
+// a path, the upper one of two, or 0.
+func MountedDevice(mounts []*mountinfo.Info, path string) (device uint64) {
+	for _, m := range mounts {
+		if m.Mountpoint == path {
+			device = unix.Mkdev(uint32(m.Major), uint32(m.Minor)) //nolint:gosec // device numbers
+		}
+	}
+	return device
+}
+
+// CheckShm finds out whether the container's own programs have covered or
+// unmounted the /dev/shm that it was created with, by its device number: its
+// files would not be found.
+func (c *Container) CheckShm(device uint64) ([]Finding, error) {
+	if device == 0 {
+		return nil, nil
+	}
+	tree, err := c.Tree()
+	if err != nil {
+		return nil, err
+	}
+	defer tree.Close()
+	fd, err := tree.OpenMount(ShmDir, device)
+	if err != nil {
+		return []Finding{{Class: Refused, What: fmt.Sprintf("has covered, moved or unmounted its /dev/shm (%v)", errors.Unwrap(err)), //nolint:nilerr // that is the finding
+			Advice: "have it leave /dev/shm as the container was created with it"}}, nil
+	}
+	unix.Close(fd)
+	return nil, nil
 }
 
 func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
@@ -178,7 +212,7 @@ func (c *Container) FileMounts(ctx context.Context) ([]string, error) {
 		if err := ended(ctx); err != nil {
 			return nil, err
 		}
-		if slices.Contains(memoryFS, m.FSType) || !c.mounts.answers(m) {
+		if inside.KindOf(m) == inside.Memory || !c.mounts.answers(m) {
 			continue
 		}
 		fd, err := tree.Open(m.Mountpoint, unix.O_PATH|unix.O_NOFOLLOW)
