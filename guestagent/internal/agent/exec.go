@@ -45,7 +45,7 @@ func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int
 	if err != nil {
 		return 0, err
 	}
-	pid, err := process.Run(criu.Helper, h.Stdio)
+	pid, err := process.Run(ctx, criu.Helper, h.Stdio)
 	if err != nil {
 		return 0, errclass.Join(err, h.Kill())
 	}

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,7 +25,7 @@ import (
 // makeNamespace creates a PID namespace below the placeholder's and returns the
 // PID of its init. Everything else of the init is as the placeholder's; being in
 // the placeholder's cgroup, it is neither frozen nor checkpointed.
-func (a *Agent) makeNamespace(c *container) (int, error) {
+func (a *Agent) makeNamespace(ctx context.Context, c *container) (int, error) {
 	process, err := json.Marshal(specs.Process{NoNewPrivileges: true})
 	if err != nil {
 		return 0, err
@@ -40,7 +41,7 @@ func (a *Agent) makeNamespace(c *container) (int, error) {
 	}
 	defer prepared.Close()
 	fd := int(null.Fd())
-	inside, err := prepared.Run(criu.Helper, [3]int{fd, fd, fd})
+	inside, err := prepared.Run(ctx, criu.Helper, [3]int{fd, fd, fd})
 	if err != nil {
 		return 0, fmt.Errorf("create a PID namespace: %w", err)
 	}

@@ -235,7 +235,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	if shared {
-		first, err := a.makeNamespace(c)
+		first, err := a.makeNamespace(ctx, c)
 		if err != nil {
 			return nil, err
 		}

@@ -8,6 +8,7 @@
 package enter
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -136,7 +138,11 @@ func closeFD(fd *int) {
 // Run starts the process on stdio, once, by the helper at a path. It returns the
 // process's pid in the guest's root PID namespace; it is a child of the caller,
 // who waits for it. Of an init it returns the pid in the target's namespace.
-func (p *Prepared) Run(helper string, stdio [3]int) (int, error) {
+//
+// The process may wait for a file system of the container's that does not
+// answer, in its working directory or at its command: it is killed at the end
+// of ctx.
+func (p *Prepared) Run(ctx context.Context, helper string, stdio [3]int) (int, error) {
 	attr := &syscall.ProcAttr{Dir: "/", Env: []string{}}
 	for _, fd := range append(stdio[:], p.fds[:]...) {
 		attr.Files = append(attr.Files, uintptr(fd))
@@ -152,8 +158,9 @@ func (p *Prepared) Run(helper string, stdio [3]int) (int, error) {
 	defer reap(child)
 	// The helper and the process are the writers, and the report ends with them.
 	closeFD(&p.fds[reportPipe])
-	report, err := readAll(p.report)
+	report, err := readReport(ctx, p.report)
 	if err != nil {
+		p.giveUp(report)
 		return 0, fmt.Errorf("exec: read the report: %w", err)
 	}
 	pid, err := p.parse(report)
@@ -207,14 +214,39 @@ func (p *Prepared) failure(step string, errno syscall.Errno) error {
 	return fmt.Errorf("exec %q: %w", p.command, err)
 }
 
-func readAll(fd int) (string, error) {
+// giveUp kills a process that has reported its pid and no more.
+func (p *Prepared) giveUp(report string) {
+	if p.init {
+		return // it ends with the placeholder
+	}
+	if pid, _ := p.parse(report); pid > 1 {
+		_ = unix.Kill(pid, unix.SIGKILL)
+		go reap(pid) // when the kernel lets it
+	}
+}
+
+// reportPoll is how often the end of the context is looked for.
+const reportPoll = 100 * time.Millisecond
+
+// readReport reads what the helper and the process report. If ctx ends first, it
+// returns what there is.
+func readReport(ctx context.Context, fd int) (string, error) {
 	var data []byte
 	for b := make([]byte, 256); ; {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+		switch n, err := unix.Poll(fds, int(reportPoll.Milliseconds())); {
+		case err != nil && !errors.Is(err, unix.EINTR):
+			return string(data), err
+		case n <= 0 && ctx.Err() != nil:
+			return string(data), context.Cause(ctx)
+		case n <= 0:
+			continue
+		}
 		n, err := unix.Read(fd, b)
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
-			return "", err
+			return string(data), err
 		case n == 0:
 			return string(data), nil
 		default:

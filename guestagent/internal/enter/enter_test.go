@@ -4,7 +4,9 @@ package enter
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/testhelper"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testfuse"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
@@ -94,6 +97,47 @@ func TestStart(t *testing.T) {
 			t.Errorf("Run = %v", err)
 		}
 	})
+}
+
+// An exec whose working directory never answers ends with its context, and leaves
+// no process.
+func TestAnExecThatCannotStartEndsWithItsContext(t *testing.T) {
+	dir := t.TempDir()
+	server := testfuse.Mount(t, dir)
+	cgroup := makeCgroup(t)
+	target := startTarget(t)
+	helper := testhelper.Build(t)
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	testfuse.Stop(t, server)
+	p, err := Prepare(request(t, target, cgroup, specs.Process{Args: []string{"true"}, Cwd: dir, Env: []string{"HOME=/"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 200*time.Millisecond, errors.New("too late"))
+	defer cancel()
+	testfuse.Ends(t, "an exec", func() {
+		fd := int(null.Fd())
+		if _, err := p.Run(ctx, helper, [3]int{fd, fd, fd}); err == nil || !strings.Contains(err.Error(), "too late") {
+			t.Errorf("Run = %v", err)
+		}
+	})
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		left, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(left) == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the processes %q are left", left)
+		}
+	}
 }
 
 // The pid of a process that has failed is found wherever it is in the report:
@@ -340,7 +384,7 @@ func startOn(t *testing.T, helper string, r Request, stdio [3]*os.File) (int, er
 		t.Fatal(err)
 	}
 	defer p.Close()
-	return p.Run(helper, [3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())})
+	return p.Run(t.Context(), helper, [3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())})
 }
 
 func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
