@@ -184,8 +184,10 @@ func (x *InfoResponse) GetOldestProtocol() uint32 {
 }
 
 type ContainerRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// token is that of the container's AdoptRequest, in every request for it.
+	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -223,6 +225,13 @@ func (*ContainerRequest) Descriptor() ([]byte, []int) {
 func (x *ContainerRequest) GetContainerId() string {
 	if x != nil {
 		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *ContainerRequest) GetToken() string {
+	if x != nil {
+		return x.Token
 	}
 	return ""
 }
@@ -278,7 +287,12 @@ type AdoptRequest struct {
 	// exchange_destination is the exchange mount's path in the container.
 	ExchangeDestination string `protobuf:"bytes,2,opt,name=exchange_destination,json=exchangeDestination,proto3" json:"exchange_destination,omitempty"`
 	// token is the content of the marker file in the exchange directory.
-	Token         string `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	Token string `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	// guarded: every request for the container will have the token, and the agent
+	// refuses those that lack it. Any process of the host may connect to the
+	// agent's port; only root there can read the token. A shim of the release before sends
+	// none.
+	Guarded       bool `protobuf:"varint,4,opt,name=guarded,proto3" json:"guarded,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -332,6 +346,13 @@ func (x *AdoptRequest) GetToken() string {
 		return x.Token
 	}
 	return ""
+}
+
+func (x *AdoptRequest) GetGuarded() bool {
+	if x != nil {
+		return x.Guarded
+	}
+	return false
 }
 
 type AdoptResponse struct {
@@ -593,7 +614,8 @@ func (x *Stdio) GetKey() string {
 
 type OpenFile struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// path in the container. Files have names of bytes, in any encoding or none.
+	Path []byte `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
 	// size in bytes at the checkpoint. CRIU restores no file of another size.
 	Size uint64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
 	// may_grow: every process that has it open only appends to it. CRIU restores
@@ -633,11 +655,11 @@ func (*OpenFile) Descriptor() ([]byte, []int) {
 	return file_internal_api_agent_proto_rawDescGZIP(), []int{9}
 }
 
-func (x *OpenFile) GetPath() string {
+func (x *OpenFile) GetPath() []byte {
 	if x != nil {
 		return x.Path
 	}
-	return ""
+	return nil
 }
 
 func (x *OpenFile) GetSize() uint64 {
@@ -826,7 +848,8 @@ type CheckpointRequest struct {
 	// stop: the container is going to be killed. With tcp_established its
 	// connections stay locked from the dump on, so that no peer sees their end.
 	// Thaw unlocks them.
-	Stop          bool `protobuf:"varint,5,opt,name=stop,proto3" json:"stop,omitempty"`
+	Stop          bool   `protobuf:"varint,5,opt,name=stop,proto3" json:"stop,omitempty"`
+	Token         string `protobuf:"bytes,6,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -894,6 +917,13 @@ func (x *CheckpointRequest) GetStop() bool {
 		return x.Stop
 	}
 	return false
+}
+
+func (x *CheckpointRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
 }
 
 type CheckpointResponse struct {
@@ -1032,6 +1062,7 @@ type DiscardRequest struct {
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
 	// directory is the image set's name in the exchange mount.
 	Directory     string `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	Token         string `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1080,6 +1111,13 @@ func (x *DiscardRequest) GetDirectory() string {
 	return ""
 }
 
+func (x *DiscardRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
 type RestoreRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -1099,6 +1137,7 @@ type RestoreRequest struct {
 	Connections []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
 	// addresses are those of the CheckpointResponse.
 	Addresses     []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Token         string     `protobuf:"bytes,12,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1208,6 +1247,13 @@ func (x *RestoreRequest) GetAddresses() []*Address {
 		return x.Addresses
 	}
 	return nil
+}
+
+func (x *RestoreRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
 }
 
 // Rights bound the credentials of restored processes.
@@ -1334,6 +1380,7 @@ type ExecRequest struct {
 	HelperToken string `protobuf:"bytes,2,opt,name=helper_token,json=helperToken,proto3" json:"helper_token,omitempty"`
 	// process is the OCI runtime spec's process, as JSON.
 	Process       []byte `protobuf:"bytes,3,opt,name=process,proto3" json:"process,omitempty"`
+	Token         string `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1387,6 +1434,13 @@ func (x *ExecRequest) GetProcess() []byte {
 		return x.Process
 	}
 	return nil
+}
+
+func (x *ExecRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
 }
 
 type ExecResponse struct {
@@ -1450,15 +1504,17 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x0ekernel_release\x18\x05 \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\x06 \x01(\tR\x06bootId\x12\x1a\n" +
 	"\bproblems\x18\a \x03(\tR\bproblems\x12'\n" +
-	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\"5\n" +
+	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\"K\n" +
 	"\x10ContainerRequest\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"#\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\"#\n" +
 	"\vHoldRequest\x12\x14\n" +
-	"\x05owner\x18\x01 \x01(\tR\x05owner\"z\n" +
+	"\x05owner\x18\x01 \x01(\tR\x05owner\"\x94\x01\n" +
 	"\fAdoptRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x121\n" +
 	"\x14exchange_destination\x18\x02 \x01(\tR\x13exchangeDestination\x12\x14\n" +
-	"\x05token\x18\x03 \x01(\tR\x05token\"!\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\x12\x18\n" +
+	"\aguarded\x18\x04 \x01(\bR\aguarded\"!\n" +
 	"\rAdoptResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xf3\x01\n" +
 	"\x11CheckpointOptions\x12'\n" +
@@ -1478,7 +1534,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x02fd\x18\x01 \x01(\rR\x02fd\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\"M\n" +
 	"\bOpenFile\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\fR\x04path\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x19\n" +
 	"\bmay_grow\x18\x03 \x01(\bR\amayGrow\"=\n" +
 	"\x05Phase\x12\x12\n" +
@@ -1490,13 +1546,14 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\"A\n" +
 	"\aAddress\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xcc\x01\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xe2\x01\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
 	"\aoptions\x18\x03 \x01(\v2*.katacheckpoint.agent.v1.CheckpointOptionsR\aoptions\x12\x1c\n" +
 	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
-	"\x04stop\x18\x05 \x01(\bR\x04stop\"\xbe\x04\n" +
+	"\x04stop\x18\x05 \x01(\bR\x04stop\x12\x14\n" +
+	"\x05token\x18\x06 \x01(\tR\x05token\"\xbe\x04\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -1510,10 +1567,11 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x0ftcp_established\x18\t \x01(\bR\x0etcpEstablished\x12E\n" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
-	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\"Q\n" +
+	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\"g\n" +
 	"\x0eDiscardRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
-	"\tdirectory\x18\x02 \x01(\tR\tdirectory\"\xd6\x04\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x14\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\"\xec\x04\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1527,7 +1585,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x06rights\x18\t \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\x12E\n" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
-	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\"`\n" +
+	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x12\x14\n" +
+	"\x05token\x18\f \x01(\tR\x05token\"`\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -1535,11 +1594,12 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x03uid\x18\x03 \x01(\rR\x03uid\"[\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x126\n" +
-	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"m\n" +
+	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"\x83\x01\n" +
 	"\vExecRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12!\n" +
 	"\fhelper_token\x18\x02 \x01(\tR\vhelperToken\x12\x18\n" +
-	"\aprocess\x18\x03 \x01(\fR\aprocess\" \n" +
+	"\aprocess\x18\x03 \x01(\fR\aprocess\x12\x14\n" +
+	"\x05token\x18\x04 \x01(\tR\x05token\" \n" +
 	"\fExecResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid2\xed\a\n" +
 	"\x05Agent\x12S\n" +

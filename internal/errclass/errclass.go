@@ -12,6 +12,8 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 type classified struct {
@@ -56,16 +58,24 @@ func NotFound(format string, args ...any) error {
 // that a peer returned and that nobody wrapped stays as it is. The details that
 // errgrpc would add are left out: they repeat the message for every error in
 // the chain, and engines would print each of them.
+//
+// The message may quote names and logs that a container has written. It is made
+// fit for a terminal, and for protobuf, whose encoding of an error fails with it
+// and ends the whole connection.
 func ToRPC(err error) error {
 	if err == nil {
 		return nil
 	}
-	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { // not one that was wrapped: its message lacks what the wrapping added
-		return err
+	if peer, ok := err.(interface{ GRPCStatus() *status.Status }); ok { // not one that was wrapped: its message lacks what the wrapping added
+		st := peer.GRPCStatus()
+		if text.IsLines([]byte(st.Message())) {
+			return err
+		}
+		return status.Error(st.Code(), text.Lines(st.Message(), text.MaxError))
 	}
 	code := codes.Unknown
 	if st, ok := status.FromError(errgrpc.ToGRPC(errdefs.Resolve(err))); ok {
 		code = st.Code()
 	}
-	return status.Error(code, err.Error())
+	return status.Error(code, text.Lines(err.Error(), text.MaxError))
 }

@@ -6,12 +6,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
@@ -48,5 +50,23 @@ func TestStatusOfAPeer(t *testing.T) {
 	wrapped := fmt.Errorf("kill container c1: %w", With(errdefs.ErrNotFound, peer.Err()))
 	if got := status.Convert(ToRPC(wrapped)); got.Code() != codes.NotFound || got.Message() != wrapped.Error() {
 		t.Errorf("a wrapped one becomes %v", got)
+	}
+}
+
+// What a container has written in an error is fit for protobuf, which refuses to
+// encode it otherwise, and for a terminal.
+func TestForeignTextInErrors(t *testing.T) {
+	foreign := "the process a\xff\x1b]0;x\a (pid 7) does\nsomething"
+	for _, err := range []error{Precondition("%s", foreign), status.Error(codes.FailedPrecondition, foreign)} {
+		got := status.Convert(ToRPC(err))
+		if want := "the process a??]0;x? (pid 7) does\nsomething"; got.Code() != codes.FailedPrecondition || !strings.Contains(got.Message(), want) {
+			t.Errorf("%v: %q", got.Code(), got.Message())
+		}
+		if _, err := proto.Marshal(got.Proto()); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := status.Convert(ToRPC(errors.New(strings.Repeat("a", 1<<20)))); len(got.Message()) > 20000 {
+		t.Errorf("a message of %d bytes", len(got.Message()))
 	}
 }

@@ -117,8 +117,8 @@ func (m *Manifest) CheckRestore() error {
 		}
 	}
 	for _, f := range m.OpenFiles {
-		if !path.IsAbs(f.Path) || len(f.Path) > maxPath || strings.ContainsRune(f.Path, 0) {
-			return fmt.Errorf("open file %q is not an absolute path", f.Path)
+		if p := string(f.Bytes()); !path.IsAbs(p) || len(p) > maxPath || strings.ContainsRune(p, 0) {
+			return fmt.Errorf("open file %.80q is not an absolute path", p)
 		}
 	}
 	return nil

@@ -25,6 +25,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // FormatVersion is that of the manifests that this release writes. It reads
@@ -145,10 +147,30 @@ func (a Address) check() error {
 
 // OpenFile is a file by its path in the container and its size in bytes.
 type OpenFile struct {
-	Path string `json:"path"`
-	Size uint64 `json:"size"`
+	// Path is what can be printed of it, and RawPath its bytes where that is not
+	// all: names of files have no encoding.
+	Path    string `json:"path"`
+	RawPath []byte `json:"rawPath,omitempty"`
+	Size    uint64 `json:"size"`
 	// MayGrow: it was open for appending only, and is restored whatever its size.
 	MayGrow bool `json:"mayGrow,omitempty"`
+}
+
+// NewOpenFile returns a file with a path of any bytes.
+func NewOpenFile(path []byte, size uint64, mayGrow bool) OpenFile {
+	f := OpenFile{Path: text.Line(string(path), maxPath), Size: size, MayGrow: mayGrow}
+	if f.Path != string(path) {
+		f.RawPath = path
+	}
+	return f
+}
+
+// Bytes are those of the path.
+func (f OpenFile) Bytes() []byte {
+	if f.RawPath != nil {
+		return f.RawPath
+	}
+	return []byte(f.Path)
 }
 
 // Phase is a step of the checkpoint and its duration.

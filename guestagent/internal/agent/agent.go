@@ -36,6 +36,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -106,9 +107,9 @@ func (a *Agent) Info(ctx context.Context, r *api.InfoRequest) (*api.InfoResponse
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		out.CriuVersion, out.CriuCheck = v, check
+		out.CriuVersion, out.CriuCheck = v, text.Lines(check, text.MaxError)
 		if err != nil {
-			out.Problems = append(out.Problems, err.Error())
+			out.Problems = append(out.Problems, text.Lines(err.Error(), text.MaxError))
 		}
 	}
 	return out, nil

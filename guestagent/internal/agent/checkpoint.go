@@ -26,6 +26,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // ghostLimit is the size in bytes of the largest unlinked file that an image
@@ -295,16 +296,21 @@ func (a *Agent) describe(ctx context.Context, c *container, look *inspect.Contai
 		return nil, fmt.Errorf("list the open files of the container: %w", err)
 	}
 	for _, f := range out.OpenFiles {
-		if now := look.Names.Files[f.GetPath()]; now != "" {
-			f.Path = now // by which the restore opens it
+		if now := look.Names.Files[string(f.GetPath())]; now != "" {
+			f.Path = []byte(now) // by which the restore opens it
 		}
 	}
 	for _, a := range look.Addresses {
+		if text.Line(a.Interface, len(a.Interface)) != a.Interface {
+			continue // whoever may configure the guest's network may choose any bytes
+		}
 		out.Addresses = append(out.Addresses, &api.Address{Interface: a.Interface, Address: a.Addr.WithZone("").String()})
 	}
-	if out.Hostname, err = inspect.Hostname(root); err != nil {
+	hostname, err := inspect.Hostname(root)
+	if err != nil {
 		return nil, err
 	}
+	out.Hostname = text.Line(hostname, len(hostname))
 	if out.CpuFeatures, err = cpuFeatures(); err != nil {
 		return nil, err
 	}

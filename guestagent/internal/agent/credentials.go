@@ -13,6 +13,7 @@ import (
 	"github.com/moby/sys/capability"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // checkCredentials refuses an image set with a process whose credentials exceed
@@ -46,7 +47,7 @@ func checkCredentials(images string, r *api.Rights, bounding uint64) error {
 			// CRIU would read them from an image of an older format, or fail.
 			return fmt.Errorf("%s has no credentials, and is not the image of a zombie: use another copy of the checkpoint", filepath.Base(path))
 		}
-		name := core.GetTc().GetComm()
+		name := text.Line(core.GetTc().GetComm(), text.MaxName)
 		if name == "" {
 			name = strings.TrimSuffix(filepath.Base(path), ".img")
 		}

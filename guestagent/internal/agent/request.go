@@ -36,7 +36,7 @@ func checkRequest(r *api.RestoreRequest) error {
 		m.Addresses = append(m.Addresses, imageset.Address{Interface: a.GetInterface(), Address: addr})
 	}
 	for _, f := range r.GetOpenFiles() {
-		m.OpenFiles = append(m.OpenFiles, imageset.OpenFile{Path: f.GetPath()})
+		m.OpenFiles = append(m.OpenFiles, imageset.NewOpenFile(f.GetPath(), f.GetSize(), f.GetMayGrow()))
 	}
 	if err := m.CheckRestore(); err != nil {
 		return errclass.Invalid("the request is invalid: %w", err)

@@ -52,7 +52,7 @@ func TestRequestsAreChecked(t *testing.T) {
 		"a namespace that CRIU creates": {&api.RestoreRequest{Options: &api.CheckpointOptions{EmptyNamespaces: []string{"user"}}}, false},
 		"a connection without an end":   {&api.RestoreRequest{Connections: []*api.Connection{{Local: "192.0.2.1:80"}}}, false},
 		"an interface with a path":      {&api.RestoreRequest{Addresses: []*api.Address{{Interface: "../eth0", Address: "192.0.2.1"}}}, false},
-		"a relative file":               {&api.RestoreRequest{OpenFiles: []*api.OpenFile{{Path: "etc"}}}, false},
+		"a relative file":               {&api.RestoreRequest{OpenFiles: []*api.OpenFile{{Path: []byte("etc")}}}, false},
 		"a feature that is a sentence":  {&api.RestoreRequest{CpuFeatures: []string{"avx\x1b[2J"}}, false},
 	} {
 		if err := checkRequest(tc.r); (err == nil) != tc.ok {

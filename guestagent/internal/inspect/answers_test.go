@@ -63,7 +63,7 @@ func TestALookTouchesNothingThatAFrozenProcessServes(t *testing.T) {
 		}
 		var listed []string
 		for _, f := range open {
-			listed = append(listed, f.GetPath())
+			listed = append(listed, string(f.GetPath()))
 		}
 		if !slices.Contains(listed, local.Name()) || slices.ContainsFunc(listed, func(name string) bool { return strings.HasPrefix(name, served) }) {
 			t.Errorf("open files %q", listed)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // maxOpenFiles bounds the list in the manifest. CRIU itself checks the files
@@ -85,7 +86,7 @@ func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
 		if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 {
 			return nil
 		}
-		seen[path] = &api.OpenFile{Path: path, Size: uint64(st.Size), MayGrow: appends} //nolint:gosec // not negative
+		seen[path] = &api.OpenFile{Path: []byte(path), Size: uint64(st.Size), MayGrow: appends} //nolint:gosec // not negative
 		out = append(out, seen[path])
 		return nil
 	}
@@ -171,25 +172,26 @@ func (c *Container) writtenFiles(ctx context.Context, on func(*mountinfo.Info) b
 func ChangedFiles(tree *inside.Tree, files []*api.OpenFile) ([]string, error) {
 	var out []string
 	for _, f := range files {
-		if strings.HasPrefix(f.GetPath(), ShmDir+"/") {
+		path := string(f.GetPath())
+		if strings.HasPrefix(path, ShmDir+"/") {
 			continue
 		}
-		fd, err := tree.Open(f.GetPath(), unix.O_PATH)
+		fd, err := tree.Open(path, unix.O_PATH)
 		if errors.Is(err, inside.ErrMayBlock) {
 			continue // CRIU checks it
 		}
 		if err != nil {
-			out = append(out, fmt.Sprintf("%s (is gone: %v)", f.GetPath(), errors.Unwrap(err)))
+			out = append(out, fmt.Sprintf("%s (is gone: %v)", shown(path), errors.Unwrap(err)))
 			continue
 		}
 		var st unix.Stat_t
 		err = unix.Fstat(fd, &st)
 		unix.Close(fd)
 		if err != nil {
-			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
+			return nil, &os.PathError{Op: "stat", Path: path, Err: err}
 		}
 		if !f.GetMayGrow() && uint64(st.Size) != f.GetSize() { //nolint:gosec // not negative
-			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
+			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", shown(path), st.Size, f.GetSize()))
 		}
 	}
 	return out, nil
@@ -201,7 +203,8 @@ func ChangedFiles(tree *inside.Tree, files []*api.OpenFile) ([]string, error) {
 func ChangedShm(shm int, files []*api.OpenFile) ([]string, error) {
 	var out []string
 	for _, f := range files {
-		name, ok := strings.CutPrefix(f.GetPath(), ShmDir+"/")
+		path := string(f.GetPath())
+		name, ok := strings.CutPrefix(path, ShmDir+"/")
 		if !ok {
 			continue
 		}
@@ -210,7 +213,7 @@ func ChangedShm(shm int, files []*api.OpenFile) ([]string, error) {
 			continue
 		}
 		if err != nil {
-			out = append(out, fmt.Sprintf("%s (%v)", f.GetPath(), err))
+			out = append(out, fmt.Sprintf("%s (%v)", shown(path), err))
 			continue
 		}
 		var st unix.Stat_t
@@ -218,12 +221,15 @@ func ChangedShm(shm int, files []*api.OpenFile) ([]string, error) {
 		unix.Close(fd)
 		switch {
 		case err != nil:
-			return nil, &os.PathError{Op: "stat", Path: f.GetPath(), Err: err}
+			return nil, &os.PathError{Op: "stat", Path: path, Err: err}
 		case st.Mode&unix.S_IFMT != unix.S_IFREG:
-			out = append(out, f.GetPath()+" (is not a file)")
+			out = append(out, shown(path)+" (is not a file)")
 		case !f.GetMayGrow() && uint64(st.Size) != f.GetSize(): //nolint:gosec // not negative
-			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", f.GetPath(), st.Size, f.GetSize()))
+			out = append(out, fmt.Sprintf("%s (has %d bytes, had %d)", shown(path), st.Size, f.GetSize()))
 		}
 	}
 	return out, nil
 }
+
+// shown is a name of a container's in a message.
+func shown(name string) string { return text.Line(name, text.MaxName) }

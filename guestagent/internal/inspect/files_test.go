@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
@@ -37,12 +38,12 @@ func TestChangedFilesNamesWhatARestoreWouldRefuse(t *testing.T) {
 	}
 	var files []*api.OpenFile
 	for _, name := range []string{"/same", "/grown", "/shrunk", "/gone", "/escape", "/dev/shm/in-the-images"} {
-		files = append(files, &api.OpenFile{Path: name, Size: 5})
+		files = append(files, &api.OpenFile{Path: []byte(name), Size: 5})
 	}
 	if err := os.WriteFile(filepath.Join(root, "log"), []byte("1234567890"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	files = append(files, &api.OpenFile{Path: "/log", Size: 5, MayGrow: true}, &api.OpenFile{Path: "/rotated", MayGrow: true})
+	files = append(files, &api.OpenFile{Path: []byte("/log"), Size: 5, MayGrow: true}, &api.OpenFile{Path: []byte("/rotated"), MayGrow: true})
 	got, err := ChangedFiles(chrooted(t, root), files)
 	if err != nil {
 		t.Fatal(err)
@@ -119,7 +120,7 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 	}
 	sizes := make(map[string]uint64)
 	for _, o := range got {
-		sizes[o.GetPath()] = o.GetSize()
+		sizes[string(o.GetPath())] = o.GetSize()
 	}
 	shell, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", cmd.Process.Pid))
 	if err != nil {
@@ -132,6 +133,24 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 		if strings.Contains(path, "deleted") || strings.HasPrefix(path, "/proc/") {
 			t.Errorf("openFiles names %s, which has no name, or no size", path)
 		}
+	}
+}
+
+// Names of files are bytes.
+func TestOpenFilesWithAnyName(t *testing.T) {
+	f := create(t, filepath.Join(t.TempDir(), "caf\xe9\n\x1b.txt"))
+	files, err := look(t, os.Getpid()).OpenFiles(t.Context())
+	must(t, err)
+	data, err := proto.Marshal(&api.CheckpointResponse{OpenFiles: files})
+	must(t, err)
+	got := &api.CheckpointResponse{}
+	must(t, proto.Unmarshal(data, got))
+	if !slices.ContainsFunc(got.GetOpenFiles(), func(o *api.OpenFile) bool { return string(o.GetPath()) == f.Name() }) {
+		t.Errorf("%q is not listed", f.Name())
+	}
+	changed, err := ChangedFiles(chrooted(t, t.TempDir()), []*api.OpenFile{{Path: []byte("/caf\xe9\n")}})
+	if err != nil || len(changed) != 1 || !strings.HasPrefix(changed[0], "/caf?? (is gone") {
+		t.Errorf("changed: %q, %v", changed, err)
 	}
 }
 
@@ -160,7 +179,7 @@ func TestOpenFilesThatMayGrow(t *testing.T) {
 	}
 	mayGrow := make(map[string]bool)
 	for _, o := range got {
-		if name, ok := strings.CutPrefix(o.GetPath(), dir+"/"); ok {
+		if name, ok := strings.CutPrefix(string(o.GetPath()), dir+"/"); ok {
 			mayGrow[name] = o.GetMayGrow()
 		}
 	}
@@ -186,7 +205,7 @@ func TestChangedShmNamesWhatARestoreCannotReplace(t *testing.T) {
 	}
 	var files []*api.OpenFile
 	for _, path := range []string{"/dev/shm/same", "/dev/shm/grown", "/dev/shm/brought", "/dev/shm/directory", "/dev/shm/link", "/dev/shm/file/below", "/dev/shm/../escape", "/elsewhere"} {
-		files = append(files, &api.OpenFile{Path: path, Size: 5})
+		files = append(files, &api.OpenFile{Path: []byte(path), Size: 5})
 	}
 	dir, err := unix.Open(shm, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	must(t, err)
@@ -257,7 +276,7 @@ func TestOpenFilesOfMemory(t *testing.T) {
 	}
 	listed := make(map[string]bool)
 	for _, o := range got {
-		listed[o.GetPath()] = true
+		listed[string(o.GetPath())] = true
 	}
 	for name, f := range files {
 		if want := strings.HasPrefix(name, ShmDir); listed[f.Name()] != want {

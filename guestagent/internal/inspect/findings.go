@@ -12,6 +12,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // Class is what a finding means for a checkpoint.
@@ -40,16 +41,21 @@ type Finding struct {
 	What, Advice string
 }
 
+// String is one line, whatever the names in it are.
 func (f Finding) String() string {
-	text := "the container " + f.What
+	subject := "the container "
 	if f.Process != "" {
-		text = "the process " + f.Process + " " + f.What
+		subject = "the process " + f.Process + " "
 	}
+	s := text.Line(subject+f.What, maxFinding)
 	if f.Advice != "" {
-		text += ": " + f.Advice
+		s += ": " + f.Advice
 	}
-	return text
+	return s
 }
+
+// maxFinding bounds what a finding says, less its advice, in bytes.
+const maxFinding = 1024
 
 // maxQuoted bounds the findings in one message.
 const maxQuoted = 10

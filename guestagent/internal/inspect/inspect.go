@@ -24,7 +24,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -354,12 +353,7 @@ func mapFilesName(addresses string) string {
 }
 
 // nameOf returns the name of a process for messages. Processes choose their
-// names, so that a terminal must not interpret them.
+// names.
 func nameOf(pid int) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return '?'
-	}, procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)))
+	return shown(procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)))
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // kernelFS are file systems that CRIU mounts again at restore, whatever
@@ -58,11 +59,18 @@ func Given(mounts []*mountinfo.Info, points []string) []*mountinfo.Info {
 // CheckMounts finds mounts that a container's own programs have made, in any
 // mount namespace of theirs, of file systems that CRIU cannot restore.
 func (c *Container) CheckMounts() (findings []Finding) {
+	for _, m := range Given(c.mounts.root, c.points) {
+		if text.Line(m.Mountpoint, unix.PathMax) != m.Mountpoint {
+			findings = append(findings, Finding{Class: Refused,
+				What:   fmt.Sprintf("has a mount at %s, a name with characters that cannot be printed", shown(m.Mountpoint)),
+				Advice: "create it with the mount at another path"})
+		}
+	}
 	if c.points == nil {
-		return nil
+		return findings
 	}
 	given := Given(c.mounts.root, c.points)
-	findings = madeMounts(c.mounts.root, given)
+	findings = append(findings, madeMounts(c.mounts.root, given)...)
 	seen := make(map[int]bool)
 	for _, m := range c.mounts.root {
 		seen[m.ID] = true

@@ -329,7 +329,7 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		CriuVersion: 40201, KernelRelease: "6.1", Hostname: "host",
 		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
-		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		OpenFiles: []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
 		Addresses: g.Addresses,
 		Phases:    []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
 

@@ -5,15 +5,13 @@ package guest
 import (
 	"context"
 	"fmt"
-	"strings"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 // The agent is in the guest, and whoever owns the guest can speak in its place.
@@ -27,13 +25,10 @@ const (
 	// maxText is the length of a string or a byte string in bytes: the longest
 	// path has as many.
 	maxText = 4096
-	// maxError is the length of an error's message in bytes. It may have lines of
-	// CRIU's log.
-	maxError = 16 << 10
 )
 
 // maxTexts has the strings that may be longer than maxText.
-var maxTexts = map[protoreflect.Name]int{"criu_check": maxError, "problems": maxError}
+var maxTexts = map[protoreflect.Name]int{"criu_check": text.MaxError, "problems": text.MaxError}
 
 // maxLists has the lists that may be longer than maxList.
 var maxLists = map[protoreflect.Name]int{
@@ -46,7 +41,7 @@ var maxLists = map[protoreflect.Name]int{
 
 // anyText are strings that a container's processes choose: package imageset
 // says which of them an image set may have.
-var anyText = map[protoreflect.Name]bool{"path": true, "destination": true, "hostname": true}
+var anyText = map[protoreflect.Name]bool{"destination": true, "hostname": true}
 
 // violationError is the error of an answer that no agent gives.
 type violationError struct{ what string }
@@ -65,7 +60,7 @@ func checkAnswers(hangUp func(why error)) ttrpc.UnaryClientInterceptor {
 			return err
 		}
 		if st := resp.GetStatus(); st != nil {
-			st.Message = printable(st.GetMessage(), maxError)
+			st.Message = text.Lines(st.GetMessage(), text.MaxError)
 			st.Details = nil
 		}
 		err := checkAnswer(req.GetMethod(), resp.GetPayload())
@@ -135,7 +130,7 @@ func checkField(content []byte, field protoreflect.FieldDescriptor) error {
 	case protoreflect.MessageKind:
 		return checkMessage(content, field.Message())
 	case protoreflect.StringKind:
-		if !anyText[field.Name()] && !isPrintable(content) {
+		if !anyText[field.Name()] && !text.IsLines(content) {
 			return fmt.Errorf("has a %s that cannot be printed", field.Name())
 		}
 	}
@@ -143,29 +138,4 @@ func checkField(content []byte, field protoreflect.FieldDescriptor) error {
 		return fmt.Errorf("has a %s of %d bytes", field.Name(), len(content))
 	}
 	return nil
-}
-
-func isPrintable(text []byte) bool {
-	for len(text) > 0 {
-		r, n := utf8.DecodeRune(text)
-		if r == utf8.RuneError && n <= 1 || !unicode.IsPrint(r) && r != '\n' && r != '\t' {
-			return false
-		}
-		text = text[n:]
-	}
-	return true
-}
-
-// printable returns the beginning of a text without what a terminal would take
-// for a command.
-func printable(text string, limit int) string {
-	if len(text) > limit {
-		text = text[:limit] + "…"
-	}
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) || r == '\n' || r == '\t' {
-			return r
-		}
-		return '?'
-	}, strings.ToValidUTF8(text, "?"))
 }

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
 func TestAnswers(t *testing.T) {
@@ -35,7 +36,7 @@ func TestAnswers(t *testing.T) {
 		"nothing": {method: "Freeze"},
 		"a checkpoint": {method: "Checkpoint", answer: &api.CheckpointResponse{
 			KernelRelease: "6.1.0-1-amd64", Hostname: "any\x01thing", CpuFeatures: slices.Repeat([]string{"fpu"}, 200),
-			OpenFiles: slices.Repeat([]*api.OpenFile{{Path: "/data/a\nb", Size: 5}}, 10000), Externals: []*api.External{{Name: "m0", Destination: "/data"}},
+			OpenFiles: slices.Repeat([]*api.OpenFile{{Path: []byte("/data/a\nb\xff"), Size: 5}}, 10000), Externals: []*api.External{{Name: "m0", Destination: "/data"}},
 		}},
 		"problems of two lines":    {method: "Info", answer: &api.InfoResponse{Version: "1.0", Problems: []string{"one\ntwo — three"}}},
 		"a field of a newer agent": {method: "Exec", raw: []byte{0xa2, 0x06, 3, 'n', 'e', 'w'}},
@@ -94,7 +95,7 @@ func TestAnAgentThatLies(t *testing.T) {
 		return errdefs.ErrNotFound.WithMessage("\x1b[2Jthe end" + strings.Repeat("!", 1<<20))
 	})
 	err := a.CallIdempotent(t.Context(), forget)
-	if err == nil || !strings.HasPrefix(err.Error(), "?[2Jthe end!") || len(err.Error()) > maxError+100 {
+	if err == nil || !strings.HasPrefix(err.Error(), "?[2Jthe end!") || len(err.Error()) > text.MaxError+100 {
 		t.Errorf("an error of %d bytes: %.50v", len(err.Error()), err)
 	}
 }

@@ -354,7 +354,7 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		m.Stdio = append(m.Stdio, imageset.Stdio{FD: s.GetFd(), Key: s.GetKey()})
 	}
 	for _, f := range out.GetOpenFiles() {
-		m.OpenFiles = append(m.OpenFiles, imageset.OpenFile{Path: f.GetPath(), Size: f.GetSize(), MayGrow: f.GetMayGrow()})
+		m.OpenFiles = append(m.OpenFiles, imageset.NewOpenFile(f.GetPath(), f.GetSize(), f.GetMayGrow()))
 	}
 	for _, t := range out.GetConnections() {
 		local, lerr := netip.ParseAddrPort(t.GetLocal())

@@ -783,7 +783,7 @@ func TestRestore(t *testing.T) {
 		Options:   &api.CheckpointOptions{FileLocks: true},
 		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
-		OpenFiles: []*api.OpenFile{{Path: "/data/f", Size: 5}},
+		OpenFiles: []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
 		Addresses: []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}},
 		Rights:    &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
 	}

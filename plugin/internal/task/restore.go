@@ -274,7 +274,7 @@ func restoreRequest(c *container) *api.RestoreRequest {
 		r.Addresses = append(r.Addresses, &api.Address{Interface: a.Interface, Address: a.Address.String()})
 	}
 	for _, f := range m.OpenFiles {
-		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Path, Size: f.Size, MayGrow: f.MayGrow})
+		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Bytes(), Size: f.Size, MayGrow: f.MayGrow})
 	}
 	return r
 }

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+)
+
+// client serves an agent and connects to it.
+func client(t *testing.T, a *Agent) api.AgentService {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	api.RegisterAgentService(server, a)
+	go func() { _ = server.Serve(context.Background(), l) }()
+	t.Cleanup(func() { _ = server.Close() })
+	conn, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := ttrpc.NewClient(conn)
+	t.Cleanup(func() { _ = c.Close() })
+	return api.NewAgentClient(c)
+}
+
+// A process may call itself what it likes, and a refusal that names it reaches the
+// shim: encoding an error that is no UTF-8 would end the connection, with the
+// leases and execs of all containers on it.
+func TestARefusalNamesAnyProcess(t *testing.T) {
+	init := exec.Command("sh", "-c", "echo ready; read line")
+	testproc.Ready(t, init)
+	odd := exec.Command("unshare", "--uts", "sh", "-c", `printf 'a\377\033]0;x' >/proc/$$/comm; echo ready; read line`)
+	testproc.Ready(t, odd)
+	a, c := adopted(t, init.Process.Pid, odd.Process.Pid)
+	conn := client(t, a)
+	for range 2 {
+		_, err := conn.CheckCheckpoint(t.Context(), &api.CheckpointRequest{ContainerId: c.ID})
+		err = errgrpc.ToNative(err)
+		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "the process a??]0;x (pid ") {
+			t.Errorf("refused with: %v", err)
+		}
+	}
+}
