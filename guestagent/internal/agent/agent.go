@@ -141,6 +141,9 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if err := withdraw(c.Init, r.GetExchangeDestination(), r.GetToken(), a.exchangePath(id)); err != nil {
 		return nil, errclass.ToRPC(err)
 	}
+	if r.GetGuarded() {
+		c.Token = r.GetToken()
+	}
 	err = c.noteMounts()
 	if err == nil {
 		err = a.save(c)

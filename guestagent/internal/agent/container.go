@@ -53,6 +53,9 @@ type container struct {
 	// Shm is the device number of the /dev/shm that the container was created with;
 	// 0: it has none. In a record of an agent that did not note it, it is nil.
 	Shm *uint64 `json:"shm,omitempty"`
+	// Token is what every request for the container has to have; empty: the shim
+	// that the container was adopted for sends none.
+	Token string `json:"token,omitempty"`
 }
 
 // noteMounts notes the mounts of a created container, before its own program

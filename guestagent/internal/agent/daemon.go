@@ -121,7 +121,7 @@ func Daemon(ctx context.Context, executable string) error {
 	if err != nil {
 		return fmt.Errorf("listen on vsock port %d: %w", set.VsockPort, err)
 	}
-	server, err := ttrpc.NewServer()
+	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(a.guard))
 	if err != nil {
 		return err
 	}

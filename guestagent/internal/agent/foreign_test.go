@@ -25,7 +25,7 @@ func client(t *testing.T, a *Agent) api.AgentService {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := ttrpc.NewServer()
+	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(a.guard))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -46,6 +47,7 @@ type Guest struct {
 	discarded []string
 	calls     []string
 	requests  map[string]proto.Message
+	tokens    map[string]string
 	before    map[string]func(context.Context) error
 	files     map[string]string
 	// Connections are those that its checkpoints keep.
@@ -65,6 +67,7 @@ func NewGuest(t *testing.T, sandbox string, rust bool) *Guest {
 		protocol:   api.ProtocolVersion,
 		conns:      make(chan net.Conn),
 		requests:   make(map[string]proto.Message),
+		tokens:     make(map[string]string),
 		before:     make(map[string]func(context.Context) error),
 		files:      map[string]string{imageset.InventoryName: "inventory", "pages-1.img": strings.Repeat("p", 4096), imageset.DumpLogName: "log", imageset.StatsName: "stats"},
 	}
@@ -234,8 +237,32 @@ func (g *Guest) enter(ctx context.Context, method, id string, req proto.Message)
 	g.mu.Lock()
 	g.calls = append(g.calls, method+" "+id)
 	g.requests[method] = proto.Clone(req)
+	err := g.guard(req)
 	g.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	return g.runBefore(ctx, method)
+}
+
+// guard refuses a request without the token of its container's Adopt, as the agent
+// does. The caller holds the mutex.
+func (g *Guest) guard(req proto.Message) error {
+	if adopt, ok := req.(*api.AdoptRequest); ok {
+		if !adopt.GetGuarded() {
+			return errdefs.ErrInvalidArgument.WithMessage("a container without a guard")
+		}
+		g.tokens[adopt.GetContainerId()] = adopt.GetToken()
+		return nil
+	}
+	r := req.(interface {
+		GetContainerId() string
+		GetToken() string
+	})
+	if token, ok := g.tokens[r.GetContainerId()]; ok && token != r.GetToken() {
+		return errdefs.ErrPermissionDenied.WithMessage("a request without the token of its container")
+	}
+	return nil
 }
 
 func (g *Guest) runBefore(ctx context.Context, method string) error {
@@ -289,7 +316,11 @@ func (g *Guest) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Emp
 func (g *Guest) Discard(ctx context.Context, r *api.DiscardRequest) (*emptypb.Empty, error) {
 	g.mu.Lock()
 	g.discarded = append(g.discarded, r.GetDirectory())
+	err := g.guard(r)
 	g.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
 	if err := g.runBefore(ctx, "Discard"); err != nil {
 		return nil, err
 	}

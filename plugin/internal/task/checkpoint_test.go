@@ -779,7 +779,7 @@ func TestRestore(t *testing.T) {
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckRestore c1", "Restore c1")
 	got := h.guest.Request("Restore").(*api.RestoreRequest)
 	want := &api.RestoreRequest{
-		ContainerId: "c1", Directory: restoreDir, CriuVersion: 40201,
+		ContainerId: "c1", Token: h.service.container("c1").exchange.token, Directory: restoreDir, CriuVersion: 40201,
 		Options:   &api.CheckpointOptions{FileLocks: true},
 		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},

@@ -55,7 +55,7 @@ func (c *container) forget(ctx context.Context) {
 	uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTimeout)
 	defer cancel()
 	if err := c.s.agent.Notify(uctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Forget(ctx, &api.ContainerRequest{ContainerId: c.id})
+		_, err := a.Forget(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
 		return err
 	}); err != nil {
 		log.G(ctx).WithError(err).WithField("container", c.id).Debug("failed to notify the agent of a deleted container")

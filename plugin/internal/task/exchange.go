@@ -70,7 +70,7 @@ func (c *container) discardImages(images string) {
 	ctx, cancel := context.WithTimeout(c.s.base, discardTimeout)
 	defer cancel()
 	err := c.s.agent.Notify(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images})
+		_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images, Token: c.exchange.token})
 		return err
 	})
 	logger := log.G(ctx).WithField("container", c.id)

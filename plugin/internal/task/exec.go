@@ -123,7 +123,7 @@ func (c *container) startInRestored(ctx context.Context, r *task.StartRequest, r
 // for.
 func (c *container) enterRestored(ctx context.Context, e *restoredExec) error {
 	return c.s.agent.Call(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process})
+		_, err := a.Exec(ctx, &api.ExecRequest{ContainerId: c.id, HelperToken: e.token, Process: e.process, Token: c.exchange.token})
 		return err
 	})
 }

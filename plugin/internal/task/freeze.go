@@ -20,7 +20,7 @@ func (c *container) freeze(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", c.s.cfg.FreezeTimeout))
 	defer cancel()
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id})
+		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
 		return err
 	})
 	if err != nil {
@@ -34,7 +34,7 @@ func (c *container) thaw(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", c.s.cfg.FreezeTimeout))
 	defer cancel()
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id})
+		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
 		return err
 	})
 	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {

@@ -252,6 +252,7 @@ func restoreRequest(c *container) *api.RestoreRequest {
 	m := c.source.manifest
 	r := &api.RestoreRequest{
 		ContainerId: c.id,
+		Token:       c.exchange.token,
 		Directory:   restoreDir,
 		Options: &api.CheckpointOptions{
 			TcpEstablished: m.Options.TCPEstablished, TcpClose: m.Options.TCPClose, ExternalUnixSockets: m.Options.ExternalUnixSockets,
