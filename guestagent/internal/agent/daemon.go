@@ -111,7 +111,7 @@ func Daemon(ctx context.Context, executable string) error {
 	if err != nil {
 		return err
 	}
-	if f, err := os.OpenFile(filepath.Join(api.StateDir, "agent.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err == nil {
+	if f, err := openLog(filepath.Join(api.StateDir, "agent.log")); err == nil {
 		log.L.Logger.SetOutput(f)
 	}
 	if err := a.takeOver(); err != nil {

@@ -226,7 +226,7 @@ func TestRestoreShmEndsWithItsContext(t *testing.T) {
 	}
 }
 
-// A container's first process may be in a mount namespace of its own, in which it
+// A container's init may be in a mount namespace of its own, in which it
 // may put what it likes at /dev/shm, without any capability in the guest. What the
 // container was created with is all that is opened.
 func TestOnlyTheContainersOwnShmIsOpened(t *testing.T) {
