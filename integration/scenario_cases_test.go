@@ -51,6 +51,7 @@ var restoredCases = []caseProgram{
 	{args: "files log /var/log"},
 	{args: "files log /data"}, // whose file the host renames
 	{args: "files locked /home"},
+	{args: "files leased /home"},
 	{args: "unix-names direct /home"},
 	{args: "unix-names direct /run"},
 	{args: "unix-names renamed /home"},

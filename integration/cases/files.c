@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// A file that a long-running program holds, in DIR.   files hardlink|renamed|ghost|log|locked DIR
+// A file that a long-running program holds, in DIR.   files hardlink|renamed|ghost|log|locked|leased DIR
 // hardlink: its name is gone, another one is left. renamed: as logrotate does. ghost: no name is left. log: another
-// program appends to it, too. locked: with a lock of each kind.
+// program appends to it, too. locked: with a lock of each kind. leased: with a lease, whose break would kill it.
 #define _GNU_SOURCE
 #include "say.h"
 #include <fcntl.h>
@@ -37,6 +37,7 @@ int main(int argc, char **argv)
 		struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_len = 1 };
 		if (flock(f, LOCK_EX) || fcntl(f, F_OFD_SETLK, &l)) die("lock");
 	}
+	if (!strcmp(k, "leased") && fcntl(f, F_SETLEASE, F_WRLCK)) die("lease");
 	off_t size = 0;
 	for (int n = 1;; n++, sleep(1)) {
 		struct stat own, named;
@@ -47,6 +48,7 @@ int main(int argc, char **argv)
 		if (kept && (stat(b, &named) || named.st_ino != own.st_ino || named.st_size != size)) say("FAIL %s is not the file", b);
 		if (kept && !access(a, F_OK)) say("FAIL %s is back", a);
 		if (!strcmp(k, "locked") && is_free(a)) say("FAIL the lock is gone");
+		if (!strcmp(k, "leased") && fcntl(f, F_GETLEASE) != F_WRLCK) say("FAIL the lease is gone");
 		say("round %d %s", n, k);
 	}
 }

@@ -38,11 +38,11 @@ func (c *container) writeOut(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, path := range files {
+	for _, file := range files {
 		if ctx.Err() != nil {
 			return fmt.Errorf("write out the files of the container: %w", context.Cause(ctx))
 		}
-		if err := writeOutFile(ctx, path); err != nil {
+		if err := writeOutFile(ctx, file); err != nil {
 			return err
 		}
 	}
@@ -66,15 +66,15 @@ func syncRoot(path string) error {
 // the host, which it does when the file is closed (fs/fuse/file.c, fuse_flush).
 // A file that cannot be opened cannot be diffed either, such as one on a
 // network file system that does not trust root.
-func writeOutFile(ctx context.Context, path string) error {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+func writeOutFile(ctx context.Context, file inspect.WrittenFile) error {
+	fd, err := file.Open()
 	if err != nil {
-		log.G(ctx).WithError(err).WithField("file", path).Warn("failed to write out a file")
+		log.G(ctx).WithError(err).WithField("file", file.Link).Warn("failed to write out a file")
 		return nil
 	}
 	err = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
 	if err = errclass.Join(err, unix.Close(fd)); err != nil {
-		return fmt.Errorf("write out file %s of the container: %w", path, err)
+		return fmt.Errorf("write out file %s of the container: %w", file.Link, err)
 	}
 	return nil
 }

@@ -72,7 +72,7 @@ func TestALookTouchesNothingThatAFrozenProcessServes(t *testing.T) {
 			t.Error(points, err)
 		}
 		if files, err := c.WrittenFiles(t.Context()); err != nil || len(files) > 0 {
-			t.Errorf("files shared by the host: %q, %v", files, err)
+			t.Errorf("files shared by the host: %v, %v", files, err)
 		}
 	})
 }

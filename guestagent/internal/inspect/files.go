@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
@@ -122,43 +123,76 @@ func (c *Container) RootIsShared() (shared, answers bool) {
 	return false, false
 }
 
+// WrittenFile is a file that a process has open for writing or has mapped
+// shared.
+type WrittenFile struct {
+	// PID is that of the process, and FD its descriptor, -1 for a mapping.
+	PID, FD int
+	// Link is the file's link in /proc.
+	Link string
+}
+
+// Open returns a descriptor of the file, which the caller closes. It is a copy
+// of the process's own where it has one: to open the file again would break a
+// lease that the process may have on it (fcntl(2), F_SETLEASE), and the signal
+// that tells the process so is deadly by default.
+func (f WrittenFile) Open() (int, error) {
+	if f.FD < 0 {
+		fd, err := unix.Open(f.Link, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return -1, &os.PathError{Op: "open", Path: f.Link, Err: err}
+		}
+		return fd, nil
+	}
+	process, err := pidfd.Open(f.PID)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(process)
+	fd, err := unix.PidfdGetfd(process, f.FD, 0)
+	return fd, os.NewSyscallError("pidfd_getfd", err)
+}
+
 // WrittenFiles lists the regular files shared by the host that processes have
-// open for writing or have mapped shared, each once, as links in /proc.
-// Unlinked files are left out.
-func (c *Container) WrittenFiles(ctx context.Context) ([]string, error) {
+// open for writing or have mapped shared, each once. Unlinked files are left
+// out.
+func (c *Container) WrittenFiles(ctx context.Context) ([]WrittenFile, error) {
 	return c.writtenFiles(ctx, func(m *mountinfo.Info) bool { return m != nil && inside.KindOf(m) == inside.Host })
 }
 
-func (c *Container) writtenFiles(ctx context.Context, on func(*mountinfo.Info) bool) (out []string, _ error) {
+func (c *Container) writtenFiles(ctx context.Context, on func(*mountinfo.Info) bool) (out []WrittenFile, _ error) {
 	seen := make(map[inode]bool)
-	add := func(link string) error {
+	add := func(f WrittenFile) error {
 		if err := ended(ctx); err != nil {
 			return err
 		}
 		var st unix.Stat_t
-		if err := unix.Stat(link, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 {
+		if err := unix.Stat(f.Link, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink == 0 {
 			return nil //nolint:nilerr // closed or exited meanwhile
 		}
 		if i := (inode{st.Dev, st.Ino}); !seen[i] {
 			seen[i] = true
-			out = append(out, link)
+			out = append(out, f)
 		}
 		return nil
 	}
+	// Descriptors before mappings: they need not be opened.
 	for _, p := range c.Processes {
 		for _, f := range p.Files {
 			if !f.writable() || !on(c.mounts.mountOf(f)) {
 				continue
 			}
-			if err := add(fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD)); err != nil {
+			if err := add(WrittenFile{p.PID, f.FD, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD)}); err != nil {
 				return nil, err
 			}
 		}
+	}
+	for _, p := range c.Processes {
 		for _, m := range p.Mappings {
 			if !m.Shared || !on(c.mounts.deviceOf(m)) { // whether or not it is writable right now
 				continue
 			}
-			if err := add(fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses)); err != nil {
+			if err := add(WrittenFile{p.PID, -1, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses)}); err != nil {
 				return nil, err
 			}
 		}

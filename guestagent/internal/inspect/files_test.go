@@ -327,7 +327,7 @@ func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
 		must(t, err)
 		var names []string
 		for _, f := range files {
-			name, err := os.Readlink(f)
+			name, err := os.Readlink(f.Link)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -339,10 +339,10 @@ func TestWrittenFilesAreThoseThatAProcessCanWriteTo(t *testing.T) {
 			names = slices.DeleteFunc(names, func(name string) bool { return name == "written" }) // the test has it, too
 		}
 		if fmt.Sprint(names) != "["+want+"]" {
-			t.Errorf("WrittenFiles of process %d = %q, want %s", pid, files, want)
+			t.Errorf("WrittenFiles of process %d = %v, want %s", pid, files, want)
 		}
 		if files, err = c.WrittenFiles(t.Context()); err != nil || len(files) > 0 {
-			t.Errorf("files that the host shares: %q, %v", files, err)
+			t.Errorf("files that the host shares: %v, %v", files, err)
 		}
 	}
 }
