@@ -20,8 +20,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Name is the name of the only file, and Content is its content.
-const Name, Content = "file", "hello"
+// Name is the name of the only file.
+const Name = "file"
+
+// Content is its content.
+const Content = "hello"
 
 // dirVariable is the server's mount point in its environment.
 const dirVariable = "KATA_CHECKPOINT_TEST_FUSE"
@@ -54,7 +57,7 @@ func Mount(t *testing.T, dir string) *os.Process {
 		_ = cmd.Process.Kill() // whoever waits for an answer gets an error
 		_ = cmd.Wait()
 	})
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); ; <-time.After(5 * time.Millisecond) {
 		if _, err := os.Stat(filepath.Join(dir, Name)); err == nil {
 			return cmd.Process
 		}

@@ -285,7 +285,7 @@ func (a *Agent) thawOrphan(id string) {
 			a.leases.thawed(id) // forgotten
 		case err != nil:
 			logger.WithError(err).Error("failed to thaw a container whose shim is gone")
-			time.Sleep(pause)
+			<-time.After(pause)
 		case thawed:
 			logger.Warn("container thawed: the shim that froze it is gone")
 		}

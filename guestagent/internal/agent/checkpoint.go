@@ -183,7 +183,7 @@ func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empt
 func stayFrozen(c *container) error {
 	frozen, err := cgroup.Frozen(c.tree())
 	if err != nil || frozen {
-		return nil //nolint:nilerr // the container has exited
+		return nil // the container has exited
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), cleanupTimeout)
 	defer cancel()

@@ -199,7 +199,7 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 				t.Fatal(err)
 			}
 			a.leases.end(0)
-			time.Sleep(50 * time.Millisecond)
+			<-time.After(50 * time.Millisecond)
 			if !isFrozen(t, c) {
 				t.Fatal("thawed during an operation")
 			}
@@ -211,7 +211,7 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 				if !isFrozen(t, c) {
 					break
 				}
-				time.Sleep(5 * time.Millisecond)
+				<-time.After(5 * time.Millisecond)
 			}
 			if have := isFrozen(t, c); have != tc.frozen {
 				t.Errorf("frozen: %v", have)

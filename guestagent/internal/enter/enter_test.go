@@ -126,7 +126,7 @@ func TestAnExecThatCannotStartEndsWithItsContext(t *testing.T) {
 			t.Errorf("Run = %v", err)
 		}
 	})
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Second); ; <-time.After(10 * time.Millisecond) {
 		left, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
 		if err != nil {
 			t.Fatal(err)

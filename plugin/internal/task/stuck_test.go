@@ -112,7 +112,7 @@ func TestAThawThatIsOwedIsPaid(t *testing.T) {
 	})
 	wantError(t, h.checkpoint(t.TempDir(), nil), "checkpoint_timeout of 3s has expired")
 	h.wantStatus("PAUSED")
-	time.Sleep(h.cfg.FreezeTimeout + 2*firstThawPause) // an attempt fails
+	<-time.After(h.cfg.FreezeTimeout + 2*firstThawPause) // an attempt fails
 	h.wantStatus("PAUSED")
 	close(dumpEnds)
 	eventually(t, "the container runs", func() bool { return h.status() == "RUNNING" })
