@@ -68,7 +68,7 @@ guest-bundle: build/criu/MANIFEST ## build the guest bundle into build/guest-bun
 
 .PHONY: release
 release: hooks build/criu/MANIFEST ## build what is installed, without test hooks: build/release/bin and build/release/guest-bundle
-	$(GOBUILD) -o $(RELEASE)/bin/ ./cmd/containerd-shim-kata-checkpoint-v2 ./cmd/kata-checkpoint-nri ./cmd/kata-checkpoint-agent
+	$(GOBUILD) -o $(RELEASE)/bin/ ./cmd/kata-checkpoint ./cmd/containerd-shim-kata-checkpoint-v2 ./cmd/kata-checkpoint-nri ./cmd/kata-checkpoint-agent
 	$(call helper,$(RELEASE)/bin)
 	packaging/guest-bundle $(RELEASE)/bin/kata-checkpoint-agent $(RELEASE)/bin/kata-checkpoint-helper build/criu $(RELEASE)/guest-bundle
 
@@ -161,9 +161,9 @@ PREFIX      ?= /usr/local
 GUESTBUNDLE ?= /opt/kata-checkpoint/guest
 
 .PHONY: install
-install: release ## install the shim, the NRI plugin and the guest bundle: PREFIX=/usr/local, DESTDIR= for packages
+install: release ## install the shim, the NRI plugin, the command line and the guest bundle: PREFIX=/usr/local, DESTDIR= for packages
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(GUESTBUNDLE)
-	install $(RELEASE)/bin/containerd-shim-kata-checkpoint-v2 $(RELEASE)/bin/kata-checkpoint-nri $(DESTDIR)$(PREFIX)/bin/
+	install $(RELEASE)/bin/kata-checkpoint $(RELEASE)/bin/containerd-shim-kata-checkpoint-v2 $(RELEASE)/bin/kata-checkpoint-nri $(DESTDIR)$(PREFIX)/bin/
 	cp -a $(RELEASE)/guest-bundle/. $(DESTDIR)$(GUESTBUNDLE)/
 	install -d $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint
 	cp -R configs README.md LICENSE NOTICE $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint/

@@ -53,6 +53,7 @@ const (
 	kindEngines        kind = "engines and their options"
 	kindRestarts       kind = "containerd restarts"
 	kindDeadlines      kind = "deadlines"
+	kindOperator       kind = "the operator's tool"
 	kindReleases       kind = "containerd releases"
 	kindPodCheckpoints kind = "checkpoints by the CRI"
 	kindPodRestores    kind = "restores by the CRI"
@@ -147,6 +148,8 @@ var scenarios = []scenarioCase{
 	{name: "containerd-killed-paused", kind: kindRestarts, run: containerdKilledPaused},
 	{name: "containerd-killed-mid-checkpoint", kind: kindRestarts, run: containerdKilledMidCheckpoint, core: onGo},
 	{name: "containerd-killed-mid-restore", kind: kindRestarts, run: containerdKilledMidRestore, core: onRust},
+
+	{name: "check-good", kind: kindOperator, run: checkGood, core: onRust, cri: true},
 
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
 

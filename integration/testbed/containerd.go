@@ -89,7 +89,7 @@ func (t *Testbed) configure(ctx context.Context, p *parts.Parts, o Options) erro
 	}
 	return errors.Join(
 		os.WriteFile(t.KataConfig(), []byte(kata), 0o644),
-		os.WriteFile(t.ownConfig(), ours, 0o644),
+		os.WriteFile(t.OwnConfig(), ours, 0o644),
 	)
 }
 
@@ -117,7 +117,8 @@ func (t *Testbed) bundle() string { return filepath.Join(t.Dir, "bundle") }
 // StopDir is where shims look for the phases at which a test stops them.
 func (t *Testbed) StopDir() string { return filepath.Join(t.Dir, "stop") }
 
-func (t *Testbed) ownConfig() string { return filepath.Join(t.Dir, "kata-checkpoint.toml") }
+// OwnConfig is the configuration of the shim and the NRI plugin.
+func (t *Testbed) OwnConfig() string { return filepath.Join(t.Dir, "kata-checkpoint.toml") }
 
 // installVMM copies the programs that Kata starts into the testbed's directory,
 // so that their paths tell which testbed they belong to and the VMM finds its
@@ -230,7 +231,7 @@ func (t *Testbed) StartContainerd(ctx context.Context) error {
 	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
 	// containerd unpacks checkpoints into its temporary directory, by default
 	// /tmp.
-	cmd.Env = append(os.Environ(), "PATH="+t.Path, "KATA_CHECKPOINT_CONFIG="+t.ownConfig(), ownerEnv+"="+t.Dir,
+	cmd.Env = append(os.Environ(), "PATH="+t.Path, "KATA_CHECKPOINT_CONFIG="+t.OwnConfig(), ownerEnv+"="+t.Dir,
 		"KATA_CHECKPOINT_STOP_DIR="+t.StopDir(), "TMPDIR="+filepath.Join(t.Dir, "tmp"), "XDG_RUNTIME_DIR=")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {

@@ -231,7 +231,7 @@ func (t *Testbed) StartNRI(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(p.Bin("kata-checkpoint-nri"), "--config", t.ownConfig(), "--idx", "90", "--name", "kata-checkpoint", "--socket", t.NRISocket())
+	cmd := exec.Command(p.Bin("kata-checkpoint-nri"), "--config", t.OwnConfig(), "--idx", "90", "--name", "kata-checkpoint", "--socket", t.NRISocket())
 	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
 	cmd.Env = append(os.Environ(), ownerEnv+"="+t.Dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

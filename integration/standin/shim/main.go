@@ -99,7 +99,11 @@ func run(w way.Way) error {
 	alone := len(os.Args) == 2 || w == way.Rust
 	switch {
 	case f.version && alone:
-		fmt.Printf("Kata Containers containerd shim (stand-in, %s): id: %q, version: %s\n", w, runtimeName, kataVersion)
+		language := "Golang"
+		if w == way.Rust {
+			language = "Rust"
+		}
+		fmt.Printf("Kata Containers containerd shim (%s): id: %q, version: %s, commit: stand-in\n", language, runtimeName, kataVersion)
 		return nil
 	case f.info && alone:
 		return info(w)

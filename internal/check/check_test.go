@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package check
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	versionservice "github.com/containerd/containerd/api/services/version/v1"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
+)
+
+// node is a node on which all is well until a test changes it.
+type node struct {
+	t    *testing.T
+	dir  string
+	host *Host
+
+	version string
+	plugins []*introspection.Plugin
+	// dump is what containerd prints of its configuration.
+	dump string
+}
+
+const pid = 4711
+
+func (n *node) Version(context.Context, *emptypb.Empty) (*versionservice.VersionResponse, error) {
+	return &versionservice.VersionResponse{Version: n.version}, nil
+}
+
+type introspector struct {
+	introspection.UnimplementedIntrospectionServer
+	*node
+}
+
+func (i introspector) Server(context.Context, *emptypb.Empty) (*introspection.ServerResponse, error) {
+	return &introspection.ServerResponse{Pid: pid}, nil
+}
+
+func (i introspector) Plugins(context.Context, *introspection.PluginsRequest) (*introspection.PluginsResponse, error) {
+	return &introspection.PluginsResponse{Plugins: i.plugins}, nil
+}
+
+type versioner struct {
+	versionservice.UnimplementedVersionServer
+	*node
+}
+
+func (v versioner) Version(ctx context.Context, e *emptypb.Empty) (*versionservice.VersionResponse, error) {
+	return v.node.Version(ctx, e)
+}
+
+func (n *node) path(elem ...string) string { return filepath.Join(append([]string{n.dir}, elem...)...) }
+
+func (n *node) write(name, text string, mode os.FileMode) {
+	n.t.Helper()
+	if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := os.WriteFile(n.path(name), []byte(text), mode); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *node) script(name, says string) {
+	n.write(name, "#!/bin/sh\n/bin/cat <<'EOF'\n"+says+"\nEOF\n", 0o755)
+}
+
+func (n *node) remove(name string) {
+	n.t.Helper()
+	if err := os.RemoveAll(n.path(name)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *node) link(target, name string) {
+	n.t.Helper()
+	n.remove(name)
+	if err := os.Symlink(target, n.path(name)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+const kataConfiguration = `
+[hypervisor.clh]
+kernel = "KERNEL"
+shared_fs = "virtio-fs"
+`
+
+func (n *node) dropIn(lines ...string) {
+	n.write("kata/config.d/50.toml", strings.Join(lines, "\n")+"\n", 0o644)
+}
+
+func newNode(t *testing.T) *node {
+	n := &node{t: t, dir: t.TempDir(), version: "v2.4.2", plugins: []*introspection.Plugin{
+		{Type: "io.containerd.cri.v1", ID: "runtime"},
+		{Type: "io.containerd.nri.v1", ID: "nri"},
+	}}
+	n.host = &Host{
+		Config: &config.Config{
+			DownstreamShim: "containerd-shim-kata-v2",
+			KataConfigPath: n.path("kata/configuration-clh.toml"),
+			StateDir:       n.path("state"),
+			GuestBundle:    n.path("guest"),
+			AgentPort:      10750, NRIRuntimeHandlers: []string{"kata-checkpoint"},
+		},
+		Containerd: n.path("containerd.sock"),
+		Proc:       n.path("proc"),
+	}
+	n.dump = fmt.Sprintf(`
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+runtime_type = 'io.containerd.runc.v2'
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.kata-checkpoint]
+runtime_type = '%s'
+pod_annotations = ['kata-checkpoint.dev/*']
+container_annotations = ['kata-checkpoint.dev/*']
+`, Runtime)
+
+	n.script("bin/"+ShimName, "")
+	n.script("bin/criu", "Version: 4.2.1")
+	n.script("bin/containerd-shim-kata-v2", `Kata Containers containerd shim (Golang): id: "io.containerd.kata.v2", version: 4.1.0, commit: 1`)
+	n.write(fmt.Sprintf("proc/%d/environ", pid), "A=b\x00PATH="+n.path("bin")+"\x00", 0o644)
+	n.write(fmt.Sprintf("proc/%d/cmdline", pid), "containerd\x00--config\x00"+n.path("config.toml")+"\x00", 0o644)
+	n.write("config.toml", "", 0o644)
+	for p, exe := range map[string]string{"1": "/sbin/init", "99": "/opt/nri/plugins/10-kata-checkpoint-nri"} {
+		n.write("proc/"+p+"/cmdline", "", 0o644)
+		n.link(exe, "proc/"+p+"/exe")
+	}
+
+	n.write("kata/configuration-clh.toml", strings.ReplaceAll(kataConfiguration, "KERNEL", n.path("kata/vmlinux.container")), 0o644)
+	n.dropIn("[hypervisor.clh]", `guest_hook_path = "/run/kata-containers/shared/containers/sandbox-mounts/guest/hooks"`,
+		"[runtime]", fmt.Sprintf("sandbox_bind_mounts = [%q]", n.path("guest")))
+	n.write("kata/vmlinux-6.18.35-202", "", 0o644)
+	n.link("vmlinux-6.18.35-202", "kata/vmlinux.container")
+	n.kernelConfig("")
+
+	for _, name := range []string{"bin/kata-checkpoint-helper", "bin/criu", "hooks/prestart/kata-checkpoint-agent-hook", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip"} {
+		n.script("guest/"+name, "")
+	}
+	n.script("guest/bin/kata-checkpoint-agent", "kata-checkpoint-agent "+version.Version)
+	n.write("guest/agent.json", `{"vsock_port":10750}`, 0o644)
+	return n
+}
+
+// kernelConfig writes the configuration beside the kernel, without an option.
+func (n *node) kernelConfig(without string) {
+	var b strings.Builder
+	for _, o := range KernelOptions {
+		if o != without {
+			fmt.Fprintf(&b, "CONFIG_%s=y\n", o)
+		}
+	}
+	n.write("kata/config-6.18.35-202", b.String(), 0o644)
+}
+
+// run makes the checks of the node, with a containerd that serves.
+func (n *node) run() Findings {
+	n.t.Helper()
+	n.script(fmt.Sprintf("proc/%d/exe", pid), n.dump)
+	if _, err := os.Stat(n.path("no-containerd")); err != nil {
+		l, err := net.Listen("unix", n.host.Containerd)
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		s := grpc.NewServer()
+		versionservice.RegisterVersionServer(s, versioner{node: n})
+		introspection.RegisterIntrospectionServer(s, introspector{node: n})
+		go func() { _ = s.Serve(l) }()
+		n.t.Cleanup(s.Stop)
+	}
+	return n.host.Run(n.t.Context())
+}
+
+func TestAllIsWell(t *testing.T) {
+	n := newNode(t)
+	findings := n.run()
+	var checks []string
+	for _, f := range findings {
+		if f.Level != OK || f.Cure != "" {
+			t.Errorf("%s %s: %s (%s)", f.Level, f.Check, f.Text, f.Cure)
+		}
+		checks = append(checks, f.Check)
+	}
+	want := []string{
+		"containerd.version", "runtime.shim", "runtime.handler", "nri.containerd", "nri.plugin", "kata.shim", "kata.config",
+		"kata.shared_fs", "kata.sandbox_bind_mounts", "kata.guest_hook_path", "kata.kernel", "bundle", "criu", "state_dir.space", "state_dir.reflink",
+	}
+	if !slices.Equal(checks, want) {
+		t.Errorf("got checks\n%v\nwant\n%v", checks, want)
+	}
+}
+
+// Each fault, by itself, is found under the name and with the level that it
+// should have, and nothing else is.
+func TestEachFault(t *testing.T) {
+	const rustShim = `Kata Containers containerd shim (Rust): id: io.containerd.kata.v2, version: 4.1.0, commit: 1`
+	for name, c := range map[string]struct {
+		fault func(*node)
+		check string
+		level Level
+		// text and cure are parts of what it says.
+		text, cure string
+	}{
+		"no containerd": {
+			func(n *node) { n.write("no-containerd", "", 0o644); n.t.Setenv("PATH", n.path("bin")) },
+			"containerd", Error, "does not run", "--address",
+		},
+		"an old containerd":     {func(n *node) { n.version = "v1.7.28" }, "containerd.version", Error, "v1.7.28 is too old", "2.1"},
+		"no shim":               {func(n *node) { n.remove("bin/" + ShimName) }, "runtime.shim", Error, "not on containerd's PATH", "install"},
+		"a shim that is a file": {func(n *node) { n.write("bin/"+ShimName, "", 0o644); _ = os.Chmod(n.path("bin/"+ShimName), 0o644) }, "runtime.shim", Error, "not on containerd's PATH", "install"},
+		"no handler":            {func(n *node) { n.dump = "" }, "runtime.handler", Warning, "no runtime handler", "configs/containerd"},
+		"a handler without annotations": {
+			func(n *node) { n.dump = strings.ReplaceAll(n.dump, "container_annotations", "other") },
+			"runtime.handler", Warning, "annotations", "container_annotations",
+		},
+		"a handler that NRI leaves alone": {
+			func(n *node) { n.host.Config.NRIRuntimeHandlers = []string{"other"} },
+			"runtime.handler", Error, "leaves containers", `add "kata-checkpoint" to nri_runtime_handlers`,
+		},
+		"configuration that nobody has read": {
+			func(n *node) {
+				st, err := os.Stat(n.path("proc", fmt.Sprint(pid)))
+				if err != nil {
+					n.t.Fatal(err)
+				}
+				later := st.ModTime().Add(1e9)
+				if err := os.Chtimes(n.path("config.toml"), later, later); err != nil {
+					n.t.Fatal(err)
+				}
+			},
+			"containerd.config", Warning, "has not read it", "restart containerd",
+		},
+		"NRI is off": {func(n *node) { n.plugins = n.plugins[:1] }, "nri.containerd", Error, "NRI is off", "disable = false"},
+		"NRI failed": {
+			func(n *node) { n.plugins[1].InitErr = &status.Status{Code: 2, Message: "x"} },
+			"nri.containerd", Error, "NRI is off", "disable = false",
+		},
+		"no NRI plugin":   {func(n *node) { n.remove("proc/99") }, "nri.plugin", Error, "does not run", "systemctl"},
+		"no Kata":         {func(n *node) { n.remove("bin/containerd-shim-kata-v2") }, "kata.shim", Error, "not on containerd's PATH", "downstream_shim"},
+		"an old Kata":     {func(n *node) { n.script("bin/containerd-shim-kata-v2", "(Golang) version: 3.19.1") }, "kata.shim", Error, "3.19.1, which is too old", "4.1.0"},
+		"a broken shim":   {func(n *node) { n.write("bin/containerd-shim-kata-v2", "#!/bin/false\n", 0o755) }, "kata.shim", Error, "does not run", "reinstall"},
+		"no Kata config":  {func(n *node) { n.remove("kata/configuration-clh.toml") }, "kata.config", Error, "no such file", "kata_config_path"},
+		"a config of ini": {func(n *node) { n.dropIn("[hypervisor") }, "kata.config", Error, "50.toml", "mend"},
+		"a linked drop-in under the Rust shim": {
+			func(n *node) {
+				n.script("bin/containerd-shim-kata-v2", rustShim)
+				n.link("50.toml", "kata/config.d/60.toml")
+			},
+			"kata.config", Error, "regular files only", "copy",
+		},
+		"another shared_fs": {
+			func(n *node) { n.write("kata/config.d/60.toml", "[hypervisor.clh]\nshared_fs = \"none\"\n", 0o644) },
+			"kata.shared_fs", Error, `"none"`, `shared_fs = "virtio-fs"`,
+		},
+		"no bundle in the guest": {
+			func(n *node) {
+				n.write("kata/config.d/60.toml", "[runtime]\nsandbox_bind_mounts = [\"/other\"]\n", 0o644)
+			},
+			"kata.sandbox_bind_mounts", Error, "lacks the guest bundle", `sandbox_bind_mounts = ["/other", `,
+		},
+		"the Go shim's hook path under the Rust shim": {
+			func(n *node) { n.script("bin/containerd-shim-kata-v2", rustShim) },
+			"kata.guest_hook_path", Error, "no hook of ours", "/run/kata-containers/shared/containers/passthrough/sandbox-mounts/guest/hooks",
+		},
+		"no kernel":         {func(n *node) { n.remove("kata/vmlinux-6.18.35-202") }, "kata.kernel", Error, "no such file", "configs/kernel"},
+		"Kata's own kernel": {func(n *node) { n.kernelConfig("CHECKPOINT_RESTORE") }, "kata.kernel", Error, "lacks CHECKPOINT_RESTORE", "configs/kernel"},
+		"a distribution's kernel": {
+			func(n *node) {
+				config, err := os.ReadFile(n.path("kata/config-6.18.35-202"))
+				if err != nil {
+					n.t.Fatal(err)
+				}
+				n.write("kata/config-6.18.35-202", strings.ReplaceAll(string(config), "_DIAG=y", "_DIAG=m"), 0o644)
+			},
+			"kata.kernel", Warning, "has UNIX_DIAG, INET_DIAG, ", "configs/kernel",
+		},
+		"an unknown kernel":               {func(n *node) { n.remove("kata/config-6.18.35-202") }, "kata.kernel", Warning, "not known", ".config"},
+		"half a bundle":                   {func(n *node) { n.remove("guest/criu/bin/tar") }, "bundle", Error, "not whole", "guest_bundle"},
+		"a bundle that others can change": {func(n *node) { _ = os.Chmod(n.path("guest"), 0o777) }, "bundle", Error, "can be changed", "chmod"},
+		"a hook that is a link":           {func(n *node) { n.link("../../bin/criu", "guest/hooks/prestart/kata-checkpoint-agent-hook") }, "bundle", Error, "not an executable file", "install"},
+		"another release's bundle": {
+			func(n *node) { n.script("guest/bin/kata-checkpoint-agent", "kata-checkpoint-agent v0.0.1") },
+			"bundle", Warning, "v0.0.1", "install",
+		},
+		"another port":    {func(n *node) { n.write("guest/agent.json", `{"vsock_port":1}`, 0o644) }, "bundle.port", Error, "port 1, ", "agent_port = 1"},
+		"no criu":         {func(n *node) { n.remove("bin/criu") }, "criu", Error, "refuses every checkpoint", "ln -s"},
+		"a broken criu":   {func(n *node) { n.write("bin/criu", "#!/bin/false\n", 0o755) }, "criu", Error, "does not run", "ln -s"},
+		"state is a file": {func(n *node) { n.write("state", "", 0o600) }, "state_dir", Error, "not a directory", "state_dir"},
+		"state for all to see": {
+			func(n *node) {
+				if err := os.Mkdir(n.path("state"), 0o755); err != nil {
+					n.t.Fatal(err)
+				}
+			},
+			"state_dir", Warning, "can be read by others", "chmod 700",
+		},
+		"state in memory": {func(n *node) { n.host.Config.StateDir = "/dev/shm/kata-checkpoint" }, "state_dir", Warning, "in memory", "disk"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			c.fault(n)
+			findings := slices.DeleteFunc(n.run(), func(f Finding) bool { return f.Level == OK })
+			if len(findings) != 1 {
+				t.Fatalf("got %d findings, want one: %+v", len(findings), findings)
+			}
+			f := findings[0]
+			if f.Check != c.check || f.Level != c.level || !strings.Contains(f.Text, c.text) || !strings.Contains(f.Cure, c.cure) {
+				t.Errorf("got %+v", f)
+			}
+			if findings.Worst() != c.level {
+				t.Errorf("the worst is %s", findings.Worst())
+			}
+		})
+	}
+}
+
+func TestNoCRI(t *testing.T) {
+	n := newNode(t)
+	n.plugins, n.dump = nil, ""
+	n.remove("bin/criu")
+	if f := n.run(); f.Worst() != OK {
+		t.Errorf("ctr and nerdctl need neither NRI nor criu: %+v", f)
+	}
+}
+
+// What is checked is what configs/kernel asks for.
+func TestKernelOptions(t *testing.T) {
+	data, err := os.ReadFile("../../configs/kernel/kata-checkpoint.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for _, m := range regexp.MustCompile(`(?m)^CONFIG_(\w+)=y$`).FindAllSubmatch(data, -1) {
+		want = append(want, string(m[1]))
+	}
+	slices.Sort(want)
+	got := slices.Sorted(slices.Values(KernelOptions))
+	if !slices.Equal(got, want) {
+		t.Errorf("checked are\n%v\nthe fragment has\n%v", got, want)
+	}
+}

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cli is the command line of kata-checkpoint: cobra's commands, and how
+// what they answer is printed.
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
+)
+
+// Exit statuses.
+const (
+	exitWarning = 1
+	exitError   = 2
+)
+
+// statusError ends the command with a status when all has been said already.
+type statusError int
+
+func (s statusError) Error() string { return fmt.Sprintf("status %d", int(s)) }
+
+// Run runs the command line and returns the exit status.
+func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := command()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	var status statusError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &status):
+		return int(status)
+	}
+	fmt.Fprintf(stderr, "kata-checkpoint: %v\n", err)
+	return exitError
+}
+
+func command() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "kata-checkpoint",
+		Short:         "Checkpoint and restore containers in Kata Containers VMs",
+		Version:       version.Version,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+	}
+	root.AddCommand(checkCommand())
+	return root
+}
+
+func checkCommand() *cobra.Command {
+	var (
+		path, address string
+		asJSON        bool
+	)
+	c := &cobra.Command{
+		Use:   "check",
+		Short: "Look for what stands in the way of a checkpoint on this node",
+		Long: `Look for what stands in the way of a checkpoint on this node: containerd, the
+runtime, Kata and its configuration, the guest bundle, the guest kernel, the
+disk. Nothing is changed. Each finding is a line; a warning or an error is
+followed by what cures it.
+
+The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.Load(path)
+			if err != nil {
+				return err
+			}
+			host := &check.Host{Config: cfg, Containerd: address}
+			findings := host.Run(cmd.Context())
+			if err := print(cmd.OutOrStdout(), findings, asJSON); err != nil {
+				return err
+			}
+			switch findings.Worst() {
+			case check.Warning:
+				return statusError(exitWarning)
+			case check.Error:
+				return statusError(exitError)
+			default:
+				return nil
+			}
+		},
+	}
+	flags := c.Flags()
+	flags.StringVar(&path, "config", config.Path(), "kata-checkpoint's configuration, the `file` that the shim reads")
+	flags.StringVar(&address, "address", "/run/containerd/containerd.sock", "containerd's `socket`")
+	flags.BoolVar(&asJSON, "json", false, "print JSON: a list of objects with check, level, text and cure")
+	return c
+}
+
+// print prints findings, for people or as JSON.
+func print(w io.Writer, findings check.Findings, asJSON bool) error {
+	if asJSON {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(findings)
+	}
+	paint := func(_ check.Level, s string) string { return s }
+	if colour(w) {
+		paint = func(l check.Level, s string) string {
+			return "\x1b[" + [...]string{"32", "33", "31"}[l] + "m" + s + "\x1b[0m"
+		}
+	}
+	for _, f := range findings {
+		if _, err := fmt.Fprintf(w, "%s  %s: %s\n", paint(f.Level, fmt.Sprintf("%-7s", f.Level)), f.Check, f.Text); err != nil {
+			return err
+		}
+		if f.Cure != "" {
+			if _, err := fmt.Fprintf(w, "         cure: %s\n", f.Cure); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// colour reports whether w is a terminal whose user wants colours
+// (https://no-color.org).
+func colour(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return false
+	}
+	st, err := file.Stat()
+	return err == nil && st.Mode()&os.ModeCharDevice != 0
+}
