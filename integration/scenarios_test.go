@@ -149,7 +149,7 @@ var scenarios = []scenarioCase{
 	{name: "containerd-killed-mid-checkpoint", kind: kindRestarts, run: containerdKilledMidCheckpoint, core: onGo},
 	{name: "containerd-killed-mid-restore", kind: kindRestarts, run: containerdKilledMidRestore, core: onRust},
 
-	{name: "check-good", kind: kindOperator, run: checkGood, core: onRust, cri: true},
+	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},
 
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
 

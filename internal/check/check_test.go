@@ -150,7 +150,8 @@ container_annotations = ['kata-checkpoint.dev/*']
 	for _, name := range []string{"bin/kata-checkpoint-helper", "bin/criu", "hooks/prestart/kata-checkpoint-agent-hook", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip"} {
 		n.script("guest/"+name, "")
 	}
-	n.script("guest/bin/kata-checkpoint-agent", "kata-checkpoint-agent "+version.Version)
+	// As the agent itself: without the flag it prints its usage.
+	n.write("guest/bin/kata-checkpoint-agent", "#!/bin/sh\n[ \"$*\" = --version ] && echo kata-checkpoint-agent "+version.Version+"\n", 0o755)
 	n.write("guest/agent.json", `{"vsock_port":10750}`, 0o644)
 	return n
 }

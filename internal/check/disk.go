@@ -45,7 +45,7 @@ func (h *Host) bundle(ctx context.Context, f *Findings) {
 		f.fail(check, "chmod go-w "+dir, "%s can be changed by users other than its owner: what is in it runs as root in every guest", dir)
 		return
 	}
-	out, err := output(ctx, filepath.Join(dir, "bin/kata-checkpoint-agent"), "version")
+	out, err := output(ctx, filepath.Join(dir, "bin/kata-checkpoint-agent"), "--version")
 	if err != nil {
 		f.fail(check, cure, "the agent does not run: %v", err)
 		return
@@ -93,7 +93,7 @@ func (h *Host) stateDir(f *Findings) {
 		}
 		at = filepath.Dir(at)
 	}
-	if st, err := os.Stat(dir); err == nil && st.Mode()&0o077 != 0 {
+	if st, err := os.Stat(dir); err == nil && st.Mode()&0o066 != 0 {
 		f.warn(check, "chmod 700 "+dir, "%s can be read by others: it holds the memory of containers", dir)
 	}
 	var st unix.Statfs_t
