@@ -332,7 +332,7 @@ func archiveHasNoAuthority(s *scenario) {
 	pod = s.runPod("modest", cri.PodSpec{Annotations: fromArchive(more)})
 	modest := counterNamed("c")
 	modest.Image = parts.WorkloadImageName
-	if _, err := pod.Run(s.ctx, modest); err == nil || !strings.Contains(err.Error(), "has CAP_SYS_ADMIN, which this container lacks") {
+	if _, err := pod.Run(s.ctx, modest); err == nil || !strings.Contains(err.Error(), "has the capability CAP_SYS_ADMIN") {
 		s.Errorf("processes with a capability that the pod does not give: error %v", err)
 	}
 	s.checkContinuesBetween(s.runIn(pod, withAttempt(mighty, 1)), 1, 1<<30)

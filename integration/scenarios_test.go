@@ -124,6 +124,7 @@ var scenarios = []scenarioCase{
 	{name: "refused-guest-bundle", kind: kindRefusals, run: refusedGuestBundle},
 
 	{name: "ways-in", kind: kindAttacks, run: waysIn, core: onGo},
+	{name: "forged-images", kind: kindAttacks, run: forgedImages, core: onRust, timeout: 8 * time.Minute},
 
 	{name: "pod-shared-pid", kind: kindSandboxes, run: podSharedPID},
 	{name: "pod-shm-two-restores", kind: kindSandboxes, run: podShmTwoRestores, core: onGo},

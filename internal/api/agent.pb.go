@@ -1129,8 +1129,8 @@ type RestoreRequest struct {
 	OpenFiles   []*OpenFile        `protobuf:"bytes,6,rep,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
 	CriuVersion uint32             `protobuf:"varint,7,opt,name=criu_version,json=criuVersion,proto3" json:"criu_version,omitempty"`
 	CpuFeatures []string           `protobuf:"bytes,8,rep,name=cpu_features,json=cpuFeatures,proto3" json:"cpu_features,omitempty"`
-	// rights are those of the container. Without them, the processes get what
-	// their images have.
+	// rights are those of the container. Without them they are those of its
+	// placeholder.
 	Rights *Rights `protobuf:"bytes,9,opt,name=rights,proto3" json:"rights,omitempty"`
 	// connections are those of the CheckpointResponse. Their packets are dropped
 	// until they are restored.
@@ -1256,14 +1256,20 @@ func (x *RestoreRequest) GetToken() string {
 	return ""
 }
 
-// Rights bound the credentials of restored processes.
+// Rights bound the credentials of restored processes: they are those of the
+// process in the container's spec.
 type Rights struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// capabilities by name, such as CAP_CHOWN: the container's bounding set.
+	// capabilities by name, such as CAP_CHOWN: the bounding set.
 	Capabilities []string `protobuf:"bytes,1,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
-	// no_new_privs and uid are those of the process in the container's spec.
-	NoNewPrivs    bool   `protobuf:"varint,2,opt,name=no_new_privs,json=noNewPrivs,proto3" json:"no_new_privs,omitempty"`
-	Uid           uint32 `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	NoNewPrivs   bool     `protobuf:"varint,2,opt,name=no_new_privs,json=noNewPrivs,proto3" json:"no_new_privs,omitempty"`
+	Uid          uint32   `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid          uint32   `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
+	// groups are the additional ones.
+	Groups        []uint32 `protobuf:"varint,5,rep,packed,name=groups,proto3" json:"groups,omitempty"`
+	Permitted     []string `protobuf:"bytes,6,rep,name=permitted,proto3" json:"permitted,omitempty"`
+	Inheritable   []string `protobuf:"bytes,7,rep,name=inheritable,proto3" json:"inheritable,omitempty"`
+	Ambient       []string `protobuf:"bytes,8,rep,name=ambient,proto3" json:"ambient,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1317,6 +1323,41 @@ func (x *Rights) GetUid() uint32 {
 		return x.Uid
 	}
 	return 0
+}
+
+func (x *Rights) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+func (x *Rights) GetGroups() []uint32 {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *Rights) GetPermitted() []string {
+	if x != nil {
+		return x.Permitted
+	}
+	return nil
+}
+
+func (x *Rights) GetInheritable() []string {
+	if x != nil {
+		return x.Inheritable
+	}
+	return nil
+}
+
+func (x *Rights) GetAmbient() []string {
+	if x != nil {
+		return x.Ambient
+	}
+	return nil
 }
 
 type RestoreResponse struct {
@@ -1586,12 +1627,17 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
 	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x12\x14\n" +
-	"\x05token\x18\f \x01(\tR\x05token\"`\n" +
+	"\x05token\x18\f \x01(\tR\x05token\"\xe4\x01\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
 	"noNewPrivs\x12\x10\n" +
-	"\x03uid\x18\x03 \x01(\rR\x03uid\"[\n" +
+	"\x03uid\x18\x03 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x04 \x01(\rR\x03gid\x12\x16\n" +
+	"\x06groups\x18\x05 \x03(\rR\x06groups\x12\x1c\n" +
+	"\tpermitted\x18\x06 \x03(\tR\tpermitted\x12 \n" +
+	"\vinheritable\x18\a \x03(\tR\vinheritable\x12\x18\n" +
+	"\aambient\x18\b \x03(\tR\aambient\"[\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x126\n" +
 	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"\x83\x01\n" +

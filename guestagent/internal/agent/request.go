@@ -45,16 +45,12 @@ func checkRequest(r *api.RestoreRequest) error {
 }
 
 // checkContents refuses an image set with other files than those that a container
-// can have, or with more rights than this one has.
-func checkContents(c *container, images string, r *api.RestoreRequest) error {
+// can have.
+func checkContents(images string) error {
 	if err := checkImages(images); err != nil {
 		return err
 	}
-	bounding, err := boundingSet(c.Init.PID)
-	if err != nil {
-		return err
-	}
-	return checkCredentials(images, r.GetRights(), bounding)
+	return checkCredentials(images)
 }
 
 // maxImages bounds the number of files in an image set. The host has a bound of

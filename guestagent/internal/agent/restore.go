@@ -23,6 +23,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -70,7 +71,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 			return fmt.Errorf("the image set is not visible in the guest: %w", err)
 		}
 	}
-	if err := checkContents(c, images, r); err != nil {
+	if err := checkContents(images); err != nil {
 		return err
 	}
 	addresses, err := readdress(r)
@@ -178,7 +179,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err != nil {
 		return nil, err
 	}
-	if err := checkContents(c, images, r); err != nil {
+	if err := checkContents(images); err != nil {
 		return nil, err
 	}
 	if err := waitPlaceholder(ctx, c.Init); err != nil {
@@ -266,6 +267,10 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("criu restore")
+	if err := checkRestored(c.Init.PID, r.GetRights(), tree); err != nil {
+		return nil, err
+	}
+	ph.done("check the restored processes")
 	if len(connections) > 0 {
 		if err := errclass.Join(netlock.Unlock(lockName(c.ID)), a.noteUnlocked(c)); err != nil {
 			return nil, err
@@ -319,6 +324,20 @@ func killTree(ctx context.Context, tree string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
 	return cgroup.Kill(ctx, tree)
+}
+
+// checkRestored checks that frozen processes have nothing that the container may
+// not have.
+func checkRestored(placeholder int, rights *api.Rights, tree string) error {
+	may, err := outcome.Read(placeholder, rights)
+	if err != nil {
+		return err
+	}
+	pids, err := cgroup.Procs(tree, true)
+	if err != nil {
+		return fmt.Errorf("list the restored processes: %w", err)
+	}
+	return may.Check(pids)
 }
 
 func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.CriuOpts {

@@ -21,7 +21,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -174,9 +173,7 @@ func Hold(ctx context.Context, dir string) error {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("freeze: processes were not frozen in time: %w", err)
 		}
-		// A change of cgroup.events is reported as POLLPRI.
-		fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}} //nolint:gosec // a descriptor
-		if _, err := unix.Poll(fds, 50); err != nil && !errors.Is(err, unix.EINTR) {
+		if err := await(events); err != nil {
 			return fmt.Errorf("freeze: %w", err)
 		}
 	}
@@ -197,6 +194,14 @@ func Thaw(dir string) error {
 // Kill kills every process of a cgroup and of those below it, and waits until
 // they have exited or ctx ends.
 func Kill(ctx context.Context, dir string) error {
+	events, err := os.Open(filepath.Join(dir, "cgroup.events"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("kill cgroup: %w", err)
+	}
+	defer events.Close()
 	if err := write(dir, "cgroup.kill", "1"); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
@@ -204,19 +209,30 @@ func Kill(ctx context.Context, dir string) error {
 		return fmt.Errorf("kill cgroup: %w", err)
 	}
 	for {
-		pids, err := Procs(dir, true)
-		if errors.Is(err, fs.ErrNotExist) || len(pids) == 0 && err == nil {
+		_, populated, err := readEvents(events)
+		if errors.Is(err, unix.ENODEV) || !populated && err == nil {
 			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("kill cgroup: %w", err)
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("kill cgroup %s: %d processes are left: %w", dir, len(pids), ctx.Err())
-		case <-time.After(10 * time.Millisecond):
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("kill cgroup %s: processes are left: %w", dir, err)
+		}
+		if err := await(events); err != nil {
+			return fmt.Errorf("kill cgroup: %w", err)
 		}
 	}
+}
+
+// await waits a moment for a change of cgroup.events, which is reported as
+// POLLPRI.
+func await(events *os.File) error {
+	fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}} //nolint:gosec // a descriptor
+	if _, err := unix.Poll(fds, 50); err != nil && !errors.Is(err, unix.EINTR) {
+		return err
+	}
+	return nil
 }
 
 // Remove kills every process of a cgroup, as Kill does, and removes it and

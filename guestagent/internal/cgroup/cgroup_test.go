@@ -84,6 +84,14 @@ func TestFreezeGivesUpThawed(t *testing.T) {
 	if frozen, err := Frozen(dir); err != nil || frozen {
 		t.Fatalf("Frozen = %v, %v", frozen, err)
 	}
+	ctx, cancel = context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if err := Hold(ctx, dir); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("Hold = %v", err)
+	}
+	if frozen, err := Frozen(dir); err != nil || !frozen {
+		t.Fatalf("after Hold, Frozen = %v, %v", frozen, err)
+	}
 	if err := Thaw(filepath.Join(dir, "gone")); err != nil {
 		t.Fatalf("Thaw of a cgroup that is gone: %v", err)
 	}
@@ -130,5 +138,27 @@ func TestRemove(t *testing.T) {
 	}
 	if err := Remove(t.Context(), dir); err != nil {
 		t.Errorf("once more: %v", err)
+	}
+}
+
+// A process that is exiting is not listed any more, while it still closes its
+// files, and keeps its cgroup from being removed.
+func TestKillWaitsForProcessesThatExit(t *testing.T) {
+	dir := t.TempDir()
+	for file, content := range map[string]string{"cgroup.kill": "", "cgroup.procs": "", "cgroup.events": "populated 1\nfrozen 0\n"} {
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if err := Kill(ctx, dir); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Kill = %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.events"), []byte("populated 0\nfrozen 0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Kill(t.Context(), dir); err != nil {
+		t.Error(err)
 	}
 }

@@ -15,16 +15,12 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
-// Descriptors of a CRIU that is started by [startService].
-const (
-	serviceFD = 3 // its end of the socket
-	// clientFD is a copy of ours. It keeps the socket open if this process dies:
-	// CRIU then waits forever for the answer to a notification. At the end of
-	// the socket it would let processes run that nobody has looked at, since it
-	// ignores a failure of the stage pre-resume (criu/cr-restore.c,
-	// restore_root_task).
-	clientFD
-)
+// serviceFD is CRIU's end of the socket. The next descriptor is a copy of ours. It
+// keeps the socket open if this process dies: CRIU then waits forever for the
+// answer to a notification. At the end of the socket it would let processes run
+// that nobody has looked at, since it ignores a failure of the stage pre-resume
+// (criu/cr-restore.c, restore_root_task).
+const serviceFD = 3
 
 // maxMessage is more than any message of CRIU's has bytes.
 const maxMessage = 1 << 16
@@ -51,7 +47,7 @@ func startService(path string) (*service, error) {
 	}
 	socket, theirs := os.NewFile(uintptr(fds[0]), "criu"), os.NewFile(uintptr(fds[1]), "criu's end")
 	defer theirs.Close()
-	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{})} //nolint:gosec // our own
+	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{})}
 	s.cmd.ExtraFiles = []*os.File{theirs, socket}
 	if err := s.cmd.Start(); err != nil {
 		socket.Close()

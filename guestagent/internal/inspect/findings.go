@@ -89,7 +89,7 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 			out = append(out, c.finding(p, orphan))
 		}
 		if p.Tracer != 0 {
-			out = append(out, c.finding(p, rule{Refused, "is traced by the process " + nameOf(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
+			out = append(out, c.finding(p, rule{Refused, "is traced by the process " + Name(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
 		}
 		if p.Headless {
 			out = append(out, c.finding(p, headless))
@@ -271,7 +271,7 @@ func (c *Container) externalSockets() ([]Finding, error) {
 		_ = links(pid, func(_ int, name string) error {
 			if inode, ok := socketInode(name); ok && outside[inode] != nil {
 				out = append(out, c.finding(outside[inode], rule{Refused,
-					fmt.Sprintf("has a unix socket that is connected to outside of the container, to the process %s (pid %d in the guest)", nameOf(pid), pid),
+					fmt.Sprintf("has a unix socket that is connected to outside of the container, to the process %s (pid %d in the guest)", Name(pid), pid),
 					"close the connection before the checkpoint"}))
 			}
 			return nil

@@ -196,7 +196,7 @@ func TestOrphanIsRefused(t *testing.T) {
 		}
 		pids[name] = outer(t, cmd.Process.Pid, inside)
 	}
-	for deadline := time.Now().Add(10 * time.Second); nameOf(pids["sleep"]) != "sleep"; {
+	for deadline := time.Now().Add(10 * time.Second); Name(pids["sleep"]) != "sleep"; {
 		if time.Now().After(deadline) {
 			t.Fatal("it does not become sleep")
 		}

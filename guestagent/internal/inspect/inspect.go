@@ -183,7 +183,7 @@ func gone(err error) bool {
 }
 
 func readProcess(pid int) (*Process, error) {
-	p := &Process{PID: pid, Name: nameOf(pid)}
+	p := &Process{PID: pid, Name: Name(pid)}
 	stat, err := procfs.ReadStat(pid)
 	if err != nil {
 		return nil, err
@@ -332,16 +332,16 @@ func parseMapping(line string) (Mapping, bool) {
 	}
 	return Mapping{
 		Inode:     inode,
-		Addresses: mapFilesName(fields[0]),
+		Addresses: MapFilesName(fields[0]),
 		Shared:    strings.HasSuffix(fields[1], "s"),
 		Device:    fields[3],
 		Path:      line[i:],
 	}, true
 }
 
-// mapFilesName is the name in map_files of the addresses in maps, which are
+// MapFilesName is the name in map_files of the addresses in maps, which are
 // padded with zeros.
-func mapFilesName(addresses string) string {
+func MapFilesName(addresses string) string {
 	from, to, _ := strings.Cut(addresses, "-")
 	trim := func(s string) string {
 		if s = strings.TrimLeft(s, "0"); s == "" {
@@ -352,8 +352,8 @@ func mapFilesName(addresses string) string {
 	return trim(from) + "-" + trim(to)
 }
 
-// nameOf returns the name of a process for messages. Processes choose their
+// Name returns the name of a process for messages. Processes choose their
 // names.
-func nameOf(pid int) string {
+func Name(pid int) string {
 	return shown(procfs.FirstLine(fmt.Sprintf("/proc/%d/comm", pid)))
 }

@@ -150,14 +150,15 @@ func rightsOf(p *specs.Process) *api.Rights {
 	if p == nil {
 		return &api.Rights{}
 	}
-	r := &api.Rights{NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID}
-	if p.Capabilities != nil {
-		r.Capabilities = p.Capabilities.Bounding
+	r := &api.Rights{NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID, Gid: p.User.GID, Groups: p.User.AdditionalGids}
+	if c := p.Capabilities; c != nil {
+		r.Capabilities, r.Permitted, r.Inheritable, r.Ambient = c.Bounding, c.Permitted, c.Inheritable, c.Ambient
 		return r
 	}
 	for _, c := range capability.ListKnown() {
 		r.Capabilities = append(r.Capabilities, "CAP_"+strings.ToUpper(c.String()))
 	}
+	r.Permitted = r.Capabilities
 	return r
 }
 
