@@ -76,6 +76,13 @@ release: hooks build/criu/MANIFEST ## build what is installed, without test hook
 hooks: ## check that what is installed has no test hooks
 	go test -count=1 -run TestReleaseHasNoHooks ./internal/stopat
 
+FUZZTIME ?= 30s
+
+.PHONY: fuzz
+fuzz: ## run each fuzz target for FUZZTIME (RUN=NAME one of them); what fails becomes a seed in testdata/fuzz, and a test
+	git grep -E '^func $(or $(RUN),Fuzz)' -- '*_test.go' | sed -E 's|^(.*)/[^/]*:func ([A-Za-z]+).*|\1 \2|' | while read -r dir target; do \
+	  echo "== $$dir $$target"; (cd "$$dir" && go test $(HOOKS) -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) .) || exit; done
+
 .PHONY: test
 test: CORE = 1
 test: bootstrap build guest-bundle unit e2e ## from nothing: install, build, run the unit tests and the core scenarios (what CI runs)

@@ -99,6 +99,9 @@ func (s *Spec) SetProcess(fields map[string]any) error {
 			return fmt.Errorf("edit %s: %w", s.path, err)
 		}
 	}
+	if process == nil { // it was null
+		process = make(map[string]json.RawMessage)
+	}
 	for name, value := range fields {
 		if value == nil {
 			delete(process, name)
