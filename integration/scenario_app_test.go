@@ -5,6 +5,7 @@ package integration
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -89,6 +90,101 @@ func appRedis(s *scenario) {
 			s.waitLine(run.Output, 0, "popped "+popped)
 		},
 		stopped: s.checkLast("All AOF files and manifest are valid"),
+	})
+}
+
+// appNginx: a web server with worker processes and memory that they share keeps
+// its clients' connections, one of them in the middle of a download. With a
+// configuration that is changed after the restore it starts other workers, and
+// the one that serves the download stops once that is complete.
+func appNginx(s *scenario) {
+	get := func(run *engine.Run, path string) string {
+		s.Helper()
+		return strings.Join(s.shell(run, "wget -q -O - http://127.0.0.1:8080"+path), "\n")
+	}
+	workers := func(run *engine.Run) (out []string) {
+		s.Helper()
+		for _, line := range s.shell(run, "ps -o args") {
+			if strings.HasPrefix(line, "nginx: worker process") {
+				out = append(out, line)
+			}
+		}
+		return out
+	}
+	s.cycle(s.createApp(parts.Nginx), appCheck{
+		before: func(run *engine.Run, cycle int) {
+			s.waitLine(run.Output, 0, fmt.Sprintf("downloads %d", cycle))
+		},
+		after: func(run *engine.Run, cycle, rounds int) {
+			if slices.Contains(run.Output.Lines(), "reconnects") {
+				s.Errorf("a client's connection was closed")
+			}
+			// Both workers count in the memory that they share.
+			var accepted, handled, requests int
+			status := get(run, "/status")
+			_, counts, _ := strings.Cut(status, "requests\n")
+			if _, err := fmt.Sscan(counts, &accepted, &handled, &requests); err != nil || requests <= 2*rounds {
+				s.Errorf("after %d rounds of two requests the status is %q", rounds, status)
+			}
+			s.shell(run, fmt.Sprintf(`echo 'return 200 "version %d\n";' >/var/lib/nginx/version.conf; nginx -e stderr -c /app/nginx.conf -s reload`, cycle))
+			want := fmt.Sprintf("version %d", cycle)
+			if !s.eventually(scenarioTimeout, func() bool { return get(run, "/version") == want }) {
+				s.Errorf("after the reload it is %q, not %q", get(run, "/version"), want)
+			}
+			if have := workers(run); len(have) != 3 {
+				s.Errorf("while a download is in progress the workers are %q", have)
+			}
+			s.shell(run, "echo >/tmp/continue")
+			s.waitLine(run.Output, 0, fmt.Sprintf("downloaded %d", cycle))
+			if !s.eventually(scenarioTimeout, func() bool { return len(workers(run)) == 2 }) {
+				s.Errorf("after the download the workers are %q", workers(run))
+			}
+		},
+	})
+}
+
+// appPython: processes of Python's multiprocessing share memory, queues and
+// databases of SQLite. One of them has the lock of a database, and keeps it until
+// it is told to commit.
+func appPython(s *scenario) {
+	const (
+		path  = "/var/lib/app/account.db"
+		begun = 1000
+	)
+	s.cycle(s.createApp(parts.Python), appCheck{
+		before: func(run *engine.Run, _ int) {
+			s.waitLine(run.Output, 0, "transfer holds")
+		},
+		after: func(run *engine.Run, cycle, _ int) {
+			have := s.shell(run, `python3 -c '
+import sqlite3
+db = sqlite3.connect("`+path+`", timeout=0, isolation_level=None)
+print(*db.execute("SELECT balance FROM account").fetchone())
+try:
+    db.execute("BEGIN IMMEDIATE")
+    print("free")
+except sqlite3.OperationalError as e:
+    print(e)'`)
+			if want := []string{strconv.Itoa(begun - 10*(cycle-1)), "database is locked"}; !slices.Equal(have, want) {
+				s.Errorf("the database with an open transaction: %q, not %q", have, want)
+			}
+			s.shell(run, "echo >/tmp/commit")
+			s.waitLine(run.Output, 0, fmt.Sprintf("transfer leaves %d", begun-10*cycle))
+		},
+		stopped: s.checkLast("database ok"),
+	})
+}
+
+// appGo: a server of Go's own library and its client, with several requests in
+// flight on one connection, encrypted and with HTTP/2.
+func appGo(s *scenario) {
+	s.cycle(s.createApp(parts.Go), appCheck{
+		after: func(run *engine.Run, cycle, _ int) {
+			text := fmt.Sprintf("after-restore-%d", cycle)
+			s.shell(run, "/app/run signal "+text)
+			s.waitLine(run.Output, 0, "signal "+text)
+		},
+		stopped: s.checkLast("stopped"),
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -29,11 +30,14 @@ var appFiles embed.FS
 type App struct {
 	// Name is that of its directory.
 	Name string
-	// Packages are unpacked with their dependencies.
+	// Packages are unpacked with their dependencies; there may be none.
 	Packages []string
 	// Without are the packages that are left out, each with all those whose
 	// names begin with it: nothing in the image uses them.
 	Without []string
+	// Program is the name of a program that `make build` makes, in place of the
+	// directory's file run; or empty.
+	Program string
 }
 
 // The applications.
@@ -51,13 +55,17 @@ var (
 		Without:  []string{"ca-certificates", "openssl", "util-linux", "libpam", "libsystemd0", "libnss3", "libnspr4"},
 	}
 	Redis = App{Name: "redis", Packages: []string{"redis-server", "bash"}, Without: []string{"perl", "openssl-provider-legacy"}}
+	Nginx = App{Name: "nginx", Packages: []string{"nginx", "bash"}, Without: []string{"perl", "openssl-provider-legacy", "iproute2"}}
+	// multiprocessing and sqlite3 are in the standard library.
+	Python = App{Name: "python", Packages: []string{"python3"}, Without: []string{"openssl-provider-legacy", "media-types", "tzdata"}}
+	Go     = App{Name: "go", Program: "app-go"}
 )
 
 // ImageName is the name of the application's image.
 func (a App) ImageName() string { return "docker.io/library/app-" + a.Name + ":latest" }
 
 // AppImage makes the image of an application, with a user of id 1000 as in the
-// other images.
+// other images. Its containers run /app/run.
 func (p *Parts) AppImage(ctx context.Context, a App) (string, error) {
 	files, err := fs.Sub(appFiles, "apps/"+a.Name)
 	if err != nil {
@@ -78,10 +86,20 @@ func (p *Parts) AppImage(ctx context.Context, a App) (string, error) {
 	}); err != nil {
 		return "", fmt.Errorf("image of %s: %w", a.Name, err)
 	}
-	return p.once(ctx, "image/app-"+a.Name+".tar", keyOf(keys...), func(ctx context.Context, path string) error {
-		debs, err := debian.Fetch(ctx, debian.Request{Suite: appSuite, Packages: a.Packages, Dir: p.Build("apt", appSuite)})
+	if a.Program != "" {
+		program, err := fileKey(p.Bin(a.Program))
 		if err != nil {
-			return err
+			return "", fmt.Errorf("image of %s: %w", a.Name, err)
+		}
+		keys = append(keys, program)
+	}
+	return p.once(ctx, "image/app-"+a.Name+".tar", keyOf(keys...), func(ctx context.Context, path string) error {
+		var debs []debian.Package
+		if len(a.Packages) > 0 {
+			var err error
+			if debs, err = debian.Fetch(ctx, debian.Request{Suite: appSuite, Packages: a.Packages, Dir: p.Build("apt", appSuite)}); err != nil {
+				return err
+			}
 		}
 		dir, err := os.MkdirTemp("", "app-")
 		if err != nil {
@@ -90,6 +108,11 @@ func (p *Parts) AppImage(ctx context.Context, a App) (string, error) {
 		defer os.RemoveAll(dir)
 		if err := os.CopyFS(dir, files); err != nil {
 			return err
+		}
+		if a.Program != "" {
+			if err := CopyFile(p.Bin(a.Program), filepath.Join(dir, "run")); err != nil {
+				return err
+			}
 		}
 		args := []string{"app", dir}
 		for _, deb := range debs {
