@@ -58,6 +58,7 @@ var (
 	Nginx = App{Name: "nginx", Packages: []string{"nginx", "bash"}, Without: []string{"perl", "openssl-provider-legacy", "iproute2"}}
 	// multiprocessing and sqlite3 are in the standard library.
 	Python = App{Name: "python", Packages: []string{"python3"}, Without: []string{"openssl-provider-legacy", "media-types", "tzdata"}}
+	Node   = App{Name: "node", Packages: []string{"nodejs"}, Without: []string{"openssl-provider-legacy", "node-corepack"}}
 	Go     = App{Name: "go", Program: "app-go"}
 )
 

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -35,6 +36,8 @@ type Config struct {
 	DebugConsole bool
 	// DialTimeout bounds the wait for the guest's agent.
 	DialTimeout time.Duration
+	// GuestSeccomp passes seccomp profiles to the guest.
+	GuestSeccomp bool
 	// NoNetwork ignores the network namespace's interfaces.
 	NoNetwork bool
 	// BindMounts are shared with the guest below sandbox-mounts/.
@@ -70,6 +73,7 @@ type file struct {
 		Hypervisor string   `toml:"hypervisor_name"`
 		BindMounts []string `toml:"sandbox_bind_mounts"`
 		Model      string   `toml:"internetworking_model"`
+		NoSeccomp  bool     `toml:"disable_guest_seccomp"`
 	} `toml:"runtime"`
 }
 
@@ -126,6 +130,7 @@ func parse(raw []byte) (*Config, error) {
 			HookPath:     h.HookPath,
 			DebugConsole: agent.DebugConsole,
 			DialTimeout:  45 * time.Second,
+			GuestSeccomp: !f.Runtime.NoSeccomp,
 			NoNetwork:    f.Runtime.Model == "none",
 		}
 		if c.MemoryMiB <= 0 {
@@ -151,6 +156,25 @@ func parse(raw []byte) (*Config, error) {
 		return c, nil
 	}
 	return nil, errors.New("no hypervisor table for Cloud Hypervisor")
+}
+
+// seccompAnnotation overrides disable_guest_seccomp for a sandbox (Kata 4.1.0:
+// src/runtime/virtcontainers/pkg/annotations and src/libs/kata-types).
+const seccompAnnotation = "io.katacontainers.config.runtime.disable_guest_seccomp"
+
+// Override changes the configuration by the annotations of a sandbox's own
+// container.
+func (c *Config) Override(annotations map[string]string) error {
+	value := annotations[seccompAnnotation]
+	if value == "" {
+		return nil
+	}
+	disable, err := strconv.ParseBool(value)
+	if err != nil {
+		return fmt.Errorf("annotation %s: %w", seccompAnnotation, err)
+	}
+	c.GuestSeccomp = !disable
+	return nil
 }
 
 // bindMount parses one entry. Only the Rust shim supports a mode after a colon;

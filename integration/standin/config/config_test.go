@@ -28,6 +28,7 @@ func TestTheFileTellsTheWay(t *testing.T) {
 	}
 	goWant, rustWant := base, base
 	goWant.Way, goWant.DialTimeout, goWant.DebugConsole = way.Go, 90*time.Second, true
+	goWant.GuestSeccomp = true
 	goWant.BindMounts = []BindMount{{Source: "/opt/a"}, {Source: "/opt/b:rw"}}
 	rustWant.Way, rustWant.DialTimeout, rustWant.VCPUs = way.Rust, 60*time.Second, 2
 	rustWant.NoNetwork = true
@@ -57,6 +58,7 @@ mem_agent_enable = false
 name = "virt_container"
 hypervisor_name = "clh"
 internetworking_model = "none"
+disable_guest_seccomp = true
 sandbox_bind_mounts = ["/opt/a", "/opt/b:rw", "/opt/c:ro"]
 `, rustWant},
 	} {
@@ -68,6 +70,18 @@ sandbox_bind_mounts = ["/opt/a", "/opt/b:rw", "/opt/c:ro"]
 		if diff := cmp.Diff(&c.want, got); diff != "" {
 			t.Errorf("%s: %s", name, diff)
 		}
+	}
+}
+
+func TestAnnotationsOverrideTheFile(t *testing.T) {
+	for value, want := range map[string]bool{"": false, "true": false, "false": true} {
+		c := &Config{}
+		if err := c.Override(map[string]string{"a": "b", seccompAnnotation: value}); err != nil || c.GuestSeccomp != want {
+			t.Errorf("%q: profiles are passed: %v (%v)", value, c.GuestSeccomp, err)
+		}
+	}
+	if err := (&Config{}).Override(map[string]string{seccompAnnotation: "maybe"}); err == nil {
+		t.Error("maybe is no error")
 	}
 }
 

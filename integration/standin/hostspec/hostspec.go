@@ -120,7 +120,7 @@ func SharesPidNamespace(spec *specs.Spec) bool {
 func HasHooks(spec *specs.Spec) bool { return spec.Hooks != nil }
 
 // ForGuest returns the guest's spec. Mounts and the root's path are set by
-// package share.
+// package share, and the seccomp profile stays or not by the configuration.
 func ForGuest(w way.Way, kind Kind, bundle string, spec *specs.Spec) (*specs.Spec, error) {
 	guest, err := clone(spec)
 	if err != nil {
@@ -143,7 +143,6 @@ func ForGuest(w way.Way, kind Kind, bundle string, spec *specs.Spec) (*specs.Spe
 	guest.Process.SelinuxLabel = ""
 
 	linux := guest.Linux
-	linux.Seccomp = nil
 	linux.MountLabel = ""
 	linux.UIDMappings, linux.GIDMappings = nil, nil
 	var namespaces []specs.LinuxNamespace

@@ -56,6 +56,7 @@ func TestTheGuestGetsNothingOfTheHost(t *testing.T) {
 		Process: &specs.Process{Args: []string{"sh"}},
 		Root:    &specs.Root{Path: "rootfs", Readonly: true},
 		Linux: &specs.Linux{
+			Seccomp:     &specs.LinuxSeccomp{},
 			Namespaces:  []specs.LinuxNamespace{{Type: specs.IPCNamespace}, {Type: specs.MountNamespace}},
 			Resources:   &specs.LinuxResources{CPU: &specs.LinuxCPU{}, Memory: &specs.LinuxMemory{}},
 			MaskedPaths: []string{"/proc/kcore"},

@@ -167,6 +167,9 @@ func (s *Sandbox) CreateContainer(ctx context.Context, id string, kind hostspec.
 	if err != nil {
 		return err
 	}
+	if !s.config.GuestSeccomp {
+		guest.Linux.Seccomp = nil
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.release(id))

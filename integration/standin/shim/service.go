@@ -191,6 +191,9 @@ func (s *service) createSandbox(ctx context.Context, c *container, options *anyp
 	if cfg.Way != s.way {
 		return nil, fmt.Errorf("the configuration is for Kata's %s shim, and this one stands in for the %s shim: %w", cfg.Way, s.way, errdefs.ErrInvalidArgument)
 	}
+	if err := cfg.Override(c.spec.Annotations); err != nil {
+		return nil, err
+	}
 	return sandbox.Create(ctx, sandbox.Options{
 		ID: s.id, Config: cfg, Spec: c.spec,
 		BeforeContainers: func(fresh *sandbox.Sandbox) error {
