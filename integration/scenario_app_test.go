@@ -153,9 +153,9 @@ func appNode(s *scenario) {
 		oci.WithAnnotations(map[string]string{"io.katacontainers.config.runtime.disable_guest_seccomp": "false"}))
 	s.cycle(c, appCheck{
 		after: func(run *engine.Run, cycle, _ int) {
-			// As in the kernel's documentation, 2 is a filter.
-			if have := s.shell(run, "sed -n 's/^Seccomp:[^0-9]*//p' /proc/1/status"); !slices.Equal(have, []string{"2"}) {
-				s.Errorf("the mode of its seccomp is %q", have)
+			// Of the server and of an exec. 2 is the mode with filters.
+			if have := s.shell(run, "sed -n 's/^Seccomp:[^0-9]*//p' /proc/1/status /proc/self/status"); !slices.Equal(have, []string{"2", "2"}) {
+				s.Errorf("the modes of seccomp are %q", have)
 			}
 			text := fmt.Sprintf("after-restore-%d", cycle)
 			if have := s.shell(run, "wget -q -O - --post-data "+text+" http://127.0.0.1:8080/signal"); !slices.Equal(have, []string{"sent to 1"}) {

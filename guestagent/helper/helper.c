@@ -17,7 +17,9 @@
 #include <grp.h>
 #include <linux/capability.h>
 #include <linux/close_range.h>
+#include <linux/filter.h>
 #include <linux/sched.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
@@ -164,6 +166,41 @@ static char **texts(void)
 	return list; /* with a null at its end, as execve wants it */
 }
 
+/* The filters of seccomp(2), the first one first, with which the plan begins. */
+static struct sock_fprog *filters;
+static size_t filter_count;
+
+static void read_filters(void)
+{
+	filter_count = number();
+	filters = calloc(filter_count + 1, sizeof(*filters));
+	if (!filters)
+		fail("read the plan");
+	for (size_t i = 0; i < filter_count; i++) {
+		size_t length = number();
+		struct sock_filter *program = calloc(length + 1, sizeof(*program));
+
+		if (!program)
+			fail("read the plan");
+		for (size_t j = 0; j < length; j++) {
+			uint64_t n = number();
+
+			program[j].code = (uint16_t)(n >> 48);
+			program[j].jt = (uint8_t)(n >> 40);
+			program[j].jf = (uint8_t)(n >> 32);
+			program[j].k = (uint32_t)n;
+		}
+		filters[i].len = (unsigned short)length; /* the kernel's limit is 4096 */
+		filters[i].filter = program;
+	}
+}
+
+static void set_filters(void)
+{
+	for (size_t i = 0; i < filter_count; i++)
+		need(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filters[i]), "set seccomp filters");
+}
+
 static pid_t clone3(uint64_t flags, uint64_t signal)
 {
 	struct clone_args args = {.flags = flags, .exit_signal = signal};
@@ -267,6 +304,7 @@ static _Noreturn void become(int init)
 	/* What else the agent may have open at the moment. */
 	need(syscall(SYS_close_range, CGROUP + 1, ~0U, 0), "close descriptors");
 	read_plan();
+	read_filters();
 	fd = (int)need(open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC), "set the OOM score");
 	need(dprintf(fd, "%s", text()), "set the OOM score");
 	enter(init);
@@ -278,10 +316,16 @@ static _Noreturn void become(int init)
 	need(chdir(text()), "change to the working directory");
 	umask((mode_t)number());
 	no_new_privileges = (int)number();
+	/* Without no-new-privileges that takes a capability. Otherwise as late as
+	 * possible: only what is left to do here has to be allowed. Kata does the same. */
+	if (!no_new_privileges)
+		set_filters();
 	set_groups();
 	set_credentials();
-	if (no_new_privileges)
+	if (no_new_privileges) {
 		need(prctl(PR_SET_NO_NEW_PRIVS, 1L, 0L, 0L, 0L), "set no-new-privileges");
+		set_filters();
+	}
 	if (!init)
 		execute();
 	/* The kernel reaps for who ignores SIGCHLD. The end is that of the placeholder. */

@@ -45,7 +45,12 @@ func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int
 	if err != nil {
 		return 0, err
 	}
-	pid, err := process.Run(ctx, criu.Helper, h.Stdio)
+	// Kata applies the container's seccomp profile to the helper only.
+	filters, err := h.Filters()
+	if err != nil {
+		return 0, errclass.Join(err, h.Kill())
+	}
+	pid, err := process.Run(ctx, criu.Helper, h.Stdio, filters)
 	if err != nil {
 		return 0, errclass.Join(err, h.Kill())
 	}

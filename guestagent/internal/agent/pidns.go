@@ -41,7 +41,7 @@ func (a *Agent) makeNamespace(ctx context.Context, c *container) (int, error) {
 	}
 	defer prepared.Close()
 	fd := int(null.Fd())
-	inside, err := prepared.Run(ctx, criu.Helper, [3]int{fd, fd, fd})
+	inside, err := prepared.Run(ctx, criu.Helper, [3]int{fd, fd, fd}, nil)
 	if err != nil {
 		return 0, fmt.Errorf("create a PID namespace: %w", err)
 	}

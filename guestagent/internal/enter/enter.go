@@ -63,6 +63,7 @@ const (
 type Prepared struct {
 	command string
 	init    bool
+	plan    []byte
 	// fds are those of the helper, plain descriptors: stdio is of that kind.
 	fds [files]int
 	// report is the pipe's read end.
@@ -88,22 +89,13 @@ func (p *Prepared) open(r Request) (err error) {
 	if err := json.Unmarshal(r.Process, process); err != nil {
 		return fmt.Errorf("read the process: %w", err)
 	}
-	data, err := newPlan(r.Target, process, r.Init)
-	if err != nil {
+	if p.plan, err = newPlan(r.Target, process, r.Init); err != nil {
 		return err
 	}
 	if len(process.Args) > 0 {
 		p.command = process.Args[0]
 	}
 	if p.fds[planFile], err = unix.MemfdCreate("plan", unix.MFD_CLOEXEC); err != nil {
-		return fmt.Errorf("write the plan: %w", err)
-	}
-	// A write to a memfd either completes or fails with ENOSPC.
-	n, err := unix.Write(p.fds[planFile], data)
-	if err == nil && n != len(data) {
-		err = io.ErrShortWrite
-	}
-	if err != nil {
 		return fmt.Errorf("write the plan: %w", err)
 	}
 	if p.fds[targetPidfd], err = unix.PidfdOpen(r.Target, 0); err != nil {
@@ -117,6 +109,20 @@ func (p *Prepared) open(r Request) (err error) {
 		return fmt.Errorf("make the report: %w", err)
 	}
 	p.report, p.fds[reportPipe] = report[0], report[1]
+	return nil
+}
+
+// writePlan completes the plan with seccomp filters.
+func (p *Prepared) writePlan(filters [][]unix.SockFilter) error {
+	data := append(filterPlan(filters), p.plan...)
+	// A write to a memfd either completes or fails with ENOSPC.
+	n, err := unix.Write(p.fds[planFile], data)
+	if err == nil && n != len(data) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
+		return fmt.Errorf("exec: write the plan: %w", err)
+	}
 	return nil
 }
 
@@ -135,14 +141,18 @@ func closeFD(fd *int) {
 	}
 }
 
-// Run starts the process on stdio, once, by the helper at a path. It returns the
-// process's pid in the guest's root PID namespace; it is a child of the caller,
-// who waits for it. Of an init it returns the pid in the target's namespace.
+// Run starts the process on stdio and with seccomp filters, the first one first,
+// once, by the helper at a path. It returns the process's pid in the guest's root
+// PID namespace; it is a child of the caller, who waits for it. Of an init it
+// returns the pid in the target's namespace.
 //
 // The process may wait for a file system of the container's that does not
 // answer, in its working directory or at its command: it is killed at the end
 // of ctx.
-func (p *Prepared) Run(ctx context.Context, helper string, stdio [3]int) (int, error) {
+func (p *Prepared) Run(ctx context.Context, helper string, stdio [3]int, filters [][]unix.SockFilter) (int, error) {
+	if err := p.writePlan(filters); err != nil {
+		return 0, err
+	}
 	attr := &syscall.ProcAttr{Dir: "/", Env: []string{}}
 	for _, fd := range append(stdio[:], p.fds[:]...) {
 		attr.Files = append(attr.Files, uintptr(fd))

@@ -79,6 +79,9 @@ func TestStart(t *testing.T) {
 			t.Errorf("beside the one that is prepared there are %q processes", out)
 		}
 	})
+	t.Run("seccomp", func(t *testing.T) {
+		testSeccomp(t, helper, target, cgroup)
+	})
 	t.Run("init", func(t *testing.T) {
 		testInit(t, helper, target, cgroup)
 	})
@@ -122,7 +125,7 @@ func TestAnExecThatCannotStartEndsWithItsContext(t *testing.T) {
 	defer cancel()
 	testfuse.Ends(t, "an exec", func() {
 		fd := int(null.Fd())
-		if _, err := p.Run(ctx, helper, [3]int{fd, fd, fd}); err == nil || !strings.Contains(err.Error(), "too late") {
+		if _, err := p.Run(ctx, helper, [3]int{fd, fd, fd}, nil); err == nil || !strings.Contains(err.Error(), "too late") {
 			t.Errorf("Run = %v", err)
 		}
 	})
@@ -163,6 +166,33 @@ func TestParse(t *testing.T) {
 		}
 		if pid != want.pid || text != want.err {
 			t.Errorf("parse(%q) = %d, %q, want %d, %q", report, pid, text, want.pid, want.err)
+		}
+	}
+}
+
+// testSeccomp checks that a process has its filters, all of them and in their
+// order, with the privilege to set them and without.
+func testSeccomp(t *testing.T, helper string, target int, cgroup string) {
+	// The last filter that fails a call decides by which error.
+	fail := func(call, errno uint32) []unix.SockFilter {
+		return []unix.SockFilter{
+			{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // the call's number
+			{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: call, Jf: 1},
+			{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | errno},
+			{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+		}
+	}
+	filters := [][]unix.SockFilter{fail(unix.SYS_UNAME, uint32(unix.EXDEV)), fail(unix.SYS_UNAME, uint32(unix.EMLINK))}
+	for _, noNewPrivileges := range []bool{true, false} {
+		p := specs.Process{
+			Args:            []string{"sh", "-c", "grep -E '^(Seccomp|Seccomp_filters|NoNewPrivs):' /proc/self/status; uname 2>&1"},
+			NoNewPrivileges: noNewPrivileges, User: specs.User{UID: 65534, GID: 65534},
+		}
+		privs := map[bool]string{true: "1", false: "0"}[noNewPrivileges]
+		out, _ := run(t, helper, target, cgroup, p, filters...)
+		want := "NoNewPrivs:\t" + privs + "\nSeccomp:\t2\nSeccomp_filters:\t2\n"
+		if !strings.HasPrefix(out, want) || !strings.Contains(out, "Too many links") {
+			t.Errorf("it printed %q, not %q and that uname has too many links", out, want)
 		}
 	}
 }
@@ -377,14 +407,14 @@ func makeCgroup(t *testing.T) string {
 }
 
 // startOn is what the agent does, all at once.
-func startOn(t *testing.T, helper string, r Request, stdio [3]*os.File) (int, error) {
+func startOn(t *testing.T, helper string, r Request, stdio [3]*os.File, filters ...[]unix.SockFilter) (int, error) {
 	t.Helper()
 	p, err := Prepare(r)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	return p.Run(t.Context(), helper, [3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())})
+	return p.Run(t.Context(), helper, [3]int{int(stdio[0].Fd()), int(stdio[1].Fd()), int(stdio[2].Fd())}, filters)
 }
 
 func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
@@ -396,7 +426,7 @@ func request(t *testing.T, target int, cgroup string, p specs.Process) Request {
 	return Request{Target: target, Cgroup: cgroup, Process: data}
 }
 
-func run(t *testing.T, helper string, target int, cgroup string, p specs.Process) (string, unix.WaitStatus) {
+func run(t *testing.T, helper string, target int, cgroup string, p specs.Process, filters ...[]unix.SockFilter) (string, unix.WaitStatus) {
 	t.Helper()
 	if p.Env == nil {
 		p.Env = []string{"PATH=/bin:/usr/bin"}
@@ -411,7 +441,7 @@ func run(t *testing.T, helper string, target int, cgroup string, p specs.Process
 		t.Fatal(err)
 	}
 	defer read.Close()
-	pid, err := startOn(t, helper, request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr})
+	pid, err := startOn(t, helper, request(t, target, cgroup, p), [3]*os.File{null, write, os.Stderr}, filters...)
 	write.Close()
 	if err != nil {
 		t.Fatal(err)

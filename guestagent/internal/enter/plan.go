@@ -87,6 +87,20 @@ func newPlan(target int, proc *specs.Process, init bool) ([]byte, error) {
 	return p.data, p.err
 }
 
+// filterPlan is what the plan begins with: seccomp filters, a number for each
+// instruction.
+func filterPlan(filters [][]unix.SockFilter) []byte {
+	p := &plan{}
+	p.number(uint64(len(filters)))
+	for _, f := range filters {
+		p.number(uint64(len(f)))
+		for _, i := range f {
+			p.number(uint64(i.Code)<<48 | uint64(i.Jt)<<40 | uint64(i.Jf)<<32 | uint64(i.K))
+		}
+	}
+	return p.data
+}
+
 // oomScore is the process's own or the target's; empty where the target has
 // exited.
 func oomScore(target int, proc *specs.Process) string {

@@ -47,6 +47,7 @@ type Helper struct {
 	// Stdio are copies of the helper's descriptors 0 to 2.
 	Stdio [3]int
 
+	pid    int
 	pidfd  int
 	status int
 	// watch is what it was found by. It takes the kernel a while to close one.
@@ -138,7 +139,7 @@ func (p Placeholder) take(pid int, token string) *Helper {
 	if err != nil {
 		return nil
 	}
-	h := &Helper{pidfd: fd, Stdio: [3]int{-1, -1, -1}, status: -1, watch: -1}
+	h := &Helper{pid: pid, pidfd: fd, Stdio: [3]int{-1, -1, -1}, status: -1, watch: -1}
 	if !p.isHelper(pid, token) || !h.take() {
 		_ = h.close()
 		return nil
