@@ -205,14 +205,13 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 		return nil, errclass.ToRPC(err)
 	}
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
-		return nil, errclass.ToRPC(c.explain(fmt.Errorf("container %s: %w", c.ID, err)))
+		return nil, errclass.ToRPC(c.explain(err))
 	}
 	if err = c.writeOut(ctx); err == nil {
 		err = a.ops.complete(ctx, func() { a.leases.frozen(c.ID) })
 	}
 	if err != nil {
-		err = c.explain(fmt.Errorf("container %s: %w", c.ID, err))
-		return nil, errclass.ToRPC(errclass.Join(err, cgroup.Thaw(c.tree())))
+		return nil, errclass.ToRPC(errclass.Join(c.explain(err), cgroup.Thaw(c.tree())))
 	}
 	return &emptypb.Empty{}, nil
 }
@@ -251,7 +250,7 @@ func (a *Agent) thaw(ctx context.Context, id string, wanted func() bool) (bool, 
 		}
 	}
 	if err := errclass.Join(a.unlockNetwork(ctx, c), cgroup.Thaw(c.tree())); err != nil {
-		return false, fmt.Errorf("container %s: %w", id, err)
+		return false, err
 	}
 	a.leases.thawed(id)
 	return true, nil

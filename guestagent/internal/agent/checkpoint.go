@@ -130,7 +130,7 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(err)
 	}
 	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
 		return nil, errclass.ToRPC(c.explain(errclass.Join(errclass.Precondition("container %s is not frozen", c.ID), err)))

@@ -4,7 +4,6 @@ package agent
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
@@ -24,7 +23,7 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 	}
 	pid, err := a.exec(ctx, c, r)
 	if err != nil {
-		return nil, errclass.ToRPC(fmt.Errorf("exec in container %s: %w", c.ID, err))
+		return nil, errclass.ToRPC(err)
 	}
 	return &api.ExecResponse{Pid: int32(pid)}, nil //nolint:gosec // a pid
 }

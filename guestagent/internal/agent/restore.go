@@ -163,7 +163,7 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
-		err = errclass.Join(c.explain(fmt.Errorf("restore container %s: %w", c.ID, err)), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		err = errclass.Join(c.explain(err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
 		return nil, errclass.ToRPC(err)
 	}
 	return out, nil
