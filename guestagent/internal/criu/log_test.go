@@ -54,12 +54,12 @@ func TestFormatVersion(t *testing.T) {
 }
 
 func TestErrorSaysWhatToDo(t *testing.T) {
-	err := &Error{What: "dump", Err: errors.New("unix: External socket is used.")}
-	if got, want := err.Error(), "criu dump failed: unix: External socket is used."; got != want {
+	err := &Error{What: "dump", Err: errors.New("unix: External socket is used")}
+	if got, want := err.Error(), "criu dump failed: unix: External socket is used"; got != want {
 		t.Errorf("%q, not %q", got, want)
 	}
 	err.Advice = "close the connection"
-	if got, want := err.Error(), "close the connection (criu dump failed: unix: External socket is used.)"; got != want {
+	if got, want := err.Error(), "close the connection (criu dump failed: unix: External socket is used)"; got != want {
 		t.Errorf("%q, not %q", got, want)
 	}
 }
