@@ -179,7 +179,7 @@ var scenarios = []scenarioCase{
 
 	{name: "app-postgresql", kind: kindApps, run: appPostgreSQL, core: onGo, timeout: 8 * time.Minute},
 	{name: "app-jvm", kind: kindApps, run: appJVM, core: onGo, timeout: 8 * time.Minute},
-	{name: "app-node", kind: kindApps, run: appNode, core: onRust, timeout: 8 * time.Minute},
+	{name: "app-node", kind: kindApps, run: appNode, timeout: 8 * time.Minute},
 	{name: "app-redis", kind: kindApps, run: appRedis, timeout: 8 * time.Minute},
 	{name: "app-nginx", kind: kindApps, run: appNginx, timeout: 8 * time.Minute},
 	{name: "app-python", kind: kindApps, run: appPython, timeout: 8 * time.Minute},
