@@ -26,6 +26,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
 func baseName(archive string) string { return filepath.Base(archive) }
@@ -168,12 +169,13 @@ func restoreByAnnotationMissing(s *scenario) {
 		}
 		s.Logf("refused: %v", err)
 	}
-	refused("there is no archive "+baseName(archive), s.testbed.RestoreDir(), "put it there")
+	none := "there is no archive " + baseName(archive) + " in " + s.testbed.RestoreDir()
+	refused(none, "put it there")
 	s.check(os.WriteFile(archive, []byte(strings.Repeat("this is no archive ", 100)), 0o600))
-	refused(baseName(archive), "tar")
+	refused(none)
 	s.check(os.Remove(archive))
 	s.check(os.Symlink(elsewhere, archive))
-	refused(baseName(archive), "symbolic link")
+	refused(none)
 	s.check(os.Remove(archive))
 	// One of a container with another command.
 	s.check(os.Rename(elsewhere, archive))
@@ -190,7 +192,7 @@ func restoreByAnnotationMissing(s *scenario) {
 	// Another tenant's.
 	s.check(pod.Remove(s.ctx))
 	pod = s.runPod("stranger", cri.PodSpec{Namespace: "elsewhere", Annotations: annotations})
-	refused(`of the namespace "`+podNamespace+`"`, `"elsewhere"`)
+	refused(none, `in the namespace "elsewhere"`)
 }
 
 // changing is a container that changes its root file system and counts.
@@ -332,10 +334,26 @@ func archiveHasNoAuthority(s *scenario) {
 	pod = s.runPod("modest", cri.PodSpec{Annotations: fromArchive(more)})
 	modest := counterNamed("c")
 	modest.Image = parts.WorkloadImageName
-	if _, err := pod.Run(s.ctx, modest); err == nil || !strings.Contains(err.Error(), "has the capability CAP_SYS_ADMIN") {
+	if _, err := pod.Run(s.ctx, modest); err == nil || !strings.Contains(err.Error(), "it had CAP_SYS_ADMIN, which this container lacks") {
 		s.Errorf("processes with a capability that the pod does not give: error %v", err)
 	}
 	s.checkContinuesBetween(s.runIn(pod, withAttempt(mighty, 1)), 1, 1<<30)
+	s.check(pod.Remove(s.ctx))
+
+	// What no trusted node has signed is not restored in a pod.
+	forged = s.archive("unsigned")
+	s.check(rewrite(archive, forged, func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+		if strings.HasSuffix(h.Name, imageset.ManifestName) {
+			data = append(data, '\n')
+		}
+		return h, data
+	}))
+	pod = s.runPod("unsigned", cri.PodSpec{Annotations: fromArchive(forged)})
+	unsigned := counterNamed("c")
+	unsigned.Image = parts.WorkloadImageName
+	if _, err := pod.Run(s.ctx, unsigned); err == nil || !strings.Contains(err.Error(), "its signature is not that of its manifest") {
+		s.Errorf("a manifest that was changed: error %v", err)
+	}
 	s.check(pod.Remove(s.ctx))
 
 	// Among the images themselves nothing but regular files is taken.

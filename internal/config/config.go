@@ -6,6 +6,7 @@
 package config
 
 import (
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,6 +20,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
 const (
@@ -27,6 +29,9 @@ const (
 	// PathEnv is the environment variable that names another file.
 	PathEnv = "KATA_CHECKPOINT_CONFIG"
 )
+
+// signingKeyName is below state_dir, unless signing_key names another file.
+const signingKeyName = "signing-key.pem"
 
 // Values of guest_agent.
 const (
@@ -56,6 +61,14 @@ type Config struct {
 	ReserveBytes int64
 	// RestoreDir is the directory of the archives that pods may name.
 	RestoreDir string
+	// SigningKey is the file with the node's own key.
+	SigningKey string
+	// TrustedKeys are those of other nodes.
+	TrustedKeys []ed25519.PublicKey
+	// RestoreUnsigned allows the CRI to restore what no trusted key has signed.
+	RestoreUnsigned bool
+	// RequireSignature forbids other engines to do so.
+	RequireSignature bool
 	// NRIRuntimeHandlers are the CRI's names for our runtime; "" is its default.
 	NRIRuntimeHandlers []string
 }
@@ -78,6 +91,10 @@ type file struct {
 	MaxImageBytes      int64    `toml:"max_image_bytes"`
 	ReserveBytes       int64    `toml:"reserve_bytes"`
 	RestoreDir         string   `toml:"restore_dir"`
+	SigningKey         string   `toml:"signing_key"`
+	TrustedKeys        []string `toml:"trusted_keys"`
+	RestoreUnsigned    bool     `toml:"restore_unsigned"`
+	RequireSignature   bool     `toml:"require_signature"`
 	NRIRuntimeHandlers []string `toml:"nri_runtime_handlers"`
 }
 
@@ -145,6 +162,9 @@ func parse(data []byte) (*Config, error) {
 		MaxImageBytes:      f.MaxImageBytes,
 		ReserveBytes:       f.ReserveBytes,
 		RestoreDir:         f.RestoreDir,
+		SigningKey:         f.SigningKey,
+		RestoreUnsigned:    f.RestoreUnsigned,
+		RequireSignature:   f.RequireSignature,
 		NRIRuntimeHandlers: f.NRIRuntimeHandlers,
 	}
 	var errs []error
@@ -168,6 +188,12 @@ func parse(data []byte) (*Config, error) {
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")
 	check("reserve_bytes", f.ReserveBytes >= 0, "0 or more")
 	check("restore_dir", filepath.IsAbs(f.RestoreDir), "an absolute path")
+	check("signing_key", f.SigningKey == "" || filepath.IsAbs(f.SigningKey), "empty or an absolute path")
+	for i, text := range f.TrustedKeys {
+		keys, err := signing.ParsePublic(text)
+		check("trusted_keys", err == nil, fmt.Sprintf("a list of Ed25519 public keys in PEM, and entry %d has %v", i+1, err))
+		c.TrustedKeys = append(c.TrustedKeys, keys...)
+	}
 	check("nri_runtime_handlers", len(f.NRIRuntimeHandlers) > 0, "a list of one or more runtime handlers")
 	for _, t := range []struct {
 		key, value string
@@ -190,6 +216,9 @@ func parse(data []byte) (*Config, error) {
 	// They become mount sources.
 	c.StateDir = filepath.Clean(c.StateDir)
 	c.GuestBundle = filepath.Clean(c.GuestBundle)
+	if c.SigningKey == "" {
+		c.SigningKey = filepath.Join(c.StateDir, signingKeyName)
+	}
 	return c, nil
 }
 

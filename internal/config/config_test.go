@@ -3,6 +3,7 @@
 package config
 
 import (
+	"crypto/ed25519"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
 func TestShippedFileIsTheDefaults(t *testing.T) {
@@ -35,11 +37,22 @@ func TestShippedFileIsTheDefaults(t *testing.T) {
 		"downstream_shim", "kata_config_path", "state_dir", "guest_bundle", "guest_agent", "agent_port", "agent_timeout",
 		"freeze_timeout", "checkpoint_timeout", "exec_wait_timeout", "after_checkpoint", "after_checkpoint_cri",
 		"max_image_files", "max_image_bytes", "reserve_bytes", "nri_runtime_handlers",
+		"restore_dir", "signing_key", "trusted_keys", "restore_unsigned", "require_signature",
 	} {
 		if !strings.Contains(string(shipped), "\n"+key+" = ") {
 			t.Errorf("configs/config.toml does not show %s", key)
 		}
 	}
+}
+
+const publicKey = `-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PUBLIC KEY-----
+`
+
+func trusted(text string) []ed25519.PublicKey {
+	keys, _ := signing.ParsePublic(text)
+	return keys
 }
 
 func TestParse(t *testing.T) {
@@ -51,37 +64,43 @@ func TestParse(t *testing.T) {
 		"empty":             {in: ""},
 		"optional agent":    {in: `guest_agent = "optional"`, want: func(c *Config) { c.AgentOptional = true }},
 		"durations":         {in: "agent_timeout = '1500ms'\nfreeze_timeout = '2m'", want: func(c *Config) { c.AgentTimeout, c.FreezeTimeout = 1500*time.Millisecond, 2*time.Minute }},
-		"paths are cleaned": {in: `state_dir = "/a//b/"`, want: func(c *Config) { c.StateDir = "/a/b" }},
+		"paths are cleaned": {in: `state_dir = "/a//b/"`, want: func(c *Config) { c.StateDir, c.SigningKey = "/a/b", "/a/b/signing-key.pem" }},
 		"after":             {in: "after_checkpoint = 'leave-running'\nafter_checkpoint_cri = 'stop'", want: func(c *Config) { c.AfterCheckpoint, c.AfterCheckpointCRI = annotations.LeaveRunning, annotations.Stop }},
 		"limits": {in: "max_image_files = 3\nmax_image_bytes = 4\nreserve_bytes = 0", want: func(c *Config) {
 			c.MaxImageFiles, c.MaxImageBytes, c.ReserveBytes = 3, 4, 0
 		}},
 		"handlers": {in: "nri_runtime_handlers = ['a', '']", want: func(c *Config) { c.NRIRuntimeHandlers = []string{"a", ""} }},
 
-		"not TOML":              {in: "state_dir = /var\n", err: []string{"line 1", "not TOML"}},
-		"unknown key":           {in: "\nstate_dri = '/x'\n", err: []string{"line 2", "state_dri"}},
-		"unknown keys":          {in: "a = 1\n[b]\nc = 2\n", err: []string{"line 1: unknown key a", "unknown key b"}},
-		"a key twice":           {in: "agent_port = 1\nagent_port = 2\n", err: []string{"agent_port"}},
-		"another type":          {in: "agent_port = 'x'\n", err: []string{"line 1", "agent_port"}},
-		"duration without unit": {in: "agent_timeout = '10'", err: []string{"agent_timeout", `"10"`}},
-		"no duration":           {in: "exec_wait_timeout = 'soon'", err: []string{"exec_wait_timeout", "soon"}},
-		"negative duration":     {in: "freeze_timeout = '-1s'", err: []string{"freeze_timeout"}},
-		"zero duration":         {in: "checkpoint_timeout = '0s'", err: []string{"checkpoint_timeout"}},
-		"relative state_dir":    {in: "state_dir = 'x'", err: []string{"state_dir"}},
-		"relative guest_bundle": {in: "guest_bundle = './x'", err: []string{"guest_bundle"}},
-		"relative Kata config":  {in: "kata_config_path = 'x'", err: []string{"kata_config_path"}},
-		"shim by relative path": {in: "downstream_shim = 'bin/shim'", err: []string{"downstream_shim"}},
-		"no shim":               {in: "downstream_shim = ''", err: []string{"downstream_shim"}},
-		"agent neither":         {in: "guest_agent = 'no'", err: []string{"guest_agent"}},
-		"port 0":                {in: "agent_port = 0", err: []string{"agent_port"}},
-		"port VMADDR_PORT_ANY":  {in: "agent_port = 4294967295", err: []string{"agent_port"}},
-		"negative port":         {in: "agent_port = -1", err: []string{"agent_port"}},
-		"after neither":         {in: "after_checkpoint = 'exit'", err: []string{"after_checkpoint"}},
-		"no files":              {in: "max_image_files = 0", err: []string{"max_image_files"}},
-		"a negative reserve":    {in: "reserve_bytes = -1", err: []string{"reserve_bytes"}},
-		"no bytes":              {in: "max_image_bytes = -1", err: []string{"max_image_bytes"}},
-		"no handlers":           {in: "nri_runtime_handlers = []", err: []string{"nri_runtime_handlers"}},
-		"all mistakes are said": {in: "max_image_files = 0\nstate_dir = 'x'", err: []string{"max_image_files", "state_dir"}},
+		"a key":                  {in: "signing_key = '/k'\nrestore_unsigned = true\nrequire_signature = true", want: func(c *Config) { c.SigningKey, c.RestoreUnsigned, c.RequireSignature = "/k", true, true }},
+		"a key beside the state": {in: "state_dir = '/s'", want: func(c *Config) { c.StateDir, c.SigningKey = "/s", "/s/signing-key.pem" }},
+		"a trusted key":          {in: "trusted_keys = [\"\"\"\n" + publicKey + "\"\"\"]", want: func(c *Config) { c.TrustedKeys = trusted(publicKey) }},
+
+		"a key by relative path":        {in: "signing_key = 'k'", err: []string{"signing_key"}},
+		"a trusted key in another form": {in: "trusted_keys = ['ssh-ed25519 AAAA']", err: []string{"trusted_keys", "entry 1", "PEM"}},
+		"not TOML":                      {in: "state_dir = /var\n", err: []string{"line 1", "not TOML"}},
+		"unknown key":                   {in: "\nstate_dri = '/x'\n", err: []string{"line 2", "state_dri"}},
+		"unknown keys":                  {in: "a = 1\n[b]\nc = 2\n", err: []string{"line 1: unknown key a", "unknown key b"}},
+		"a key twice":                   {in: "agent_port = 1\nagent_port = 2\n", err: []string{"agent_port"}},
+		"another type":                  {in: "agent_port = 'x'\n", err: []string{"line 1", "agent_port"}},
+		"duration without unit":         {in: "agent_timeout = '10'", err: []string{"agent_timeout", `"10"`}},
+		"no duration":                   {in: "exec_wait_timeout = 'soon'", err: []string{"exec_wait_timeout", "soon"}},
+		"negative duration":             {in: "freeze_timeout = '-1s'", err: []string{"freeze_timeout"}},
+		"zero duration":                 {in: "checkpoint_timeout = '0s'", err: []string{"checkpoint_timeout"}},
+		"relative state_dir":            {in: "state_dir = 'x'", err: []string{"state_dir"}},
+		"relative guest_bundle":         {in: "guest_bundle = './x'", err: []string{"guest_bundle"}},
+		"relative Kata config":          {in: "kata_config_path = 'x'", err: []string{"kata_config_path"}},
+		"shim by relative path":         {in: "downstream_shim = 'bin/shim'", err: []string{"downstream_shim"}},
+		"no shim":                       {in: "downstream_shim = ''", err: []string{"downstream_shim"}},
+		"agent neither":                 {in: "guest_agent = 'no'", err: []string{"guest_agent"}},
+		"port 0":                        {in: "agent_port = 0", err: []string{"agent_port"}},
+		"port VMADDR_PORT_ANY":          {in: "agent_port = 4294967295", err: []string{"agent_port"}},
+		"negative port":                 {in: "agent_port = -1", err: []string{"agent_port"}},
+		"after neither":                 {in: "after_checkpoint = 'exit'", err: []string{"after_checkpoint"}},
+		"no files":                      {in: "max_image_files = 0", err: []string{"max_image_files"}},
+		"a negative reserve":            {in: "reserve_bytes = -1", err: []string{"reserve_bytes"}},
+		"no bytes":                      {in: "max_image_bytes = -1", err: []string{"max_image_bytes"}},
+		"no handlers":                   {in: "nri_runtime_handlers = []", err: []string{"nri_runtime_handlers"}},
+		"all mistakes are said":         {in: "max_image_files = 0\nstate_dir = 'x'", err: []string{"max_image_files", "state_dir"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := parse([]byte(tc.in))

@@ -24,6 +24,8 @@ const (
 	maxArgs        = 1 << 16
 	maxPhases      = 1024
 	maxFeatures    = 1024
+	maxGroups      = 1 << 16 // NGROUPS_MAX
+	maxNames       = 128
 	maxID          = 255
 	maxHostname    = 64   // as in Linux (__NEW_UTS_LEN)
 	maxPath        = 4096 // PATH_MAX
@@ -32,7 +34,11 @@ const (
 var (
 	stdioKey = regexp.MustCompile(`^(pipe:\[[1-9][0-9]{0,19}\]|tty\[[0-9a-f]{1,16}:[0-9a-f]{1,16}\])$`)
 	feature  = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,63}$`)
-	fsType   = regexp.MustCompile(`^[a-z0-9_.-]{0,64}$`)
+	word     = regexp.MustCompile(`^[A-Za-z_]{1,64}$`)
+
+	fingerprint = regexp.MustCompile(`^SHA256:[A-Za-z0-9+/]{43}$`)
+
+	fsType = regexp.MustCompile(`^[a-z0-9_.-]{0,64}$`)
 )
 
 // ExternalName is the name that CRIU's images have for the external mount at
@@ -69,10 +75,53 @@ func (m *Manifest) check() error {
 			return fmt.Errorf("phase %q has a negative duration", p.Name)
 		}
 	}
+	if m.SignedBy != "" && !fingerprint.MatchString(m.SignedBy) {
+		return fmt.Errorf("its signer %.80q is not the fingerprint of a key", m.SignedBy)
+	}
+	if err := m.Rights.check(); err != nil {
+		return err
+	}
 	if err := m.CheckRestore(); err != nil {
 		return err
 	}
 	return m.checkFiles()
+}
+
+func (r *Rights) check() error {
+	if r == nil {
+		return nil
+	}
+	if err := checkCount("groups", len(r.Groups), maxGroups); err != nil {
+		return err
+	}
+	sets := [][]string{r.Namespaces}
+	if c := r.Capabilities; c != nil {
+		sets = append(sets, c.Bounding, c.Effective, c.Permitted, c.Inheritable, c.Ambient)
+	}
+	for _, set := range sets {
+		if err := checkCount("names", len(set), maxNames); err != nil {
+			return err
+		}
+		for _, name := range set {
+			if !word.MatchString(name) {
+				return fmt.Errorf("%.80q is neither a capability nor a namespace", name)
+			}
+		}
+	}
+	for _, list := range [][]string{r.MaskedPaths, r.ReadonlyPaths} {
+		if err := checkCount("paths", len(list), maxMounts); err != nil {
+			return err
+		}
+		for _, p := range list {
+			if !path.IsAbs(p) {
+				return fmt.Errorf("masked path %.80q is not absolute", p)
+			}
+			if err := checkText("masked path", p, maxPath); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // CheckRestore checks the part of a manifest that a restore passes to the guest.
@@ -153,7 +202,7 @@ func (m *Manifest) checkFiles() error {
 		switch {
 		case checkName(f.Name) != nil:
 			return checkName(f.Name)
-		case f.Name == ManifestName, seen[f.Name]:
+		case isOurs(f.Name), seen[f.Name]:
 			return fmt.Errorf("it lists %q twice", f.Name)
 		case !IsImage(f.Name):
 			return fmt.Errorf("it lists %q, which is not an image that CRIU writes of a container", f.Name)

@@ -106,7 +106,7 @@ func (f *Follower) Collect(ctx context.Context) ([]File, error) {
 	var files []File
 	left := f.limits
 	for _, n := range names {
-		if n == ManifestName {
+		if isOurs(n) {
 			return nil, fmt.Errorf("the guest wrote %s, which only the host may write", n)
 		}
 		file, err := f.collect(ctx, dir, n, &left)

@@ -101,7 +101,7 @@ func commit(t *testing.T, dir string, files map[string]string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(target.Commit(t.Context(), &Manifest{Files: list}), target.Abort()); err != nil {
+	if err := errors.Join(target.Commit(t.Context(), &Manifest{Files: list}, nil), target.Abort()); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -196,6 +196,10 @@ func TestCollectTakesNothingButRegularFiles(t *testing.T) {
 		},
 		"a manifest of the guest's own": {
 			lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ManifestName), "{}") },
+			err: "only the host may write",
+		},
+		"a signature of the guest's own": {
+			lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, SignatureName), "x") },
 			err: "only the host may write",
 		},
 		"a hidden file":               {lay: func(t *testing.T, dir, _ string) { write(t, filepath.Join(dir, ".x"), "") }, err: "not allowed"},
@@ -426,7 +430,7 @@ func TestHolesStayHoles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := target.Commit(t.Context(), &Manifest{Files: files}); err != nil {
+	if err := target.Commit(t.Context(), &Manifest{Files: files}, nil); err != nil {
 		t.Fatal(err)
 	}
 	wantVast(t, filepath.Join(to, "pages-1.img"), size)
@@ -615,8 +619,8 @@ func TestDamagedSetIsRefused(t *testing.T) {
 			err: []string{"damaged", "digest"},
 		},
 		"an unknown format version": {
-			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["formatVersion"] = 2 }) },
-			err:    []string{"format version 2", "reads 1"},
+			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["formatVersion"] = 3 }) },
+			err:    []string{"format version 3", "reads 1 to 2"},
 		},
 		"no format version": {
 			damage: func(t *testing.T, dir string) {
@@ -655,6 +659,23 @@ func TestDamagedSetIsRefused(t *testing.T) {
 				edit(t, dir, func(m map[string]any) { m["files"] = []any{} })
 			},
 			err: []string{"inventory.img"},
+		},
+		"a signature that the format does not know": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { m["formatVersion"] = 1 })
+				write(t, filepath.Join(dir, SignatureName), "x")
+			},
+			err: []string{SignatureName, "is not listed"},
+		},
+		"rights that are sentences": {
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { m["rights"] = map[string]any{"namespaces": []any{"a b"}} })
+			},
+			err: []string{"damaged", "neither a capability nor a namespace"},
+		},
+		"a signer that is a sentence": {
+			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["signedBy"] = "me" }) },
+			err:    []string{"damaged", "fingerprint"},
 		},
 		"a manifest that is not JSON": {
 			damage: func(t *testing.T, dir string) { write(t, filepath.Join(dir, ManifestName), "{") },
@@ -780,7 +801,7 @@ func TestNewTarget(t *testing.T) {
 		_, err = NewTarget(dir)
 		wantError(t, err, "another checkpoint is being written")
 		write(t, filepath.Join(first.Dir().Name(), "inventory.img"), "i")
-		if err := first.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}}); err != nil {
+		if err := first.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}}, nil); err != nil {
 			t.Error(err)
 		}
 	})
@@ -861,7 +882,7 @@ func TestCommitWritesNothingThatCannotBeRead(t *testing.T) {
 			}
 			write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
 			m.Files = []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}
-			wantError(t, target.Commit(t.Context(), m), "write manifest")
+			wantError(t, target.Commit(t.Context(), m, nil), "write manifest")
 			if err := target.Abort(); err != nil {
 				t.Error(err)
 			}
@@ -881,7 +902,7 @@ func TestCommitIsAllOrNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
-	err = target.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", SHA256: digest("i")}, {Name: "pages-1.img", SHA256: digest("p")}}})
+	err = target.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", SHA256: digest("i")}, {Name: "pages-1.img", SHA256: digest("p")}}}, nil)
 	wantError(t, err, "pages-1.img")
 	if err := target.Abort(); err != nil {
 		t.Error(err)

@@ -30,8 +30,9 @@ import (
 )
 
 // FormatVersion is that of the manifests that this release writes. It reads
-// older ones, too, and no newer one (RELEASES.md).
-const FormatVersion = 1
+// older ones, too, and no newer one (RELEASES.md). Version 1 has no rights, and
+// is never signed.
+const FormatVersion = 2
 
 // maxManifest bounds what is read of a manifest, in bytes.
 const maxManifest = 16 << 20
@@ -41,8 +42,13 @@ const maxManifest = 16 << 20
 type Manifest struct {
 	FormatVersion int       `json:"formatVersion"`
 	Created       time.Time `json:"created"`
-	Container     Container `json:"container"`
-	Guest         Guest     `json:"guest"`
+	// SignedBy is the fingerprint of the key that the manifest is said to be signed
+	// with, see [Set.Verify]. It is empty if it is not signed.
+	SignedBy  string    `json:"signedBy,omitempty"`
+	Container Container `json:"container"`
+	// Rights are those that the container had, nil if unknown.
+	Rights *Rights `json:"rights,omitempty"`
+	Guest  Guest   `json:"guest"`
 	// Options that CRIU dumped with; the restore applies them again.
 	Options Options `json:"options"`
 	// Externals are mounts whose content is not in the image set.
@@ -74,6 +80,32 @@ type Container struct {
 	// Mounts are the destinations where a new container has to have a mount.
 	Mounts   []string `json:"mounts,omitempty"`
 	Hostname string   `json:"hostname,omitempty"`
+}
+
+// Rights are what the OCI spec of a container gives it.
+type Rights struct {
+	UID    uint32   `json:"uid"`
+	GID    uint32   `json:"gid"`
+	Groups []uint32 `json:"groups,omitempty"`
+	// Capabilities are nil if the spec does not mention any. Which ones the
+	// container then has depends on Kata's shim.
+	Capabilities  *Capabilities `json:"capabilities,omitempty"`
+	NoNewPrivs    bool          `json:"noNewPrivileges"`
+	Seccomp       bool          `json:"seccomp"`
+	MaskedPaths   []string      `json:"maskedPaths,omitempty"`
+	ReadonlyPaths []string      `json:"readonlyPaths,omitempty"`
+	// Namespaces are the types of those that the container has for itself, or
+	// shares with its pod, as opposed to the guest's.
+	Namespaces []string `json:"namespaces,omitempty"`
+}
+
+// Capabilities are sets of names such as CAP_CHOWN.
+type Capabilities struct {
+	Bounding    []string `json:"bounding,omitempty"`
+	Effective   []string `json:"effective,omitempty"`
+	Permitted   []string `json:"permitted,omitempty"`
+	Inheritable []string `json:"inheritable,omitempty"`
+	Ambient     []string `json:"ambient,omitempty"`
 }
 
 // Guest is the VM that an image set was made in.
@@ -206,6 +238,10 @@ func ReadManifest(r io.Reader) (*Manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", ManifestName, err)
 	}
+	return parseManifest(data)
+}
+
+func parseManifest(data []byte) (*Manifest, error) {
 	if len(data) > maxManifest {
 		return nil, fmt.Errorf("%s is larger than %d bytes", ManifestName, maxManifest)
 	}

@@ -11,6 +11,9 @@ import (
 const (
 	// ManifestName is written last.
 	ManifestName = "kata-checkpoint.json"
+	// SignatureName is the signature of the manifest, see package signing. It is
+	// not in the manifest's list of files.
+	SignatureName = ManifestName + ".sig"
 	// DevShmName is the content of /dev/shm.
 	DevShmName = "dev-shm.tar"
 	// InventoryName is CRIU's: without it CRIU restores nothing.
@@ -59,6 +62,9 @@ func matchNames(formats ...string) *regexp.Regexp {
 	}
 	return regexp.MustCompile(`^(` + strings.Join(formats, "|") + `)\.img$`)
 }
+
+// isOurs reports whether a file is written by Commit.
+func isOurs(name string) bool { return name == ManifestName || name == SignatureName }
 
 // IsImage reports whether a file may be in an image set besides the manifest: an
 // image of CRIU that a container can have, or the content of /dev/shm.

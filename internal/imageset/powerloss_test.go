@@ -243,7 +243,7 @@ func powerLoss(t *testing.T, earlier string, reverse bool) {
 	if err := os.CopyFS(before, os.DirFS(top)); err != nil {
 		t.Fatal(err)
 	}
-	if err := target.Commit(t.Context(), m); err != nil {
+	if err := target.Commit(t.Context(), m, newKey(t)); err != nil {
 		t.Fatal(err)
 	}
 	committed := len(r.ops)
@@ -392,7 +392,7 @@ func TestCommitIntoADirectoryThatIsSwapped(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := &Manifest{Files: []File{{Name: InventoryName, Size: 1, SHA256: digest("i")}}}
-	if err := errors.Join(target.Commit(t.Context(), m), target.Abort()); err != nil {
+	if err := errors.Join(target.Commit(t.Context(), m, nil), target.Abort()); err != nil {
 		t.Fatal(err)
 	}
 	if data, err := os.ReadFile(victim); err != nil || string(data) != "# root's\n" {

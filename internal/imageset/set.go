@@ -4,8 +4,10 @@ package imageset
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -15,12 +17,17 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
 // Set is an image set to restore from.
 type Set struct {
 	Manifest *Manifest
 	dir      *os.File
+	// raw is the manifest as it is in the file.
+	raw []byte
+	// signature of the manifest, nil if there is none.
+	signature []byte
 }
 
 // Open reads an image set's manifest and checks that the directory has exactly
@@ -51,11 +58,17 @@ func (s *Set) check() error {
 		return err
 	}
 	defer f.Close()
-	if s.Manifest, err = ReadManifest(f); err != nil {
+	if s.raw, err = io.ReadAll(io.LimitReader(f, maxManifest+1)); err != nil {
+		return err
+	}
+	if s.Manifest, err = parseManifest(s.raw); err != nil {
+		return err
+	}
+	if s.signature, err = s.readSignature(); err != nil {
 		return err
 	}
 	// A few more than there should be, so that the error can name one.
-	names, err := list(s.dir, len(s.Manifest.Files)+1+64)
+	names, err := list(s.dir, len(s.Manifest.Files)+2+64)
 	if err != nil {
 		return fmt.Errorf("it has files that its manifest does not list: %w", err)
 	}
@@ -67,6 +80,9 @@ func (s *Set) check() error {
 	}
 	maps.DeleteFunc(present, func(_ string, counts bool) bool { return !counts })
 	delete(present, ManifestName)
+	if s.Manifest.FormatVersion >= signedSince {
+		delete(present, SignatureName)
+	}
 	for _, want := range s.Manifest.Files {
 		if !present[want.Name] {
 			return fmt.Errorf("file %s is missing: use another copy of the checkpoint", want.Name)
@@ -87,6 +103,48 @@ func (s *Set) check() error {
 		return fmt.Errorf("%q is not listed in %s: restore from a directory with nothing but the checkpoint", more[0], ManifestName)
 	}
 	return nil
+}
+
+// signedSince is the first format version with signatures.
+const signedSince = 2
+
+func (s *Set) readSignature() ([]byte, error) {
+	if s.Manifest.FormatVersion < signedSince {
+		return nil, nil
+	}
+	f, _, err := openRegular(s.dir, SignatureName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, ed25519.SignatureSize+1))
+}
+
+// Errors of [Set.Verify].
+var (
+	ErrUnsigned  = errors.New("it is not signed")
+	ErrUntrusted = errors.New("is not trusted on this node")
+	ErrForged    = errors.New("its signature is not that of its manifest: use another copy of the checkpoint")
+)
+
+// Verify checks that one of the keys has signed the manifest, and with it the
+// digests of all files.
+func (s *Set) Verify(keys []ed25519.PublicKey) error {
+	if s.signature == nil {
+		return ErrUnsigned
+	}
+	if signing.Verify(keys, s.raw, s.signature) {
+		return nil
+	}
+	for _, k := range keys {
+		if signing.Fingerprint(k) == s.Manifest.SignedBy {
+			return ErrForged
+		}
+	}
+	return fmt.Errorf("the key that signed it, %s, %w", s.Manifest.SignedBy, ErrUntrusted)
 }
 
 // CopyTo copies the images, without the manifest, into a new directory and

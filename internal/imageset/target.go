@@ -3,7 +3,6 @@
 package imageset
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -20,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
 // Target is the directory that an engine named for a checkpoint, while the
@@ -184,7 +184,7 @@ func (t *Target) holdsImageSet() (bool, error) {
 	for _, name := range names {
 		var st unix.Stat_t
 		err := unix.Fstatat(int(t.home.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
-		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || name != ManifestName && !IsImage(name) {
+		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || !isOurs(name) && !IsImage(name) {
 			return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, name)
 		}
 	}
@@ -222,25 +222,34 @@ func (t *Target) Sync(ctx context.Context, files []File) error {
 // syncs is how many files are synced at the same time.
 const syncs = 8
 
-// Commit writes the manifest and moves the files to their final names, the
-// manifest last. It returns once all of that is on the disk; a power loss before
+// Commit writes the manifest and its signature, and moves the files to their
+// final names, the manifest last. Without a key it is not signed. It returns once all of that is on the disk; a power loss before
 // leaves what was there before NewTarget, or the new image set. After an error
 // the directory is as it was before NewTarget. Abort then removes what is left.
-func (t *Target) Commit(ctx context.Context, m *Manifest) error {
+func (t *Target) Commit(ctx context.Context, m *Manifest, key *signing.Key) error {
 	m.FormatVersion = FormatVersion
+	if key != nil {
+		m.SignedBy = signing.Fingerprint(key.Public())
+	}
 	data, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write manifest: %w", err)
 	}
+	data = append(data, '\n')
 	// What no restore would read is not a checkpoint. Parts are the guest's word.
-	if _, err := ReadManifest(bytes.NewReader(data)); err != nil {
+	if _, err := parseManifest(data); err != nil {
 		return fmt.Errorf("write manifest: %w", err)
 	}
 	if err := t.Sync(ctx, m.Files); err != nil {
 		return err
 	}
-	if err := t.write(ManifestName, append(data, '\n')); err != nil {
+	if err := t.write(ManifestName, data); err != nil {
 		return fmt.Errorf("write manifest: %w", err)
+	}
+	if key != nil {
+		if err := t.write(SignatureName, key.Sign(data)); err != nil {
+			return fmt.Errorf("sign manifest: %w", err)
+		}
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -248,9 +257,12 @@ func (t *Target) Commit(ctx context.Context, m *Manifest) error {
 	if t.replaces {
 		return t.exchange()
 	}
-	names := make([]string, 0, len(m.Files)+1)
+	names := make([]string, 0, len(m.Files)+2)
 	for _, f := range m.Files {
 		names = append(names, f.Name)
+	}
+	if key != nil {
+		names = append(names, SignatureName)
 	}
 	if err := t.moveIn(append(names, ManifestName)); err != nil {
 		return errclass.Join(fmt.Errorf("finish checkpoint: %w", err), rollBack(t.disk, t.home, t.dir))

@@ -117,7 +117,7 @@ func rollBack(d disk, home, staging *os.File) error {
 		}
 	}
 	for _, name := range moved {
-		if !IsImage(name) {
+		if !IsImage(name) && name != SignatureName {
 			continue
 		}
 		if there, err := exists(staging, name); err != nil {

@@ -116,10 +116,13 @@ func findManifest(ctx context.Context, f *os.File) (*imageset.Manifest, error) {
 	}
 }
 
+// ErrName is wrapped by the error about a name that no archive can have.
+var ErrName = errors.New("not the name of an archive")
+
 // open opens a regular file that is in dir itself.
 func open(dir, name string) (*os.File, error) {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
-		return nil, fmt.Errorf("%q is not the name of an archive: give the name of a file in %s", name, dir)
+		return nil, fmt.Errorf("%q is %w: give the name of a file in %s", name, ErrName, dir)
 	}
 	top, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -31,48 +30,11 @@ func (c *container) archiveName() (string, error) {
 	if name == "" || c.kind != annotations.InPod {
 		return "", nil
 	}
-	_, err := os.Lstat(c.restoredRecord())
-	if errors.Is(err, fs.ErrNotExist) {
-		return name, nil
+	done, err := c.onceRecord().done()
+	if err != nil || done {
+		return "", err
 	}
-	return "", err
-}
-
-// restoredRecord is the file that records that the container of this name was
-// restored in its pod. A pod's UID is never reused; a new sandbox of the same
-// pod, as after a node's crash, has the same.
-func (c *container) restoredRecord() string {
-	pod := annotations.PodUID(c.annotations)
-	if pod == "" {
-		pod = c.s.sandbox
-	}
-	return filepath.Join(c.s.cfg.StateDir, restoredDir, filepath.Base(annotations.PodNamespace(c.annotations)+"--"+pod+"--"+annotations.ContainerName(c.annotations)))
-}
-
-const (
-	// restoredDir is below the state directory.
-	restoredDir = "restored"
-	// restoredFor is how long a record is kept: longer than pods live.
-	restoredFor = 366 * 24 * time.Hour
-)
-
-// recordRestored writes the record, and removes those of pods that are long
-// gone.
-func (c *container) recordRestored() error {
-	record := c.restoredRecord()
-	if err := os.MkdirAll(filepath.Dir(record), 0o700); err != nil {
-		return err
-	}
-	if err := os.WriteFile(record, nil, 0o600); err != nil {
-		return err
-	}
-	records, err := os.ReadDir(filepath.Dir(record))
-	for _, n := range records {
-		if info, statErr := n.Info(); statErr == nil && time.Since(info.ModTime()) > restoredFor {
-			err = errclass.Join(err, os.Remove(filepath.Join(filepath.Dir(record), n.Name())))
-		}
-	}
-	return err
+	return name, nil
 }
 
 // unpackDir is the directory in the exchange directory in which an archive is
@@ -90,6 +52,9 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore container %s as requested by annotation %s%s of its pod: %w",
 			annotations.ContainerName(c.annotations), annotations.RestorePrefix, annotations.ContainerName(c.annotations), err))
 	}
+	if err := c.permitArchive(ctx, name); err != nil {
+		return fail(err)
+	}
 	dir := c.exchange.path(unpackDir)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fail(err)
@@ -99,21 +64,10 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to remove unpacked archive")
 		}
 	}()
-	err := archive.Extract(ctx, cfg.RestoreDir, name, dir, c.s.limits())
-	if errors.Is(err, fs.ErrNotExist) {
-		return fail(fmt.Errorf("there is no archive %s in %s on this node: put it there, or name another one", name, cfg.RestoreDir))
-	}
-	if err != nil {
+	if err := archive.Extract(ctx, cfg.RestoreDir, name, dir, c.s.limits()); err != nil {
 		return fail(err)
 	}
-	manifest, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec, func(m *imageset.Manifest) error {
-		// Whoever may create pods in one namespace may not read the memory of pods in
-		// another.
-		if have := annotations.PodNamespace(c.annotations); m.Container.PodNamespace != have {
-			return fmt.Errorf("it was made of a container of the namespace %q, and this pod is in %q: archives are restored in their own namespace", m.Container.PodNamespace, have)
-		}
-		return nil
-	})
+	manifest, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec)
 	if err != nil {
 		return fail(fmt.Errorf("archive %s: %w", name, err))
 	}
@@ -121,7 +75,27 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err := c.setPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), rights: rights, done: c.recordRestored}
+	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), rights: rights, once: c.onceRecord()}
 	c.logStaged(ctx, begin)
 	return nil
+}
+
+// permitArchive reads the manifest of an archive before anything else is done with
+// it, and refuses one of another namespace. Whoever may create pods in one
+// namespace learns nothing of the archives of others: not even whether there is
+// one of that name. What this node's operator has to know is in the log.
+func (c *container) permitArchive(ctx context.Context, name string) error {
+	m, err := archive.Manifest(ctx, c.s.cfg.RestoreDir, name)
+	if errors.Is(err, archive.ErrName) || ctx.Err() != nil {
+		return err
+	}
+	if err == nil {
+		err = c.permitNamespace(m)
+	}
+	if err == nil {
+		return nil
+	}
+	log.G(ctx).WithError(err).WithFields(log.Fields{"container": c.id, "archive": name}).Warn("archive cannot be restored in this pod")
+	return fmt.Errorf("there is no archive %s in %s on this node that a pod in the namespace %q may be restored from: put it there, or name another one",
+		name, c.s.cfg.RestoreDir, annotations.PodNamespace(c.annotations))
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -34,10 +35,18 @@ func podContainer(annotations ...string) func(*specs.Spec) {
 
 const restoreWeb = "kata-checkpoint.dev/restore.web"
 
-// archived makes a checkpoint of the container and an archive of that, of the name x.tar.
+// onNode gives the node's directory of archives and its key, as they were when
+// archived made it.
+func onNode(dir string) option {
+	return func(h *harness) { h.cfg.RestoreDir, h.cfg.SigningKey = dir, filepath.Join(dir, "key.pem") }
+}
+
+// archived makes a checkpoint of the container and an archive of that, of the
+// name x.tar, in the directory of a new node.
 func archived(t *testing.T, change func(*specs.Spec), options ...option) (dir string) {
 	t.Helper()
-	h := newHarness(t, options...)
+	dir = t.TempDir()
+	h := newHarness(t, append(options, onNode(dir))...)
 	h.run(change)
 	path := t.TempDir()
 	if err := h.checkpoint(path, nil); err != nil {
@@ -64,7 +73,6 @@ func archived(t *testing.T, change func(*specs.Spec), options ...option) (dir st
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	dir = t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "x.tar"), buf.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -72,8 +80,7 @@ func archived(t *testing.T, change func(*specs.Spec), options ...option) (dir st
 }
 
 func TestRestoreByAnnotationOfThePod(t *testing.T) {
-	h := newHarness(t)
-	h.cfg.RestoreDir = archived(t, podContainer())
+	h := newHarness(t, onNode(archived(t, podContainer())))
 	spec := readSpec(t, h.create(podContainer(restoreWeb, "x.tar")))
 	if !slices.Equal(spec.Process.Args, []string{"/dev/.kata-checkpoint", "placeholder"}) {
 		t.Errorf("Kata is to start %q", spec.Process.Args)
@@ -89,15 +96,15 @@ func TestRestoreByAnnotationOfThePod(t *testing.T) {
 
 	// The next of the name begins afresh, in this sandbox and in another one of
 	// the same pod.
-	next := newHarness(t)
-	next.cfg.StateDir, next.cfg.RestoreDir = h.cfg.StateDir, h.cfg.RestoreDir
+	next := newHarness(t, onNode(h.cfg.RestoreDir))
+	next.cfg.StateDir = h.cfg.StateDir
 	spec = readSpec(t, next.create(podContainer(restoreWeb, "x.tar")))
 	if !slices.Equal(spec.Process.Args, []string{"sh", "-c", "work"}) {
 		t.Errorf("the container that comes after it is to start %q", spec.Process.Args)
 	}
 	// Another pod's is restored.
-	other := newHarness(t)
-	other.cfg.StateDir, other.cfg.RestoreDir = h.cfg.StateDir, h.cfg.RestoreDir
+	other := newHarness(t, onNode(h.cfg.RestoreDir))
+	other.cfg.StateDir = h.cfg.StateDir
 	spec = readSpec(t, other.create(podContainer(restoreWeb, "x.tar", "io.kubernetes.cri.sandbox-uid", "u-2")))
 	if !slices.Equal(spec.Process.Args, []string{"/dev/.kata-checkpoint", "placeholder"}) {
 		t.Errorf("another pod's is to start %q", spec.Process.Args)
@@ -105,15 +112,14 @@ func TestRestoreByAnnotationOfThePod(t *testing.T) {
 }
 
 func TestFailedRestoreIsRepeated(t *testing.T) {
-	h := newHarness(t)
-	h.cfg.RestoreDir = archived(t, podContainer())
+	h := newHarness(t, onNode(archived(t, podContainer())))
 	h.create(podContainer(restoreWeb, "x.tar"))
 	h.guest.Before("Restore", func(context.Context) error { return errors.New("CRIU says no") })
 	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err == nil {
 		t.Fatal("restored")
 	}
-	next := newHarness(t)
-	next.cfg.StateDir, next.cfg.RestoreDir = h.cfg.StateDir, h.cfg.RestoreDir
+	next := newHarness(t, onNode(h.cfg.RestoreDir))
+	next.cfg.StateDir = h.cfg.StateDir
 	spec := readSpec(t, next.create(podContainer(restoreWeb, "x.tar")))
 	if !slices.Equal(spec.Process.Args, []string{"/dev/.kata-checkpoint", "placeholder"}) {
 		t.Errorf("after a restore that failed, Kata is to start %q", spec.Process.Args)
@@ -140,25 +146,29 @@ func TestNoRestoreByAnnotation(t *testing.T) {
 func TestRefusedArchives(t *testing.T) {
 	good := archived(t, podContainer())
 	broken := t.TempDir()
-	if err := os.WriteFile(filepath.Join(broken, "x.tar"), []byte("no archive"), 0o600); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(broken, "x.tar"), []byte("no archive"), 0o600), os.Symlink(filepath.Join(good, "x.tar"), filepath.Join(broken, "link.tar"))); err != nil {
 		t.Fatal(err)
 	}
+	none := func(name, dir, namespace string) []string {
+		return []string{"there is no archive " + name + " in " + dir + " on this node that a pod in the namespace \"" + namespace + "\" may be restored from: put it there, or name another one"}
+	}
+	alone := archived(t, nil)
 	for name, tc := range map[string]struct {
 		dir    string
 		change func(*specs.Spec)
 		want   []string
 	}{
-		"not there":               {good, podContainer(restoreWeb, "y.tar"), []string{"there is no archive y.tar in " + good, "put it there"}},
+		"not there":               {good, podContainer(restoreWeb, "y.tar"), none("y.tar", good, "shop")},
 		"outside":                 {good, podContainer(restoreWeb, "../x.tar"), []string{"not the name of an archive"}},
-		"no archive":              {broken, podContainer(restoreWeb, "x.tar"), []string{"archive x.tar"}},
-		"of another namespace":    {good, podContainer(restoreWeb, "x.tar", "io.kubernetes.cri.sandbox-namespace", "bank"), []string{`of the namespace "shop"`, `"bank"`}},
+		"no archive":              {broken, podContainer(restoreWeb, "x.tar"), none("x.tar", broken, "shop")},
+		"a link":                  {broken, podContainer(restoreWeb, "link.tar"), none("link.tar", broken, "shop")},
+		"of another namespace":    {good, podContainer(restoreWeb, "x.tar", "io.kubernetes.cri.sandbox-namespace", "bank"), none("x.tar", good, "bank")},
 		"of another container":    {good, func(s *specs.Spec) { podContainer(restoreWeb, "x.tar")(s); s.Process.Args = []string{"other"} }, []string{"does not fit this container"}},
-		"of one without a pod":    {archived(t, nil), podContainer(restoreWeb, "x.tar"), []string{`of the namespace ""`}},
+		"of one without a pod":    {alone, podContainer(restoreWeb, "x.tar"), none("x.tar", alone, "shop")},
 		"of one with a new mount": {good, func(s *specs.Spec) { podContainer(restoreWeb, "x.tar")(s); s.Mounts = s.Mounts[:1] }, []string{"lacks the mounts at /data"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newHarness(t)
-			h.cfg.RestoreDir = tc.dir
+			h := newHarness(t, onNode(tc.dir))
 			_, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(tc.change)})
 			wantError(t, err, append(tc.want, "restore container web as requested by annotation "+restoreWeb+" of its pod: ")...)
 			h.wantCalls("Kata", h.kata.Calls())
@@ -169,9 +179,100 @@ func TestRefusedArchives(t *testing.T) {
 	}
 }
 
+// A pod learns nothing of the archives of other namespaces: neither whether there
+// is one of a name, nor whose it is, nor by the room that it takes.
+func TestForeignArchiveIsNotUnpacked(t *testing.T) {
+	h := newHarness(t, onNode(archived(t, podContainer())))
+	h.cfg.MaxImageBytes = 1 // which unpacking it would notice
+	refusal := func(namespace, name string) string {
+		change := podContainer(restoreWeb, name, "io.kubernetes.cri.sandbox-namespace", namespace)
+		_, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(change)})
+		if err == nil {
+			t.Fatal("created")
+		}
+		return strings.ReplaceAll(err.Error(), name, "NAME")
+	}
+	if foreign, missing := refusal("bank", "x.tar"), refusal("bank", "y.tar"); foreign != missing {
+		t.Errorf("of a foreign archive it says %q, and of one that is not there %q", foreign, missing)
+	}
+	if own := refusal("shop", "x.tar"); !strings.Contains(own, "larger than allowed") {
+		t.Errorf("of its own it says %q", own)
+	}
+}
+
+// The namespace rule holds for what the CRI hands in, too, as containerd 2.1 to
+// 2.3 do for an archive or an image that is named in place of a pod's image.
+func TestForeignImageSetInAPod(t *testing.T) {
+	for name, tc := range map[string]struct {
+		from, to func(*specs.Spec)
+		ok       bool
+	}{
+		"its own namespace":            {podContainer(), podContainer(), true},
+		"another one":                  {podContainer(), podContainer("io.kubernetes.cri.sandbox-namespace", "bank"), false},
+		"of a container without a pod": {nil, podContainer(), false},
+		"in a container without a pod": {podContainer(), nil, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			before := newHarness(t, onNode(dir))
+			before.run(tc.from)
+			path := t.TempDir()
+			if err := before.checkpoint(path, nil); err != nil {
+				t.Fatal(err)
+			}
+			h := newHarness(t, onNode(dir))
+			_, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(tc.to), Checkpoint: path})
+			if tc.ok {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			wantError(t, err, errForeign.Error())
+			if strings.Contains(err.Error(), "shop") {
+				t.Errorf("it says whose it is: %v", err)
+			}
+			h.wantCalls("Kata", h.kata.Calls())
+		})
+	}
+}
+
+// What was interrupted may have run: it is not done again without being asked.
+func TestInterruptedRestoreIsNotRepeated(t *testing.T) {
+	h := newHarness(t, onNode(archived(t, podContainer())))
+	h.create(podContainer(restoreWeb, "x.tar"))
+	record := filepath.Join(h.cfg.StateDir, restoredDir, "shop--u-1--web")
+	h.guest.Before("Restore", func(context.Context) error {
+		// As a host that stops now leaves it.
+		next := newHarness(t, onNode(h.cfg.RestoreDir))
+		next.cfg.StateDir = h.cfg.StateDir
+		_, err := next.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: next.bundle(podContainer(restoreWeb, "x.tar"))})
+		wantError(t, err, "was interrupted", "remove "+record)
+		next.wantCalls("Kata", next.kata.Calls())
+		return nil
+	})
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	if content, err := os.ReadFile(record); err != nil || string(content) == intent {
+		t.Errorf("the record has %q (%v)", content, err)
+	}
+}
+
+// Where nothing can be recorded, nothing is restored.
+func TestRestoreThatCannotBeRecorded(t *testing.T) {
+	h := newHarness(t, onNode(archived(t, podContainer())))
+	h.create(podContainer(restoreWeb, "x.tar"))
+	if err := os.WriteFile(filepath.Join(h.cfg.StateDir, restoredDir), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+	wantError(t, err, "restored")
+	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckRestore c1")
+}
+
 func TestRecordsOfOldPodsAreRemoved(t *testing.T) {
-	h := newHarness(t)
-	h.cfg.RestoreDir = archived(t, podContainer())
+	h := newHarness(t, onNode(archived(t, podContainer())))
 	dir := filepath.Join(h.cfg.StateDir, restoredDir)
 	old, recent := filepath.Join(dir, "shop--u-0--web"), filepath.Join(dir, "shop--u-9--web")
 	if err := os.MkdirAll(dir, 0o700); err != nil {

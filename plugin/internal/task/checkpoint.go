@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	eventsapi "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/api/runtime/task/v2"
@@ -27,6 +28,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
@@ -100,6 +102,8 @@ type checkpointJob struct {
 	phases *phases
 	// images is the image set's name in the exchange directory.
 	images string
+	// key signs the image set.
+	key    *signing.Key
 	target *imageset.Target
 }
 
@@ -193,7 +197,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	}
 	j.phases.done(ctx, "sync")
 	m.Phases = j.phases.list
-	if err := j.target.Commit(ctx, m); err != nil {
+	if err := j.target.Commit(ctx, m, j.key); err != nil {
 		return nil, j.explainFull(err)
 	}
 	j.phases.done(ctx, "commit")
@@ -224,6 +228,9 @@ func (j *checkpointJob) request() *api.CheckpointRequest {
 // openTarget opens the directory for the image set, and records what `delete`
 // has to remove if this process is killed.
 func (j *checkpointJob) openTarget() (err error) {
+	if j.key, err = j.c.s.nodeKey.load(j.c.s.cfg.SigningKey); err != nil {
+		return err
+	}
 	if j.target, err = imageset.NewTarget(j.path); err != nil {
 		return err
 	}
@@ -333,8 +340,9 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		Created: time.Now().UTC(),
 		Container: imageset.Container{
 			ID: c.id, Namespace: c.s.namespace, PodNamespace: annotations.PodNamespace(c.annotations), Image: annotations.ImageName(c.annotations), Args: c.args,
-			Hostname: out.GetHostname(),
+			Hostname: hostName(out.GetHostname()),
 		},
+		Rights:   c.rights,
 		Guest:    imageset.Guest{Kernel: out.GetKernelRelease(), CRIUVersion: out.GetCriuVersion(), CPUFeatures: out.GetCpuFeatures()},
 		Terminal: c.terminal,
 		Options: imageset.Options{
@@ -372,6 +380,19 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		m.Addresses = append(m.Addresses, address)
 	}
 	return m, nil
+}
+
+// hostName is what a manifest has of a host name, which the container chooses.
+// It only informs a reader.
+func hostName(name string) string {
+	const longest = 64 // __NEW_UTS_LEN
+	name = strings.ToValidUTF8(name[:min(len(name), longest)], "?")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, name)
 }
 
 // keepLog keeps CRIU's log of a dump that failed, if there is one, and adds its

@@ -176,6 +176,15 @@ func TestWaitForTheDisk(t *testing.T) {
 	}
 }
 
+// A container with CAP_SYS_ADMIN can give itself any host name.
+func TestHostName(t *testing.T) {
+	for name, want := range map[string]string{"host": "host", "": "", "a\x1b[2J": "a?[2J", "\xff": "?", strings.Repeat("ü", 40): strings.Repeat("ü", 32)} {
+		if got := hostName(name); got != want {
+			t.Errorf("%q: %q", name, got)
+		}
+	}
+}
+
 // The guest may be another one by then, or out of order.
 func TestImagesAreRemovedWithoutTheGuest(t *testing.T) {
 	h := newHarness(t)
@@ -647,7 +656,7 @@ func TestWorkPath(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantFiles(t, work, imageset.DumpLogName, imageset.StatsName)
-		wantFiles(t, path, "inventory.img", imageset.ManifestName, "pages-1.img")
+		wantFiles(t, path, "inventory.img", imageset.ManifestName, imageset.SignatureName, "pages-1.img")
 	})
 	t.Run("after a failure", func(t *testing.T) {
 		for _, given := range []bool{true, false} {

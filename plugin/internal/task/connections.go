@@ -61,6 +61,9 @@ func (s *Service) closeNetgate(ctx context.Context, c *container, spec *bundle.S
 		}
 		// What is wrong with an archive is the container's to say, when it is created.
 		m, err := archive.Manifest(ctx, s.cfg.RestoreDir, name)
+		if err == nil {
+			err = c.permitNamespace(m)
+		}
 		if err != nil {
 			log.G(ctx).WithError(err).WithFields(log.Fields{"container": container, "archive": name}).Warn("failed to look for TCP connections")
 			continue

@@ -238,12 +238,11 @@ func TestAddressThatIsNone(t *testing.T) {
 func TestConnectionsOfAPodAreHeldBackFromItsSandboxOn(t *testing.T) {
 	path := sandboxNamespace(t)
 	archives := archived(t, podContainer(), connected("1001", "1002", "1003"))
-	h := newHarness(t)
-	h.cfg.RestoreDir = archives
+	h := newHarness(t, onNode(archives))
 	h.kata.Before("Create", h.wantHeld(path, 3))
 	h.create(inNamespace(path, func(s *specs.Spec) {
 		s.Annotations = map[string]string{
-			"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "c1",
+			"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "c1", "io.kubernetes.cri.sandbox-namespace": "shop",
 			restoreWeb: "x.tar", "kata-checkpoint.dev/restore.other": "missing.tar",
 		}
 	}))

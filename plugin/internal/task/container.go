@@ -11,6 +11,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -27,6 +28,7 @@ type container struct {
 	externals   []string
 	hasHooks    bool
 	terminal    bool
+	rights      *imageset.Rights
 
 	exchange *exchange
 	// source is the image set that the container is restored from, or nil.
@@ -53,6 +55,7 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 		s: s, id: r.ID, bundle: r.Bundle, kind: kind,
 		annotations: spec.Annotations,
 		terminal:    r.Terminal,
+		rights:      rightsIn(spec.Spec),
 		lifecycle:   newLifecycle(),
 	}
 	if h := spec.Hooks; h != nil {

@@ -75,7 +75,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 	h := &harness{
 		t: t,
 		cfg: &config.Config{
-			StateDir: filepath.Join(dir, "state"), GuestBundle: bundle, AgentPort: fake.Port,
+			StateDir: filepath.Join(dir, "state"), SigningKey: filepath.Join(dir, "state", "key.pem"), GuestBundle: bundle, AgentPort: fake.Port,
 			AgentTimeout: waitLimit, FreezeTimeout: waitLimit, CheckpointTimeout: waitLimit, ExecWaitTimeout: waitLimit,
 			AfterCheckpoint: annotations.Stop, AfterCheckpointCRI: annotations.LeaveRunning, MaxImageFiles: 100, MaxImageBytes: 1 << 20,
 		},

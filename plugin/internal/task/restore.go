@@ -33,8 +33,8 @@ type source struct {
 	path string
 	// rights bound the credentials of the restored processes.
 	rights *api.Rights
-	// done, if not nil, is called once the restore has succeeded.
-	done func() error
+	// once, if not nil, is the record that it is restored, which happens once.
+	once *onceRecord
 }
 
 // prepareRestore stages the image set and replaces the container's process by
@@ -56,7 +56,7 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	ctx, end := c.s.operation(ctx)
 	defer end()
 	rights := rightsOf(spec.Process)
-	manifest, err := c.stageImages(ctx, path, r.Rootfs, spec, nil)
+	manifest, err := c.stageImages(ctx, path, r.Rootfs, spec)
 	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
 	}
@@ -70,21 +70,17 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 }
 
 // stageImages verifies the image set in the directory path, copies it into the
-// exchange directory, and applies the root file system diff beside it. The
-// function permit, if not nil, may refuse it.
-func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec, permit func(*imageset.Manifest) error) (*imageset.Manifest, error) {
+// exchange directory, and applies the root file system diff beside it.
+func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec) (*imageset.Manifest, error) {
 	set, err := imageset.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer set.Close()
-	if permit != nil {
-		err = permit(set.Manifest)
+	if err := c.permit(ctx, set); err != nil {
+		return nil, err
 	}
-	if err == nil {
-		err = checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal)
-	}
-	if err != nil {
+	if err := checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal); err != nil {
 		return nil, err
 	}
 	if err := set.CopyTo(ctx, c.exchange.path(restoreDir), c.s.limits()); err != nil {
@@ -128,6 +124,9 @@ func checkFit(m *imageset.Manifest, spec *specs.Spec, image string, terminal boo
 	}
 	if len(lost) > 0 {
 		errs = append(errs, "this container lacks the mounts at "+strings.Join(lost, ", "))
+	}
+	if m.Rights != nil {
+		errs = append(errs, exceeding(m.Rights, rightsIn(spec))...)
 	}
 	if len(errs) > 0 {
 		return errors.New("the checkpoint does not fit this container: " + strings.Join(errs, "; "))
@@ -219,26 +218,28 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	// From the Start on there is a placeholder, which is ended if the caller has
 	// given up.
 	var out *api.RestoreResponse
-	err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
-		out, err = a.Restore(ctx, req)
-		return err
-	})
+	err = c.source.once.begin()
+	if err == nil {
+		err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+			out, err = a.Restore(ctx, req)
+			return err
+		})
+	}
 	if err != nil {
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
 		err = c.keepRestoreLog(ctx, err)
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
-		if kerr := c.killAndWait(uctx); kerr != nil {
-			err = errclass.Join(err, kerr)
+		kerr := c.killAndWait(uctx)
+		if kerr == nil {
+			kerr = c.source.once.cancel() // nothing is left of it: it may be tried again
 		}
-		return nil, err
+		return nil, errclass.Join(err, kerr)
 	}
 	c.s.releaseConnections(ctx, c.netgateKey())
 	c.transition(runningState{c: c})
-	if c.source.done != nil {
-		if err := c.source.done(); err != nil {
-			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to record that the container was restored")
-		}
+	if err := c.source.once.confirm(); err != nil {
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to record that the container was restored")
 	}
 	for _, p := range out.GetPhases() {
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line

@@ -97,6 +97,7 @@ type Service struct {
 	idleTimer *time.Timer
 
 	netgate netgateState
+	nodeKey nodeKey
 
 	mu         sync.RWMutex
 	containers map[string]*container
