@@ -98,6 +98,18 @@ type daemon struct {
 	taskListener, eventListener net.Listener
 }
 
+// sweep removes what an earlier boot has left. What takes time it does not wait
+// for: it ends with the process, and the next daemon continues.
+func sweep(ctx context.Context, stateDir string) {
+	warn := func(err error) {
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("failed to remove what containers of an earlier boot have left")
+		}
+	}
+	warn(manager.Sweep(stateDir))
+	go func() { warn(manager.RemoveSwept(stateDir)) }()
+}
+
 func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 	cfg, err := config.Load(config.Path())
 	if err != nil {
@@ -115,6 +127,7 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 		return nil, err
 	}
 	ctx = log.WithLogger(ctx, log.G(ctx).WithFields(log.Fields{"runtime": manager.Name, "sandbox": r.Sandbox}))
+	sweep(ctx, cfg.StateDir)
 	d := &daemon{relay: events.NewRelay(i.Namespace, os.Getenv(manager.EventsEnv))}
 	d.ctx, d.shutdown = shutdown.WithShutdown(ctx)
 	if d.taskListener, err = inherit(manager.TaskFD); err != nil {

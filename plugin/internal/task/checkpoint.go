@@ -105,6 +105,8 @@ type checkpointJob struct {
 	// key signs the image set.
 	key    *signing.Key
 	target *imageset.Target
+	// note is that of an unfinished image set, for the next boot.
+	note string
 }
 
 // runCheckpoint makes a checkpoint of a running or paused container. Afterwards
@@ -234,7 +236,11 @@ func (j *checkpointJob) openTarget() (err error) {
 	if j.target, err = imageset.NewTarget(j.path); err != nil {
 		return err
 	}
-	return bundle.SetStaging(j.c.bundle, j.target.Dir().Name())
+	staging := j.target.Dir().Name()
+	if j.note, err = bundle.NoteUnfinished(j.c.s.cfg.StateDir, staging); err != nil {
+		return err
+	}
+	return bundle.SetStaging(j.c.bundle, staging)
 }
 
 // explainFull adds to the error of a full file system what to do about it.
@@ -255,10 +261,16 @@ func (j *checkpointJob) clean(failed bool) (err error) {
 	} else {
 		go j.c.discardImages(j.images)
 	}
-	if j.target != nil {
-		err = errclass.Join(err, j.target.Abort(), bundle.SetStaging(j.c.bundle, ""))
+	if j.target == nil {
+		return err
 	}
-	return err
+	if aerr := j.target.Abort(); aerr != nil {
+		return errclass.Join(err, aerr)
+	}
+	if j.note != "" {
+		err = errclass.Join(err, os.Remove(j.note))
+	}
+	return errclass.Join(err, bundle.SetStaging(j.c.bundle, ""))
 }
 
 // leaveCheckpoint returns a container to its state before the checkpoint.

@@ -107,6 +107,9 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 	if len(m.Files) != 2 || len(m.Externals) != 1 || len(m.Stdio) != 1 || len(m.OpenFiles) != 1 || m.Guest.CRIUVersion != 40201 || !m.Options.FileLocks || len(m.Phases) < 3 {
 		t.Errorf("manifest %+v", m)
 	}
+	if left, err := os.ReadDir(bundle.UnfinishedDir(h.cfg.StateDir)); err != nil || len(left) > 0 {
+		t.Errorf("notes for the next boot: %v (%v)", left, err)
+	}
 	if exists(filepath.Join(dir, "kata-checkpoint.staging")) {
 		t.Error("the note of an unfinished image set is left")
 	}
