@@ -260,7 +260,7 @@ func TestEachFault(t *testing.T) {
 				n.script("bin/containerd-shim-kata-v2", rustShim)
 				n.link("50.toml", "kata/config.d/60.toml")
 			},
-			"kata.config", Error, "regular files only", "copy",
+			"kata.config", Error, "not a regular file", "copy",
 		},
 		"another shared_fs": {
 			func(n *node) { n.write("kata/config.d/60.toml", "[hypervisor.clh]\nshared_fs = \"none\"\n", 0o644) },

@@ -87,8 +87,11 @@ func (h *Host) stateDir(f *Findings) {
 		if err == nil && st.IsDir() {
 			break
 		}
-		if err == nil || !errors.Is(err, fs.ErrNotExist) || at == "/" {
-			f.fail(check, "set state_dir in config.toml to a directory on a disk", "%s cannot be a directory: %s: %v", dir, at, errors.Join(err, map[bool]error{true: unix.ENOTDIR}[err == nil]))
+		if err == nil {
+			err = unix.ENOTDIR
+		}
+		if !errors.Is(err, fs.ErrNotExist) || at == "/" {
+			f.fail(check, "set state_dir in config.toml to a directory on a disk", "%s cannot be a directory: %s: %v", dir, at, err)
 			return
 		}
 		at = filepath.Dir(at)

@@ -83,7 +83,7 @@ The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
 			}
 			host := &check.Host{Config: cfg, Containerd: address}
 			findings := host.Run(cmd.Context())
-			if err := print(cmd.OutOrStdout(), findings, asJSON); err != nil {
+			if err := show(cmd.OutOrStdout(), findings, asJSON); err != nil {
 				return err
 			}
 			switch findings.Worst() {
@@ -103,8 +103,8 @@ The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
 	return c
 }
 
-// print prints findings, for people or as JSON.
-func print(w io.Writer, findings check.Findings, asJSON bool) error {
+// show prints findings, for people or as JSON.
+func show(w io.Writer, findings check.Findings, asJSON bool) error {
 	if asJSON {
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")

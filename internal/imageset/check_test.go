@@ -3,6 +3,7 @@
 package imageset
 
 import (
+	"maps"
 	"strings"
 	"testing"
 )
@@ -72,9 +73,7 @@ func TestManifestGrammar(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := newSet(t, someFiles)
 			edit(t, dir, func(m map[string]any) {
-				for key, value := range tc.set {
-					m[key] = value
-				}
+				maps.Copy(m, tc.set)
 			})
 			set, err := Open(dir)
 			if err == nil {

@@ -82,7 +82,7 @@ func (c *Config) DropInDir() string { return filepath.Join(filepath.Dir(c.Path),
 
 // ErrLink means that a drop-in is a symbolic link, or no file at all, which
 // Kata's Rust shim does not accept.
-var ErrLink = errors.New("Kata's Rust shim accepts regular files only")
+var ErrLink = errors.New("not a regular file, which Kata's Rust shim does not accept")
 
 // Load reads the file at path with its drop-ins, as the shim does. Of several
 // hypervisors it takes the one that the file's name has (configuration-clh.toml)

@@ -75,7 +75,7 @@ func checkImages(images string) error {
 		if left -= len(entries); left < 0 {
 			return fmt.Errorf("the image set has more than %d files", maxImages)
 		}
-		if err == io.EOF { //nolint:errorlint // ReadDir returns it as it is
+		if err == io.EOF {
 			return nil
 		}
 		if err != nil {

@@ -102,7 +102,7 @@ func TestAnAgentThatLies(t *testing.T) {
 
 // frame is one of ttrpc.
 func frame(stream uint32, kind byte, data string) []byte {
-	b := binary.BigEndian.AppendUint32(nil, uint32(len(data))) //nolint:gosec // a short one
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(data)))
 	b = binary.BigEndian.AppendUint32(b, stream)
 	return append(append(b, kind, 0), data...)
 }

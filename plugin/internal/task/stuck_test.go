@@ -87,7 +87,7 @@ func TestNoExecBeforeTheRestoreIsDone(t *testing.T) {
 	if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
 		t.Fatal(err)
 	}
-	<-started
+	wantError(t, <-started, "restore container c1", "the container was killed")
 }
 
 // A dump that outlasts its deadline and the time for the thaw leaves a container
