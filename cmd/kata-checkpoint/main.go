@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command kata-checkpoint is the operator's tool: it says whether a node can
+// Command kata-checkpoint is the operator's tool: it reports whether a node can
 // checkpoint containers, and what is wrong if it cannot.
 package main
 

@@ -204,7 +204,7 @@ func TestAllIsWell(t *testing.T) {
 	}
 }
 
-// Each fault, by itself, is found under the name and with the level that it
+// Each fault is found, on its own, under the name and with the level that it
 // should have, and nothing else is.
 func TestEachFault(t *testing.T) {
 	const rustShim = `Kata Containers containerd shim (Rust): id: io.containerd.kata.v2, version: 4.1.0, commit: 1`

@@ -199,7 +199,7 @@ func (h *Host) stale(pid int, patterns []string, f *Findings) {
 		return
 	}
 	for _, pattern := range patterns {
-		files, _ := filepath.Glob(pattern) // a pattern that is none has no files
+		files, _ := filepath.Glob(pattern) // a malformed pattern has no files
 		for _, file := range files {
 			if st, err := os.Stat(file); err == nil && st.ModTime().After(started.ModTime()) {
 				f.warn("containerd.config", "systemctl restart containerd", "%s is newer than the containerd that runs, which has not read it", file)

@@ -284,7 +284,8 @@ func (a *Agent) thawOrphan(id string) {
 			a.leases.thawed(id) // forgotten
 		case err != nil:
 			logger.WithError(err).Error("failed to thaw a container whose shim is gone")
-			<-time.After(pause)
+			retry := time.NewTimer(pause)
+			<-retry.C
 		case thawed:
 			logger.Warn("container thawed: the shim that froze it is gone")
 		}

@@ -199,9 +199,12 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 				t.Fatal(err)
 			}
 			a.leases.end(0)
-			<-time.After(50 * time.Millisecond)
-			if !isFrozen(t, c) {
-				t.Fatal("thawed during an operation")
+			ticks := time.NewTicker(5 * time.Millisecond)
+			defer ticks.Stop()
+			for range 10 {
+				if <-ticks.C; !isFrozen(t, c) {
+					t.Fatal("thawed during an operation")
+				}
 			}
 			if tc.owner {
 				a.leases.begin()
@@ -211,7 +214,7 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 				if !isFrozen(t, c) {
 					break
 				}
-				<-time.After(5 * time.Millisecond)
+				<-ticks.C
 			}
 			if have := isFrozen(t, c); have != tc.frozen {
 				t.Errorf("frozen: %v", have)

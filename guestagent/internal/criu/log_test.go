@@ -24,7 +24,7 @@ func TestCause(t *testing.T) {
 		"a restore, in the process": {"(00.1) pie: 12: Error (criu/pie/restorer.c:1): Can't map\n", "Can't map", ""},
 		"advice for a later error": {
 			"(00.2) Error (a.c:1): Can't write\n(00.3) Error (b.c:2): write: No space left on device\n", "Can't write", "free some"},
-		"no error":                {"(00.1) Dumping\n(00.2) Warn  (criu/x.c:1): Error (that is none)\n", "", ""},
+		"no error":                {"(00.1) Dumping\n(00.2) Warn  (criu/x.c:1): Error (that is not one)\n", "", ""},
 		"an empty log":            {"", "", ""},
 		"names with escape codes": {"(00.2) Error (a.c:1): Can't open \x1b[2Jf\n", "Can't open ?[2Jf", ""},
 		"a long line":             {"(00.2) Error (a.c:1): " + strings.Repeat("x", 1000) + "\n", strings.Repeat("x", maxCause) + "...", ""},
