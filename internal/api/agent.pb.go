@@ -1529,6 +1529,76 @@ func (x *ExecResponse) GetPid() int32 {
 	return 0
 }
 
+type SignalRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// helper_token is that of the ExecRequest; empty: the signal is for init.
+	HelperToken string `protobuf:"bytes,2,opt,name=helper_token,json=helperToken,proto3" json:"helper_token,omitempty"`
+	// signal is SIGSTOP or SIGCONT, by its number.
+	Signal        uint32 `protobuf:"varint,3,opt,name=signal,proto3" json:"signal,omitempty"`
+	Token         string `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalRequest) Reset() {
+	*x = SignalRequest{}
+	mi := &file_internal_api_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalRequest) ProtoMessage() {}
+
+func (x *SignalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
+func (*SignalRequest) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SignalRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetHelperToken() string {
+	if x != nil {
+		return x.HelperToken
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetSignal() uint32 {
+	if x != nil {
+		return x.Signal
+	}
+	return 0
+}
+
+func (x *SignalRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
 var File_internal_api_agent_proto protoreflect.FileDescriptor
 
 const file_internal_api_agent_proto_rawDesc = "" +
@@ -1647,7 +1717,12 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\aprocess\x18\x03 \x01(\fR\aprocess\x12\x14\n" +
 	"\x05token\x18\x04 \x01(\tR\x05token\" \n" +
 	"\fExecResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid2\xed\a\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\x83\x01\n" +
+	"\rSignalRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12!\n" +
+	"\fhelper_token\x18\x02 \x01(\tR\vhelperToken\x12\x16\n" +
+	"\x06signal\x18\x03 \x01(\rR\x06signal\x12\x14\n" +
+	"\x05token\x18\x04 \x01(\tR\x05token2\xb7\b\n" +
 	"\x05Agent\x12S\n" +
 	"\x04Info\x12$.katacheckpoint.agent.v1.InfoRequest\x1a%.katacheckpoint.agent.v1.InfoResponse\x12V\n" +
 	"\x05Adopt\x12%.katacheckpoint.agent.v1.AdoptRequest\x1a&.katacheckpoint.agent.v1.AdoptResponse\x12K\n" +
@@ -1661,7 +1736,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\aDiscard\x12'.katacheckpoint.agent.v1.DiscardRequest\x1a\x16.google.protobuf.Empty\x12O\n" +
 	"\fCheckRestore\x12'.katacheckpoint.agent.v1.RestoreRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
 	"\aRestore\x12'.katacheckpoint.agent.v1.RestoreRequest\x1a(.katacheckpoint.agent.v1.RestoreResponse\x12S\n" +
-	"\x04Exec\x12$.katacheckpoint.agent.v1.ExecRequest\x1a%.katacheckpoint.agent.v1.ExecResponseB=Z;github.com/kata-checkpoint/kata-checkpoint/internal/api;apib\x06proto3"
+	"\x04Exec\x12$.katacheckpoint.agent.v1.ExecRequest\x1a%.katacheckpoint.agent.v1.ExecResponse\x12H\n" +
+	"\x06Signal\x12&.katacheckpoint.agent.v1.SignalRequest\x1a\x16.google.protobuf.EmptyB=Z;github.com/kata-checkpoint/kata-checkpoint/internal/api;apib\x06proto3"
 
 var (
 	file_internal_api_agent_proto_rawDescOnce sync.Once
@@ -1675,7 +1751,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1698,7 +1774,8 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*RestoreResponse)(nil),    // 18: katacheckpoint.agent.v1.RestoreResponse
 	(*ExecRequest)(nil),        // 19: katacheckpoint.agent.v1.ExecRequest
 	(*ExecResponse)(nil),       // 20: katacheckpoint.agent.v1.ExecResponse
-	(*emptypb.Empty)(nil),      // 21: google.protobuf.Empty
+	(*SignalRequest)(nil),      // 21: katacheckpoint.agent.v1.SignalRequest
+	(*emptypb.Empty)(nil),      // 22: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
@@ -1728,20 +1805,22 @@ var file_internal_api_agent_proto_depIdxs = []int32{
 	16, // 24: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
 	16, // 25: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
 	19, // 26: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	1,  // 27: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 28: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	21, // 29: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	21, // 30: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	21, // 31: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	21, // 32: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	21, // 33: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	14, // 34: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	21, // 35: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	21, // 36: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	18, // 37: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	20, // 38: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	27, // [27:39] is the sub-list for method output_type
-	15, // [15:27] is the sub-list for method input_type
+	21, // 27: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
+	1,  // 28: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 29: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	22, // 30: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	22, // 31: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	22, // 32: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	22, // 33: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	22, // 34: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	14, // 35: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	22, // 36: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	22, // 37: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	18, // 38: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	20, // 39: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	22, // 40: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
+	28, // [28:41] is the sub-list for method output_type
+	15, // [15:28] is the sub-list for method input_type
 	15, // [15:15] is the sub-list for extension type_name
 	15, // [15:15] is the sub-list for extension extendee
 	0,  // [0:15] is the sub-list for field type_name
@@ -1758,7 +1837,7 @@ func file_internal_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,6 +21,7 @@ type AgentService interface {
 	CheckRestore(context.Context, *RestoreRequest) (*emptypb.Empty, error)
 	Restore(context.Context, *RestoreRequest) (*RestoreResponse, error)
 	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
+	Signal(context.Context, *SignalRequest) (*emptypb.Empty, error)
 }
 
 func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
@@ -109,6 +110,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.Exec(ctx, &req)
+			},
+			"Signal": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req SignalRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Signal(ctx, &req)
 			},
 		},
 	})
@@ -215,6 +223,14 @@ func (c *agentClient) Restore(ctx context.Context, req *RestoreRequest) (*Restor
 func (c *agentClient) Exec(ctx context.Context, req *ExecRequest) (*ExecResponse, error) {
 	var resp ExecResponse
 	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "Exec", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) Signal(ctx context.Context, req *SignalRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "Signal", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

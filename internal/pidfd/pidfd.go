@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pidfd waits for and kills processes by a descriptor, which names one
+// Package pidfd waits for and signals processes by a descriptor, which names one
 // process for as long as it is open, whatever happens to its pid.
 package pidfd
 
@@ -39,9 +39,19 @@ func Wait(fd int, limit time.Duration) (exited bool, err error) {
 
 // Kill sends SIGKILL to a process. That it has exited is no error.
 func Kill(fd int) error {
-	err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-	if errors.Is(err, unix.ESRCH) {
+	err := Signal(fd, unix.SIGKILL)
+	if errors.Is(err, os.ErrProcessDone) {
 		return nil
+	}
+	return err
+}
+
+// Signal sends a signal to a process. Its error wraps [os.ErrProcessDone] where
+// the process has exited and was reaped.
+func Signal(fd int, sig unix.Signal) error {
+	err := unix.PidfdSendSignal(fd, sig, nil, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return os.ErrProcessDone
 	}
 	return os.NewSyscallError("pidfd_send_signal", err)
 }

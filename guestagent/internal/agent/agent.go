@@ -58,6 +58,7 @@ type Agent struct {
 	ops operations
 
 	leases leases
+	execs  execs
 
 	criu *toolchain
 }

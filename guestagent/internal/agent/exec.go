@@ -5,6 +5,8 @@ package agent
 import (
 	"context"
 
+	"github.com/containerd/log"
+
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/enter"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
@@ -53,6 +55,13 @@ func (a *Agent) exec(ctx context.Context, c *container, r *api.ExecRequest) (int
 	if err != nil {
 		return 0, errclass.Join(err, h.Kill())
 	}
-	go h.Attend(pid)
+	forget, err := a.execs.add(r.GetHelperToken(), pid)
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("pid", pid).Warn("a process of an exec cannot be stopped by a signal")
+	}
+	go func() {
+		defer forget()
+		h.Attend(pid)
+	}()
 	return pid, nil
 }

@@ -386,3 +386,8 @@ func (g *Guest) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 func (g *Guest) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse, error) {
 	return &api.ExecResponse{Pid: 102}, g.enter(ctx, "Exec", r.GetContainerId(), r)
 }
+
+// Signal implements the agent.
+func (g *Guest) Signal(ctx context.Context, r *api.SignalRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, g.enter(ctx, "Signal", r.GetContainerId(), r)
+}

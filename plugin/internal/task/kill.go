@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
@@ -19,6 +20,12 @@ import (
 func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
 	if c.forwardsKill(r) {
 		return c.s.forwardEmpty(ctx, "Kill", r)
+	}
+	if request := c.jobControl(r); request != nil {
+		return &emptypb.Empty{}, c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+			_, err := a.Signal(ctx, request)
+			return err
+		})
 	}
 	// A SIGKILL is not to wait for a restore: it ends it, and with it the container.
 	ended := c.interruptRestore()
@@ -66,10 +73,34 @@ func (c *container) interruptRestore() bool {
 // forwardsKill reports whether a Kill is for Kata alone; c is nil for a
 // container that this shim has not created.
 func (c *container) forwardsKill(r *task.KillRequest) bool {
-	if c == nil || r.ExecID != "" {
+	switch {
+	case c == nil:
+		return true
+	case c.jobControl(r) != nil:
+		return false
+	case r.ExecID != "":
 		return true
 	}
 	return c.current().forwardsKill(r.Signal)
+}
+
+// jobControl returns what the agent is called with to stop or continue a process
+// of a restored container, or nil for any other Kill. Kata would stop the
+// placeholder or the exec helper, which cannot pass that on. What continues them
+// takes the same way, so that the two stay in order.
+func (c *container) jobControl(r *task.KillRequest) *api.SignalRequest {
+	if r.Signal != uint32(syscall.SIGSTOP) && r.Signal != uint32(syscall.SIGCONT) || c.source == nil || !c.managed() {
+		return nil
+	}
+	request := &api.SignalRequest{ContainerId: c.id, Signal: r.Signal, Token: c.exchange.token}
+	if r.ExecID != "" {
+		e, ok := c.execs.Load(r.ExecID)
+		if !ok {
+			return nil
+		}
+		request.HelperToken = e.(*restoredExec).token
+	}
+	return request
 }
 
 // killAndWait kills a container, frozen or not, and waits until Kata reports it
