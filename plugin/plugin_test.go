@@ -28,6 +28,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/manager"
@@ -296,10 +297,12 @@ func (n *node) processes() map[int]string {
 			continue
 		}
 		cwd, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid))
-		stat, serr := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err == nil && serr == nil && strings.HasPrefix(cwd, filepath.Join(n.dir, "bundles")) && !strings.Contains(string(stat), ") Z ") {
-			cmd, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			out[pid] = strings.ReplaceAll(string(cmd), "\x00", " ")
+		if err != nil || !strings.HasPrefix(cwd, filepath.Join(n.dir, "bundles")) {
+			continue
+		}
+		if st, err := procfs.ReadStat(pid); err == nil && !st.Exited() {
+			args, _ := procfs.Cmdline(pid)
+			out[pid] = strings.Join(args, " ")
 		}
 	}
 	return out

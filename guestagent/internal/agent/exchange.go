@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -32,16 +33,16 @@ func withdraw(init process, destination, token, target string) error {
 		return fmt.Errorf("withdraw the exchange mount: %w", err)
 	}
 	mount := -1
-	pidfd, err := unix.PidfdOpen(init.PID, 0)
+	process, err := pidfd.Open(init.PID)
 	if err != nil {
 		return fmt.Errorf("withdraw the exchange mount: open the container's process: %w", err)
 	}
-	defer unix.Close(pidfd)
+	defer unix.Close(process)
 	if !init.alive() {
 		return errors.New("withdraw the exchange mount: the container's process has exited")
 	}
 	err = thread.Do(func() (err error) {
-		if err := unix.Setns(pidfd, unix.CLONE_NEWNS); err != nil {
+		if err := unix.Setns(process, unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("enter the container's mount namespace: %w", err)
 		}
 		if mount, err = takeMount(destination, token); err != nil {

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
 // The helper's argument: what it becomes.
@@ -98,7 +99,7 @@ func (p *Prepared) open(r Request) (err error) {
 	if p.fds[planFile], err = unix.MemfdCreate("plan", unix.MFD_CLOEXEC); err != nil {
 		return fmt.Errorf("write the plan: %w", err)
 	}
-	if p.fds[targetPidfd], err = unix.PidfdOpen(r.Target, 0); err != nil {
+	if p.fds[targetPidfd], err = pidfd.Open(r.Target); err != nil {
 		return fmt.Errorf("open the container's process: %w", err)
 	}
 	if p.fds[cgroupDirectory], err = unix.Open(r.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/testhelper"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
 // The helper passes signals on to the process that it is told of and exits as
@@ -89,11 +90,11 @@ func start(t *testing.T, binary string) (*exec.Cmd, *os.File) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	pidfd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	process, err := pidfd.Open(cmd.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(pidfd)
+	defer unix.Close(process)
 	fds := []unix.PollFd{{Fd: int32(watch), Events: unix.POLLIN}}
 	for {
 		n, err := unix.Poll(fds, 10000)
@@ -106,19 +107,19 @@ func start(t *testing.T, binary string) (*exec.Cmd, *os.File) {
 		if _, err := unix.Read(watch, make([]byte, unix.SizeofInotifyEvent)); err != nil {
 			t.Fatal(err)
 		}
-		if fd, err := unix.PidfdGetfd(pidfd, StatusFD, 0); err == nil {
+		if fd, err := unix.PidfdGetfd(process, StatusFD, 0); err == nil {
 			return cmd, os.NewFile(uintptr(fd), "status")
 		}
 	}
 }
 
 func has(pid, fd int) bool {
-	pidfd, err := unix.PidfdOpen(pid, 0)
+	process, err := pidfd.Open(pid)
 	if err != nil {
 		return false
 	}
-	defer unix.Close(pidfd)
-	own, err := unix.PidfdGetfd(pidfd, fd, 0)
+	defer unix.Close(process)
+	own, err := unix.PidfdGetfd(process, fd, 0)
 	unix.Close(own)
 	return err == nil
 }

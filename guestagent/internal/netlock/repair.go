@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
 // EnterRepair enables repair mode, in which a socket is closed without sending
@@ -52,9 +53,9 @@ func each(list []inspect.Connection, do func(fd int) error) error {
 }
 
 func withSocket(c inspect.Connection, do func(fd int) error) error {
-	process, err := unix.PidfdOpen(c.PID, 0)
+	process, err := pidfd.Open(c.PID)
 	if err != nil {
-		return os.NewSyscallError("pidfd_open", err)
+		return err
 	}
 	defer unix.Close(process)
 	fd, err := unix.PidfdGetfd(process, c.FD, 0)

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
@@ -38,13 +39,13 @@ func TestProtect(t *testing.T) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	testproc.Ready(t, cmd)
 	pid := cmd.Process.Pid
-	pidfd, err := unix.PidfdOpen(pid, 0)
+	process, err := pidfd.Open(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(pidfd)
+	defer unix.Close(process)
 
-	if err := protect(pidfd, pid, share); err != nil {
+	if err := protect(process, pid, share); err != nil {
 		t.Fatal(err)
 	}
 	in := func(f func() error) error {
@@ -64,7 +65,7 @@ func TestProtect(t *testing.T) {
 	if err := in(func() error { return os.WriteFile(filepath.Join(ro, "written"), nil, 0o600) }); err != nil {
 		t.Errorf("write through the copy: %v", err)
 	}
-	if err := protect(pidfd, pid, share); err != nil {
+	if err := protect(process, pid, share); err != nil {
 		t.Errorf("once more: %v", err)
 	}
 	if err := in(func() error { return unix.Unmount(rw, 0) }); err != nil {
