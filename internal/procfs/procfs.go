@@ -29,10 +29,15 @@ import (
 
 // Stat is a part of /proc/PID/stat.
 type Stat struct {
+	// Name is the command's, as the process has it. It may contain any character.
+	Name string
 	// State is the process's state, such as 'R' or 'Z'.
 	State byte
 	// Parent is the pid of its parent; 0: it is outside of the PID namespace.
 	Parent int
+	// Session is the pid of its session's leader; 0: it is outside of the PID
+	// namespace.
+	Session int
 	// Terminal is the device number of its controlling terminal, as in st_rdev;
 	// 0: it has none.
 	Terminal uint64
@@ -58,19 +63,20 @@ func ReadStat(pid int) (Stat, error) {
 func parseStat(data []byte) (Stat, error) {
 	// The second field, the command's name, is in parentheses and may contain
 	// any character.
-	i := bytes.LastIndexByte(data, ')')
-	if i < 0 {
+	first, i := bytes.IndexByte(data, '('), bytes.LastIndexByte(data, ')')
+	if first < 0 || i < first {
 		return Stat{}, errors.New("no command")
 	}
 	fields := strings.Fields(string(data[i+1:]))
 	// By their numbers in proc(5), which start from 1, less the first two fields.
-	const parent, terminal, startTime = 4 - 3, 7 - 3, 22 - 3
+	const parent, session, terminal, startTime = 4 - 3, 6 - 3, 7 - 3, 22 - 3
 	if len(fields) <= startTime {
 		return Stat{}, fmt.Errorf("%d fields after the command", len(fields))
 	}
-	s := Stat{State: fields[0][0]}
-	var errs [3]error
+	s := Stat{Name: string(data[first+1 : i]), State: fields[0][0]}
+	var errs [4]error
 	s.Parent, errs[0] = strconv.Atoi(fields[parent])
+	s.Session, errs[3] = strconv.Atoi(fields[session])
 	// The kernel prints these 32 bits with a sign.
 	device, err := strconv.ParseInt(fields[terminal], 10, 32)
 	s.Terminal, errs[1] = uint64(uint32(device)), err //nolint:gosec // see above
@@ -107,9 +113,13 @@ func Status(pid int, field string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for line := range strings.Lines(string(data)) {
-		if name, value, ok := strings.Cut(line, ":"); ok && name == field {
-			return strings.TrimSpace(value), nil
+	return statusField(data, pid, field)
+}
+
+func statusField(data []byte, pid int, field string) (string, error) {
+	for line := range bytes.Lines(data) {
+		if name, value, ok := bytes.Cut(line, []byte(":")); ok && string(name) == field {
+			return string(bytes.TrimSpace(value)), nil
 		}
 	}
 	return "", fmt.Errorf("/proc/%d/status has no %s", pid, field)
@@ -122,6 +132,10 @@ func NSPIDs(pid int) ([]int, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parseNSPIDs(value, pid)
+}
+
+func parseNSPIDs(value string, pid int) ([]int, error) {
 	var pids []int
 	for field := range strings.FieldsSeq(value) {
 		n, err := strconv.Atoi(field)
@@ -134,20 +148,6 @@ func NSPIDs(pid int) ([]int, error) {
 		return nil, fmt.Errorf("NSpid of process %d is empty", pid)
 	}
 	return pids, nil
-}
-
-// Tracer returns the pid of the process that traces a process with ptrace(2), or
-// 0.
-func Tracer(pid int) (int, error) {
-	value, err := Status(pid, "TracerPid")
-	if err != nil {
-		return 0, err
-	}
-	tracer, err := strconv.Atoi(value)
-	if err != nil {
-		return 0, fmt.Errorf("TracerPid of process %d: %w", pid, err)
-	}
-	return tracer, nil
 }
 
 // Cmdline returns the command line of a process, none for kernel threads and

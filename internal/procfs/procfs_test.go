@@ -19,16 +19,16 @@ import (
 )
 
 func TestParseStat(t *testing.T) {
-	const tail = " S 7 1 1 34816 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 123456789012 8 9\n"
+	const tail = " S 7 1 5 34816 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 123456789012 8 9\n"
 	for name, tc := range map[string]struct {
 		in   string
 		want Stat
 		err  string
 	}{
-		"a process":                     {in: "12 (cat)" + tail, want: Stat{State: 'S', Parent: 7, Terminal: 34816, StartTime: 123456789012}},
-		"a name with spaces":            {in: "12 (a b c)" + tail, want: Stat{State: 'S', Parent: 7, Terminal: 34816, StartTime: 123456789012}},
-		"a name that looks like fields": {in: "12 (x) Z 1 (y)" + tail, want: Stat{State: 'S', Parent: 7, Terminal: 34816, StartTime: 123456789012}},
-		"a terminal with a high number": {in: strings.Replace("12 (cat)"+tail, "34816", "-2147449851", 1), want: Stat{State: 'S', Parent: 7, Terminal: 0x80008405, StartTime: 123456789012}},
+		"a process":                     {in: "12 (cat)" + tail, want: Stat{Name: "cat", State: 'S', Parent: 7, Session: 5, Terminal: 34816, StartTime: 123456789012}},
+		"a name with spaces":            {in: "12 (a b c)" + tail, want: Stat{Name: "a b c", State: 'S', Parent: 7, Session: 5, Terminal: 34816, StartTime: 123456789012}},
+		"a name that looks like fields": {in: "12 (x) Z 1 (y)" + tail, want: Stat{Name: "x) Z 1 (y", State: 'S', Parent: 7, Session: 5, Terminal: 34816, StartTime: 123456789012}},
+		"a terminal with a high number": {in: strings.Replace("12 (cat)"+tail, "34816", "-2147449851", 1), want: Stat{Name: "cat", State: 'S', Parent: 7, Session: 5, Terminal: 0x80008405, StartTime: 123456789012}},
 		"empty":                         {in: "", err: "no command"},
 		"cut off":                       {in: "12 (cat) S 7 1", err: "3 fields"},
 		"no numbers":                    {in: strings.Replace("12 (cat)"+tail, "123456789012", "x", 1), err: "invalid syntax"},

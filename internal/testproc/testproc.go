@@ -11,7 +11,7 @@ import (
 
 // Start starts a command that exits at the end of its stdin, which is when the
 // test ends. It returns the command's output.
-func Start(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
+func Start(t testing.TB, cmd *exec.Cmd) *bufio.Reader {
 	t.Helper()
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
@@ -32,7 +32,7 @@ func Start(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
 }
 
 // Ready starts a command like Start, and waits for its first line of output.
-func Ready(t *testing.T, cmd *exec.Cmd) {
+func Ready(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
 	if _, err := Start(t, cmd).ReadString('\n'); err != nil {
 		t.Fatal(err)

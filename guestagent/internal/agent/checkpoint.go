@@ -66,6 +66,7 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 	if err != nil {
 		return nil, false, err
 	}
+	findings = append(findings, look.CheckTerminals(c.Stdio)...)
 	shm, err := look.CheckShm(device)
 	if err != nil {
 		return nil, false, err
@@ -232,6 +233,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		}
 	}
 	opts := dumpOptions(op, c, r.GetOptions(), out, images)
+	op.ShareCgroupNamespace(look.CgroupNamespaces())
 	if err := shareNamespace(opts, c.root().PID); err != nil {
 		return nil, err
 	}

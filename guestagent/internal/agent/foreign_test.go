@@ -7,6 +7,7 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -45,11 +46,19 @@ func client(t *testing.T, a *Agent) api.AgentService {
 // shim: encoding an error that is no UTF-8 would end the connection, with the
 // leases and execs of all containers on it.
 func TestARefusalNamesAnyProcess(t *testing.T) {
-	init := exec.Command("sh", "-c", "echo ready; read line")
-	testproc.Ready(t, init)
-	odd := exec.Command("unshare", "--uts", "sh", "-c", `printf 'a\377\033]0;x' >/proc/$$/comm; echo ready; read line`)
-	testproc.Ready(t, odd)
-	a, c := adopted(t, init.Process.Pid, odd.Process.Pid)
+	init := exec.Command("sh", "-c", `exec 5<&0; unshare --uts sh -c "$0" & echo $!; wait`, `printf 'a\377\033]0;x' >/proc/$$/comm; echo ready; read line <&5`)
+	out := testproc.Start(t, init)
+	odd := 0
+	for line := ""; line != "ready\n"; {
+		var err error
+		if line, err = out.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+		if pid, err := strconv.Atoi(strings.TrimSpace(line)); err == nil {
+			odd = pid
+		}
+	}
+	a, c := adopted(t, init.Process.Pid, odd)
 	conn := client(t, a)
 	for range 2 {
 		_, err := conn.CheckCheckpoint(t.Context(), &api.CheckpointRequest{ContainerId: c.ID})

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -64,6 +65,9 @@ func launch(dir string, args []string) error {
 	if err := setUpMounts(dir, job); err != nil {
 		return err
 	}
+	if err := showNamespaces(dir, job); err != nil {
+		return err
+	}
 	if err := thread.Enter(job.Target, job.Join...); err != nil {
 		return err
 	}
@@ -110,13 +114,13 @@ func inherit(job Job) error {
 	if job.FreshProc {
 		target = job.TargetInside
 	}
-	pidfd, err := unix.PidfdOpen(target, 0)
+	process, err := pidfd.Open(target)
 	if err != nil {
 		return fmt.Errorf("open process %d: %w", target, err)
 	}
-	defer unix.Close(pidfd)
+	defer unix.Close(process)
 	for _, fd := range job.Inherit {
-		got, err := unix.PidfdGetfd(pidfd, fd, 0)
+		got, err := unix.PidfdGetfd(process, fd, 0)
 		if err != nil {
 			return fmt.Errorf("duplicate descriptor %d of process %d: %w", fd, job.Target, err)
 		}
@@ -171,6 +175,46 @@ func setUpMounts(dir string, job Job) error {
 	for i, m := range job.Mounts {
 		if err := attach(clones[i], m); err != nil {
 			return fmt.Errorf("set up mount %s: %w", m.Path, err)
+		}
+	}
+	return nil
+}
+
+// showNamespaces covers the directories in /proc with the namespaces of some
+// processes, in this mount namespace: the one that CRIU finds there for cgroups
+// is the target's. The others are links into another mount of /proc.
+func showNamespaces(dir string, job Job) error {
+	if len(job.CgroupNamespaces) == 0 {
+		return nil
+	}
+	proc := filepath.Join(dir, "proc")
+	if err := os.Mkdir(proc, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("proc", proc, "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", proc, err)
+	}
+	for _, pid := range job.CgroupNamespaces {
+		own := fmt.Sprintf("/proc/%d/ns", pid)
+		entries, err := os.ReadDir(own)
+		if err != nil {
+			return err
+		}
+		cover := filepath.Join(dir, fmt.Sprintf("ns-%d", pid))
+		if err := os.Mkdir(cover, 0o700); err != nil {
+			return err
+		}
+		for _, e := range entries {
+			of := pid
+			if e.Name() == "cgroup" {
+				of = job.Target
+			}
+			if err := os.Symlink(fmt.Sprintf("%s/%d/ns/%s", proc, of, e.Name()), filepath.Join(cover, e.Name())); err != nil {
+				return err
+			}
+		}
+		if err := unix.Mount(cover, own, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("cover %s: %w", own, err)
 		}
 	}
 	return nil

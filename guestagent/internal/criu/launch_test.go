@@ -5,9 +5,17 @@ package criu
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 func TestLaunchDeclinesAPidThatIsTaken(t *testing.T) {
@@ -24,5 +32,58 @@ func TestLaunchDeclinesAPidThatIsTaken(t *testing.T) {
 	}
 	if said, err := os.ReadFile(filepath.Join(dir, launchErrorName)); err != nil || string(said) != errPIDTaken.Error() {
 		t.Errorf("it leaves %q (%v)", said, err)
+	}
+}
+
+// CRIU finds the target's cgroup namespace in place of a process's own, and
+// all its other namespaces. Nobody else sees that.
+func TestShowNamespaces(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes namespaces: only as root")
+	}
+	cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS}
+	testproc.Ready(t, cmd)
+	pid, self := cmd.Process.Pid, os.Getpid()
+	inode := func(pid int, kind string) uint64 {
+		t.Helper()
+		var st unix.Stat_t
+		if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/%s", pid, kind), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Ino
+	}
+	entries, err := os.ReadDir("/proc/self/ns")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := make(map[string]uint64)
+	for _, e := range entries {
+		own[e.Name()] = inode(pid, e.Name())
+	}
+	dir := t.TempDir()
+	job := Job{Target: self, CgroupNamespaces: []int{pid}}
+	err = thread.Do(func() error {
+		if err := setUpMounts(dir, job); err != nil {
+			return err
+		}
+		if err := showNamespaces(dir, job); err != nil {
+			return err
+		}
+		for kind, want := range own {
+			if kind == "cgroup" {
+				want = inode(self, kind)
+			}
+			if got := inode(pid, kind); got != want {
+				t.Errorf("%s is %d, want %d", kind, got, want)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if inode(pid, "cgroup") != own["cgroup"] {
+		t.Error("others see it, too")
 	}
 }

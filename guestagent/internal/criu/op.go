@@ -53,6 +53,9 @@ type Job struct {
 	// Inherit are descriptors of Target that CRIU gets, their numbers increased
 	// by InheritBase.
 	Inherit []int `json:"inherit,omitempty"`
+	// CgroupNamespaces are processes that CRIU takes for ones in Target's cgroup
+	// namespace.
+	CgroupNamespaces []int `json:"cgroupNamespaces,omitempty"`
 	// PIDNamespaceOf is a process whose PID namespace CRIU gets as the
 	// descriptor [pidNamespaceFD]; or 0.
 	PIDNamespaceOf int `json:"pidNamespaceOf,omitempty"`
@@ -98,6 +101,10 @@ func NewOp(parent string, job Job, pidNamespaceOf int) (*Op, error) {
 
 // Avoid keeps CRIU from having one of these PIDs in its PID namespace.
 func (o *Op) Avoid(pids []int) { o.job.Avoid = pids }
+
+// ShareCgroupNamespace has CRIU take processes for ones in the target's cgroup
+// namespace. It has no way to dump another one.
+func (o *Op) ShareCgroupNamespace(pids []int) { o.job.CgroupNamespaces = pids }
 
 // Close removes the operation's directory.
 func (o *Op) Close() error { return os.RemoveAll(o.dir) }

@@ -84,18 +84,22 @@ func Refusal(findings []Finding) error {
 // process.
 func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Finding, error) {
 	var out []Finding
+	members := make(map[int]bool, len(c.Processes))
 	for _, p := range c.Processes {
-		if p != c.Root && c.orphaned(p) {
+		members[p.PID] = true
+	}
+	for _, p := range c.Processes {
+		if p != c.Root && !members[p.Parent] && c.orphaned(p) {
 			out = append(out, c.finding(p, orphan))
-		}
-		if p.Tracer != 0 {
-			out = append(out, c.finding(p, rule{Refused, "is traced by the process " + Name(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
 		}
 		if p.Headless {
 			out = append(out, c.finding(p, headless))
 		}
 		for _, f := range p.Files {
 			if r := classify(p, f, stdio); r.class != Good {
+				out = append(out, c.finding(p, r))
+			}
+			if r := c.procFile(f); r.class != Good {
 				out = append(out, c.finding(p, r))
 			}
 		}
@@ -106,15 +110,22 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 			}
 		}
 	}
+	for _, p := range c.all() {
+		// CRIU stops the processes of execs as well, which have the same cgroup.
+		if p.Tracer != 0 {
+			out = append(out, c.finding(p, rule{Refused, "is traced by the process " + Name(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
+		}
+		if p.Exec {
+			out = append(out, c.finding(p, execed))
+		}
+	}
 	out = append(out, c.nestedNamespaces()...)
 	out = append(out, c.unusualSockets()...)
-	if !o.GetExternalUnixSockets() {
-		external, err := c.externalSockets()
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, external...)
+	external, err := c.externalSockets(o.GetExternalUnixSockets())
+	if err != nil {
+		return nil, err
 	}
+	out = append(out, external...)
 	out = append(out, c.connected(o)...)
 	return distinct(out), nil
 }
@@ -146,7 +157,7 @@ var anonymous = map[string]rule{
 	"inotify":     {},
 	"[fanotify]":  {},
 	"bpf-map":     {},
-	"[io_uring]":  {Refused, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring"},
+	"[io_uring]":  {Refused, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring, or disable it in the guest (sysctl kernel.io_uring_disabled=2, see docs/limits.md)"},
 }
 
 // anonInode starts the names of such descriptors and of their mappings.
@@ -163,6 +174,9 @@ var controllingTTY = rule{Refused, "has /dev/tty open, as shells with job contro
 // which walks the tree from its root, does not see it.
 var orphan = rule{Refused, "has lost its parent and is no longer a descendant of the container's init, below which CRIU looks for processes",
 	"have init adopt orphans, as an init program does that is told to be a subreaper, or run the container with a pid namespace of its own (shareProcessNamespace: false)"}
+
+// execed is a process of an exec that has not ended.
+var execed = rule{Warning, "was started by an exec, which the image set does not contain", ""}
 
 // headless is a process whose main thread has called pthread_exit(3): CRIU
 // copies what threads share from the main one (criu/cr-dump.c).
@@ -181,6 +195,31 @@ func classify(p *Process, f File, stdio []*api.Stdio) rule {
 		return r
 	}
 	return rule{class: Unknown, what: fmt.Sprintf("has %s open, which this version does not know", f.Name)}
+}
+
+// procFile finds the rule for a file of /proc about a thread or a process. CRIU
+// opens it by its name: that of a thread before it makes any (criu/files-reg.c,
+// open_path), and one of a process that is not in the image set never.
+func (c *Container) procFile(f File) rule {
+	name, ok := strings.CutPrefix(f.Name, "/proc/")
+	if !ok {
+		return rule{}
+	}
+	parts := strings.Split(name, "/")
+	pid, err := strconv.Atoi(parts[0])
+	if err != nil {
+		return rule{}
+	}
+	if len(parts) > 2 && parts[1] == "task" && parts[2] != parts[0] && strings.Trim(parts[2], "0123456789") == "" {
+		return rule{Refused, "has " + f.Name + " open, which is of a thread and cannot be restored", "close it before the checkpoint"}
+	}
+	depth := len(c.Root.PIDs)
+	for _, p := range c.Execs {
+		if len(p.PIDs) >= depth && p.PIDs[depth-1] == pid {
+			return rule{Refused, "has " + f.Name + " open, of " + c.ofExec(p), endExec}
+		}
+	}
+	return rule{}
 }
 
 // isStdio reports whether a terminal is one of the container's stdio.
@@ -209,7 +248,7 @@ func (c *Container) orphaned(p *Process) bool {
 // that nobody has said anything about: a restore brings them back only at the
 // same address, and only while their peers still have them. Those with both ends
 // in the container are restored without anybody's asking.
-func (c *Container) connected(o *api.CheckpointOptions) []Finding {
+func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
 	r := rule{Refused, "", "close it and repeat the checkpoint, or create the container with the annotation kata-checkpoint.dev/tcp: " +
 		"established to keep such connections, or close to close them"}
 	connections := Outside(c.Connections)
@@ -218,57 +257,93 @@ func (c *Container) connected(o *api.CheckpointOptions) []Finding {
 		r = rule{Warning, "", "it finds the connection closed after the restore"}
 		connections = c.Connections
 	case o.GetTcpEstablished():
-		return nil
+		// There is nothing to keep a connection to an exec for, which ends with
+		// the container.
+		connections = slices.DeleteFunc(connections, func(conn Connection) bool { return conn.Exec == nil })
 	}
 	count := make(map[int]int)
 	for _, conn := range connections {
 		count[conn.PID]++
 	}
-	var out []Finding
 	for _, conn := range connections {
 		n := count[conn.PID]
 		if n == 0 {
 			continue
 		}
 		count[conn.PID] = 0
+		r := r
 		r.what = fmt.Sprintf("has an open TCP connection from %s to %s", conn.Local, conn.Remote)
-		if !conn.Inside {
+		switch {
+		case conn.Exec != nil:
+			r.what += ", to " + c.ofExec(conn.Exec)
+			if r.class == Refused {
+				r.advice = endExec + ", or create the container with the annotation kata-checkpoint.dev/tcp: close"
+			}
+		case !conn.Inside:
 			r.what += " outside of the container"
 		}
 		if n > 1 {
 			r.what += fmt.Sprintf(", and %d more", n-1)
 		}
-		i := slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == conn.PID })
-		out = append(out, c.finding(c.Processes[i], r))
+		out = append(out, c.finding(c.byPID(conn.PID), r))
 	}
 	return out
 }
 
+// byPID returns one of the container's own processes.
+func (c *Container) byPID(pid int) *Process {
+	return c.Processes[slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == pid })]
+}
+
+// endExec is the advice for what cannot be checkpointed while an exec runs.
+const endExec = "repeat the checkpoint once the exec has ended, or terminate it"
+
+// ofExec names a process that an exec has started.
+func (c *Container) ofExec(p *Process) string {
+	return "the process " + c.named(p) + ", which was started by an exec and is not part of a checkpoint"
+}
+
 // externalSockets finds unix sockets of the container that are connected to a
-// process outside of it. A peer that no process has is left to CRIU: it may be
-// in flight through another socket.
-func (c *Container) externalSockets() ([]Finding, error) {
+// process outside of it, or to one that an exec has started. A peer that no process has is left to CRIU: it may be
+// in flight through another socket. Allowed are those that the caller allows and
+// CRIU can connect again: datagram sockets, by the peer's name (criu/sk-unix.c,
+// dump_external_sockets).
+func (c *Container) externalSockets(allow bool) ([]Finding, error) {
+	var out []Finding
 	outside := make(map[uint32]*Process) // by the outer end's inode
 	for inode, o := range c.sockets.owners {
-		if peer := c.sockets.peers[inode]; peer != 0 && c.sockets.owners[peer].process == nil {
+		peer := c.sockets.unix[inode].peer
+		if peer == 0 || o.process.Exec {
+			continue
+		}
+		if other := c.sockets.unix[peer]; allow && other.datagram && other.named {
+			continue
+		}
+		switch other := c.sockets.owners[peer].process; {
+		case other == nil:
 			outside[peer] = o.process
+		case other.Exec:
+			out = append(out, c.finding(o.process, rule{Refused, "has a unix socket that is connected to " + c.ofExec(other), endExec}))
 		}
 	}
 	if len(outside) == 0 {
-		return nil, nil
+		return out, nil
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
-	var out []Finding
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || slices.ContainsFunc(c.Processes, func(p *Process) bool { return p.PID == pid }) {
+		if err != nil || slices.ContainsFunc(c.all(), func(p *Process) bool { return p.PID == pid }) {
 			continue
 		}
 		// A process outside of the container may exit meanwhile.
-		_ = links(pid, func(_ int, name string) error {
+		dir, err := procfs.OpenDir(pid, nil)
+		if err != nil {
+			continue
+		}
+		_ = links(dir, func(_ int, name string) error {
 			if inode, ok := socketInode(name); ok && outside[inode] != nil {
 				out = append(out, c.finding(outside[inode], rule{Refused,
 					fmt.Sprintf("has a unix socket that is connected to outside of the container, to the process %s (pid %d in the guest)", Name(pid), pid),
@@ -276,6 +351,7 @@ func (c *Container) externalSockets() ([]Finding, error) {
 			}
 			return nil
 		})
+		dir.Close()
 	}
 	return out, nil
 }

@@ -5,6 +5,7 @@ package inspect
 import (
 	"bufio"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -79,14 +80,164 @@ func TestExternalUnixSocketIsRefused(t *testing.T) {
 					t.Errorf("%q lacks %q", err, part)
 				}
 			}
-			if err := refusal(t, self, []int{self}, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
-				t.Errorf("allowed, and refused: %v", err)
+			// CRIU finds a peer by its name.
+			if err := refusal(t, self, []int{self}, &api.CheckpointOptions{ExternalUnixSockets: true}); err == nil {
+				t.Error("a connection that CRIU cannot make again is allowed")
 			}
 			if err := refusal(t, self, []int{self, other}, &api.CheckpointOptions{}); err != nil {
 				t.Errorf("both ends are in the container: %v", err)
 			}
 		})
 	}
+}
+
+// A datagram socket is connected again by the peer's name, if the caller allows
+// it.
+func TestExternalDatagramSocket(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "socket")
+	bound, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := bound.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bound.Close()
+	cmd := exec.Command("sh", "-c", "echo ready; read line")
+	cmd.ExtraFiles = []*os.File{file}
+	testproc.Ready(t, cmd)
+	file.Close()
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	self := os.Getpid()
+	if err := refusal(t, self, []int{self}, &api.CheckpointOptions{}); err == nil {
+		t.Error("it is not found")
+	}
+	if err := refusal(t, self, []int{self}, &api.CheckpointOptions{ExternalUnixSockets: true}); err != nil {
+		t.Errorf("allowed, and refused: %v", err)
+	}
+}
+
+// A process of an exec is not part of a checkpoint, so that what it has is no
+// obstacle; what it shares with the container's own processes is one.
+func TestExecs(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(sockets ...*os.File) *exec.Cmd {
+		cmd := exec.Command("sh", "-c", "sleep 1000 & echo ready; read line; kill $!")
+		cmd.ExtraFiles = sockets
+		testproc.Ready(t, cmd)
+		for _, f := range sockets {
+			f.Close()
+		}
+		return cmd
+	}
+	tcp := func(c net.Conn) *os.File {
+		defer c.Close()
+		f, err := c.(*net.TCPConn).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	root := start(os.NewFile(uintptr(pair[0]), ""), tcp(server)).Process.Pid
+	other := start(os.NewFile(uintptr(pair[1]), ""), tcp(client)).Process.Pid
+	var pids []int
+	for _, pid := range []int{root, other} {
+		pids = append(append(pids, pid), children(t, pid)...)
+	}
+	c, err := Look(t.Context(), root, pids, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(pids) != 4 || len(c.Processes) != 2 || len(c.Execs) != 2 || c.Root.Exec || !c.Execs[0].Exec || c.Execs[0].PID != other {
+		t.Fatalf("of %v, %d are the container's and %d of an exec", pids, len(c.Processes), len(c.Execs))
+	}
+	name := fmt.Sprintf("the process sh (pid %d), which was started by an exec and is not part of a checkpoint", other)
+	for o, want := range map[*api.CheckpointOptions]map[string]int{
+		{}:                     {"unix socket that is connected to " + name: 1, ", to " + name + ": repeat the checkpoint once the exec has ended": 1, "; ": 1},
+		{TcpEstablished: true}: {", to " + name: 1, "; ": 1},
+		{TcpClose: true}:       {"unix socket": 1, "TCP": 0},
+	} {
+		findings, err := c.Check(nil, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := Refusal(findings).Error()
+		for part, times := range want {
+			if n := strings.Count(text, part); n != times {
+				t.Errorf("%v: %q is said %d times in %q", o, part, n, text)
+			}
+		}
+	}
+	// What it has open besides is no obstacle; CRIU stops it all the same.
+	c.Execs[0].Files = append(c.Execs[0].Files, File{Name: "anon_inode:[io_uring]"})
+	c.Execs[0].Tracer = root
+	findings, err := c.Check(nil, &api.CheckpointOptions{TcpClose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := Refusal(findings).Error(); strings.Contains(text, "io_uring") || !strings.Contains(text, "is traced by") {
+		t.Errorf("an exec with io_uring that is traced: %q", text)
+	}
+	if n := len(slices.DeleteFunc(findings, func(f Finding) bool {
+		return f.Class != Warning || !strings.HasPrefix(f.What, "was started by an exec")
+	})); n != 2 {
+		t.Errorf("there are %d warnings of processes of an exec", n)
+	}
+}
+
+// Files of /proc come back where their processes do, before there are threads.
+func TestFilesOfProc(t *testing.T) {
+	root := &Process{PID: 100, PIDs: []int{100, 7, 1}, Name: "init"}
+	other := &Process{PID: 105, PIDs: []int{105, 11, 30}, Name: "other", Exec: true}
+	c := &Container{Root: root, Processes: []*Process{root}, Execs: []*Process{other}}
+	for name, want := range map[string]string{
+		"/proc/1/status": "", "/proc/1/task/1/status": "", "/proc/1/task": "", "/proc/self": "", "/proc/sys/kernel/pid_max": "", "/proc/9/stat": "", "/proc/1/net/tcp": "", "/data/proc/1/task/2/stat": "",
+		"/proc/1/task/2/status": "of a thread", "/proc/1/task/2": "of a thread",
+		"/proc/30/status": "the process other (pid 30), which was started by an exec", "/proc/30": "the process other (pid 30)",
+	} {
+		r := c.procFile(File{Name: name})
+		if (r.class == Refused) != (want != "") || !strings.Contains(r.what, want) {
+			t.Errorf("%s: %+v, want %q", name, r, want)
+		}
+	}
+}
+
+// children lists those of a process.
+func children(t testing.TB, pid int) (out []int) {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for field := range strings.FieldsSeq(string(data)) {
+		child, err := strconv.Atoi(field)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, child)
+	}
+	return out
 }
 
 func TestClassify(t *testing.T) {
@@ -121,8 +272,8 @@ func TestClassify(t *testing.T) {
 func TestRefusal(t *testing.T) {
 	root := &Process{PID: 100, PIDs: []int{100, 7, 1}, Name: "init"}
 	child := &Process{PID: 103, PIDs: []int{103, 9, 2}, Name: "child", Files: []File{{Name: "anon_inode:[io_uring]"}, {Name: "anon_inode:[io_uring]"}, {Name: "anon_inode:[invented]"}}}
-	exec := &Process{PID: 105, PIDs: []int{105, 11}, Name: "exec", Files: []File{{Name: "anon_inode:[io_uring]"}}}
-	c := &Container{Root: root, Processes: []*Process{root, child, exec}}
+	other := &Process{PID: 105, PIDs: []int{105, 11}, Name: "other", Files: []File{{Name: "anon_inode:[io_uring]"}}}
+	c := &Container{Root: root, Processes: []*Process{root, child, other}}
 	for i := range 3 {
 		remote := netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), uint16(5000+i))
 		c.Connections = append(c.Connections, Connection{PID: 103, FD: i, Local: netip.MustParseAddrPort("10.0.0.2:80"), Remote: remote})
@@ -139,8 +290,8 @@ func TestRefusal(t *testing.T) {
 		t.Fatal("nothing is refused")
 	}
 	for part, times := range map[string]int{
-		"the process child (pid 2) uses io_uring":               1,
-		"the process exec (pid 105 in the guest) uses io_uring": 1,
+		"the process child (pid 2) uses io_uring":                1,
+		"the process other (pid 105 in the guest) uses io_uring": 1,
 		"child (pid 2) has an open TCP connection from 10.0.0.2:80 to 10.0.0.1:5000 outside of the container, and 2 more: close it": 1, "127.0.0.1": 0,
 		"kata-checkpoint.dev/tcp": 1, "invented": 0, "\n": 0, "; ": 2,
 	} {

@@ -15,12 +15,11 @@
 package inspect
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,8 +34,12 @@ import (
 type Container struct {
 	// Root is init, or the root of a restored tree.
 	Root *Process
-	// Processes are all of them, Root among them.
+	// Processes are those that a checkpoint is of: Root and what descends from it.
 	Processes []*Process
+	// Execs are those that execs have started, and their children. CRIU, which
+	// follows the tree from its root, leaves them out; one whose parent exits
+	// becomes a child of init's, and no longer is one of these.
+	Execs []*Process
 	// Connections are their open TCP connections.
 	Connections []Connection
 	// Names are those that [Container.CheckNames] has found.
@@ -62,8 +65,12 @@ type Process struct {
 	Name string
 	// Parent is the parent's PID, or 0 where the parent is not visible here.
 	Parent int
-	// Terminal is the device number of the controlling terminal, or 0.
+	// Exec: it is one of [Container.Execs].
+	Exec bool
+	// Terminal is the device number of the controlling terminal, or 0, and
+	// Session the PID of the session's leader, or 0 where that is not visible here.
 	Terminal uint64
+	Session  int
 	// Tracer is the PID of the process that traces it, or 0.
 	Tracer int
 	// Headless: the main thread has exited, and others run.
@@ -121,7 +128,7 @@ func Look(ctx context.Context, root int, pids []int, points []string) (*Containe
 	if err != nil {
 		return nil, err
 	}
-	if c.sockets, err = readSockets(c.Processes); err != nil {
+	if c.sockets, err = readSockets(c.all()); err != nil {
 		return nil, err
 	}
 	c.Connections = c.sockets.connections
@@ -133,30 +140,56 @@ func Look(ctx context.Context, root int, pids []int, points []string) (*Containe
 
 // LookAtFiles is Look without sockets and addresses.
 func LookAtFiles(ctx context.Context, root int, pids []int, points []string) (*Container, error) {
-	c := &Container{points: points}
-	var err error
-	if c.Processes, err = Processes(ctx, pids); err != nil {
+	all, err := Processes(ctx, pids)
+	if err != nil {
 		return nil, err
 	}
-	i := slices.IndexFunc(c.Processes, func(p *Process) bool { return p.PID == root })
+	i := slices.IndexFunc(all, func(p *Process) bool { return p.PID == root })
 	if i < 0 {
 		return nil, errclass.Precondition("the container's process has exited")
 	}
-	c.Root = c.Processes[i]
-	if c.mounts, err = readMounts(c.Root, c.Processes, points); err != nil {
+	c := &Container{Root: all[i], points: points}
+	c.tellApart(all)
+	if c.mounts, err = readMounts(c.Root, all, points); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
+// tellApart finds the processes that execs have started among all of a
+// container's. One that has lost its parent to the init of a PID namespace that
+// is not the container's own is not one of these.
+func (c *Container) tellApart(all []*Process) {
+	byPID := make(map[int]*Process, len(all))
+	for _, p := range all {
+		byPID[p.PID] = p
+	}
+	for _, p := range all {
+		top := p
+		for top != c.Root && byPID[top.Parent] != nil {
+			top = byPID[top.Parent]
+		}
+		if p.Exec = top != c.Root && !c.orphaned(top); p.Exec {
+			c.Execs = append(c.Execs, p)
+		} else {
+			c.Processes = append(c.Processes, p)
+		}
+	}
+}
+
+// all are the processes that share the container's cgroup.
+func (c *Container) all() []*Process { return slices.Concat(c.Processes, c.Execs) }
+
 // Processes reads processes, without those that have exited.
 func Processes(ctx context.Context, pids []int) ([]*Process, error) {
 	out := make([]*Process, 0, len(pids))
+	var dir *procfs.Dir
 	for _, pid := range pids {
 		if err := ended(ctx); err != nil {
 			return nil, err
 		}
-		p, err := readProcess(pid)
+		p, last, err := readProcess(pid, dir)
+		dir = last
 		if gone(err) {
 			continue
 		}
@@ -182,58 +215,58 @@ func gone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
 }
 
-func readProcess(pid int) (*Process, error) {
-	p := &Process{PID: pid, Name: Name(pid)}
-	stat, err := procfs.ReadStat(pid)
+func readProcess(pid int, reuse *procfs.Dir) (*Process, *procfs.Dir, error) {
+	dir, err := procfs.OpenDir(pid, reuse)
 	if err != nil {
-		return nil, err
+		return nil, reuse, err
 	}
-	p.Parent, p.Terminal = stat.Parent, stat.Terminal
-	if p.PIDs, err = procfs.NSPIDs(pid); err != nil {
-		return nil, err
+	defer dir.Close()
+	stat, err := dir.Stat()
+	if err != nil {
+		return nil, dir, err
 	}
-	if p.Tracer, err = procfs.Tracer(pid); err != nil {
-		return nil, err
+	p := &Process{PID: pid, Name: shown(stat.Name), Parent: stat.Parent, Terminal: stat.Terminal, Session: stat.Session}
+	if p.PIDs, p.Tracer, err = dir.Identity(); err != nil {
+		return nil, dir, err
 	}
 	if stat.Exited() {
-		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		threads, err := dir.Names("task")
 		if err != nil {
-			return nil, err
+			return nil, dir, err
 		}
 		p.Headless = len(threads) > 1
 	}
 	// A zombie has no namespaces, and nothing open or mapped.
-	if p.Namespaces, err = readNamespaces(pid); err != nil {
-		return nil, err
+	if p.Namespaces, err = readNamespaces(dir); err != nil {
+		return nil, dir, err
 	}
-	p.mountNamespace, _ = os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", pid))
-	p.rootDir, _ = os.Readlink(fmt.Sprintf("/proc/%d/root", pid))
-	if p.Files, err = readFiles(pid); err != nil {
-		return nil, err
+	p.mountNamespace, _ = dir.Link("ns/mnt")
+	p.rootDir, _ = dir.Link("root")
+	if p.Files, err = readFiles(dir); err != nil {
+		return nil, dir, err
 	}
-	if p.Mappings, err = readMappings(pid); err != nil && !gone(err) {
-		return nil, err
+	if p.Mappings, err = readMappings(dir); err != nil && !gone(err) {
+		return nil, dir, err
 	}
-	return p, nil
+	return p, dir, nil
 }
 
 // links calls f with the number and the name of each descriptor of a process.
 // One that has exited has none.
-func links(pid int, f func(fd int, name string) error) error {
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	entries, err := os.ReadDir(dir)
+func links(dir *procfs.Dir, f func(fd int, name string) error) error {
+	numbers, err := dir.Names("fd")
 	if gone(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		name, err := os.Readlink(dir + "/" + e.Name())
+	for _, number := range numbers {
+		name, err := dir.Link("fd/" + number)
 		if err != nil {
 			continue // closed meanwhile
 		}
-		fd, err := strconv.Atoi(e.Name())
+		fd, err := strconv.Atoi(number)
 		if err != nil {
 			return err
 		}
@@ -244,12 +277,12 @@ func links(pid int, f func(fd int, name string) error) error {
 	return nil
 }
 
-func readFiles(pid int) ([]File, error) {
+func readFiles(dir *procfs.Dir) ([]File, error) {
 	var out []File
-	err := links(pid, func(fd int, name string) error {
+	err := links(dir, func(fd int, name string) error {
 		f := File{FD: fd, Name: name}
 		if strings.HasPrefix(name, "/") {
-			info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, fd))
+			info, err := dir.Read("fdinfo/" + strconv.Itoa(fd))
 			if gone(err) {
 				return nil
 			}
@@ -290,17 +323,18 @@ func (f *File) parseInfo(info string) error {
 	return nil
 }
 
-func readMappings(pid int) ([]Mapping, error) {
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+func readMappings(dir *procfs.Dir) ([]Mapping, error) {
+	maps, err := dir.Read("maps")
 	if err != nil {
 		return nil, err
 	}
-	defer maps.Close()
 	var out []Mapping
-	s := bufio.NewScanner(maps)
-	s.Buffer(nil, 1<<16)
-	for s.Scan() {
-		m, ok := parseMapping(s.Text())
+	for line := range bytes.Lines(maps) {
+		// Most of many mappings are of no file.
+		if !bytes.ContainsRune(line, '/') && !bytes.Contains(line, []byte(anonInode)) {
+			continue
+		}
+		m, ok := parseMapping(string(bytes.TrimSuffix(line, []byte("\n"))))
 		if !ok {
 			continue
 		}
@@ -309,7 +343,7 @@ func readMappings(pid int) ([]Mapping, error) {
 		}
 		out = append(out, m)
 	}
-	return out, s.Err()
+	return out, nil
 }
 
 // parseMapping reads a line of /proc/PID/maps, if a file is mapped: addresses,

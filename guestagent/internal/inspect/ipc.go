@@ -58,7 +58,7 @@ func (c *Container) attribute(objects []ipcObject, sharing []*Process) (own bool
 	}
 	var mine, foreign []ipcObject
 	for _, o := range objects {
-		user, other := o.userAmong(c.Processes), o.userAmong(sharing)
+		user, other := o.userAmong(c.all()), o.userAmong(sharing)
 		switch {
 		case user != nil && other != nil:
 			findings = append(findings, c.finding(user, rule{Refused,
@@ -102,7 +102,7 @@ func (c *Container) queues(queues map[string]uint64, sharing []*Process) (findin
 	}
 	const advice = "have the program communicate in another way, such as by a socket"
 	known := make(map[string]bool)
-	for _, p := range c.Processes {
+	for _, p := range c.all() {
 		for _, name := range openQueues(p, queues) {
 			known[name] = true
 			findings = append(findings, c.finding(p, rule{Refused, "has the POSIX message queue " + name + " open, which CRIU cannot checkpoint", advice}))

@@ -141,10 +141,7 @@ func TestIPCObjectsOfANamespace(t *testing.T) {
 	if len(queues) != 1 || queues["/case"] == 0 {
 		t.Errorf("the namespace has the queues %v", queues)
 	}
-	self := &Process{PID: os.Getpid(), PIDs: []int{os.Getpid()}, Name: "test"}
-	if self.Files, err = readFiles(os.Getpid()); err != nil {
-		t.Fatal(err)
-	}
+	self := processes(t, os.Getpid())[0]
 	if open := openQueues(self, queues); !slices.Equal(open, []string{"/case"}) {
 		t.Errorf("this process has the queues %v open", open)
 	}

@@ -34,7 +34,8 @@ const maxSearched = 10000
 
 // CheckNames looks for open files and bound sockets that have lost the name by
 // which CRIU looks for them, and notes other names of theirs in the same
-// directory. Its findings are those that a restore could not bring back.
+// directory. Its findings are those that a restore could not bring back, and
+// devices that CRIU cannot open.
 func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
 	tree, err := c.Tree()
 	if err != nil {
@@ -77,6 +78,9 @@ func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
 		}
 	}
 	for number, o := range c.sockets.owners {
+		if o.process.Exec {
+			continue
+		}
 		if err := ended(ctx); err != nil {
 			return nil, err
 		}
@@ -137,7 +141,14 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	if err := unix.Stat(link, &st); err != nil {
 		return nil //nolint:nilerr // closed, unmapped or exited meanwhile
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFCHR, unix.S_IFBLK:
+		if mount != nil && !restorableDevice(&st) {
+			s.refuse(p, "close it before the checkpoint, or run the program without it", "has the device %s open, which CRIU cannot checkpoint", name)
+		}
+		return nil
+	case unix.S_IFREG:
+	default:
 		return nil
 	}
 	own := inode{st.Dev, st.Ino}
@@ -180,6 +191,30 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 		s.names.Files[name] = now
 	}
 	return nil
+}
+
+// The major numbers of devices that CRIU opens again by their names: memory, such
+// as null and random, and terminals (criu/files.c, dump_chrdev, and criu/tty.c).
+// It knows TUN as well, but only in a network namespace of the images.
+const (
+	memoryMajor  = 1
+	consoleMajor = 4
+	ttyMajor     = 5
+	serialMajor  = 204
+	usbMajor     = 188
+	masterMajor  = 128 // UNIX98_PTY_MASTER_MAJOR, the first of eight
+)
+
+func restorableDevice(st *unix.Stat_t) bool {
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return false
+	}
+	switch major := unix.Major(st.Rdev); major {
+	case memoryMajor, consoleMajor, ttyMajor, serialMajor, usbMajor:
+		return true
+	default:
+		return major >= masterMajor && major <= lastSlaveMajor
+	}
 }
 
 // siocUnixFile gives a descriptor of the file that a unix socket is bound to

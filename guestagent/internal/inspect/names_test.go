@@ -197,3 +197,16 @@ func TestNamesOfListeningSockets(t *testing.T) {
 		})
 	}
 }
+
+// A device that CRIU cannot open again is found, and none of the usual ones.
+func TestDevices(t *testing.T) {
+	for name, want := range map[string]bool{"/dev/null": true, "/dev/urandom": true, "/dev/tty": true, "/dev/ptmx": true, "/dev/fuse": false, "/dev/net/tun": false, "/dev/loop0": false, "/dev/kvm": false} {
+		var st unix.Stat_t
+		if err := unix.Stat(name, &st); err != nil {
+			continue // not on this machine
+		}
+		if got := restorableDevice(&st); got != want {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -43,6 +44,41 @@ func TestNestedNamespaces(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tc.want)
 			}
 		})
+	}
+}
+
+// Time namespaces are for what a process starts.
+func TestTimeNamespace(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes namespaces: only as root")
+	}
+	cmd := exec.Command("unshare", "--time", "--fork", "sh", "-c", "echo ready; read line")
+	testproc.Ready(t, cmd)
+	self, pids := os.Getpid(), append(children(t, cmd.Process.Pid), os.Getpid(), cmd.Process.Pid)
+	err := refusal(t, self, pids, &api.CheckpointOptions{TcpEstablished: true})
+	if err == nil || !strings.Contains(err.Error(), "the process sh (") || !strings.Contains(err.Error(), "is in a time namespace of its own") || !strings.Contains(err.Error(), "has made a time namespace") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// CRIU is told to take another cgroup namespace for init's.
+func TestCgroupNamespaces(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes a namespace: only as root")
+	}
+	pids := []int{os.Getpid()}
+	for _, flags := range []uintptr{0, unix.CLONE_NEWCGROUP} {
+		cmd := exec.Command("/bin/sh", "-c", "echo ready; read line")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+		testproc.Ready(t, cmd)
+		pids = append(pids, cmd.Process.Pid)
+	}
+	c, err := Look(t.Context(), pids[0], pids, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := c.CgroupNamespaces(); !slices.Equal(got, pids[2:]) {
+		t.Errorf("got %v, want %v", got, pids[2:])
 	}
 }
 

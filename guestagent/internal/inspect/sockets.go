@@ -29,6 +29,9 @@ type Connection struct {
 	Local, Remote netip.AddrPort
 	// Inside: the other end is one of the same processes', or gone.
 	Inside bool
+	// Exec is the process of an exec in the same container that has the other
+	// end, or nil.
+	Exec *Process
 }
 
 // Outside returns the connections whose other end is not the container's own.
@@ -38,12 +41,22 @@ func Outside(list []Connection) []Connection {
 
 // sockets are those of processes.
 type sockets struct {
-	// owners has the inode of each socket, and one of the processes with it.
+	// owners has the inode of each socket, and one of the processes with it, one of
+	// an exec only if no other has it.
 	owners map[uint32]owner
-	// peers has the inode of each connected unix socket in the network
-	// namespaces of the processes, and that of its other end.
-	peers       map[uint32]uint32
+	// unix has the unix sockets in the network namespaces of the processes, by
+	// their inodes.
+	unix        map[uint32]unixSocket
 	connections []Connection
+}
+
+type unixSocket struct {
+	// peer is the inode of the other end, or 0.
+	peer uint32
+	// datagram: it is of the type SOCK_DGRAM.
+	datagram bool
+	// named: it is bound.
+	named bool
 }
 
 type owner struct {
@@ -58,7 +71,7 @@ func Connections(processes []*Process) ([]Connection, error) {
 }
 
 func readSockets(processes []*Process) (sockets, error) {
-	s := sockets{owners: make(map[uint32]owner), peers: make(map[uint32]uint32)}
+	s := sockets{owners: make(map[uint32]owner), unix: make(map[uint32]unixSocket)}
 	namespaces := make(map[string]int) // with one of the processes in each
 	for _, p := range processes {
 		for _, f := range p.Files {
@@ -110,14 +123,14 @@ func (s *sockets) readNamespace() error {
 		all = append(all, list...)
 	}
 	s.addTCP(all)
-	peers, err := unixPeers()
+	found, err := unixSockets()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // CRIU will report it
 	}
 	if err != nil {
 		return fmt.Errorf("list unix sockets: %w", err)
 	}
-	maps.Copy(s.peers, peers)
+	maps.Copy(s.unix, found)
 	return nil
 }
 
@@ -139,13 +152,13 @@ func (s *sockets) addTCP(all []*netlink.Socket) {
 	for _, t := range all {
 		if t.State != unix.BPF_TCP_LISTEN {
 			others[endpointsOf(t)] = t
-		} else if _, ok := s.owners[t.INode]; ok {
+		} else if o, ok := s.owners[t.INode]; ok && !o.process.Exec {
 			listening[t.ID.SourcePort] = true
 		}
 	}
 	for _, t := range all {
 		o, ok := s.owners[t.INode]
-		if !ok || slices.Contains(closedStates, t.State) {
+		if !ok || o.process.Exec || slices.Contains(closedStates, t.State) {
 			continue
 		}
 		e := endpointsOf(t)
@@ -155,7 +168,10 @@ func (s *sockets) addTCP(all []*netlink.Socket) {
 		case other == nil:
 			c.Inside = e.remote.Addr().IsLoopback() // the kernel has forgotten the other end
 		case other.INode != 0:
-			_, c.Inside = s.owners[other.INode]
+			var peer owner
+			if peer, c.Inside = s.owners[other.INode]; c.Inside && peer.process.Exec {
+				c.Exec, c.Inside = peer.process, false
+			}
 		case other.State == unix.BPF_TCP_FIN_WAIT2, other.State == unix.BPF_TCP_TIME_WAIT:
 			c.Inside = true // closed, and everything that was sent has arrived
 		default:
@@ -184,16 +200,17 @@ func socketInode(name string) (uint32, bool) {
 
 // Of linux/unix_diag.h.
 const (
+	udiagShowName  = 1 // UDIAG_SHOW_NAME
 	udiagShowPeer  = 4 // UDIAG_SHOW_PEER
+	unixDiagName   = 0 // UNIX_DIAG_NAME
 	unixDiagPeer   = 2 // UNIX_DIAG_PEER: the inode of the other end
 	unixDiagHeader = 16
 )
 
-// unixPeers maps the inode of each connected unix socket in the calling
-// thread's network namespace to that of its other end.
+// unixSockets lists the unix sockets in the calling thread's network namespace.
 // [netlink.UnixSocketDiagInfo] of release 1.3.1 stops at the first datagram
 // socket: it takes a socket's type for its family.
-func unixPeers() (map[uint32]uint32, error) {
+func unixSockets() (map[uint32]unixSocket, error) {
 	conn, err := diag.Dial(unix.NETLINK_SOCK_DIAG, nil)
 	if err != nil {
 		return nil, err
@@ -203,7 +220,7 @@ func unixPeers() (map[uint32]uint32, error) {
 	// show, cookie.
 	request := binary.NativeEndian.AppendUint32([]byte{unix.AF_UNIX, 0, 0, 0}, ^uint32(0))
 	request = binary.NativeEndian.AppendUint32(request, 0)
-	request = binary.NativeEndian.AppendUint32(request, udiagShowPeer)
+	request = binary.NativeEndian.AppendUint32(request, udiagShowName|udiagShowPeer)
 	request = append(request, make([]byte, 8)...)
 	messages, err := conn.Execute(diag.Message{
 		Header: diag.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: diag.Request | diag.Dump},
@@ -212,8 +229,9 @@ func unixPeers() (map[uint32]uint32, error) {
 	if err != nil {
 		return nil, err
 	}
-	peers := make(map[uint32]uint32)
+	out := make(map[uint32]unixSocket)
 	for _, m := range messages {
+		// struct unix_diag_msg: family, type, state, padding, inode, cookie.
 		if len(m.Data) < unixDiagHeader {
 			return nil, fmt.Errorf("a message of %d bytes", len(m.Data))
 		}
@@ -221,14 +239,19 @@ func unixPeers() (map[uint32]uint32, error) {
 		if err != nil {
 			return nil, err
 		}
+		s := unixSocket{datagram: m.Data[1] == unix.SOCK_DGRAM}
 		for attributes.Next() {
-			if attributes.Type() == unixDiagPeer {
-				peers[binary.NativeEndian.Uint32(m.Data[4:])] = attributes.Uint32()
+			switch attributes.Type() {
+			case unixDiagName:
+				s.named = true
+			case unixDiagPeer:
+				s.peer = attributes.Uint32()
 			}
 		}
 		if err := attributes.Err(); err != nil {
 			return nil, err
 		}
+		out[binary.NativeEndian.Uint32(m.Data[4:])] = s
 	}
-	return peers, nil
+	return out, nil
 }

@@ -37,9 +37,9 @@ func TestConnectionsAreThoseThatAProcessHas(t *testing.T) {
 		{State: netlink.TCP_TIME_WAIT + 1, INode: 15}, // TCP_CLOSE
 	})
 	want := []Connection{
-		{1, 4, netip.MustParseAddrPort("10.0.0.2:8080"), netip.MustParseAddrPort("10.0.0.1:50000"), false},
-		{2, 5, netip.MustParseAddrPort("10.0.0.2:8080"), netip.MustParseAddrPort("10.0.0.1:50003"), false},
-		{2, 6, netip.MustParseAddrPort("[2001:db8::1]:80"), netip.MustParseAddrPort("[2001:db8::2]:81"), false},
+		{PID: 1, FD: 4, Local: netip.MustParseAddrPort("10.0.0.2:8080"), Remote: netip.MustParseAddrPort("10.0.0.1:50000")},
+		{PID: 2, FD: 5, Local: netip.MustParseAddrPort("10.0.0.2:8080"), Remote: netip.MustParseAddrPort("10.0.0.1:50003")},
+		{PID: 2, FD: 6, Local: netip.MustParseAddrPort("[2001:db8::1]:80"), Remote: netip.MustParseAddrPort("[2001:db8::2]:81")},
 	}
 	if diff := cmp.Diff(want, s.connections, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Error(diff)
@@ -219,13 +219,13 @@ func TestSocketsOfAnotherNetworkNamespace(t *testing.T) {
 		t.Errorf("TCP connections: %v", s.connections)
 	}
 	pairs := 0
-	for inode, peer := range s.peers {
-		if s.owners[inode].process != nil && s.owners[peer].process != nil {
+	for inode, u := range s.unix {
+		if s.owners[inode].process != nil && s.owners[u.peer].process != nil {
 			pairs++
 		}
 	}
 	if pairs != 2 {
-		t.Errorf("%d ends of unix sockets among %v", pairs, s.peers)
+		t.Errorf("%d ends of unix sockets among %v", pairs, s.unix)
 	}
 }
 

@@ -35,8 +35,7 @@ func Stdio(pid int) ([]*api.Stdio, error) {
 			if err := unix.Stat(path, &st); err != nil {
 				return nil, &os.PathError{Op: "stat", Path: path, Err: err}
 			}
-			// CRIU formats both numbers in hexadecimal (criu/tty.c).
-			s.Key = fmt.Sprintf("tty[%x:%x]", st.Rdev, st.Dev)
+			s.Key = terminalKey(st.Rdev, st.Dev)
 		}
 		out = append(out, s)
 	}
