@@ -36,7 +36,7 @@ func TestSignedImageSets(t *testing.T) {
 		t.Fatal(err)
 	}
 	trusting := func(c *config.Config) { c.TrustedKeys = []ed25519.PublicKey{key.Public()} }
-	elsewhere := func(h *harness) {}
+	elsewhere := func(_ *harness) {}
 	for name, tc := range map[string]struct {
 		path   string
 		change func(*specs.Spec)
