@@ -21,7 +21,7 @@ func FuzzParseStat(f *testing.F) {
 		_, _ = parseStat(data) // it may be anything
 		const rest = " S 7 1 1 -1 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4711 0"
 		got, err := parseStat(fmt.Appendf(nil, "12 (%s)%s", name, rest))
-		if want := (Stat{State: 'S', Parent: 7, Terminal: 0xffffffff, StartTime: 4711}); err != nil || got != want {
+		if want := (Stat{Name: name, State: 'S', Parent: 7, Session: 1, Terminal: 0xffffffff, StartTime: 4711}); err != nil || got != want {
 			t.Errorf("%q: %+v, %v", name, got, err)
 		}
 	})
