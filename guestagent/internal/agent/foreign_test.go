@@ -49,11 +49,12 @@ func TestARefusalNamesAnyProcess(t *testing.T) {
 	init := exec.Command("sh", "-c", `exec 5<&0; unshare --uts sh -c "$0" & echo $!; wait`, `printf 'a\377\033]0;x' >/proc/$$/comm; echo ready; read line <&5`)
 	out := testproc.Start(t, init)
 	odd := 0
-	for line := ""; line != "ready\n"; {
-		var err error
-		if line, err = out.ReadString('\n'); err != nil {
+	for ready := false; !ready || odd == 0; { // in either order
+		line, err := out.ReadString('\n')
+		if err != nil {
 			t.Fatal(err)
 		}
+		ready = ready || line == "ready\n"
 		if pid, err := strconv.Atoi(strings.TrimSpace(line)); err == nil {
 			odd = pid
 		}
