@@ -105,14 +105,14 @@ var scenarios = []scenarioCase{
 	{name: "lifecycle-after-restore", kind: kindExecs, run: lifecycleAfterRestore, core: onBoth},
 	{name: "terminal", kind: kindExecs, run: terminal, core: onRust},
 	{name: "exec-running-during-checkpoint", kind: kindExecs, run: execRunningDuringCheckpoint},
-	{name: "job-control", kind: kindExecs, run: jobControl, core: onGo},
+	{name: "job-control", kind: kindExecs, run: jobControl},
 	{name: "exec-while-frozen", kind: kindExecs, run: execWhileFrozen, core: onGo},
 
 	{name: "process-tree", kind: kindProcesses, run: processTree, core: onGo},
 
 	{name: "cases", kind: kindCases, run: casesRestored, core: onGo},
 	{name: "cases-refused", kind: kindCases, run: casesRefused, core: onRust},
-	{name: "serves-files", kind: kindCases, run: servesFiles, core: onGo},
+	{name: "serves-files", kind: kindCases, run: servesFiles},
 
 	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
 	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},
@@ -125,7 +125,7 @@ var scenarios = []scenarioCase{
 	{name: "refused-guest-bundle", kind: kindRefusals, run: refusedGuestBundle},
 
 	{name: "ways-in", kind: kindAttacks, run: waysIn, core: onGo},
-	{name: "forged-images", kind: kindAttacks, run: forgedImages, core: onRust, timeout: 8 * time.Minute},
+	{name: "forged-images", kind: kindAttacks, run: forgedImages, timeout: 8 * time.Minute},
 
 	{name: "pod-shared-pid", kind: kindSandboxes, run: podSharedPID},
 	{name: "pod-shm-two-restores", kind: kindSandboxes, run: podShmTwoRestores, core: onGo},
