@@ -17,7 +17,8 @@ func jobControl(s *scenario) {
 	run := s.run(c)
 	s.waitNumbers(run.Output, workload.Ticks, 3)
 	// Of an exec, which leaves it to init.
-	stopped := s.shell(run, "sleep 4321 >/dev/null 2>&1 & kill -STOP $!; echo $!")
+	stopped := s.shell(run, "sleep 4321 >/dev/null 2>&1 & echo $!")
+	s.shell(run, "kill -STOP "+stopped[0])
 	for range 2 {
 		s.checkStops(run)
 		s.check(run.Kill(s.ctx, syscall.SIGSTOP))

@@ -516,7 +516,7 @@ func TestDelete(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := errors.Join(bundle.SetStaging(dir, unfinished), bundle.SetTemporary(dir, unpacked)); err != nil {
+			if err := errors.Join(bundle.SetUnfinished(n.state, "ns", "c1", unfinished), bundle.SetTemporary(dir, unpacked)); err != nil {
 				t.Fatal(err)
 			}
 			socket := n.record(dir).Downstream.Path()
@@ -531,12 +531,12 @@ func TestDelete(t *testing.T) {
 				t.Errorf("answer %v", resp)
 			}
 			n.wantNothing()
-			left := []string{exchange, unfinished, bootstrap, unpacked}
+			left := []string{exchange, unfinished, filepath.Join(bundle.UnfinishedDir(n.state), "ns/c1"), bootstrap, unpacked}
 			if noRecord == nil {
 				left = append(left, socket) // Kata's Rust shim does not start where there is one
 			}
 			for _, d := range left {
-				if _, err := os.Stat(d); !errors.Is(err, fs.ErrNotExist) {
+				if _, err := os.Lstat(d); !errors.Is(err, fs.ErrNotExist) {
 					t.Errorf("%s is left: %v", d, err)
 				}
 			}

@@ -176,30 +176,32 @@ func TestRecord(t *testing.T) {
 	wantError(t, err, RecordName)
 }
 
-func TestStaging(t *testing.T) {
-	dir, images := t.TempDir(), t.TempDir()
+func TestUnfinished(t *testing.T) {
+	state, images := t.TempDir(), t.TempDir()
+	set := func(path string) error { return SetUnfinished(state, "ns", "c1", path) }
+	removed := func() error { return RemoveUnfinished(state, "ns", "c1") }
 	unfinished := filepath.Join(images, ".kata-checkpoint-0123456789abcdef")
 	if err := os.Mkdir(unfinished, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := RemoveStaging(dir); err != nil {
+	if err := removed(); err != nil {
 		t.Errorf("without a note: %v", err)
 	}
-	if err := errors.Join(SetStaging(dir, unfinished), RemoveStaging(dir)); err != nil {
+	if err := errors.Join(set(filepath.Join(images, "earlier")), set(unfinished), removed()); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(unfinished); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the unfinished image set is left: %v", err)
 	}
 	// The note is in a directory of root's, and yet: it names nothing else.
-	if err := SetStaging(dir, images); err != nil {
+	if err := set(images); err != nil {
 		t.Fatal(err)
 	}
-	wantError(t, RemoveStaging(dir), "not an unfinished image set")
+	wantError(t, removed(), "not an unfinished image set")
 	if _, err := os.Stat(images); err != nil {
 		t.Error(err)
 	}
-	if err := errors.Join(SetStaging(dir, ""), SetStaging(dir, ""), RemoveStaging(dir)); err != nil {
+	if err := errors.Join(set(""), set(""), removed()); err != nil {
 		t.Error(err)
 	}
 }

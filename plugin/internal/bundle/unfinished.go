@@ -3,7 +3,6 @@
 package bundle
 
 import (
-	"crypto/rand"
 	"errors"
 	"io/fs"
 	"os"
@@ -13,43 +12,61 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
-// unfinishedDir is below the state directory. It has a link to each unfinished
-// image set: bundles, which have a note of it, too, are in memory and gone after
-// a power loss, and a link is on the disk as soon as its name is.
+// unfinishedDir is below the state directory. For each container of which a
+// checkpoint is in progress it has a link to the unfinished image set. Bundles are
+// in memory and gone after a power loss; a link is on the disk as soon as its
+// name is.
 const unfinishedDir = "unfinished"
 
-// UnfinishedDir is the directory with the notes of NoteUnfinished.
+// UnfinishedDir is the directory with the links of SetUnfinished.
 func UnfinishedDir(stateDir string) string { return filepath.Join(stateDir, unfinishedDir) }
 
-// NoteUnfinished notes an unfinished image set for [RemoveUnfinished]. The caller
-// removes the note once it is finished.
-func NoteUnfinished(stateDir, path string) (note string, err error) {
-	dir := UnfinishedDir(stateDir)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
+// SetUnfinished notes where an unfinished image set of a container is, or, if path
+// is empty, that there is none.
+func SetUnfinished(stateDir, namespace, id, path string) error {
+	link := unfinishedLink(stateDir, namespace, id)
+	if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	note = filepath.Join(dir, rand.Text())
-	return note, os.Symlink(path, note)
+	if path == "" {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(link), 0o700); err != nil {
+		return err
+	}
+	return os.Symlink(path, link)
 }
 
-// RemoveUnfinished removes all image sets that were noted in a state directory and
-// not finished. Nobody may be writing any.
-func RemoveUnfinished(stateDir string) error {
-	dir := UnfinishedDir(stateDir)
-	notes, err := os.ReadDir(dir)
+// RemoveUnfinished removes the unfinished image set of a container whose shim is
+// gone, and the note of it.
+func RemoveUnfinished(stateDir, namespace, id string) error {
+	return removeUnfinished(unfinishedLink(stateDir, namespace, id))
+}
+
+// RemoveAllUnfinished removes all image sets that were noted in a state directory
+// and not finished. Nobody may be writing any.
+func RemoveAllUnfinished(stateDir string) error {
+	links, err := filepath.Glob(unfinishedLink(stateDir, "*", "*"))
+	for _, link := range links {
+		err = errclass.Join(err, removeUnfinished(link))
+	}
+	return err
+}
+
+func unfinishedLink(stateDir, namespace, id string) string {
+	return filepath.Join(UnfinishedDir(stateDir), namespace, id)
+}
+
+func removeUnfinished(link string) error {
+	path, err := os.Readlink(link)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	for _, n := range notes {
-		note := filepath.Join(dir, n.Name())
-		path, linkErr := os.Readlink(note)
-		if linkErr == nil && imageset.IsStaging(path) {
-			linkErr = imageset.RemoveStaging(path)
-		}
-		if linkErr == nil {
-			linkErr = os.Remove(note)
-		}
-		err = errclass.Join(err, linkErr)
+	if err != nil {
+		return err
 	}
-	return err
+	if err := imageset.RemoveStaging(path); err != nil {
+		return err
+	}
+	return os.Remove(link)
 }

@@ -12,7 +12,6 @@ import (
 	"github.com/moby/sys/mountinfo"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
 
@@ -71,16 +70,9 @@ func EmptyRootfs(dir string) error {
 	return nil
 }
 
-// stagingName is our file in the bundle with the path of an unfinished image
-// set.
-const stagingName = "kata-checkpoint.staging"
-
 // temporaryName is our file in the bundle that names containerd's unpacked copy
 // of a checkpoint, which nobody else removes.
 const temporaryName = "kata-checkpoint.temporary"
-
-// SetStaging notes where an unfinished image set is, or that there is none.
-func SetStaging(dir, path string) error { return setNote(filepath.Join(dir, stagingName), path) }
 
 // SetTemporary notes where containerd has unpacked a checkpoint, or that it is
 // removed.
@@ -103,16 +95,4 @@ func setNote(note, text string) error {
 		return err
 	}
 	return nil
-}
-
-// RemoveStaging removes an unfinished image set that was noted.
-func RemoveStaging(dir string) error {
-	path, err := os.ReadFile(filepath.Join(dir, stagingName))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return imageset.RemoveStaging(string(path))
 }

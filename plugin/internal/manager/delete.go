@@ -105,7 +105,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		if i.replaced() {
 			return nil, ErrReplaced
 		}
-		warn("remove an unfinished image set", bundle.RemoveStaging(i.Bundle))
+		warn("remove an unfinished image set", bundle.RemoveUnfinished(r.StateDir, i.Namespace, i.ID))
 		warn("remove containerd's copy of a checkpoint", removeTemporary(i.Bundle))
 		warn("empty the rootfs", bundle.EmptyRootfs(i.Bundle))
 		warn("remove the exchange directory", remove.All(adjust.ExchangeDir(r.StateDir, i.Namespace, i.ID)))

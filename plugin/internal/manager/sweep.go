@@ -107,7 +107,7 @@ func RemoveSwept(stateDir string) error {
 		dir := filepath.Join(swept, e.Name())
 		// An image directory may be on a file system that is not mounted any more: its
 		// note is not kept for that.
-		err = errclass.Join(err, bundle.RemoveUnfinished(dir), remove.All(dir))
+		err = errclass.Join(err, bundle.RemoveAllUnfinished(dir), remove.All(dir))
 	}
 	return err
 }

@@ -39,7 +39,7 @@ func TestSweep(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			_, err := bundle.NoteUnfinished(state, unfinished)
+			err := bundle.SetUnfinished(state, "ns", "c1", unfinished)
 			for _, file := range []string{filepath.Join(exchange, "restore", "pages-1.img"), earlier, record} {
 				err = errors.Join(err, os.WriteFile(file, nil, 0o600))
 			}

@@ -105,8 +105,6 @@ type checkpointJob struct {
 	// key signs the image set.
 	key    *signing.Key
 	target *imageset.Target
-	// note is that of an unfinished image set, for the next boot.
-	note string
 }
 
 // runCheckpoint makes a checkpoint of a running or paused container. Afterwards
@@ -237,10 +235,7 @@ func (j *checkpointJob) openTarget() (err error) {
 		return err
 	}
 	staging := j.target.Dir().Name()
-	if j.note, err = bundle.NoteUnfinished(j.c.s.cfg.StateDir, staging); err != nil {
-		return err
-	}
-	return bundle.SetStaging(j.c.bundle, staging)
+	return bundle.SetUnfinished(j.c.s.cfg.StateDir, j.c.s.namespace, j.c.id, staging)
 }
 
 // explainFull adds to the error of a full file system what to do about it.
@@ -267,10 +262,7 @@ func (j *checkpointJob) clean(failed bool) (err error) {
 	if aerr := j.target.Abort(); aerr != nil {
 		return errclass.Join(err, aerr)
 	}
-	if j.note != "" {
-		err = errclass.Join(err, os.Remove(j.note))
-	}
-	return errclass.Join(err, bundle.SetStaging(j.c.bundle, ""))
+	return errclass.Join(err, bundle.SetUnfinished(j.c.s.cfg.StateDir, j.c.s.namespace, j.c.id, ""))
 }
 
 // leaveCheckpoint returns a container to its state before the checkpoint.
