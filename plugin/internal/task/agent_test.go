@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 )
 
 // Every engine pauses before it checkpoints: an agent that has died is
@@ -26,6 +28,20 @@ func TestPauseStartsAnAgentThatHasDied(t *testing.T) {
 	if got := h.status(); got != "PAUSED" {
 		t.Errorf("State reports %s", got)
 	}
+}
+
+// An agent has agent_timeout to start, and freeze_timeout only to freeze.
+func TestPauseWaitsForAnAgentThatStarts(t *testing.T) {
+	h := newHarness(t, withConfig(func(c *config.Config) { c.FreezeTimeout = 300 * time.Millisecond }))
+	h.run(nil)
+	h.guest.SetThere(false)
+	h.kata.Before("Create", func(context.Context) error {
+		time.Sleep(600 * time.Millisecond)
+		h.guest.SetThere(true)
+		return nil
+	})
+	h.pause()
+	h.wantStatus("PAUSED")
 }
 
 // An agent that dies during a checkpoint is restarted, to thaw the container,

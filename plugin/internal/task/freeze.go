@@ -17,9 +17,9 @@ import (
 
 // freeze has the agent freeze all processes.
 func (c *container) freeze(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", c.s.cfg.FreezeTimeout))
-	defer cancel()
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		ctx, cancel := c.s.freezeContext(ctx)
+		defer cancel()
 		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
 		return err
 	})
@@ -29,11 +29,17 @@ func (c *container) freeze(ctx context.Context) error {
 	return nil
 }
 
+// freezeContext bounds what the agent takes to freeze or thaw a container, and
+// not what it takes to restart an agent that has died, which has AgentTimeout.
+func (s *Service) freezeContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", s.cfg.FreezeTimeout))
+}
+
 // thaw has the agent thaw all processes. It is no error if there are none left.
 func (c *container) thaw(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", c.s.cfg.FreezeTimeout))
-	defer cancel()
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
+		ctx, cancel := c.s.freezeContext(ctx)
+		defer cancel()
 		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
 		return err
 	})
