@@ -34,7 +34,11 @@ func TestPauseStartsAnAgentThatHasDied(t *testing.T) {
 func TestPauseWaitsForAnAgentThatStarts(t *testing.T) {
 	h := newHarness(t, withConfig(func(c *config.Config) { c.FreezeTimeout = 300 * time.Millisecond }))
 	h.run(nil)
-	h.guest.SetThere(false)
+	h.guest.Before("Freeze", func(context.Context) error {
+		h.guest.Before("Freeze", nil)
+		h.guest.SetThere(false)
+		return errors.New("nobody hears this")
+	})
 	h.kata.Before("Create", func(context.Context) error {
 		time.Sleep(600 * time.Millisecond)
 		h.guest.SetThere(true)
