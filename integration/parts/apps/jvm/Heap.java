@@ -43,10 +43,11 @@ public class Heap {
     static final List<List<Cell>> heaps = new ArrayList<>();
     static final AtomicLong changed = new AtomicLong();
     static int round;
+    static boolean stopped;
 
     public static void main(String[] args) {
         Signal.handle(new Signal("TERM"), signal -> System.exit(0));
-        Runtime.getRuntime().addShutdownHook(new Thread(() -> System.out.println("stopped")));
+        Runtime.getRuntime().addShutdownHook(new Thread(Heap::stop));
         for (int i = 0; i < THREADS; i++) {
             heaps.add(new ArrayList<>());
         }
@@ -57,8 +58,15 @@ public class Heap {
         }
     }
 
+    /** The program prints nothing after this. */
+    static synchronized void stop() {
+        stopped = true;
+        System.out.println("stopped");
+    }
+
     /** A round of all threads is over. */
-    static void endRound() {
+    static synchronized void endRound() {
+        if (stopped) return;
         round++;
         if (changed.get() != (long) round * THREADS * 10) fail("round " + round + ": " + changed + " cells were changed");
         System.out.println("round " + round);
