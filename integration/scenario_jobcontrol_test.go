@@ -3,8 +3,11 @@
 package integration
 
 import (
+	"slices"
 	"strings"
 	"syscall"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
@@ -42,6 +45,23 @@ func jobControl(s *scenario) {
 		s.waitProcessState(run, pid, "S")
 	}
 	s.checkStops(run)
+	s.checkPrivilegedExec(run)
+}
+
+// checkPrivilegedExec checks that a checkpoint is refused, and not the restore,
+// while a process has more than its container.
+func (s *scenario) checkPrivilegedExec(run *engine.Run) {
+	s.Helper()
+	p := s.startExec(run, engine.Command{Args: []string{"sh", "-c", "sleep 4321 >/dev/null 2>&1 & echo $!"}, Change: func(p *specs.Process) {
+		p.Capabilities.Bounding = append(slices.Clone(p.Capabilities.Bounding), "CAP_SYS_ADMIN")
+		p.Capabilities.Permitted = append(slices.Clone(p.Capabilities.Permitted), "CAP_SYS_ADMIN")
+	}})
+	s.waitExecExit(p, 0)
+	s.checkRefused("a process of a privileged exec", run, s.newDir(), "the process sleep", "has the capability CAP_SYS_ADMIN", "terminate it before the checkpoint")
+	s.checkCountsOn(run)
+	s.shell(run, "kill -KILL "+p.Stdout.Lines()[0])
+	s.check(s.engine.CheckpointTo(s.ctx, run, s.newDir(), false))
+	s.checkCountsOn(run)
 }
 
 // checkStops stops and continues a counter and an exec.

@@ -531,7 +531,7 @@ func TestDelete(t *testing.T) {
 				t.Errorf("answer %v", resp)
 			}
 			n.wantNothing()
-			left := []string{exchange, unfinished, filepath.Join(bundle.UnfinishedDir(n.state), "ns/c1"), bootstrap, unpacked}
+			left := []string{exchange, unfinished, filepath.Join(bundle.UnfinishedDir(n.state), "ns--c1"), bootstrap, unpacked}
 			if noRecord == nil {
 				left = append(left, socket) // Kata's Rust shim does not start where there is one
 			}

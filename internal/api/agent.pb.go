@@ -848,8 +848,12 @@ type CheckpointRequest struct {
 	// stop: the container is going to be killed. With tcp_established its
 	// connections stay locked from the dump on, so that no peer sees their end.
 	// Thaw unlocks them.
-	Stop          bool   `protobuf:"varint,5,opt,name=stop,proto3" json:"stop,omitempty"`
-	Token         string `protobuf:"bytes,6,opt,name=token,proto3" json:"token,omitempty"`
+	Stop  bool   `protobuf:"varint,5,opt,name=stop,proto3" json:"stop,omitempty"`
+	Token string `protobuf:"bytes,6,opt,name=token,proto3" json:"token,omitempty"`
+	// rights are those of the container: it is refused while a process has more,
+	// as a privileged exec gives it, for which no restore would have a place.
+	// Without them the agent does not look.
+	Rights        *Rights `protobuf:"bytes,7,opt,name=rights,proto3" json:"rights,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -924,6 +928,13 @@ func (x *CheckpointRequest) GetToken() string {
 		return x.Token
 	}
 	return ""
+}
+
+func (x *CheckpointRequest) GetRights() *Rights {
+	if x != nil {
+		return x.Rights
+	}
+	return nil
 }
 
 type CheckpointResponse struct {
@@ -1256,7 +1267,7 @@ func (x *RestoreRequest) GetToken() string {
 	return ""
 }
 
-// Rights bound the credentials of restored processes: they are those of the
+// Rights bound what the processes of a container have: they are those of the
 // process in the container's spec.
 type Rights struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1266,10 +1277,14 @@ type Rights struct {
 	Uid          uint32   `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
 	Gid          uint32   `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
 	// groups are the additional ones.
-	Groups        []uint32 `protobuf:"varint,5,rep,packed,name=groups,proto3" json:"groups,omitempty"`
-	Permitted     []string `protobuf:"bytes,6,rep,name=permitted,proto3" json:"permitted,omitempty"`
-	Inheritable   []string `protobuf:"bytes,7,rep,name=inheritable,proto3" json:"inheritable,omitempty"`
-	Ambient       []string `protobuf:"bytes,8,rep,name=ambient,proto3" json:"ambient,omitempty"`
+	Groups      []uint32 `protobuf:"varint,5,rep,packed,name=groups,proto3" json:"groups,omitempty"`
+	Permitted   []string `protobuf:"bytes,6,rep,name=permitted,proto3" json:"permitted,omitempty"`
+	Inheritable []string `protobuf:"bytes,7,rep,name=inheritable,proto3" json:"inheritable,omitempty"`
+	Ambient     []string `protobuf:"bytes,8,rep,name=ambient,proto3" json:"ambient,omitempty"`
+	// limits are the hard resource limits, by name, such as RLIMIT_NOFILE. Those
+	// that the spec leaves out are as Kata's agent has them.
+	Limits        map[string]uint64 `protobuf:"bytes,9,rep,name=limits,proto3" json:"limits,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	OomScoreAdj   *int32            `protobuf:"varint,10,opt,name=oom_score_adj,json=oomScoreAdj,proto3,oneof" json:"oom_score_adj,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1358,6 +1373,20 @@ func (x *Rights) GetAmbient() []string {
 		return x.Ambient
 	}
 	return nil
+}
+
+func (x *Rights) GetLimits() map[string]uint64 {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+func (x *Rights) GetOomScoreAdj() int32 {
+	if x != nil && x.OomScoreAdj != nil {
+		return *x.OomScoreAdj
+	}
+	return 0
 }
 
 type RestoreResponse struct {
@@ -1657,14 +1686,15 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\"A\n" +
 	"\aAddress\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xe2\x01\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x9b\x02\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
 	"\aoptions\x18\x03 \x01(\v2*.katacheckpoint.agent.v1.CheckpointOptionsR\aoptions\x12\x1c\n" +
 	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
 	"\x04stop\x18\x05 \x01(\bR\x04stop\x12\x14\n" +
-	"\x05token\x18\x06 \x01(\tR\x05token\"\xbe\x04\n" +
+	"\x05token\x18\x06 \x01(\tR\x05token\x127\n" +
+	"\x06rights\x18\a \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\"\xbe\x04\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -1697,7 +1727,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
 	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x12\x14\n" +
-	"\x05token\x18\f \x01(\tR\x05token\"\xe4\x01\n" +
+	"\x05token\x18\f \x01(\tR\x05token\"\x9f\x03\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -1707,7 +1737,14 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x06groups\x18\x05 \x03(\rR\x06groups\x12\x1c\n" +
 	"\tpermitted\x18\x06 \x03(\tR\tpermitted\x12 \n" +
 	"\vinheritable\x18\a \x03(\tR\vinheritable\x12\x18\n" +
-	"\aambient\x18\b \x03(\tR\aambient\"[\n" +
+	"\aambient\x18\b \x03(\tR\aambient\x12C\n" +
+	"\x06limits\x18\t \x03(\v2+.katacheckpoint.agent.v1.Rights.LimitsEntryR\x06limits\x12'\n" +
+	"\room_score_adj\x18\n" +
+	" \x01(\x05H\x00R\voomScoreAdj\x88\x01\x01\x1a9\n" +
+	"\vLimitsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01B\x10\n" +
+	"\x0e_oom_score_adj\"[\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x126\n" +
 	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"\x83\x01\n" +
@@ -1751,7 +1788,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1775,55 +1812,58 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*ExecRequest)(nil),        // 19: katacheckpoint.agent.v1.ExecRequest
 	(*ExecResponse)(nil),       // 20: katacheckpoint.agent.v1.ExecResponse
 	(*SignalRequest)(nil),      // 21: katacheckpoint.agent.v1.SignalRequest
-	(*emptypb.Empty)(nil),      // 22: google.protobuf.Empty
+	nil,                        // 22: katacheckpoint.agent.v1.Rights.LimitsEntry
+	(*emptypb.Empty)(nil),      // 23: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 1: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 2: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 3: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	10, // 4: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	11, // 5: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
-	12, // 6: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
-	6,  // 7: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 8: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 9: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 10: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	17, // 11: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	11, // 12: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
-	12, // 13: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
-	10, // 14: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 15: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 16: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 17: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 18: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 19: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 20: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	13, // 21: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	13, // 22: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	15, // 23: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
-	16, // 24: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	16, // 25: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	19, // 26: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	21, // 27: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
-	1,  // 28: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 29: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	22, // 30: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	22, // 31: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	22, // 32: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	22, // 33: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	22, // 34: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	14, // 35: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	22, // 36: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	22, // 37: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	18, // 38: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	20, // 39: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	22, // 40: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
-	28, // [28:41] is the sub-list for method output_type
-	15, // [15:28] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	17, // 1: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	7,  // 2: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 3: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 4: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	10, // 5: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	11, // 6: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
+	12, // 7: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
+	6,  // 8: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	7,  // 9: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 10: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 11: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	17, // 12: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	11, // 13: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
+	12, // 14: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
+	22, // 15: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
+	10, // 16: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 17: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 18: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 19: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 20: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 21: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 22: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	13, // 23: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	13, // 24: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	15, // 25: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	16, // 26: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	16, // 27: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	19, // 28: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	21, // 29: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
+	1,  // 30: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 31: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	23, // 32: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	23, // 33: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	23, // 34: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	23, // 35: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	23, // 36: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	14, // 37: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	23, // 38: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	23, // 39: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	18, // 40: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	20, // 41: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	23, // 42: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
+	30, // [30:43] is the sub-list for method output_type
+	17, // [17:30] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_agent_proto_init() }
@@ -1831,13 +1871,14 @@ func file_internal_api_agent_proto_init() {
 	if File_internal_api_agent_proto != nil {
 		return
 	}
+	file_internal_api_agent_proto_msgTypes[17].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -39,7 +40,7 @@ func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	if _, _, err := a.inspect(ctx, c, r.GetOptions()); err != nil {
+	if _, _, err := a.inspect(ctx, c, r); err != nil {
 		return nil, errclass.ToRPC(c.explain(err))
 	}
 	return &emptypb.Empty{}, nil
@@ -48,7 +49,7 @@ func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 // inspect looks at a container's processes, and reports whether its IPC
 // namespace has to be dumped. Its error names everything that forbids a
 // checkpoint; what is only worth knowing is logged.
-func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOptions) (_ *inspect.Container, ownIPC bool, _ error) {
+func (a *Agent) inspect(ctx context.Context, c *container, r *api.CheckpointRequest) (_ *inspect.Container, ownIPC bool, _ error) {
 	pids, err := c.pids()
 	if err != nil {
 		return nil, false, err
@@ -57,7 +58,7 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 	if err != nil {
 		return nil, false, err
 	}
-	findings, err := look.Check(c.Stdio, o)
+	findings, err := look.Check(c.Stdio, r.GetOptions())
 	if err != nil {
 		return nil, false, err
 	}
@@ -67,6 +68,13 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 		return nil, false, err
 	}
 	findings = append(findings, look.CheckTerminals(c.Stdio)...)
+	if r.GetRights() != nil {
+		more, err := excesses(look, r.GetRights())
+		if err != nil {
+			return nil, false, err
+		}
+		findings = append(findings, more...)
+	}
 	shm, err := look.CheckShm(device)
 	if err != nil {
 		return nil, false, err
@@ -92,6 +100,22 @@ func (a *Agent) inspect(ctx context.Context, c *container, o *api.CheckpointOpti
 		}
 	}
 	return look, ownIPC, inspect.Refusal(findings)
+}
+
+// excesses are findings about processes that have more than their container.
+func excesses(look *inspect.Container, r *api.Rights) (out []inspect.Finding, err error) {
+	processes := make(map[int]*inspect.Process, len(look.Processes))
+	pids := make([]int, 0, len(look.Processes))
+	for _, p := range look.Processes {
+		processes[p.PID] = p
+		pids = append(pids, p.PID)
+	}
+	found, err := outcome.Excesses(look.Root.PID, pids, r)
+	for _, e := range found {
+		out = append(out, look.Refuse(processes[e.PID], e.What+", so that no restore would let it run",
+			"terminate it before the checkpoint, and run such commands by execs that end, as it may come from one that was privileged"))
+	}
+	return out, err
 }
 
 // otherProcesses are those of the sandbox's other containers.
@@ -194,7 +218,7 @@ func stayFrozen(c *container) error {
 func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointRequest, images string) (_ *api.CheckpointResponse, err error) {
 	ph := newPhases(ctx, "checkpoint", c.ID)
 	out := &api.CheckpointResponse{KernelRelease: kernelRelease(), Stdio: c.Stdio}
-	look, ownIPC, err := a.inspect(ctx, c, r.GetOptions())
+	look, ownIPC, err := a.inspect(ctx, c, r)
 	if err != nil {
 		return nil, err
 	}

@@ -108,7 +108,7 @@ func TestAContainerThatServesAFileSystemIsFrozenAndThawed(t *testing.T) {
 		t.Error("it is not frozen")
 	}
 	testfuse.Ends(t, "a checkpoint", func() {
-		_, _, err := a.inspect(t.Context(), c, &api.CheckpointOptions{})
+		_, _, err := a.inspect(t.Context(), c, &api.CheckpointRequest{})
 		if err == nil || !strings.Contains(err.Error(), "has mounted a file system of the type fuse at "+dir) {
 			t.Error(err)
 		}

@@ -360,6 +360,11 @@ func (c *Container) finding(p *Process, r rule) Finding {
 	return Finding{Class: r.class, Process: c.named(p), What: r.what, Advice: r.advice}
 }
 
+// Refuse is a finding about a process that forbids a checkpoint.
+func (c *Container) Refuse(p *Process, what, advice string) Finding {
+	return c.finding(p, rule{Refused, what, advice})
+}
+
 // named is a process's name and its PID in the container's PID namespace.
 func (c *Container) named(p *Process) string {
 	if depth := len(c.Root.PIDs); len(p.PIDs) >= depth {

@@ -95,8 +95,8 @@ func TestFilesOfTheContainer(t *testing.T) {
 	if err := k.files(pid); err != nil {
 		t.Fatal(err)
 	}
-	if len(k.findings) > 0 {
-		t.Errorf("findings %q", k.findings)
+	if len(k.findings()) > 0 {
+		t.Errorf("findings %q", k.findings())
 	}
 }
 
@@ -125,16 +125,16 @@ func TestFilesOutsideOfTheContainer(t *testing.T) {
 	if err := k.files(pid); err != nil {
 		t.Fatal(err)
 	}
-	if len(k.findings) != len(want) {
-		t.Fatalf("findings %q", k.findings)
+	if len(k.findings()) != len(want) {
+		t.Fatalf("findings %q", k.findings())
 	}
-	for i, f := range k.findings {
+	for i, f := range k.findings() {
 		if !strings.Contains(f, want[i]) {
 			t.Errorf("finding %q lacks %q", f, want[i])
 		}
 	}
-	if k, pid = holder(t, "", caps(capability.CAP_NET_RAW), socket); k.files(pid) != nil || len(k.findings) > 0 {
-		t.Errorf("a raw socket of a container that may have one: %q", k.findings)
+	if k, pid = holder(t, "", caps(capability.CAP_NET_RAW), socket); k.files(pid) != nil || len(k.findings()) > 0 {
+		t.Errorf("a raw socket of a container that may have one: %q", k.findings())
 	}
 }
 
@@ -146,8 +146,8 @@ func TestProgramOutsideOfTheContainer(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, word := range []string{"has its root outside of the container", "has its working directory outside of", "has its program outside of", "has mapped a file outside of"} {
-		if !strings.Contains(strings.Join(k.findings, "; "), word) {
-			t.Errorf("findings %q lack %q", k.findings, word)
+		if !strings.Contains(strings.Join(k.findings(), "; "), word) {
+			t.Errorf("findings %q lack %q", k.findings(), word)
 		}
 	}
 }

@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -48,6 +49,8 @@ type Container struct {
 	stdio        []file
 	// memory are the mounts in the kernel that unnamed memory is on.
 	memory map[uint64]bool
+	// running: its processes run, and may exit meanwhile.
+	running bool
 }
 
 // Read returns what the processes of a container may have, given its placeholder
@@ -98,6 +101,66 @@ func (c *Container) read(placeholder int, r *api.Rights) (err error) {
 	return nil
 }
 
+// Excess is something that a process has and its container does not.
+type Excess struct {
+	PID  int    // in the guest's root PID namespace
+	What string // completes "the process X ..."
+}
+
+// Excesses returns what processes of a running container have in excess of the
+// rights in its specification, so that [Container.Check] would refuse them after a
+// restore. A privileged exec leaves such processes. Init is the container's, and
+// processes are by their PIDs in the guest's root PID namespace.
+func Excesses(init int, processes []int, r *api.Rights) ([]Excess, error) {
+	c, err := specified(init, r)
+	if err != nil {
+		return nil, fmt.Errorf("read what the processes of the container may have: %w", err)
+	}
+	k := &check{Container: c, processes: processes}
+	for _, pid := range processes {
+		alive, err := k.threads(pid)
+		if err == nil && alive {
+			err = k.resources(pid)
+		}
+		if err != nil && !k.exited(err) {
+			return nil, fmt.Errorf("read what process %d has: %w", pid, err)
+		}
+	}
+	return k.excesses, nil
+}
+
+// specified returns what the processes of a running container may have. What the
+// specification leaves open is as the agent has it, which Kata's agent has started
+// like the container.
+func specified(init int, r *api.Rights) (_ *Container, err error) {
+	agent := os.Getpid()
+	c := &Container{pid: agent, running: true, oomScore: math.MinInt}
+	if c.placeholder, err = readCredentials(agent, agent); err != nil {
+		return nil, err
+	}
+	c.placeholder.noNewPrivs, c.placeholder.seccomp, c.placeholder.filters = r.GetNoNewPrivs(), 0, 0
+	c.rights = newRights(r, &c.placeholder)
+	if r.OomScoreAdj != nil {
+		c.oomScore = int(r.GetOomScoreAdj())
+	}
+	if c.limits, err = hardLimits(agent); err != nil {
+		return nil, err
+	}
+	for resource, name := range limitNames {
+		if most, ok := r.GetLimits()["RLIMIT_"+name]; ok {
+			c.limits[resource] = most
+		}
+	}
+	c.mounts, err = readMounts(init)
+	return c, err
+}
+
+// exited reports whether an error says that a process of a running container has
+// exited.
+func (c *Container) exited(err error) bool {
+	return c.running && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH))
+}
+
 // Check returns an error that names each restored process with something that it
 // may not have. Processes are all of them, by their PIDs in the guest's root PID
 // namespace, and the caller has frozen them.
@@ -106,20 +169,20 @@ func (c *Container) Check(processes []int) error {
 	if err := k.run(); err != nil {
 		return fmt.Errorf("check the restored processes: %w", err)
 	}
-	if len(k.findings) == 0 {
+	if len(k.excesses) == 0 {
 		return nil
 	}
-	return errors.New("the image set gives its processes more than this container may have, and none of them has run: " + strings.Join(k.findings, "; "))
+	return errors.New("the image set gives its processes more than this container may have, and none of them has run: " + strings.Join(k.findings(), "; "))
 }
 
-// maxFindings bounds how many of them an error names.
-const maxFindings = 10
+// maxExcesses bounds how many of them are named.
+const maxExcesses = 10
 
 // check is one run of [Container.Check].
 type check struct {
 	*Container
 	processes []int
-	findings  []string
+	excesses  []Excess
 
 	programs *programs // once needed
 	mountIDs map[uint64]bool
@@ -130,10 +193,18 @@ type check struct {
 }
 
 func (k *check) find(pid int, format string, args ...any) {
-	what := fmt.Sprintf("process %s (PID %d) ", inspect.Name(pid), innerPID(pid)) + fmt.Sprintf(format, args...)
-	if len(k.findings) < maxFindings && !slices.Contains(k.findings, what) {
-		k.findings = append(k.findings, what)
+	e := Excess{pid, fmt.Sprintf(format, args...)}
+	if len(k.excesses) < maxExcesses && !slices.Contains(k.excesses, e) {
+		k.excesses = append(k.excesses, e)
 	}
+}
+
+func (k *check) findings() []string {
+	out := make([]string, 0, len(k.excesses))
+	for _, e := range k.excesses {
+		out = append(out, fmt.Sprintf("process %s (PID %d) %s", inspect.Name(e.PID), innerPID(e.PID), e.What))
+	}
+	return out
 }
 
 func innerPID(pid int) int {
@@ -187,6 +258,9 @@ func (k *check) threads(pid int) (alive bool, err error) {
 			return false, err
 		}
 		t, err := readCredentials(pid, tid)
+		if k.exited(err) {
+			continue
+		}
 		if err != nil {
 			return false, err
 		}
@@ -197,7 +271,7 @@ func (k *check) threads(pid int) (alive bool, err error) {
 		if err := k.thread(pid, &t); err != nil {
 			return false, err
 		}
-		if err := k.scheduling(pid, tid); err != nil {
+		if err := k.scheduling(pid, tid); err != nil && !k.exited(err) {
 			return false, err
 		}
 	}

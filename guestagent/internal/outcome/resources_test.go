@@ -37,7 +37,7 @@ func TestResources(t *testing.T) {
 		if err := k.scheduling(pid, pid); err != nil {
 			t.Fatal(err)
 		}
-		return k.findings
+		return k.findings()
 	}
 	lower := slices.Clone(limits)
 	lower[unix.RLIMIT_NOFILE], lower[unix.RLIMIT_NPROC], lower[unix.RLIMIT_MEMLOCK] = 1000, 500, 0

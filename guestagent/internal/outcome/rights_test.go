@@ -147,10 +147,10 @@ func TestCredentials(t *testing.T) {
 			if err := k.thread(os.Getpid(), &tc.have); err != nil {
 				t.Fatal(err)
 			}
-			if len(k.findings) != len(tc.want) {
-				t.Fatalf("findings %q, want %q", k.findings, tc.want)
+			if len(k.findings()) != len(tc.want) {
+				t.Fatalf("findings %q, want %q", k.findings(), tc.want)
 			}
-			for i, f := range k.findings {
+			for i, f := range k.findings() {
 				if !strings.Contains(f, tc.want[i]) {
 					t.Errorf("finding %q lacks %q", f, tc.want[i])
 				}

@@ -53,8 +53,10 @@ func RemoveAllUnfinished(stateDir string) error {
 	return err
 }
 
+// unfinishedLink is the link of a container. No identifier of containerd's has two
+// hyphens in a row.
 func unfinishedLink(stateDir, namespace, id string) string {
-	return filepath.Join(UnfinishedDir(stateDir), namespace, id)
+	return filepath.Join(UnfinishedDir(stateDir), namespace+"--"+id)
 }
 
 func removeUnfinished(link string) error {

@@ -222,7 +222,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 
 // request is the request to the agent.
 func (j *checkpointJob) request() *api.CheckpointRequest {
-	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop, Token: j.c.exchange.token}
+	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop, Token: j.c.exchange.token, Rights: j.c.bounds}
 }
 
 // openTarget opens the directory for the image set, and records what `delete`

@@ -107,7 +107,7 @@ func TestCheckpointOfAPausedContainer(t *testing.T) {
 	if len(m.Files) != 2 || len(m.Externals) != 1 || len(m.Stdio) != 1 || len(m.OpenFiles) != 1 || m.Guest.CRIUVersion != 40201 || !m.Options.FileLocks || len(m.Phases) < 3 {
 		t.Errorf("manifest %+v", m)
 	}
-	if left, err := os.ReadDir(filepath.Join(bundle.UnfinishedDir(h.cfg.StateDir), "ns")); err != nil || len(left) > 0 {
+	if left, err := os.ReadDir(bundle.UnfinishedDir(h.cfg.StateDir)); err != nil || len(left) > 0 {
 		t.Errorf("notes of unfinished image sets: %v (%v)", left, err)
 	}
 	if want := []string{"/tasks/paused", "/tasks/checkpointed"}; !slices.Equal(h.events.published(), want) {

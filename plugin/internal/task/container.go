@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -29,6 +30,8 @@ type container struct {
 	hasHooks    bool
 	terminal    bool
 	rights      *imageset.Rights
+	// bounds are those of its processes.
+	bounds *api.Rights
 
 	exchange *exchange
 	// source is the image set that the container is restored from, or nil.
@@ -56,6 +59,7 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 		annotations: spec.Annotations,
 		terminal:    r.Terminal,
 		rights:      rightsIn(spec.Spec),
+		bounds:      rightsOf(spec.Process),
 		lifecycle:   newLifecycle(),
 	}
 	if h := spec.Hooks; h != nil {

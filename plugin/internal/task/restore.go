@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/moby/sys/capability"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -150,6 +151,15 @@ func rightsOf(p *specs.Process) *api.Rights {
 		return &api.Rights{}
 	}
 	r := &api.Rights{NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID, Gid: p.User.GID, Groups: p.User.AdditionalGids}
+	if p.OOMScoreAdj != nil {
+		r.OomScoreAdj = proto.Int32(int32(*p.OOMScoreAdj))
+	}
+	for _, l := range p.Rlimits {
+		if r.Limits == nil {
+			r.Limits = make(map[string]uint64)
+		}
+		r.Limits[strings.ToUpper(l.Type)] = l.Hard
+	}
 	if c := p.Capabilities; c != nil {
 		r.Capabilities, r.Permitted, r.Inheritable, r.Ambient = c.Bounding, c.Permitted, c.Inheritable, c.Ambient
 		return r
