@@ -105,7 +105,8 @@ var scenarios = []scenarioCase{
 	{name: "lifecycle-after-restore", kind: kindExecs, run: lifecycleAfterRestore, core: onBoth},
 	{name: "terminal", kind: kindExecs, run: terminal, core: onRust},
 	{name: "exec-running-during-checkpoint", kind: kindExecs, run: execRunningDuringCheckpoint},
-	{name: "job-control", kind: kindExecs, run: jobControl},
+	{name: "job-control", kind: kindExecs, run: jobControl, core: onGo},
+	{name: "other-user", kind: kindExecs, run: otherUser},
 	{name: "exec-while-frozen", kind: kindExecs, run: execWhileFrozen, core: onGo},
 
 	{name: "process-tree", kind: kindProcesses, run: processTree, core: onGo},

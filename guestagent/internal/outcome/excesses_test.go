@@ -47,9 +47,14 @@ func TestExcesses(t *testing.T) {
 			all, with(func(*api.Rights) {}),
 			[]string{"has the capabilities CAP_", "in its bounding set, which the container does not"},
 		},
-		"a limit that the specification sets": {few, with(func(r *api.Rights) { r.Limits["RLIMIT_NOFILE"] = 256 }), []string{"has the limit NOFILE 512, and the container 256"}},
-		"an oom_score_adj":                    {few, with(func(r *api.Rights) { r.OomScoreAdj = proto.Int32(1000) }), []string{"has the oom_score_adj", "and the container 1000"}},
-		"no no_new_privs":                     {few, with(func(r *api.Rights) { r.NoNewPrivs = true }), []string{"lacks no_new_privs"}},
+		"a limit that the specification sets":                 {few, with(func(r *api.Rights) { r.Limits["RLIMIT_NOFILE"] = 256 }), []string{"has the limit NOFILE 512, and the container 256"}},
+		"an oom_score_adj":                                    {few, with(func(r *api.Rights) { r.OomScoreAdj = proto.Int32(1000) }), []string{"has the oom_score_adj", "and the container 1000"}},
+		"no no_new_privs":                                     {few, with(func(r *api.Rights) { r.NoNewPrivs = true }), []string{"lacks no_new_privs"}},
+		"a limit of the agent's, which an exec of Kata's has": {few, with(func(r *api.Rights) { r.Limits["RLIMIT_NOFILE"], r.Execs = 256, true }), nil},
+		"no no_new_privs, as an exec of Kata's has it":        {few, with(func(r *api.Rights) { r.NoNewPrivs, r.Execs = true, true }), nil},
+		"an exec as another user": {
+			few, with(func(r *api.Rights) { r.Uid, r.Capabilities, r.Permitted, r.Execs = 1000, nil, nil, true }), []string{"has the user 0, which the container cannot become"},
+		},
 	} {
 		found, err := Excesses(os.Getpid(), []int{gone.Process.Pid, tc.pid}, tc.rights)
 		if err != nil {

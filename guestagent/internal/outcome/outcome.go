@@ -68,12 +68,18 @@ func (c *Container) read(placeholder int, r *api.Rights) (err error) {
 	if c.placeholder, err = readCredentials(placeholder, placeholder); err != nil {
 		return err
 	}
+	c.placeholder.noNewPrivs = c.placeholder.noNewPrivs && !r.GetExecs()
 	c.rights = newRights(r, &c.placeholder)
 	if c.oomScore, err = oomScore(placeholder); err != nil {
 		return err
 	}
 	if c.limits, err = hardLimits(placeholder); err != nil {
 		return err
+	}
+	if r.GetExecs() {
+		if err := c.addLimits(); err != nil {
+			return err
+		}
 	}
 	c.label = label(placeholder)
 	if c.namespaces, err = namespaces(placeholder); err != nil {
@@ -138,7 +144,7 @@ func specified(init int, r *api.Rights) (_ *Container, err error) {
 	if c.placeholder, err = readCredentials(agent, agent); err != nil {
 		return nil, err
 	}
-	c.placeholder.noNewPrivs, c.placeholder.seccomp, c.placeholder.filters = r.GetNoNewPrivs(), 0, 0
+	c.placeholder.noNewPrivs, c.placeholder.seccomp, c.placeholder.filters = r.GetNoNewPrivs() && !r.GetExecs(), 0, 0
 	c.rights = newRights(r, &c.placeholder)
 	if r.OomScoreAdj != nil {
 		c.oomScore = int(r.GetOomScoreAdj())
@@ -149,6 +155,11 @@ func specified(init int, r *api.Rights) (_ *Container, err error) {
 	for resource, name := range limitNames {
 		if most, ok := r.GetLimits()["RLIMIT_"+name]; ok {
 			c.limits[resource] = most
+		}
+	}
+	if r.GetExecs() {
+		if err := c.addLimits(); err != nil {
+			return nil, err
 		}
 	}
 	c.mounts, err = readMounts(init)

@@ -35,6 +35,16 @@ func hardLimits(pid int) ([]uint64, error) {
 	return out, nil
 }
 
+// addLimits allows the limits of the agent, which those of Kata's execs are that
+// get none of their own.
+func (c *Container) addLimits() error {
+	own, err := hardLimits(os.Getpid())
+	for resource := range own {
+		c.limits[resource] = max(c.limits[resource], own[resource])
+	}
+	return err
+}
+
 func oomScore(pid int) (int, error) {
 	path := fmt.Sprintf("/proc/%d/oom_score_adj", pid)
 	data, err := os.ReadFile(path)

@@ -67,15 +67,15 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err := archive.Extract(ctx, cfg.RestoreDir, name, dir, c.s.limits()); err != nil {
 		return fail(err)
 	}
-	manifest, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec)
+	source, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec)
 	if err != nil {
 		return fail(fmt.Errorf("archive %s: %w", name, err))
 	}
-	rights := rightsOf(spec.Process)
 	if err := c.setPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: manifest, path: filepath.Join(cfg.RestoreDir, name), rights: rights, once: c.onceRecord()}
+	source.path, source.once = filepath.Join(cfg.RestoreDir, name), c.onceRecord()
+	c.source = source
 	c.logStaged(ctx, begin)
 	return nil
 }

@@ -69,6 +69,7 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 	if spec.Process != nil {
 		c.args = spec.Process.Args
 	}
+	c.bounds.Execs = true
 	c.starts.expect("")
 	return c
 }

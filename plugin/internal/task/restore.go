@@ -56,15 +56,14 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	}()
 	ctx, end := c.s.operation(ctx)
 	defer end()
-	rights := rightsOf(spec.Process)
-	manifest, err := c.stageImages(ctx, path, r.Rootfs, spec)
+	source, err := c.stageImages(ctx, path, r.Rootfs, spec)
 	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
 	}
 	if err := c.setPlaceholder(spec); err != nil {
 		return err
 	}
-	c.source = &source{manifest: manifest, path: path, rights: rights}
+	c.source = source
 	r.Checkpoint = "" // to Kata it is an ordinary container
 	c.logStaged(ctx, begin)
 	return nil
@@ -72,13 +71,14 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 
 // stageImages verifies the image set in the directory path, copies it into the
 // exchange directory, and applies the root file system diff beside it.
-func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec) (*imageset.Manifest, error) {
+func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec) (*source, error) {
 	set, err := imageset.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer set.Close()
-	if err := c.permit(ctx, set); err != nil {
+	signed, err := c.permit(ctx, set)
+	if err != nil {
 		return nil, err
 	}
 	if err := checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal); err != nil {
@@ -90,7 +90,9 @@ func (c *container) stageImages(ctx context.Context, path string, rootfs []*type
 	if err := applyRootfsDiff(ctx, path, rootfs, c.s.limits()); err != nil {
 		return nil, err
 	}
-	return set.Manifest, nil
+	out := &source{manifest: set.Manifest, path: path, rights: rightsOf(spec.Process)}
+	out.rights.Execs = signed
+	return out, nil
 }
 
 func (c *container) logStaged(ctx context.Context, begin time.Time) {

@@ -46,10 +46,10 @@ func (s *Service) trustedKeys() ([]ed25519.PublicKey, error) {
 }
 
 // permit refuses an image set that this container may not be restored from,
-// whatever is in it.
-func (c *container) permit(ctx context.Context, set *imageset.Set) error {
+// whatever is in it. It reports whether a trusted key has signed it.
+func (c *container) permit(ctx context.Context, set *imageset.Set) (signed bool, _ error) {
 	if err := c.permitNamespace(set.Manifest); err != nil {
-		return err
+		return false, err
 	}
 	return c.permitSigner(ctx, set)
 }
@@ -68,20 +68,20 @@ func (c *container) permitNamespace(m *imageset.Manifest) error {
 
 // permitSigner refuses what no trusted key has signed, where the configuration
 // demands a signature, and warns of it elsewhere.
-func (c *container) permitSigner(ctx context.Context, set *imageset.Set) error {
+func (c *container) permitSigner(ctx context.Context, set *imageset.Set) (signed bool, _ error) {
 	keys, err := c.s.trustedKeys()
 	if err == nil {
 		err = set.Verify(keys)
 	}
 	if err == nil {
-		return nil
+		return true, nil
 	}
 	inPod := annotations.MadeByCRI(c.annotations)
 	if inPod && !c.s.cfg.RestoreUnsigned || !inPod && c.s.cfg.RequireSignature {
-		return fmt.Errorf("%w: %s", err, c.signerAdvice(err))
+		return false, fmt.Errorf("%w: %s", err, c.signerAdvice(err))
 	}
 	log.G(ctx).WithError(err).WithField("container", c.id).Warn("restoring a checkpoint that no trusted key has signed: its processes may be anybody's")
-	return nil
+	return false, nil
 }
 
 func (c *container) signerAdvice(err error) string {
