@@ -51,7 +51,7 @@ func jobControl(s *scenario) {
 // root has left in a container of a user, a checkpoint is refused, and not the
 // restore.
 func otherUser(s *scenario) {
-	spec := counter("c")
+	spec := engine.Container{ID: "c", Args: []string{workload.Path, "counter", "--file", "/dev/shm/count"}}
 	spec.Spec = append(spec.Spec, oci.WithUIDGID(1000, 1000), oci.WithCapabilities(nil))
 	c := s.create(spec)
 	run := s.run(c)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/containerd/errdefs"
@@ -111,11 +112,19 @@ func excesses(look *inspect.Container, r *api.Rights) (out []inspect.Finding, er
 		pids = append(pids, p.PID)
 	}
 	found, err := outcome.Excesses(look.Root.PID, pids, r)
-	for _, e := range found {
-		out = append(out, look.Refuse(processes[e.PID], e.What+", so that no restore would let it run",
-			"terminate it before the checkpoint, and run such commands by execs that end, as it may come from one that was privileged"))
+	if err != nil {
+		return nil, err
 	}
-	return out, err
+	what := make(map[int][]string)
+	for _, e := range found {
+		what[e.PID] = append(what[e.PID], e.What)
+	}
+	for _, pid := range pids {
+		if len(what[pid]) > 0 {
+			out = append(out, look.Refuse(processes[pid], strings.Join(what[pid], " and ")+", so that no restore would let it run", "terminate it before the checkpoint"))
+		}
+	}
+	return out, nil
 }
 
 // otherProcesses are those of the sandbox's other containers.
