@@ -50,12 +50,8 @@ func TestSignal(t *testing.T) {
 		return errgrpc.ToNative(err)
 	}
 	for token, p := range map[string]process{"": root, "token": other} {
-		for sig, stopped := range map[unix.Signal]bool{unix.SIGSTOP: true, unix.SIGCONT: false} {
-			if sig == unix.SIGCONT {
-				if err := send("c1", token, unix.SIGSTOP); err != nil {
-					t.Fatal(err)
-				}
-			}
+		for _, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGCONT} { // its cleanup waits for one that is stopped
+			stopped := sig == unix.SIGSTOP
 			if err := send("c1", token, sig); err != nil {
 				t.Fatal(err)
 			}
