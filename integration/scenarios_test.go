@@ -152,6 +152,8 @@ var scenarios = []scenarioCase{
 	{name: "containerd-killed-mid-checkpoint", kind: kindRestarts, run: containerdKilledMidCheckpoint, core: onGo},
 	{name: "containerd-killed-mid-restore", kind: kindRestarts, run: containerdKilledMidRestore, core: onRust},
 
+	{name: "install-twice-and-uninstall", kind: kindOperator, run: installTwiceAndUninstall, core: onGo},
+	{name: "upgrade-running", kind: kindOperator, run: upgradeRunning, core: onRust, timeout: 8 * time.Minute},
 	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},
 
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},

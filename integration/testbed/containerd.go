@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -73,7 +74,7 @@ func (t *Testbed) configure(ctx context.Context, p *parts.Parts, o Options) erro
 		VMM: filepath.Join(t.Dir, "bin/testbed-vmm"), Virtiofsd: filepath.Join(t.Dir, "bin/testbed-virtiofsd"),
 		Kernel: kernel, Initrd: initrd, GuestMounts: o.GuestMounts, Way: o.Way, NoNetwork: o.NoNetwork,
 	}
-	if !o.NoAgent {
+	if !o.NoAgent && !o.Bare {
 		settings.GuestBundle = t.bundle()
 		if err := os.CopyFS(settings.GuestBundle, os.DirFS(o.GuestBundle)); err != nil {
 			return fmt.Errorf("guest bundle (make guest-bundle): %w", err)
@@ -151,6 +152,7 @@ func (t *Testbed) installVMM(ctx context.Context, p *parts.Parts, accel string) 
 const maxSocketDir = 107 - len("/containerd.sock.ttrpc")
 
 const containerdConfig = `version = 3
+imports = [%[6]s]
 root = %[1]q
 state = %[2]q
 disabled_plugins = [%[5]s]
@@ -189,26 +191,34 @@ func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Opt
 	t.Address = filepath.Join(sockets, "containerd.sock")
 	t.Path = strings.Join([]string{p.Bin(), programs, os.Getenv("PATH")}, ":")
 	t.containerd = filepath.Join(programs, "containerd")
-	disabled, cri := criPlugins, ""
+	disabled, cri, imports := criPlugins, "", ""
 	if o.CRI {
 		crictl, err := p.Crictl(ctx)
 		if err != nil {
 			return err
 		}
-		t.Path = strings.Join([]string{t.hostPrograms(), filepath.Dir(crictl), t.Path}, ":")
+		t.Path = strings.Join([]string{t.HostPrograms(), filepath.Dir(crictl), t.Path}, ":")
 		disabled = ""
 		if cri, err = t.configureCRI(o.Containerd); err != nil {
 			return err
 		}
 	}
-	text := fmt.Sprintf(containerdConfig, filepath.Join(t.Dir, "root"), filepath.Join(t.Dir, "run"), t.Address, t.Address+".ttrpc", disabled) + cri
-	if err := os.WriteFile(t.containerdConfig(), []byte(text), 0o644); err != nil {
+	if o.Bare {
+		t.Path = strings.Join([]string{t.HostPrograms(), programs, os.Getenv("PATH")}, ":")
+		imports = strconv.Quote(t.ConfD() + "/*.toml")
+	}
+	text := fmt.Sprintf(containerdConfig, filepath.Join(t.Dir, "root"), filepath.Join(t.Dir, "run"), t.Address, t.Address+".ttrpc", disabled, imports) + cri
+	if err := os.WriteFile(t.ContainerdConfig(), []byte(text), 0o644); err != nil {
 		return fmt.Errorf("containerd: %w", err)
 	}
 	return nil
 }
 
-func (t *Testbed) containerdConfig() string { return filepath.Join(t.Dir, "containerd.toml") }
+// ContainerdConfig is the path of containerd's configuration.
+func (t *Testbed) ContainerdConfig() string { return filepath.Join(t.Dir, "containerd.toml") }
+
+// ConfD is the directory of containerd's drop-ins, in a bare testbed.
+func (t *Testbed) ConfD() string { return filepath.Join(t.Dir, "conf.d") }
 
 // KillContainerd kills containerd with SIGKILL, as a crash would.
 func (t *Testbed) KillContainerd(ctx context.Context) error {
@@ -227,7 +237,7 @@ func (t *Testbed) StartContainerd(ctx context.Context) error {
 		return fmt.Errorf("containerd: %w", err)
 	}
 	defer out.Close()
-	cmd := exec.Command(t.containerd, "--config", t.containerdConfig()) // no context: it outlives this process
+	cmd := exec.Command(t.containerd, "--config", t.ContainerdConfig()) // no context: it outlives this process
 	cmd.Dir, cmd.Stdout, cmd.Stderr = t.Dir, out, out
 	// containerd unpacks checkpoints into its temporary directory, by default
 	// /tmp.

@@ -99,7 +99,7 @@ func (t *Testbed) configureCRI(containerd string) (string, error) {
 	if err := t.record(); err != nil {
 		return "", err
 	}
-	for _, dir := range []string{t.cniConfig(), t.nri("plugins"), t.nri("conf.d"), t.hostPrograms()} {
+	for _, dir := range []string{t.cniConfig(), t.nri("plugins"), t.nri("conf.d"), t.HostPrograms()} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return "", fmt.Errorf("cri: %w", err)
 		}
@@ -123,7 +123,7 @@ func (t *Testbed) configureCRI(containerd string) (string, error) {
 	}
 	// containerd's CRI requires a CRIU on the host before it checkpoints
 	// anything. The guest bundle's will do.
-	if err := os.Symlink(filepath.Join(t.bundle(), "bin/criu"), filepath.Join(t.hostPrograms(), "criu")); err != nil {
+	if err := os.Symlink(filepath.Join(t.bundle(), "bin/criu"), filepath.Join(t.HostPrograms(), "criu")); err != nil {
 		return "", fmt.Errorf("cri: %w", err)
 	}
 	return fmt.Sprintf(criConfig, PauseImage, plugins, t.cniConfig(), Handler, Runtime, t.KataConfig(), DownstreamHandler, t.Downstream,
@@ -142,7 +142,7 @@ func (t *Testbed) nri(name string) string { return filepath.Join(t.Dir, "nri", n
 
 // hostPrograms is a directory in containerd's PATH with the links that an
 // operator creates.
-func (t *Testbed) hostPrograms() string { return filepath.Join(t.Dir, "host-bin") }
+func (t *Testbed) HostPrograms() string { return filepath.Join(t.Dir, "host-bin") }
 
 // NRISocket is containerd's socket for NRI plugins.
 func (t *Testbed) NRISocket() string { return filepath.Join(filepath.Dir(t.Address), "nri.sock") }

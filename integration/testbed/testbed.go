@@ -69,6 +69,10 @@ type Options struct {
 	// waits 5 s for one at every start of a sandbox.
 	NoNetwork   bool
 	NoAgent     bool   // do not configure the guest bundle in Kata, and have the shim do without
+	// Bare leaves out all that `kata-checkpoint install` puts on a node: the
+	// shim is not on containerd's PATH, and neither containerd nor Kata is
+	// configured for it. containerd imports the files of [Testbed.ConfD].
+	Bare        bool
 	GuestBundle string // default: build/guest-bundle
 	Containerd  string // its release, such as "2.1"; default parts.ContainerdVersion
 	CRI         bool   // also serve the CRI, with CNI and the NRI plugin

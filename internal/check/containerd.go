@@ -225,7 +225,7 @@ func (h *Host) runtime(d *daemon, f *Findings) {
 		return
 	}
 	if len(d.runtimes) == 0 {
-		f.warn("runtime.handler", "copy configs/containerd/kata-checkpoint.toml to /etc/containerd/conf.d/, import it in /etc/containerd/config.toml and restart containerd",
+		f.warn("runtime.handler", "run kata-checkpoint install, or copy configs/containerd/kata-checkpoint.toml to /etc/containerd/conf.d/ and import it in /etc/containerd/config.toml, and restart containerd",
 			"no runtime handler of the CRI uses %s: pods cannot be checkpointed, containers of ctr and nerdctl can", Runtime)
 	}
 	for name, r := range d.runtimes {

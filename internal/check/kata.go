@@ -36,10 +36,7 @@ var KernelOptions = []string{
 	"CGROUP_FREEZER", "FHANDLE", "PROC_PAGE_MONITOR", "RSEQ",
 }
 
-var (
-	versionPattern = regexp.MustCompile(`\d+\.\d+\.\d+(-[0-9A-Za-z.]+)?`)
-	number         = regexp.MustCompile(`\d+(\.\d+)*`)
-)
+var number = regexp.MustCompile(`\d+(\.\d+)*`)
 
 // atLeast compares versions; one that cannot be read is new enough.
 func atLeast(version, minimum string) bool {
@@ -64,11 +61,7 @@ func (h *Host) kata(ctx context.Context, d *daemon, f *Findings) {
 		f.fail("kata.shim", "reinstall Kata, or set downstream_shim in config.toml to the path of its shim", "%s does not run: %v", path, err)
 		return
 	}
-	shim := kataconfig.Go
-	if strings.Contains(out, "(Rust)") {
-		shim = kataconfig.Rust
-	}
-	version := versionPattern.FindString(out)
+	shim, version := kataconfig.ParseVersion(out)
 	if !atLeast(version, minKata) {
 		f.fail("kata.shim", "install Kata "+minKata+" or later", "%s is Kata %s, which is too old", path, version)
 	} else {
@@ -171,7 +164,7 @@ func (h *Host) kernel(c *kataconfig.Config, f *Findings) {
 		f.fail(check, cure, "%s: the guest kernel: %v", c.Path, err)
 		return
 	}
-	config, err := kernelConfig(kernel)
+	missing, modules, err := LacksOptions(kernel)
 	if errors.Is(err, fs.ErrNotExist) {
 		f.warn(check, "put the configuration of the kernel beside it, as "+kernel+".config", "%s: it is not known with which options it was built", kernel)
 		return
@@ -179,15 +172,6 @@ func (h *Host) kernel(c *kataconfig.Config, f *Findings) {
 	if err != nil {
 		f.fail(check, cure, "%s: %v", kernel, err)
 		return
-	}
-	var missing, modules []string
-	for _, o := range KernelOptions {
-		switch {
-		case config[o] == "m":
-			modules = append(modules, o)
-		case config[o] != "y" && o != "MEM_SOFT_DIRTY": // CRIU does without it, and arm64 has none
-			missing = append(missing, o)
-		}
 	}
 	switch {
 	case len(missing) > 0:
@@ -197,6 +181,30 @@ func (h *Host) kernel(c *kataconfig.Config, f *Findings) {
 	default:
 		f.ok(check, "%s has all options", kernel)
 	}
+}
+
+// LacksOptions returns which of [KernelOptions] a kernel lacks, and which it has
+// as modules, by the configuration beside it. Without one the error is
+// fs.ErrNotExist.
+func LacksOptions(kernel string) (missing, modules []string, err error) {
+	config, err := kernelConfig(kernel)
+	if err != nil {
+		return nil, nil, err
+	}
+	missing, modules = lacks(config)
+	return missing, modules, nil
+}
+
+func lacks(config map[string]string) (missing, modules []string) {
+	for _, o := range KernelOptions {
+		switch {
+		case config[o] == "m":
+			modules = append(modules, o)
+		case config[o] != "y" && o != "MEM_SOFT_DIRTY": // CRIU does without it, and arm64 has none
+			missing = append(missing, o)
+		}
+	}
+	return missing, modules
 }
 
 // kernelConfig reads the configuration beside a kernel: the values of its

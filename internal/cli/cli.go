@@ -57,7 +57,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 	}
-	root.AddCommand(checkCommand())
+	root.AddCommand(checkCommand(), installCommand(), uninstallCommand())
 	return root
 }
 

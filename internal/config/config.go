@@ -6,6 +6,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/ed25519"
 	"errors"
 	"fmt"
@@ -71,6 +72,17 @@ type Config struct {
 	RequireSignature bool
 	// NRIRuntimeHandlers are the CRI's names for our runtime; "" is its default.
 	NRIRuntimeHandlers []string
+	// BundleInUse is the directory that GuestBundle, a symbolic link, led to when
+	// the file was read; empty if it is none.
+	BundleInUse string
+}
+
+// Agent is the agent's binary in the guest bundle. Where guest_bundle is a
+// symbolic link, as `kata-checkpoint install` makes it, that is the bundle which
+// it led to when the configuration was read: a sandbox keeps the release with
+// which it was started.
+func (c *Config) Agent() string {
+	return filepath.Join(cmp.Or(c.BundleInUse, c.GuestBundle), api.AgentBinary)
 }
 
 // file has the keys as written.
@@ -140,6 +152,9 @@ func Load(path string) (*Config, error) {
 	c, err := parse(data)
 	if err != nil {
 		return nil, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	if dir, err := filepath.EvalSymlinks(c.GuestBundle); err == nil && dir != c.GuestBundle {
+		c.BundleInUse = dir
 	}
 	return c, nil
 }

@@ -4,6 +4,7 @@ package config
 
 import (
 	"crypto/ed25519"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -168,4 +169,38 @@ func TestLoad(t *testing.T) {
 			t.Fatalf("error %v does not name %s", err, path)
 		}
 	})
+}
+
+// A sandbox keeps the guest bundle with which it was started.
+func TestAgentStaysThatOfTheRelease(t *testing.T) {
+	dir := t.TempDir()
+	for _, release := range []string{"v1", "v2"} {
+		if err := os.MkdirAll(filepath.Join(dir, release, "guest"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link, path := filepath.Join(dir, "guest"), filepath.Join(dir, "config.toml")
+	if err := os.Symlink("v1/guest", link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, fmt.Appendf(nil, "guest_bundle = %q\n", link), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("v2/guest", link); err != nil {
+		t.Fatal(err)
+	}
+	if want := filepath.Join(dir, "v1/guest/bin/kata-checkpoint-agent"); c.Agent() != want || c.GuestBundle != link {
+		t.Errorf("the agent is %s, want %s; the bundle is %s", c.Agent(), want, c.GuestBundle)
+	}
+	plain := &Config{GuestBundle: "/b"}
+	if plain.Agent() != "/b/bin/kata-checkpoint-agent" {
+		t.Errorf("without a link the agent is %s", plain.Agent())
+	}
 }

@@ -15,6 +15,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -30,6 +31,18 @@ const (
 	Go   Shim = "go"
 	Rust Shim = "rust"
 )
+
+// ParseVersion reads what a shim prints of its version. A shim that does not
+// say which it is counts as Kata's Go shim.
+func ParseVersion(output string) (shim Shim, version string) {
+	shim = Go
+	if strings.Contains(output, "(Rust)") {
+		shim = Rust
+	}
+	return shim, versionPattern.FindString(output)
+}
+
+var versionPattern = regexp.MustCompile(`\d+\.\d+\.\d+(-[0-9A-Za-z.]+)?`)
 
 // Defaults are the files of which a shim reads the first that exists, if nobody
 // names one.
@@ -84,10 +97,10 @@ func (c *Config) DropInDir() string { return filepath.Join(filepath.Dir(c.Path),
 // Kata's Rust shim does not accept.
 var ErrLink = errors.New("not a regular file, which Kata's Rust shim does not accept")
 
-// Load reads the file at path with its drop-ins, as the shim does. Of several
-// hypervisors it takes the one that the file's name has (configuration-clh.toml)
-// or the first.
-func Load(path string, shim Shim) (*Config, error) {
+// Load reads the file at path with its drop-ins, as the shim does, except for
+// the drop-ins with the given names. Of several hypervisors it takes the one
+// that the file's name has (configuration-clh.toml) or the first.
+func Load(path string, shim Shim, except ...string) (*Config, error) {
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return nil, err
@@ -102,6 +115,9 @@ func Load(path string, shim Shim) (*Config, error) {
 		return nil, err
 	}
 	for _, e := range entries {
+		if slices.Contains(except, e.Name()) {
+			continue
+		}
 		file := filepath.Join(c.DropInDir(), e.Name())
 		if shim == Rust && !e.Type().IsRegular() {
 			return nil, fmt.Errorf("%s: %w", file, ErrLink)

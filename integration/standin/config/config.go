@@ -8,7 +8,9 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -89,12 +91,13 @@ func (f *file) wayOf(table string) way.Way {
 	return way.Go
 }
 
-// Load reads the file that the engine's options name, or Kata's default.
+// Load reads the file that the engine's options name, or Kata's default, with
+// the drop-ins in config.d beside it.
 func Load(path string) (*Config, error) {
 	if path == "" {
 		path = DefaultPath
 	}
-	raw, err := os.ReadFile(path)
+	raw, err := merged(path)
 	if err != nil {
 		return nil, fmt.Errorf("read the configuration: %w", err)
 	}
@@ -103,6 +106,49 @@ func Load(path string) (*Config, error) {
 		return nil, fmt.Errorf("read the configuration %s: %w", path, err)
 	}
 	return c, nil
+}
+
+// merged is the file with its drop-ins: tables are merged, everything else is
+// replaced.
+func merged(path string) ([]byte, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(filepath.Dir(path), "config.d")
+	dropIns, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	files := []string{path}
+	for _, d := range dropIns {
+		files = append(files, filepath.Join(dir, d.Name()))
+	}
+	all := map[string]any{}
+	for _, file := range files {
+		raw, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		var values map[string]any
+		if err := toml.Unmarshal(raw, &values); err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		merge(all, values)
+	}
+	return toml.Marshal(all)
+}
+
+func merge(into, values map[string]any) {
+	for key, value := range values {
+		table, ok := value.(map[string]any)
+		below, is := into[key].(map[string]any)
+		if ok && is {
+			merge(below, table)
+			continue
+		}
+		into[key] = value
+	}
 }
 
 func parse(raw []byte) (*Config, error) {

@@ -3,6 +3,8 @@
 package config
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -94,5 +96,32 @@ func TestOtherHypervisorsAreRefused(t *testing.T) {
 	}
 	if _, err := parse([]byte("[hypervisor.clh]\npath = \"/usr/bin/vmm\"\n")); err == nil {
 		t.Error("a file without a kernel was taken")
+	}
+}
+
+func TestDropIns(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"kata.toml":          "[hypervisor.clh]" + common + "[runtime]\nsandbox_bind_mounts = [\"/a\"]\n",
+		"config.d/50-a.toml": "[hypervisor.clh]\nguest_hook_path = \"/first\"\nkernel = \"/k\"\n[runtime]\nsandbox_bind_mounts = [\"/b\"]\n",
+		"config.d/60-b.toml": "[hypervisor.clh]\nguest_hook_path = \"/second\"\n",
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("kata.toml", filepath.Join(dir, "link.toml")); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(filepath.Join(dir, "link.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.HookPath != "/second" || c.Kernel != "/k" || c.MemoryMiB != 1536 || !cmp.Equal(c.BindMounts, []BindMount{{Source: "/b"}}) {
+		t.Errorf("got %+v", c)
 	}
 }

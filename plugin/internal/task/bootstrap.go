@@ -30,7 +30,7 @@ func (s *Service) startAgent(ctx context.Context) error {
 	begin := time.Now()
 	id := "kata-checkpoint-" + rand.Text()
 	dir := bundle.BootstrapDir(s.cfg.StateDir, s.namespace, s.sandbox, id)
-	if err := writeBootstrapBundle(dir, id, s.sandbox, filepath.Join(s.cfg.GuestBundle, api.AgentBinary)); err != nil {
+	if err := writeBootstrapBundle(dir, id, s.sandbox, s.cfg.Agent()); err != nil {
 		return errclass.Join(err, os.RemoveAll(dir))
 	}
 	s.events.Hide(id)

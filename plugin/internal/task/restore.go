@@ -176,7 +176,7 @@ func rightsOf(p *specs.Process) *api.Rights {
 // setPlaceholder replaces the container's init by the placeholder, below which
 // the agent restores the processes.
 func (c *container) setPlaceholder(spec *bundle.Spec) error {
-	binary := filepath.Join(c.s.cfg.GuestBundle, api.AgentBinary)
+	binary := c.s.cfg.Agent()
 	if st, err := os.Stat(binary); err != nil || !st.Mode().IsRegular() {
 		return errclass.Precondition("restore: %s does not exist: install the guest bundle on this node and set guest_bundle in config.toml to its directory", binary)
 	}
