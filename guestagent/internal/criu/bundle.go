@@ -117,7 +117,7 @@ func Version() (uint32, error) {
 	if _, err := os.Stat(binary); err != nil {
 		return 0, fmt.Errorf("no CRIU in the guest: %w", err)
 	}
-	s, err := startService(binary)
+	s, err := startService(binary, "")
 	if err != nil {
 		return 0, err
 	}

@@ -48,10 +48,6 @@ func launch(dir string, args []string) error {
 		return errPIDTaken
 	}
 	if job.Cgroup != "" {
-		// "0" is the writer, in any PID namespace.
-		if err := os.WriteFile(filepath.Join(job.Cgroup, "cgroup.procs"), []byte("0"), 0); err != nil {
-			return fmt.Errorf("enter cgroup %s: %w", job.Cgroup, err)
-		}
 		if err := takeOOMScore(job.Target); err != nil {
 			return err
 		}

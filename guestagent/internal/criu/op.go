@@ -45,8 +45,8 @@ type Job struct {
 	// a process with its own PID in another namespace for itself (get_proc_fd
 	// in criu/util.c) and then sets the clocks of its own time namespace.
 	Avoid []int `json:"avoid,omitempty"`
-	// Cgroup is the directory of a cgroup that CRIU is moved into and that
-	// becomes the root of its cgroup namespace; or empty.
+	// Cgroup is the directory of a cgroup that CRIU starts in and that becomes the
+	// root of its cgroup namespace; or empty.
 	Cgroup string `json:"cgroup,omitempty"`
 	// Mounts are clones of mounts of Target, each with its own mount point.
 	Mounts []MountClone `json:"mounts,omitempty"`
@@ -240,7 +240,7 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 				return err
 			}
 		}
-		s, err = startService(filepath.Join(o.dir, launcherName))
+		s, err = startService(filepath.Join(o.dir, launcherName), o.job.Cgroup)
 		return err
 	})
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"syscall"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
@@ -38,9 +39,9 @@ type service struct {
 	answered bool
 }
 
-// startService starts "PATH swrk FD" with the calling thread's namespaces. The
-// caller calls close.
-func startService(path string) (*service, error) {
+// startService starts "PATH swrk FD" with the calling thread's namespaces, in a
+// cgroup, or in the caller's if that is empty. The caller calls close.
+func startService(path, cgroup string) (*service, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("start CRIU: %w", err)
@@ -49,6 +50,16 @@ func startService(path string) (*service, error) {
 	defer theirs.Close()
 	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{})}
 	s.cmd.ExtraFiles = []*os.File{theirs, socket}
+	if cgroup != "" {
+		// To move it there later takes an RCU grace period, 10 ms and more.
+		dir, err := os.Open(cgroup)
+		if err != nil {
+			socket.Close()
+			return nil, fmt.Errorf("start CRIU: %w", err)
+		}
+		defer dir.Close()
+		s.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	}
 	if err := s.cmd.Start(); err != nil {
 		socket.Close()
 		return nil, fmt.Errorf("start CRIU: %w", err)

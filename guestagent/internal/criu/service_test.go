@@ -81,7 +81,7 @@ func startImitation(t *testing.T, behaviour string) *service {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := startService(self)
+	s, err := startService(self, "")
 	if err != nil {
 		t.Fatal(err)
 	}
