@@ -3,13 +3,16 @@
 package integration
 
 import (
+	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -75,6 +78,8 @@ var forgeries = []forgery{
 	}), []string{"has /proc/sys without ro, unlike the container"}},
 	{"no mask", forgeMounts(func(m *mnt.MntEntry) bool { return m.GetMountpoint() != "/proc/kcore" }),
 		[]string{"sees /proc/kcore, which the container does not"}},
+	{"a disk in /dev", forgeTmpfs(&tar.Header{Name: "./disk", Typeflag: tar.TypeBlock, Mode: 0o666, Devmajor: 254}),
+		[]string{"has a node of the device 254:0 in /dev, and the container has none"}},
 	{"a second /proc", forgeMounts(func(m *mnt.MntEntry) bool {
 		if m.GetMountpoint() == "/dev/mqueue" {
 			*m.Fstype, *m.Source, *m.Root = uint32(mnt.Fstype_PROC), "proc", "/"
@@ -193,6 +198,53 @@ func forgeCreds(change func(*creds.CredsEntry)) func(string) error {
 
 func forgeMounts(change func(*mnt.MntEntry) bool) func(string) error {
 	return func(dir string) error { return forgeAll(filepath.Join(dir, "mountpoints-*.img"), change) }
+}
+
+// forgeTmpfs adds a file to each tmpfs.
+func forgeTmpfs(h *tar.Header) func(string) error {
+	return func(dir string) error {
+		found, err := filepath.Glob(filepath.Join(dir, "tmpfs-*.tar.gz.img"))
+		if err == nil && len(found) == 0 {
+			err = errors.New("there is no image of a tmpfs")
+		}
+		for _, path := range found {
+			err = errors.Join(err, addToTar(path, h))
+		}
+		return err
+	}
+}
+
+func addToTar(path string, h *tar.Header) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	unzipped, err := gzip.NewReader(bytes.NewReader(data))
+	if err != nil {
+		return fmt.Errorf("read %s: %w", filepath.Base(path), err)
+	}
+	var out bytes.Buffer
+	zipped := gzip.NewWriter(&out)
+	from, to := tar.NewReader(unzipped), tar.NewWriter(zipped)
+	for {
+		entry, err := from.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err == nil {
+			err = to.WriteHeader(entry)
+		}
+		if err == nil {
+			_, err = io.Copy(to, from)
+		}
+		if err != nil {
+			return fmt.Errorf("change %s: %w", filepath.Base(path), err)
+		}
+	}
+	if err := errors.Join(to.WriteHeader(h), to.Close(), zipped.Close()); err != nil {
+		return err
+	}
+	return os.WriteFile(path, out.Bytes(), 0o600)
 }
 
 // dropUnknown removes a field that go-criu does not know.

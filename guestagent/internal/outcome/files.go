@@ -23,9 +23,14 @@ type file struct {
 	mount    uint64 // the ID of its mount
 	device   uint64 // of its file system
 	inode    uint64
+	node     uint64 // of a device node, which device it is
 	mode     uint16
 	uid, gid uint32
 }
+
+func (f file) kind() uint16 { return f.mode & unix.S_IFMT }
+
+func (f file) isDevice() bool { return f.kind() == unix.S_IFCHR || f.kind() == unix.S_IFBLK }
 
 // look finds out where a link in /proc leads. It asks the kernel only, and never
 // the server of a file system.
@@ -39,7 +44,7 @@ func look(link string) (file, error) {
 	}
 	return file{
 		mount: st.Mnt_id, device: unix.Mkdev(st.Dev_major, st.Dev_minor), inode: st.Ino,
-		mode: st.Mode, uid: st.Uid, gid: st.Gid,
+		node: unix.Mkdev(st.Rdev_major, st.Rdev_minor), mode: st.Mode, uid: st.Uid, gid: st.Gid,
 	}, nil
 }
 
@@ -120,6 +125,11 @@ func (k *check) files(pid int) error {
 		}
 		if err := k.unnamed(pid, e.Name()); err != nil {
 			return err
+		}
+		if k.mountIDs[f.mount] && !slices.Contains(k.stdio, f) {
+			if err := k.opened(pid, e.Name(), f); err != nil {
+				return err
+			}
 		}
 	}
 	return k.mappings(pid)
@@ -259,6 +269,16 @@ func (k *check) mappings(pid int) error {
 		if !k.within(link, f) {
 			k.find(pid, "has mapped a file outside of the container (%s)", target(link))
 			continue
+		}
+		if k.mountIDs[f.mount] {
+			// What can be executed can be mapped.
+			want := uint16(readable | executable)
+			if shared && strings.Contains(fields[1], "w") {
+				want = writable
+			}
+			if err := k.access(pid, "mapped "+target(link), link, f, want); err != nil {
+				return err
+			}
 		}
 		k.seen[m] = true
 	}

@@ -234,6 +234,9 @@ func (k *check) mountNamespace(pid int, link string) error {
 	for _, problem := range c.problems() {
 		k.find(pid, "%s", problem)
 	}
+	if err := k.contents(pid, &c); err != nil {
+		return err
+	}
 	for _, m := range t.mounts {
 		k.mountIDs[uint64(m.ID)] = true //nolint:gosec // not negative
 	}

@@ -46,7 +46,9 @@ type Container struct {
 	mounts      *table
 	// guestDevices are those of the file systems in the agent's mount namespace.
 	guestDevices map[[2]int]bool
-	stdio        []file
+	// devices are those that it has nodes of.
+	devices map[deviceNode]bool
+	stdio   []file
 	// memory are the mounts in the kernel that unnamed memory is on.
 	memory map[uint64]bool
 	// running: its processes run, and may exit meanwhile.
@@ -96,6 +98,9 @@ func (c *Container) read(placeholder int, r *api.Rights) (err error) {
 		return err
 	}
 	c.guestDevices = guest.devices()
+	if c.devices, err = (&comparison{may: c.mounts, guest: c.guestDevices}).readDevices(placeholder); err != nil {
+		return err
+	}
 	if c.memory, err = unnamedMemory(); err != nil {
 		return err
 	}

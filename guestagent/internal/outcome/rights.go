@@ -309,17 +309,3 @@ func (k *check) ids(pid int, t *credentials, most set) error {
 	}
 	return nil
 }
-
-// ownIDs returns the users and groups of the container, without those that
-// CAP_SETUID and CAP_SETGID allow it to become.
-func (k *check) ownIDs() (users, groups []uint32, err error) {
-	users, groups = []uint32{k.rights.uid}, append([]uint32{k.rights.gid}, k.rights.groups...)
-	if k.rights.noNewPrivs {
-		return users, groups, nil
-	}
-	p, err := k.readPrograms()
-	if err != nil {
-		return nil, nil, err
-	}
-	return append(users, p.users...), append(groups, p.groups...), nil
-}
