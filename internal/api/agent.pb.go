@@ -238,7 +238,7 @@ func (x *ContainerRequest) GetToken() string {
 
 type HoldRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// owner identifies the shim, should there be several for one guest.
+	// owner identifies the shim. Nobody else knows it.
 	Owner         string `protobuf:"bytes,1,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -292,7 +292,10 @@ type AdoptRequest struct {
 	// refuses those that lack it. Any process of the host may connect to the
 	// agent's port; only root there can read the token. A shim of the release before sends
 	// none.
-	Guarded       bool `protobuf:"varint,4,opt,name=guarded,proto3" json:"guarded,omitempty"`
+	Guarded bool `protobuf:"varint,4,opt,name=guarded,proto3" json:"guarded,omitempty"`
+	// owner is that of the caller's Hold. Where it is empty, as from a shim of the
+	// release before, anybody's lease counts for the container.
+	Owner         string `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -353,6 +356,13 @@ func (x *AdoptRequest) GetGuarded() bool {
 		return x.Guarded
 	}
 	return false
+}
+
+func (x *AdoptRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
 }
 
 type AdoptResponse struct {
@@ -1660,12 +1670,13 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\"#\n" +
 	"\vHoldRequest\x12\x14\n" +
-	"\x05owner\x18\x01 \x01(\tR\x05owner\"\x94\x01\n" +
+	"\x05owner\x18\x01 \x01(\tR\x05owner\"\xaa\x01\n" +
 	"\fAdoptRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x121\n" +
 	"\x14exchange_destination\x18\x02 \x01(\tR\x13exchangeDestination\x12\x14\n" +
 	"\x05token\x18\x03 \x01(\tR\x05token\x12\x18\n" +
-	"\aguarded\x18\x04 \x01(\bR\aguarded\"!\n" +
+	"\aguarded\x18\x04 \x01(\bR\aguarded\x12\x14\n" +
+	"\x05owner\x18\x05 \x01(\tR\x05owner\"!\n" +
 	"\rAdoptResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xf3\x01\n" +
 	"\x11CheckpointOptions\x12'\n" +

@@ -145,6 +145,7 @@ func (a *Agent) Adopt(ctx context.Context, r *api.AdoptRequest) (*api.AdoptRespo
 	if r.GetGuarded() {
 		c.Token = r.GetToken()
 	}
+	c.Owner = r.GetOwner()
 	err = c.noteMounts()
 	if err == nil {
 		err = a.save(c)
@@ -187,9 +188,9 @@ func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 }
 
 // Hold implements the service: a lease that lasts as long as the connection.
-func (a *Agent) Hold(ctx context.Context, _ *api.HoldRequest) (*emptypb.Empty, error) {
-	a.leases.begin()
-	defer a.leases.end(leaseGrace)
+func (a *Agent) Hold(ctx context.Context, r *api.HoldRequest) (*emptypb.Empty, error) {
+	a.leases.begin(r.GetOwner())
+	defer a.leases.end(r.GetOwner(), leaseGrace)
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
@@ -209,7 +210,7 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 		return nil, errclass.ToRPC(c.explain(err))
 	}
 	if err = c.writeOut(ctx); err == nil {
-		err = a.ops.complete(ctx, func() { a.leases.frozen(c.ID) })
+		err = a.ops.complete(ctx, func() { a.leases.frozen(c.ID, c.Owner) })
 	}
 	if err != nil {
 		return nil, errclass.ToRPC(errclass.Join(c.explain(err), cgroup.Thaw(c.tree())))

@@ -56,6 +56,8 @@ type container struct {
 	// Token is what every request for the container has to have; empty: the shim
 	// that the container was adopted for sends none.
 	Token string `json:"token,omitempty"`
+	// Owner is the owner of the leases that count for the container; empty: all do.
+	Owner string `json:"owner,omitempty"`
 }
 
 // noteMounts notes the mounts of a created container, before its own program

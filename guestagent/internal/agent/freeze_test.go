@@ -48,7 +48,7 @@ func cgroupOf(t *testing.T, pids ...int) string {
 func adopted(t *testing.T, pids ...int) (*Agent, *container) {
 	t.Helper()
 	a := &Agent{dir: t.TempDir()}
-	a.leases.begin() // a shim
+	a.leases.begin("shim")
 	if err := os.Mkdir(filepath.Join(a.dir, "containers"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func adopted(t *testing.T, pids ...int) (*Agent, *container) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &container{ID: "c1", Init: init, Cgroup: cgroupOf(t, pids...)}
+	c := &container{ID: "c1", Owner: "shim", Init: init, Cgroup: cgroupOf(t, pids...)}
 	mounts, err := inspect.Mounts(os.Getpid())
 	if err != nil {
 		t.Fatal(err)
@@ -185,12 +185,28 @@ func TestAThawEndsADump(t *testing.T) {
 }
 
 // A container whose shim is gone is thawed, however long that takes, but not
-// once another shim has come while the agent waited.
+// once its shim has come back while the agent waited. Another process of the host
+// that holds a lease does not count, except for a shim of the release before.
 func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
-	for name, tc := range map[string]struct{ owner, frozen bool }{"nobody comes": {}, "an owner comes": {true, true}} {
+	for name, tc := range map[string]struct {
+		owner  string
+		comes  []string
+		frozen bool
+	}{
+		"nobody comes":                    {owner: "shim"},
+		"its owner comes":                 {"shim", []string{"shim"}, true},
+		"somebody else comes":             {"shim", []string{"other"}, false},
+		"somebody without a name":         {"shim", []string{""}, false},
+		"nobody comes, without an owner":  {},
+		"anybody comes, without an owner": {"", []string{"other"}, true},
+	} {
 		t.Run(name, func(t *testing.T) {
 			a, c := sleeping(t)
 			a.leases.expired = a.thawAll
+			c.Owner = tc.owner
+			if err := a.save(c); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := a.Freeze(t.Context(), &api.ContainerRequest{ContainerId: c.ID}); err != nil {
 				t.Fatal(err)
 			}
@@ -198,7 +214,7 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			a.leases.end(0)
+			a.leases.end("shim", 0)
 			ticks := time.NewTicker(5 * time.Millisecond)
 			defer ticks.Stop()
 			for range 10 {
@@ -206,8 +222,8 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 					t.Fatal("thawed during an operation")
 				}
 			}
-			if tc.owner {
-				a.leases.begin()
+			for _, owner := range tc.comes {
+				a.leases.begin(owner)
 			}
 			end()
 			for range 100 {

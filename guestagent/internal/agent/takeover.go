@@ -60,7 +60,7 @@ func (a *Agent) takeOver() error {
 		}
 		if frozen {
 			log.L.WithField("container", c.ID).Warn("container was frozen by an agent that has died")
-			a.leases.frozen(c.ID)
+			a.leases.frozen(c.ID, c.Owner)
 		}
 	}
 	return nil

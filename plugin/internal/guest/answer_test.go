@@ -139,7 +139,7 @@ func TestAnAgentThatFloods(t *testing.T) {
 					}
 				}
 			}()
-			a := New(func(context.Context) (net.Conn, error) { return here, nil }, "owner", func() {})
+			a := New(func(context.Context) (net.Conn, error) { return here, nil }, func() {})
 			defer a.Close()
 			if err := a.Connect(t.Context()); err == nil || !strings.Contains(err.Error(), tc.err) {
 				t.Errorf("error %v, want one with %q", err, tc.err)

@@ -7,6 +7,7 @@ package guest
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -66,11 +67,15 @@ type connection struct {
 	done   chan struct{}
 }
 
-// New returns the agent that dial connects to. Owner identifies this shim to
-// it. Lost is called whenever an established connection has broken.
-func New(dial Dialer, owner string, lost func()) *Agent {
-	return &Agent{dial: dial, owner: owner, lost: lost, sem: make(chan struct{}, 1), closed: make(chan struct{})}
+// New returns the agent that dial connects to. Lost is called whenever an
+// established connection has broken.
+func New(dial Dialer, lost func()) *Agent {
+	return &Agent{dial: dial, owner: rand.Text(), lost: lost, sem: make(chan struct{}, 1), closed: make(chan struct{})}
 }
+
+// Owner identifies this shim to the agent. Another process of the host, which
+// could hold a lease, too, cannot guess it.
+func (a *Agent) Owner() string { return a.owner }
 
 // Close closes the connection. The guest thaws the containers that it owns.
 func (a *Agent) Close() {

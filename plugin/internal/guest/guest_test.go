@@ -35,7 +35,7 @@ func connect(t *testing.T, lost func()) (*fake.Guest, *Agent) {
 			return nil, err
 		}
 		return location.Dial(ctx, fake.Port)
-	}, "owner", lost)
+	}, lost)
 	t.Cleanup(a.Close)
 	return g, a
 }
@@ -55,7 +55,7 @@ func TestOneConnectionForAll(t *testing.T) {
 			return nil, err
 		}
 		return location.Dial(ctx, fake.Port)
-	}, "owner", func() {})
+	}, func() {})
 	defer a.Close()
 	var wg sync.WaitGroup
 	for range 20 {
@@ -226,7 +226,7 @@ func TestErrorsKeepTheirClass(t *testing.T) {
 func TestNoGuest(t *testing.T) {
 	a := New(func(ctx context.Context) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(t.TempDir(), "none"))
-	}, "owner", func() {})
+	}, func() {})
 	if err := a.Connect(t.Context()); !errdefs.IsUnavailable(err) {
 		t.Errorf("got %v", err)
 	}

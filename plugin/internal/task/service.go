@@ -117,7 +117,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.idleTimer = time.AfterFunc(idleDelay, debug.FreeOSMemory)
-	s.agent = guest.New(s.dialAgent, o.Namespace+"/"+o.Sandbox, s.onAgentLost)
+	s.agent = guest.New(s.dialAgent, s.onAgentLost)
 	s.events.OnExit(s.onExit)
 	s.shutdown.RegisterCallback(s.stop)
 	go func() {

@@ -23,7 +23,7 @@ func (c *container) claim(ctx context.Context) error {
 		}
 	}
 	return c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Adopt(ctx, &api.AdoptRequest{ContainerId: c.id, ExchangeDestination: api.ExchangeDestination, Token: c.exchange.token, Guarded: true})
+		_, err := a.Adopt(ctx, &api.AdoptRequest{ContainerId: c.id, ExchangeDestination: api.ExchangeDestination, Token: c.exchange.token, Guarded: true, Owner: c.s.agent.Owner()})
 		return err
 	})
 }
