@@ -84,7 +84,11 @@ func (a *Agent) prepare() error {
 		return &os.PathError{Op: "statx", Path: a.dir, Err: err}
 	}
 	if st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
-		if err := unix.Mount("tmpfs", a.dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=700"); err != nil {
+		size, err := stateSize()
+		if err != nil {
+			return err
+		}
+		if err := unix.Mount("tmpfs", a.dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("mode=700,size=%d", size)); err != nil {
 			return fmt.Errorf("mount %s: %w", a.dir, err)
 		}
 	}
@@ -98,6 +102,21 @@ func (a *Agent) prepare() error {
 		}
 	}
 	return nil
+}
+
+// maxState bounds what the agent keeps in the guest's memory, in bytes: CRIU, some
+// 25 MiB, and logs. How much CRIU logs of a container depends on the container, and
+// no cgroup is charged for it.
+const maxState = 128 << 20
+
+// stateSize is the size of the agent's directory: as any tmpfs, it has at most half
+// of the memory.
+func stateSize() (uint64, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, fmt.Errorf("read the size of the memory: %w", err)
+	}
+	return min(maxState, info.Totalram*uint64(info.Unit)/2), nil
 }
 
 // Info implements the service.
