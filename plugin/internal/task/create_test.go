@@ -370,4 +370,10 @@ func TestDeleteThatKataRefusesKeepsTheContainer(t *testing.T) {
 	_, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"})
 	wantError(t, err, "still running")
 	h.pause()
+	// containerd need not ask again, nor know the container any longer.
+	h.kata.Die()
+	<-h.down.Done()
+	if exists(h.exchange()) {
+		t.Error("its exchange directory is left")
+	}
 }

@@ -6,14 +6,17 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
 
@@ -80,6 +83,21 @@ func (c *container) discardImages(images string) {
 	if err := remove.All(c.exchange.path(images)); err != nil {
 		logger.WithError(err).Warn("failed to remove stale images")
 	}
+}
+
+// present reports whether the directory is there, and not that of another
+// container of the same name.
+func (e *exchange) present() bool {
+	if e == nil {
+		return false
+	}
+	f, _, err := regular.Open(unix.AT_FDCWD, e.path(api.MarkerName), 0)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	token, err := io.ReadAll(io.LimitReader(f, int64(len(e.token))+1))
+	return err == nil && string(token) == e.token
 }
 
 // remove removes the directory. Even where it is still mounted in a container,

@@ -141,12 +141,34 @@ func (s *Service) stop(ctx context.Context) error {
 		s.idleTimer.Stop()
 		s.agent.Close()
 		s.down.client.Close()
+		s.removeExchanges(ctx)
 	}()
 	select {
 	case <-done:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("operations in progress did not finish: %w", ctx.Err())
+	}
+}
+
+// removeExchanges removes the exchange directories of the containers that Kata has
+// not deleted, once its shim has exited: containerd may not know them any longer,
+// and then nobody else would.
+func (s *Service) removeExchanges(ctx context.Context) {
+	select {
+	case <-s.down.gone:
+	default:
+		return // the shim's delete does it, which ends Kata first
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, c := range s.containers {
+		if !c.exchange.present() {
+			continue
+		}
+		if err := c.exchange.remove(); err != nil {
+			log.G(ctx).WithError(err).WithField("container", id).Error("failed to clean up a container that was not deleted")
+		}
 	}
 }
 
