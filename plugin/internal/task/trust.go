@@ -67,14 +67,15 @@ func (c *container) permitNamespace(m *imageset.Manifest) error {
 }
 
 // permitSigner refuses what no trusted key has signed, where the configuration
-// demands a signature, and warns of it elsewhere.
+// demands a signature, and warns of it elsewhere. What has been changed since it
+// was signed is always refused.
 func (c *container) permitSigner(ctx context.Context, set *imageset.Set) (signed bool, _ error) {
 	keys, err := c.s.trustedKeys()
 	if err == nil {
 		err = set.Verify(keys)
 	}
-	if err == nil {
-		return true, nil
+	if err == nil || errors.Is(err, imageset.ErrForged) {
+		return err == nil, err
 	}
 	inPod := annotations.MadeByCRI(c.annotations)
 	if inPod && !c.s.cfg.RestoreUnsigned || !inPod && c.s.cfg.RequireSignature {
@@ -95,5 +96,5 @@ func (c *container) signerAdvice(err error) string {
 	case errors.Is(err, imageset.ErrUnsigned):
 		return "make it on a node that signs its checkpoints, or " + allow
 	}
-	return "or " + allow
+	return "mend the key, or " + allow
 }

@@ -91,9 +91,14 @@ func TestForgedImageSet(t *testing.T) {
 	if err := os.WriteFile(manifest, append(data, '\n'), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	h := newHarness(t, onNode(node))
-	_, err = h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(podContainer()), Checkpoint: path})
-	wantError(t, err, "its signature is not that of its manifest")
+	for name, change := range map[string]func(*specs.Spec){"a pod": podContainer(), "an engine": nil} {
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t, onNode(node))
+			h.cfg.RestoreUnsigned = true // which this is not
+			_, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(change), Checkpoint: path})
+			wantError(t, err, "its signature is not that of its manifest: use another copy of the checkpoint")
+		})
+	}
 }
 
 // Without a key nothing is frozen.
