@@ -341,20 +341,33 @@ func archiveHasNoAuthority(s *scenario) {
 	s.check(pod.Remove(s.ctx))
 
 	// What no trusted node has signed is not restored in a pod.
-	forged = s.archive("unsigned")
-	s.check(rewrite(archive, forged, func(h *tar.Header, data []byte) (*tar.Header, []byte) {
-		if strings.HasSuffix(h.Name, imageset.ManifestName) {
-			data = append(data, '\n')
+	for name, tc := range map[string]struct {
+		edit func(h *tar.Header, data []byte) (*tar.Header, []byte)
+		want string
+	}{
+		"changed": {func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, imageset.ManifestName) {
+				data = append(data, '\n')
+			}
+			return h, data
+		}, "its signature is not that of its manifest"},
+		"unsigned": {func(h *tar.Header, data []byte) (*tar.Header, []byte) {
+			if strings.HasSuffix(h.Name, imageset.SignatureName) {
+				h.Name = "elsewhere"
+			}
+			return h, data
+		}, "it is not signed"},
+	} {
+		forged = s.archive(name)
+		s.check(rewrite(archive, forged, tc.edit))
+		pod = s.runPod(name, cri.PodSpec{Annotations: fromArchive(forged)})
+		unsigned := counterNamed("c")
+		unsigned.Image = parts.WorkloadImageName
+		if _, err := pod.Run(s.ctx, unsigned); err == nil || !strings.Contains(err.Error(), tc.want) {
+			s.Errorf("an archive that is %s: error %v", name, err)
 		}
-		return h, data
-	}))
-	pod = s.runPod("unsigned", cri.PodSpec{Annotations: fromArchive(forged)})
-	unsigned := counterNamed("c")
-	unsigned.Image = parts.WorkloadImageName
-	if _, err := pod.Run(s.ctx, unsigned); err == nil || !strings.Contains(err.Error(), "its signature is not that of its manifest") {
-		s.Errorf("a manifest that was changed: error %v", err)
+		s.check(pod.Remove(s.ctx))
 	}
-	s.check(pod.Remove(s.ctx))
 
 	// Among the images themselves nothing but regular files is taken.
 	linked := s.archive("linked")

@@ -31,6 +31,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
 // forgery is what the author of an image set may give to its processes, and the
@@ -96,6 +97,7 @@ const noNewPrivs = 18
 // that has less nothing of it runs, and the refusal names the process and what it
 // has.
 func forgedImages(s *scenario) {
+	s.configure("restore_unsigned", true) // the forgeries are
 	pod := s.startPod()
 	const shm = "/dev/shm/forged"
 	c := pod.create(engine.Container{
@@ -108,17 +110,30 @@ func forgedImages(s *scenario) {
 	})
 	first := s.run(c)
 	s.waitNumbers(first.Output, workload.Ticks, 3)
+	root := s.shellInGuest(pod, "for d in /run/kata-containers /run/kata-containers/shared/containers /run/kata-containers/shared/containers/passthrough; do ls -d $d/"+c.ID()+"/rootfs/ 2>/dev/null; done | head -n 1")
 	good := s.checkpoint(first, true)
 	s.waitExit(first, 137)
 	before := s.printedNumbers(first.Output, workload.Ticks)
 
+	forge := func(f forgery, dir string) {
+		s.check(os.CopyFS(dir, os.DirFS(good)))
+		s.check(f.do(dir))
+		s.check(renewDigests(dir))
+	}
+	// Who changes an image set has no key to sign it with, and can only leave the
+	// signature as it is, or out.
+	signed := s.newDir()
+	forge(forgeries[0], signed)
+	if _, err := s.engine.Restore(s.ctx, c, signed); err == nil || !strings.Contains(err.Error(), imageset.ErrForged.Error()) {
+		s.Fatalf("with the signature of another manifest: error %v", err)
+	}
+
 	guest := s.shellInGuest(pod, guestState)
-	inCRIUs := forgery{"the mount namespace of CRIU", forgeMountNamespace(c.ID()), []string{"process workload (PID 1) has the file system", "mounted at /,"}}
+	inCRIUs := forgery{"the mount namespace of CRIU", forgeMountNamespace(strings.TrimSpace(root)), []string{"process workload (PID 1) has the file system", "mounted at /,"}}
 	for _, f := range append(forgeries, inCRIUs) {
 		bad := s.newDir()
-		s.check(os.CopyFS(bad, os.DirFS(good)))
-		s.check(f.do(bad))
-		s.check(renewDigests(bad))
+		forge(f, bad)
+		s.check(os.Remove(filepath.Join(bad, imageset.SignatureName)))
 		if _, err := s.engine.Restore(s.ctx, c, bad); err == nil {
 			s.Errorf("with %s it was restored", f.name)
 			s.check(s.engine.EndTask(s.ctx, c))
@@ -156,8 +171,8 @@ const guestState = `
 
 // forgeMountNamespace has the processes be in the mount namespace that CRIU itself
 // is in, for which no mounts are in the images. The files that they have open and
-// mapped are where the guest has them.
-func forgeMountNamespace(id string) func(string) error {
+// mapped are below root, where the guest has them.
+func forgeMountNamespace(root string) func(string) error {
 	return func(dir string) error {
 		var own uint32
 		err := forgeEntries(filepath.Join(dir, "inventory.img"), 4, func(i *inventory.InventoryEntry) bool {
@@ -176,7 +191,7 @@ func forgeMountNamespace(id string) func(string) error {
 		}
 		return forgeAll(filepath.Join(dir, "files.img"), func(f *fdinfo.FileEntry) bool {
 			if r := f.GetReg(); r != nil && !strings.HasPrefix(r.GetName(), "/dev/") {
-				r.Name = proto.String(strings.TrimSuffix("/run/kata-containers/shared/containers/"+id+"/rootfs"+r.GetName(), "/"))
+				r.Name = proto.String(filepath.Join(root, r.GetName()))
 			}
 			return true
 		})

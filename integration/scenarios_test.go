@@ -113,7 +113,7 @@ var scenarios = []scenarioCase{
 
 	{name: "cases", kind: kindCases, run: casesRestored, core: onGo},
 	{name: "cases-refused", kind: kindCases, run: casesRefused, core: onRust},
-	{name: "serves-files", kind: kindCases, run: servesFiles},
+	{name: "serves-files", kind: kindCases, run: servesFiles, core: onGo},
 
 	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
 	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},
@@ -126,7 +126,7 @@ var scenarios = []scenarioCase{
 	{name: "refused-guest-bundle", kind: kindRefusals, run: refusedGuestBundle},
 
 	{name: "ways-in", kind: kindAttacks, run: waysIn, core: onGo},
-	{name: "forged-images", kind: kindAttacks, run: forgedImages, timeout: 8 * time.Minute},
+	{name: "forged-images", kind: kindAttacks, run: forgedImages, core: onRust, timeout: 8 * time.Minute},
 
 	{name: "pod-shared-pid", kind: kindSandboxes, run: podSharedPID},
 	{name: "pod-shm-two-restores", kind: kindSandboxes, run: podShmTwoRestores, core: onGo},
