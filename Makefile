@@ -175,6 +175,13 @@ install: release ## install the shim, the NRI plugin, the command line and the g
 	install -d $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint
 	cp -R configs README.md LICENSE NOTICE $(DESTDIR)$(PREFIX)/share/doc/kata-checkpoint/
 
+KERNEL_FLAGS = $(if $(KATA_SRC),--kata-src $(abspath $(KATA_SRC))) $(if $(KATA_CONFIG),--kata-config $(abspath $(KATA_CONFIG))) $(if $(CONFIG_ONLY),--config-only)
+
+.PHONY: guest-kernel
+guest-kernel: build ## build a guest kernel from Debian's sources: KATA_SRC=DIR or KATA_CONFIG=FILE, CONFIG_ONLY=1 only configures it
+	packaging/bootstrap kernel
+	bin/kata-checkpoint guest-kernel --out build/guest-kernel $(KERNEL_FLAGS)
+
 .PHONY: proto
 proto: ## generate the protocols' Go code
 	packaging/bootstrap proto

@@ -276,8 +276,8 @@ func TestEachFault(t *testing.T) {
 			func(n *node) { n.script("bin/containerd-shim-kata-v2", rustShim) },
 			"kata.guest_hook_path", Error, "no hook of ours", "/run/kata-containers/shared/containers/passthrough/sandbox-mounts/guest/hooks",
 		},
-		"no kernel":         {func(n *node) { n.remove("kata/vmlinux-6.18.35-202") }, "kata.kernel", Error, "no such file", "configs/kernel"},
-		"Kata's own kernel": {func(n *node) { n.kernelConfig("CHECKPOINT_RESTORE") }, "kata.kernel", Error, "lacks CHECKPOINT_RESTORE", "configs/kernel"},
+		"no kernel":         {func(n *node) { n.remove("kata/vmlinux-6.18.35-202") }, "kata.kernel", Error, "no such file", "guest-kernel"},
+		"Kata's own kernel": {func(n *node) { n.kernelConfig("CHECKPOINT_RESTORE") }, "kata.kernel", Error, "lacks CHECKPOINT_RESTORE", "guest-kernel"},
 		"a distribution's kernel": {
 			func(n *node) {
 				config, err := os.ReadFile(n.path("kata/config-6.18.35-202"))
@@ -286,7 +286,7 @@ func TestEachFault(t *testing.T) {
 				}
 				n.write("kata/config-6.18.35-202", strings.ReplaceAll(string(config), "_DIAG=y", "_DIAG=m"), 0o644)
 			},
-			"kata.kernel", Warning, "has UNIX_DIAG, INET_DIAG, ", "configs/kernel",
+			"kata.kernel", Warning, "has UNIX_DIAG, INET_DIAG, ", "guest-kernel",
 		},
 		"an unknown kernel":               {func(n *node) { n.remove("kata/config-6.18.35-202") }, "kata.kernel", Warning, "not known", ".config"},
 		"half a bundle":                   {func(n *node) { n.remove("guest/criu/bin/tar") }, "bundle", Error, "not whole", "guest_bundle"},

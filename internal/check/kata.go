@@ -158,7 +158,7 @@ func quoteList(values []string) string {
 // vmlinux-6.18.35-202).
 func (h *Host) kernel(c *kataconfig.Config, f *Findings) {
 	const check = "kata.kernel"
-	cure := fmt.Sprintf("build a kernel with configs/kernel/kata-checkpoint.conf and name it as kernel in a drop-in in %s", c.DropInDir())
+	cure := "kata-checkpoint guest-kernel && kata-checkpoint install"
 	kernel, err := filepath.EvalSymlinks(c.Kernel)
 	if err != nil {
 		f.fail(check, cure, "%s: the guest kernel: %v", c.Path, err)

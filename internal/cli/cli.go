@@ -57,7 +57,7 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 	}
-	root.AddCommand(checkCommand(), installCommand(), uninstallCommand())
+	root.AddCommand(checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand())
 	return root
 }
 

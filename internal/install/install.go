@@ -172,7 +172,9 @@ func Prepare(ctx context.Context, o *Options) (*Plan, error) {
 			p.todof("set kata_config_path = %q in %s", k.config, o.Config)
 		}
 	}
-	p.release = o.Dir + "/releases/" + o.Version + "-" + tree.digest[:12] + "/guest"
+	// Kata's Go shim names it in the guest as the link, its Rust shim as what the
+	// link leads to.
+	p.release = o.Dir + "/releases/" + o.Version + "-" + tree.digest[:12] + "/" + filepath.Base(bundle)
 
 	entries, err := o.binaries()
 	if err != nil {

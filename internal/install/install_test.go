@@ -496,17 +496,17 @@ func TestNeighbours(t *testing.T) {
 // An operator's configuration is respected.
 func TestOwnConfigurationStays(t *testing.T) {
 	n := newNode(t)
-	const text = "guest_bundle = \"/srv/guest\"\n"
+	const text = "guest_bundle = \"/srv/bundle\"\n"
 	n.write(config.DefaultPath, text, 0o600)
 	n.install()
 	if n.read(config.DefaultPath) != text {
 		t.Error("it was changed")
 	}
-	if !strings.Contains(n.read(kataDir+"/config.d/"+dropInName), `"/srv/guest"`) {
+	if !strings.Contains(n.read(kataDir+"/config.d/"+dropInName), `"/srv/bundle"`) {
 		t.Error("Kata does not share the bundle")
 	}
-	if link, err := os.Readlink(filepath.Join(n.root, "/srv/guest")); err != nil || !strings.HasPrefix(link, "/opt/kata-checkpoint/releases/v1-") {
-		t.Errorf("/srv/guest: %q, %v", link, err)
+	if link, err := os.Readlink(filepath.Join(n.root, "/srv/bundle")); err != nil || !strings.HasPrefix(link, "/opt/kata-checkpoint/releases/v1-") || filepath.Base(link) != "bundle" {
+		t.Errorf("/srv/bundle: %q, %v", link, err)
 	}
 	n.uninstall()
 	if n.read(config.DefaultPath) != text {
