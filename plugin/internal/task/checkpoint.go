@@ -105,6 +105,8 @@ type checkpointJob struct {
 	// key signs the image set.
 	key    *signing.Key
 	target *imageset.Target
+	// exchange is nil until the guest may write.
+	exchange *openExchange
 }
 
 // runCheckpoint makes a checkpoint of a running or paused container. Afterwards
@@ -147,6 +149,12 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	if err := j.preflight(ctx, before); err != nil {
 		return nil, err
 	}
+	var err error
+	if j.exchange, err = c.exchange.open(c.s.base, c.s.limits()); err != nil {
+		return nil, err
+	}
+	ctx, unbind := j.exchange.bind(ctx)
+	defer unbind()
 	j.phases.done(ctx, "prepare")
 	if !before.frozen() {
 		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
@@ -162,7 +170,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), c.s.limits(), imageset.DumpLogName, imageset.StatsName)
 	defer images.Stop()
 	var out *api.CheckpointResponse
-	err := c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+	err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
 		out, err = a.Checkpoint(ctx, j.request())
 		return err
 	})
@@ -251,10 +259,14 @@ func (j *checkpointJob) explainFull(err error) error {
 
 // clean removes everything but the finished image set.
 func (j *checkpointJob) clean(failed bool) (err error) {
-	if failed || j.stop {
+	switch {
+	case failed || j.stop:
 		err = remove.All(j.c.exchange.path(j.images))
-	} else {
-		go j.c.discardImages(j.images)
+		if j.exchange != nil {
+			j.exchange.close()
+		}
+	default:
+		go j.c.discardImages(j.images, j.exchange)
 	}
 	if j.target == nil {
 		return err

@@ -5,17 +5,24 @@ package task
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 )
@@ -31,6 +38,12 @@ type exchange struct {
 	// token is the content of the marker file, by which the agent recognizes the
 	// mount.
 	token string
+
+	mu sync.Mutex
+	// users is the number of operations that have it open.
+	users int
+	// removed: another container may have a directory at this path by now.
+	removed bool
 }
 
 // newExchange creates a container's exchange directory. It removes what an
@@ -47,13 +60,159 @@ func newExchange(stateDir, namespace, id string) (*exchange, error) {
 	if err := os.Mkdir(e.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(e.dir, api.MarkerName), []byte(e.token), 0o600); err != nil {
+	if err := e.mark(); err != nil {
 		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	return e, nil
 }
 
+// mark writes the marker, where there is none.
+func (e *exchange) mark() error {
+	f, err := os.OpenFile(filepath.Join(e.dir, api.MarkerName), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(e.token)
+	return errclass.Join(err, f.Close())
+}
+
 func (e *exchange) path(name string) string { return filepath.Join(e.dir, name) }
+
+// openExchange is an exchange directory while the guest is to write to it.
+type openExchange struct {
+	e *exchange
+	// ctx is done when it is closed, or when the guest has written more than it
+	// may, which is its cause then.
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	done   chan struct{}
+}
+
+// open watches what the guest writes to the directory, within limits, until the
+// caller closes it or ctx is done.
+func (e *exchange) open(ctx context.Context, limits budget.Limits) (*openExchange, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := checkUsage(ctx, e.dir, limits); err != nil {
+		return nil, err
+	}
+	e.users++
+	o := &openExchange{e: e, done: make(chan struct{})}
+	o.ctx, o.cancel = context.WithCancelCause(ctx)
+	go func() {
+		defer close(o.done)
+		o.watch(limits)
+	}()
+	return o, nil
+}
+
+// watchEvery is the interval at which the guest's use of the directory is
+// looked at. It grows with what there is to look at.
+const watchEvery = 100 * time.Millisecond
+
+// watch ends when the directory is closed or the guest has written too much.
+func (o *openExchange) watch(limits budget.Limits) {
+	pause := watchEvery
+	for {
+		select {
+		case <-time.After(pause):
+		case <-o.ctx.Done():
+			return
+		}
+		begin := time.Now()
+		if err := checkUsage(o.ctx, o.e.dir, limits); err != nil {
+			o.cancel(err)
+			return
+		}
+		pause = max(watchEvery, 20*time.Since(begin))
+	}
+}
+
+// checkUsage explains what is wrong with what a guest has written.
+func checkUsage(ctx context.Context, dir string, limits budget.Limits) error {
+	limits.Files += otherFiles
+	limits.Bytes = max(limits.Bytes, limits.Bytes+otherBytes) // it may be as large as can be
+	err := imageset.CheckUsage(ctx, dir, limits)
+	switch {
+	case err == nil, ctx.Err() != nil:
+		return nil //nolint:nilerr // it was closed meanwhile
+	case errors.As(err, new(*budget.FullError)):
+		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the images in state_dir: %w", err))
+	}
+	return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("the guest writes more than it may: %w", err))
+}
+
+// What may be in an exchange directory beside an image set: files and
+// directories, and bytes, mostly of CRIU's log.
+const (
+	otherFiles = 64
+	otherBytes = 256 << 20
+)
+
+// bind returns a context that is done when ctx or the directory's is.
+func (o *openExchange) bind(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(o.ctx, func() { cancel(context.Cause(o.ctx)) })
+	return ctx, func() {
+		stop()
+		cancel(nil)
+	}
+}
+
+// close ends the watch, and removes what the guest has left unless another
+// operation has the directory open.
+func (o *openExchange) close() {
+	o.cancel(nil)
+	<-o.done
+	o.e.mu.Lock()
+	defer o.e.mu.Unlock()
+	if o.e.users--; o.e.users > 0 || o.e.removed {
+		return
+	}
+	if err := o.e.sweep(); err != nil {
+		log.L.WithError(err).WithField("directory", o.e.dir).Warn("failed to remove what a guest has left in its exchange directory")
+	}
+}
+
+// sweep removes what a guest has left, the marker too if it has changed it.
+func (e *exchange) sweep() error {
+	dir, err := os.Open(e.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the container is being deleted
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	for {
+		names, err := dir.Readdirnames(1024)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if name == api.MarkerName && e.isMarked() {
+				continue
+			}
+			if err := remove.All(e.path(name)); err != nil {
+				return err
+			}
+		}
+	}
+	if e.isMarked() {
+		return nil
+	}
+	return e.mark()
+}
+
+// isMarked reports whether there is a marker as the shim writes it. Nobody reads
+// it again: what matters is what it occupies.
+func (e *exchange) isMarked() bool {
+	st, err := os.Lstat(filepath.Join(e.dir, api.MarkerName))
+	return err == nil && st.Mode() == 0o600 && st.Size() == int64(len(e.token))
+}
 
 const (
 	// discardWait is how long stale images are kept while the container is frozen.
@@ -62,15 +221,16 @@ const (
 	discardTimeout = 30 * time.Second
 )
 
-// discardImages removes stale images, once the container is running again. The
-// guest removes them: its kernel would keep the cached pages of files that the
-// host removes until it is short of memory, and each checkpoint would make the
-// VM larger by its image set.
-func (c *container) discardImages(images string) {
-	if c.execGate.enter(c.s.base, discardWait) == nil {
+// discardImages removes stale images, once the container is running again, and
+// closes the exchange directory. The guest removes them: its kernel would keep
+// the cached pages of files that the host removes until it is short of memory,
+// and each checkpoint would make the VM larger by its image set.
+func (c *container) discardImages(images string, open *openExchange) {
+	defer open.close()
+	if c.execGate.enter(open.ctx, discardWait) == nil {
 		c.execGate.leave()
 	}
-	ctx, cancel := context.WithTimeout(c.s.base, discardTimeout)
+	ctx, cancel := context.WithTimeout(open.ctx, discardTimeout)
 	defer cancel()
 	err := c.s.agent.Notify(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images, Token: c.exchange.token})
@@ -107,6 +267,14 @@ func (e *exchange) remove() error {
 	if e == nil {
 		return nil
 	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.removeLocked()
+}
+
+// removeLocked is called with the mutex held.
+func (e *exchange) removeLocked() error {
+	e.removed = true
 	if err := remove.All(e.dir); err != nil {
 		return fmt.Errorf("remove exchange directory: %w", err)
 	}

@@ -230,17 +230,26 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 	// From the Start on there is a placeholder, which is ended if the caller has
 	// given up.
 	var out *api.RestoreResponse
+	var open *openExchange
 	err = c.source.once.begin()
 	if err == nil {
-		err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+		open, err = c.exchange.open(c.s.base, c.s.limits())
+	}
+	if err == nil {
+		rctx, unbind := open.bind(ctx)
+		err = c.s.agent.CallDedicated(rctx, func(ctx context.Context, a api.AgentService) (err error) {
 			out, err = a.Restore(ctx, req)
 			return err
 		})
+		unbind()
 	}
 	if err != nil {
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
 		err = c.keepRestoreLog(ctx, err)
+		if open != nil {
+			open.close()
+		}
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 		kerr := c.killAndWait(uctx)
 		if kerr == nil {
@@ -257,7 +266,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}
 	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored container")
-	c.discardImages(restoreDir)
+	c.discardImages(restoreDir, open)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
 }
