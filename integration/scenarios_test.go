@@ -127,6 +127,7 @@ var scenarios = []scenarioCase{
 
 	{name: "ways-in", kind: kindAttacks, run: waysIn, core: onGo},
 	{name: "forged-images", kind: kindAttacks, run: forgedImages, core: onRust, timeout: 8 * time.Minute},
+	{name: "hostile-guest", kind: kindAttacks, run: hostileGuest, core: onRust, timeout: 8 * time.Minute},
 
 	{name: "pod-shared-pid", kind: kindSandboxes, run: podSharedPID},
 	{name: "pod-shm-two-restores", kind: kindSandboxes, run: podShmTwoRestores, core: onGo},

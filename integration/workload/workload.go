@@ -41,6 +41,7 @@ const usage = `usage: workload PROGRAM [OPTION...]
   intruder            count while child processes imitate the guest agent's exec helper
   dial-agent          try to call the guest agent
   spy                 look for copies of the guest agent
+  hostile             do in the guest's exchange directory what no agent does
   tree                use one of each kind of kernel object that processes hold
   idle                do nothing
   first-instruction   print the mounts and files that exist at the start`
@@ -143,6 +144,16 @@ func Main(args []string, w io.Writer) error {
 		return dialAgent(w, *port)
 	case "spy":
 		return spy(w)
+	case "hostile":
+		h := hostile{}
+		flags.StringVar(&h.dir, "dir", "", "exchange `directory`")
+		flags.StringVar(&h.what, "do", "write", "`deed`")
+		flags.IntVar(&h.n, "n", 1000, "`number` of files or levels, MiB, or size of a hole")
+		flags.DurationVar(&h.limit, "limit", time.Minute, "`time` for it")
+		if err := flags.Parse(args); err != nil {
+			return err
+		}
+		return h.run(w)
 	case "tree":
 		t := tree{}
 		flags.StringVar(&t.dir, "dir", "/var/tmp", "`directory` for files")

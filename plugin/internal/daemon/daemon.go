@@ -146,6 +146,7 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 		Events: d.relay, Shutdown: d.shutdown, Unlink: d.unlink,
 		EndKata:      func() error { return manager.EndKata(i.Bundle, r.Sandbox) },
 		ProtectShare: func() error { return manager.ProtectShare(i.Bundle, r.Sandbox) },
+		SetWritable:  func(dir string, writable bool) error { return manager.SetWritable(i.Bundle, r.Sandbox, dir, writable) },
 	})
 	services, err := initPlugins(d.ctx)
 	if err != nil {

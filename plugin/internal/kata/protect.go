@@ -3,7 +3,6 @@
 package kata
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,9 +10,6 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
-
-	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // writableDirs are where in a sandbox's share Kata's shims mount root file
@@ -56,36 +52,11 @@ func protect(pidfd, pid int, share string) error {
 	if len(targets) == 0 {
 		return nil
 	}
-	err = thread.Do(func() (err error) {
-		if err := unix.Setns(pidfd, unix.CLONE_NEWNS); err != nil {
-			return fmt.Errorf("enter the mount namespace of Kata's shim: %w", err)
-		}
-		for _, t := range targets {
-			err = errclass.Join(err, makeReadOnly(t))
-		}
-		return err
-	})
-	if err != nil {
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	if err := inNamespace(pidfd, targets, func(fd int) error {
+		return setAttr(fd, &attr, unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY)
+	}); err != nil {
 		return fmt.Errorf("protect what is shared: %w", err)
-	}
-	return nil
-}
-
-// makeReadOnly makes a mount read-only, without its file system's other mounts.
-// The path may lead through directories that the guest can write to.
-func makeReadOnly(path string) error {
-	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
-	if err == nil {
-		defer unix.Close(fd)
-		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
-		err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr)
-		if errors.Is(err, unix.ENOSYS) { // before Linux 5.12
-			err = unix.Mount("", fmt.Sprintf("/proc/thread-self/fd/%d", fd), "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
-		}
-	}
-	// ENOENT and EINVAL: it is no longer a mount.
-	if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("make %s read-only: %w", path, err)
 	}
 	return nil
 }

@@ -144,3 +144,15 @@ func ProtectShare(dir, sandbox string) error {
 	}
 	return withProcess(pid, func() bool { return procfs.WorksIn(pid, dir) }, func(fd int) error { return kata.Protect(fd, pid, sandbox) })
 }
+
+// SetWritable sets whether the guest of the sandbox whose Kata shim was started
+// in a bundle can write to a directory of the host; see [kata.SetWritable].
+func SetWritable(bundle, sandbox, dir string, writable bool) error {
+	pid, err := kataPID(bundle)
+	if err != nil {
+		return err
+	}
+	return withProcess(pid, func() bool { return procfs.WorksIn(pid, bundle) }, func(fd int) error {
+		return kata.SetWritable(fd, pid, sandbox, dir, writable)
+	})
+}

@@ -73,6 +73,9 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		s.remove(r.ID)
 		return nil, err
 	}
+	if c.exchange != nil {
+		c.exchange.shut(s.base)
+	}
 	c.stateCache.Store("", createdResponse(r, resp.GetPid()))
 	c.transition(next)
 	if r.ID == s.sandbox {
@@ -122,7 +125,7 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if _, err := annotations.TCP(c.annotations); err != nil {
 		return errclass.Invalid("%w", err)
 	}
-	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id); err != nil {
+	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id, c.s.setWritable); err != nil {
 		return err
 	}
 	name, err := c.archiveName()

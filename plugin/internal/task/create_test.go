@@ -303,7 +303,7 @@ func TestWhatKataSharesIsProtected(t *testing.T) {
 // or mounted: this is what makes the exchange mount of a container without an
 // agent harmless.
 func TestRemovedExchangeDirectoryIsInert(t *testing.T) {
-	e, err := newExchange(t.TempDir(), "ns", "c1")
+	e, err := newExchange(t.TempDir(), "ns", "c1", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -329,14 +329,14 @@ func TestRemovedExchangeDirectoryIsInert(t *testing.T) {
 
 func TestNewExchangeRemovesWhatWasLeft(t *testing.T) {
 	state := t.TempDir()
-	first, err := newExchange(state, "ns", "c1")
+	first, err := newExchange(state, "ns", "c1", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(first.path("left"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	second, err := newExchange(state, "ns", "c1")
+	second, err := newExchange(state, "ns", "c1", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

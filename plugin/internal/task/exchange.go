@@ -25,6 +25,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
 // restoreDir is the name in the exchange directory of an image set that is to
@@ -32,25 +33,33 @@ import (
 const restoreDir = "restore"
 
 // exchange is the host directory through which a container's images are passed
-// between host and guest.
+// between host and guest. The guest can write to it while it is open, and only
+// then: between Create and the first checkpoint, and between two of them,
+// whoever owns the guest finds it read-only.
 type exchange struct {
 	dir string
 	// token is the content of the marker file, by which the agent recognizes the
 	// mount.
 	token string
+	// setWritable sets whether the guest can write to a directory.
+	setWritable func(dir string, writable bool) error
 
 	mu sync.Mutex
 	// users is the number of operations that have it open.
 	users int
 	// removed: another container may have a directory at this path by now.
 	removed bool
+	// stale: an operation has ended, and whatever is there is of no use.
+	stale bool
+	// lost is why no image can be passed any more, nil as long as one can.
+	lost error
 }
 
 // newExchange creates a container's exchange directory. It removes what an
 // earlier container of the same name left behind: containerd has at most one
 // task of a name.
-func newExchange(stateDir, namespace, id string) (*exchange, error) {
-	e := &exchange{dir: adjust.ExchangeDir(stateDir, namespace, id), token: rand.Text()}
+func newExchange(stateDir, namespace, id string, setWritable func(dir string, writable bool) error) (*exchange, error) {
+	e := &exchange{dir: adjust.ExchangeDir(stateDir, namespace, id), token: rand.Text(), setWritable: setWritable}
 	if err := remove.All(e.dir); err != nil {
 		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
@@ -78,26 +87,36 @@ func (e *exchange) mark() error {
 
 func (e *exchange) path(name string) string { return filepath.Join(e.dir, name) }
 
-// openExchange is an exchange directory while the guest is to write to it.
+// openExchange is an exchange directory while the guest can write to it.
 type openExchange struct {
 	e *exchange
 	// ctx is done when it is closed, or when the guest has written more than it
 	// may, which is its cause then.
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+	base   context.Context
 	done   chan struct{}
 }
 
-// open watches what the guest writes to the directory, within limits, until the
-// caller closes it or ctx is done.
+// open lets the guest write to the directory, within limits, until the caller
+// closes it or ctx is done.
 func (e *exchange) open(ctx context.Context, limits budget.Limits) (*openExchange, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if e.lost != nil {
+		return nil, errclass.With(errdefs.ErrFailedPrecondition, e.lost)
+	}
 	if err := checkUsage(ctx, e.dir, limits); err != nil {
 		return nil, err
 	}
+	if e.users == 0 {
+		// What is not found could not be made read-only either.
+		if err := e.setWritable(e.dir, true); err != nil && !errors.Is(err, kata.ErrNotShared) {
+			return nil, err
+		}
+	}
 	e.users++
-	o := &openExchange{e: e, done: make(chan struct{})}
+	o := &openExchange{e: e, base: ctx, done: make(chan struct{})}
 	o.ctx, o.cancel = context.WithCancelCause(ctx)
 	go func() {
 		defer close(o.done)
@@ -159,19 +178,69 @@ func (o *openExchange) bind(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// close ends the watch, and removes what the guest has left unless another
-// operation has the directory open.
+// close takes the guest's right to write away. That may take longer than the
+// call, if the guest has yet to close its files.
 func (o *openExchange) close() {
 	o.cancel(nil)
 	<-o.done
 	o.e.mu.Lock()
-	defer o.e.mu.Unlock()
-	if o.e.users--; o.e.users > 0 || o.e.removed {
+	o.e.users--
+	o.e.stale = true
+	o.e.mu.Unlock()
+	o.e.shut(o.base)
+}
+
+// shutTimeout is how long a guest may have files open for writing after an
+// operation. Closing them takes it milliseconds.
+const shutTimeout = 30 * time.Second
+
+// shut takes the guest's right to write away, unless an operation has the
+// directory open. It repeats that in the background while the guest has files
+// open for writing. If it does not close them, the directory is deleted:
+// nothing new can be written then.
+func (e *exchange) shut(ctx context.Context) {
+	if !errors.Is(e.tryShut(ctx), kata.ErrInUse) {
 		return
 	}
-	if err := o.e.sweep(); err != nil {
-		log.L.WithError(err).WithField("directory", o.e.dir).Warn("failed to remove what a guest has left in its exchange directory")
+	go func() {
+		limit := time.After(shutTimeout)
+		for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+				return
+			case <-limit:
+				e.lose(ctx)
+				return
+			}
+			if !errors.Is(e.tryShut(ctx), kata.ErrInUse) {
+				return
+			}
+		}
+	}()
+}
+
+func (e *exchange) tryShut(ctx context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.users > 0 || e.removed {
+		return nil
 	}
+	err := e.setWritable(e.dir, false)
+	if errors.Is(err, kata.ErrInUse) {
+		return err
+	}
+	// The VM may have ended with the operation.
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && (!e.stale || !errors.Is(err, kata.ErrNotShared)) {
+		log.G(ctx).WithError(err).Warn("failed to make exchange directory read-only for the guest")
+	}
+	if e.stale {
+		if err := e.sweep(); err != nil {
+			log.G(ctx).WithError(err).Warn("failed to remove what a guest has left in its exchange directory")
+		}
+		e.stale = false
+	}
+	return err
 }
 
 // sweep removes what a guest has left, the marker too if it has changed it.
@@ -212,6 +281,20 @@ func (e *exchange) sweep() error {
 func (e *exchange) isMarked() bool {
 	st, err := os.Lstat(filepath.Join(e.dir, api.MarkerName))
 	return err == nil && st.Mode() == 0o600 && st.Size() == int64(len(e.token))
+}
+
+// lose gives the directory up.
+func (e *exchange) lose(ctx context.Context) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.users > 0 || e.removed {
+		return
+	}
+	e.lost = errors.New("the guest did not close the files of an earlier checkpoint or restore, so that it may no longer write to the host: recreate the container")
+	log.G(ctx).WithError(e.lost).WithField("directory", e.dir).Error("deleting exchange directory: its container can no longer be checkpointed")
+	if err := e.removeLocked(); err != nil {
+		log.G(ctx).WithError(err).Error("failed to delete exchange directory")
+	}
 }
 
 const (

@@ -8,14 +8,67 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 )
+
+// The guest can write to its exchange directory during a checkpoint or a
+// restore, and at no other time.
+func TestTheGuestWritesDuringOperationsOnly(t *testing.T) {
+	path := imageSet(t)
+	h := newHarness(t)
+	h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+	want := func(when string, writable bool) {
+		t.Helper()
+		if got := h.share.isWritable(); got != writable {
+			t.Errorf("%s: the guest can write: %v", when, got)
+		}
+	}
+	during := func(when string) func(context.Context) error {
+		return func(context.Context) error {
+			want(when, true)
+			return nil
+		}
+	}
+	want("after Create", false)
+	for _, method := range []string{"Restore", "Checkpoint", "Discard"} {
+		h.guest.Before(method, during(method))
+	}
+	h.guest.Before("Adopt", func(context.Context) error {
+		want("before the start", false)
+		return nil
+	})
+	if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err != nil {
+		t.Fatal(err)
+	}
+	want("after the restore", false)
+	h.pause()
+	want("while it is paused", false)
+	if err := h.checkpoint(t.TempDir(), pack(t, &runcoptions.CheckpointOptions{})); err != nil {
+		t.Fatal(err)
+	}
+	want("until the stale images are discarded", true)
+	h.resume()
+	eventually(t, "the guest cannot write after a checkpoint", func() bool { return !h.share.isWritable() })
+
+	h.guest.Before("Checkpoint", func(context.Context) error { return errors.New("no") })
+	wantError(t, h.checkpoint(t.TempDir(), pack(t, &runcoptions.CheckpointOptions{})), "no")
+	want("after a checkpoint that failed", false)
+	if h.share.changes != 3 {
+		t.Errorf("it was let write %d times", h.share.changes)
+	}
+}
 
 // A guest that writes more than a checkpoint can need loses the checkpoint, and
 // its container nothing.
@@ -123,5 +176,75 @@ func TestAFullStateDirectory(t *testing.T) {
 	h.guest.Before("Checkpoint", nil)
 	if err := h.checkpoint(t.TempDir(), nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// A guest that keeps files open for writing continues to write them. It gets
+// time to close them; then it can make no more.
+func TestAGuestThatKeepsItsFilesOpen(t *testing.T) {
+	for name, closes := range map[string]bool{"for a while": true, "indefinitely": false} {
+		t.Run(name, func(t *testing.T) {
+			state := t.TempDir()
+			synctest.Test(t, func(t *testing.T) {
+				share := &sharing{}
+				e, err := newExchange(state, "ns", "c1", share.set)
+				if err != nil {
+					t.Fatal(err)
+				}
+				limits := budget.Limits{Files: 10, Bytes: 1 << 30}
+				first, err := e.open(t.Context(), limits)
+				if err != nil {
+					t.Fatal(err)
+				}
+				second, err := e.open(t.Context(), limits)
+				if err != nil {
+					t.Fatal(err)
+				}
+				share.setBusy(true)
+				first.close()
+				time.Sleep(2 * shutTimeout) //nolint:forbidigo // in a bubble
+				if !share.isWritable() || !exists(e.dir) {
+					t.Error("it was closed while another operation has it open")
+				}
+				second.close()
+				time.Sleep(shutTimeout / 2) //nolint:forbidigo // in a bubble
+				share.setBusy(!closes)
+				time.Sleep(shutTimeout) //nolint:forbidigo // in a bubble
+				synctest.Wait()
+				if exists(e.dir) != closes || share.isWritable() == closes {
+					t.Errorf("the directory is there: %v, the guest can write: %v", exists(e.dir), share.isWritable())
+				}
+				again, err := e.open(t.Context(), limits)
+				if closes {
+					if err != nil {
+						t.Fatal(err)
+					}
+					again.close()
+					return
+				}
+				if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "recreate the container") {
+					t.Errorf("the next operation: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// What the host cannot change is no reason to fail; a guest that could not
+// write would be.
+func TestExchangeThatCannotBeChanged(t *testing.T) {
+	e, err := newExchange(t.TempDir(), "ns", "c1", func(string, bool) error { return unix.EPERM })
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.shut(t.Context())
+	if !exists(e.dir) {
+		t.Error("it was removed")
+	}
+	if _, err := e.open(t.Context(), budget.Limits{Files: 1, Bytes: 1}); !errors.Is(err, unix.EPERM) {
+		t.Errorf("error %v", err)
+	}
+	if e.users != 0 {
+		t.Errorf("%d operations have it open", e.users)
 	}
 }

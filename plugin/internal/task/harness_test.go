@@ -5,6 +5,7 @@ package task
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -25,6 +26,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
+	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
 // waitLimit is for what is to happen at once.
@@ -49,6 +51,42 @@ type harness struct {
 	// protected are the calls that Kata has had each time when its share was
 	// protected.
 	protected [][]string
+	share     *sharing
+}
+
+// sharing is what the guest's mounts of its exchange directory are on the host.
+type sharing struct {
+	mu       sync.Mutex
+	writable bool
+	// busy: the guest has files open for writing.
+	busy bool
+	// changes is how often the guest was let write.
+	changes int
+}
+
+func (s *sharing) set(_ string, writable bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !writable && s.busy {
+		return fmt.Errorf("mount: %w", kata.ErrInUse)
+	}
+	if writable {
+		s.changes++
+	}
+	s.writable = writable
+	return nil
+}
+
+func (s *sharing) setBusy(busy bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy = busy
+}
+
+func (s *sharing) isWritable() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.writable
 }
 
 type option func(*harness)
@@ -83,6 +121,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 		guest:    fake.NewGuest(t, "c1", false),
 		events:   &recorder{hidden: map[string]bool{}},
 		unlinked: make(chan struct{}),
+		share:    &sharing{writable: true},
 	}
 	for _, o := range options {
 		o(h)
@@ -96,6 +135,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 		Events: h.events, Shutdown: sd, Unlink: func() { once.Do(func() { close(h.unlinked) }) },
 		EndKata:      func() error { h.kata.Die(); return nil },
 		ProtectShare: func() error { h.protected = append(h.protected, h.kata.Calls()); return nil },
+		SetWritable:  h.share.set,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -64,6 +64,9 @@ type Options struct {
 	// ProtectShare prevents Kata from deleting the files of containers whose root
 	// file systems and volumes it has left mounted.
 	ProtectShare func() error
+	// SetWritable sets whether the guest can write to a directory of the host that
+	// is mounted in one of its containers.
+	SetWritable func(dir string, writable bool) error
 }
 
 // Service serves one sandbox.
@@ -79,6 +82,8 @@ type Service struct {
 	unlink    func()
 	endKata   func() error
 	protect   func() error
+	// setWritable is Options.SetWritable.
+	setWritable func(dir string, writable bool) error
 	// hasAbandoned is set once a container has been abandoned.
 	hasAbandoned atomic.Bool
 	stops        stopat.Dir
@@ -112,7 +117,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	}
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
-		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, containers: make(map[string]*container),
+		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, setWritable: o.SetWritable, containers: make(map[string]*container),
 		stops: stopat.FromEnv(), netgate: netgateState{held: make(map[string][]netgate.Connection)}, restarting: make(chan struct{}, 1),
 	}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
