@@ -160,7 +160,7 @@ func (h *hostileGuestBed) checkHarmless() {
 	var left []string
 	if !h.eventually(settleTimeout, func() (empty bool) {
 		var err error
-		left, err = h.testbed.Exchanged("*")
+		left, err = h.testbed.Exchanged("[^.]*")
 		h.check(err)
 		return len(left) == 0
 	}) {

@@ -169,7 +169,7 @@ func (a *Agent) connection(ctx context.Context) (*connection, error) {
 	case a.sem <- struct{}{}:
 		defer func() { <-a.sem }()
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, context.Cause(ctx)
 	}
 	select {
 	case <-a.closed:

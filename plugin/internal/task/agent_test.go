@@ -48,6 +48,20 @@ func TestPauseWaitsForAnAgentThatStarts(t *testing.T) {
 	h.wantStatus("PAUSED")
 }
 
+// A container that does not freeze in time is thawed, and the error names the
+// setting.
+func TestPauseNamesItsTimeout(t *testing.T) {
+	h := newHarness(t, withConfig(func(c *config.Config) { c.FreezeTimeout = 300 * time.Millisecond }))
+	h.run(nil)
+	h.guest.Before("Freeze", func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	_, err := h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
+	wantError(t, err, "freeze_timeout of 300ms has expired")
+	h.wantStatus("RUNNING")
+}
+
 // An agent that dies during a checkpoint is restarted, to thaw the container,
 // and the error says so.
 func TestCheckpointWhoseAgentDies(t *testing.T) {

@@ -21,7 +21,7 @@ func (c *container) freeze(ctx context.Context) error {
 		ctx, cancel := c.s.freezeContext(ctx)
 		defer cancel()
 		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
-		return err
+		return withCause(ctx, err)
 	})
 	if err != nil {
 		return fmt.Errorf("freeze container %s: %w", c.id, err)
@@ -32,7 +32,16 @@ func (c *container) freeze(ctx context.Context) error {
 // freezeContext bounds what the agent takes to freeze or thaw a container, and
 // not what it takes to restart an agent that has died, which has AgentTimeout.
 func (s *Service) freezeContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired", s.cfg.FreezeTimeout))
+	return context.WithTimeoutCause(ctx, s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired: %w", s.cfg.FreezeTimeout, context.DeadlineExceeded))
+}
+
+// withCause replaces the error of a call by the cause for which its context has
+// ended.
+func withCause(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // thaw has the agent thaw all processes. It is no error if there are none left.
@@ -41,7 +50,7 @@ func (c *container) thaw(ctx context.Context) error {
 		ctx, cancel := c.s.freezeContext(ctx)
 		defer cancel()
 		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
-		return err
+		return withCause(ctx, err)
 	})
 	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
 		return nil
