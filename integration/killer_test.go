@@ -156,10 +156,16 @@ func (k *killer) kill(t trial) {
 		k.check(syscall.Kill(k.pid(t.victim), syscall.SIGKILL))
 	}
 	if !t.guest && t.victim != "shim" {
-		err := os.Remove(filepath.Join(k.testbed.StopDir(), t.operation+"-"+t.phase+".reached"))
-		if !errors.Is(err, fs.ErrNotExist) { // the operation has ended, and its stop
-			k.check(err)
-		}
+		k.goOn(t)
+	}
+}
+
+// goOn has an operation go on that the shim has stopped.
+func (k *killer) goOn(t trial) {
+	k.Helper()
+	err := os.Remove(filepath.Join(k.testbed.StopDir(), t.operation+"-"+t.phase+".reached"))
+	if !errors.Is(err, fs.ErrNotExist) { // the operation has ended, and its stop
+		k.check(err)
 	}
 }
 

@@ -157,6 +157,7 @@ var scenarios = []scenarioCase{
 	{name: "upgrade-running", kind: kindOperator, run: upgradeRunning, core: onRust, timeout: 8 * time.Minute},
 	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},
 
+	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts},
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
 
 	{name: "containerd-2.1", kind: kindReleases, run: containerdRelease, core: onGo, containerd: "2.1"},
