@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/v2/client"
+
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
@@ -61,6 +63,14 @@ func (k *killer) stuck(t trial, limit time.Duration) {
 		k.Errorf("%s: the checkpoint was made", t)
 	}
 	proceed()
+	var status client.Status
+	if !k.eventually(answerTimeout, func() bool {
+		var err error
+		status, err = k.run.Status(k.ctx)
+		return err == nil && status.Status == client.Running
+	}) {
+		k.Fatalf("%s: the task is %q", t, status.Status)
+	}
 	k.checkKeepsRunning(k.run)
 	k.check(k.requestCheckpoint(k.run, dir))
 	k.check(verify(dir, k.newDir()))
