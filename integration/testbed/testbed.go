@@ -67,8 +67,8 @@ type Options struct {
 	// NoNetwork keeps Kata from creating a network namespace and from waiting
 	// for network interfaces. Without CNI there are none, and Kata's Rust shim
 	// waits 5 s for one at every start of a sandbox.
-	NoNetwork   bool
-	NoAgent     bool   // do not configure the guest bundle in Kata, and have the shim do without
+	NoNetwork bool
+	NoAgent   bool // do not configure the guest bundle in Kata, and have the shim do without
 	// Bare leaves out all that `kata-checkpoint install` puts on a node: the
 	// shim is not on containerd's PATH, and neither containerd nor Kata is
 	// configured for it. containerd imports the files of [Testbed.ConfD].

@@ -13,7 +13,9 @@ import (
 	"strings"
 	"testing"
 
+	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	tasks "github.com/containerd/containerd/api/services/tasks/v1"
 	versionservice "github.com/containerd/containerd/api/services/version/v1"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
@@ -33,6 +35,8 @@ type node struct {
 	plugins []*introspection.Plugin
 	// dump is what containerd prints of its configuration.
 	dump string
+	// memory is that of the container abcdef.
+	memory *cgroup2.MemoryStat
 }
 
 const pid = 4711
@@ -105,7 +109,7 @@ func (n *node) dropIn(lines ...string) {
 }
 
 func newNode(t *testing.T) *node {
-	n := &node{t: t, dir: t.TempDir(), version: "v2.4.2", plugins: []*introspection.Plugin{
+	n := &node{t: t, dir: t.TempDir(), memory: &cgroup2.MemoryStat{Anon: 16 << 20, Shmem: 8 << 20, File: 1 << 30}, version: "v2.4.2", plugins: []*introspection.Plugin{
 		{Type: "io.containerd.cri.v1", ID: "runtime"},
 		{Type: "io.containerd.nri.v1", ID: "nri"},
 	}}
@@ -170,6 +174,13 @@ func (n *node) kernelConfig(without string) {
 // run makes the checks of the node, with a containerd that serves.
 func (n *node) run() Findings {
 	n.t.Helper()
+	n.serve()
+	return n.host.Run(n.t.Context())
+}
+
+// serve starts the node's containerd.
+func (n *node) serve() {
+	n.t.Helper()
 	n.script(fmt.Sprintf("proc/%d/exe", pid), n.dump)
 	if _, err := os.Stat(n.path("no-containerd")); err != nil {
 		l, err := net.Listen("unix", n.host.Containerd)
@@ -179,10 +190,10 @@ func (n *node) run() Findings {
 		s := grpc.NewServer()
 		versionservice.RegisterVersionServer(s, versioner{node: n})
 		introspection.RegisterIntrospectionServer(s, introspector{node: n})
+		tasks.RegisterTasksServer(s, &metrics{memory: n.memory})
 		go func() { _ = s.Serve(l) }()
 		n.t.Cleanup(s.Stop)
 	}
-	return n.host.Run(n.t.Context())
 }
 
 func TestAllIsWell(t *testing.T) {

@@ -61,6 +61,8 @@ type daemon struct {
 	pid int
 	// path is its PATH, where it looks for shims and for criu.
 	path string
+	// state is its state directory.
+	state string
 	// runtimes are the CRI's handlers, by name, that use our runtime.
 	runtimes map[string]handler
 	// cri and nri say that the plugins are there and work.
@@ -125,7 +127,7 @@ func (h *Host) containerd(ctx context.Context, f *Findings) *daemon {
 			}
 		}
 	}
-	if d.runtimes, err = h.dump(ctx, d.pid, f); err != nil {
+	if err = h.dump(ctx, d, f); err != nil {
 		f.warn(check+".config", "run `containerd config dump` and mend what it complains about", "containerd's configuration cannot be read: %v", err)
 	}
 	return d
@@ -145,12 +147,13 @@ func (h *Host) environ(pid int, name string) (string, error) {
 	return "", fmt.Errorf("it has no variable %s", name)
 }
 
-// dump returns the handlers with our runtime in the configuration files of a
-// containerd, which prints them with all imports merged.
-func (h *Host) dump(ctx context.Context, pid int, f *Findings) (map[string]handler, error) {
+// dump reads the configuration of a containerd, which prints it with all imports
+// merged: the handlers with our runtime, and the state directory.
+func (h *Host) dump(ctx context.Context, d *daemon, f *Findings) error {
+	pid := d.pid
 	cmdline, err := os.ReadFile(h.proc(strconv.Itoa(pid), "cmdline"))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	path := "/etc/containerd/config.toml"
 	args := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
@@ -169,9 +172,10 @@ func (h *Host) dump(ctx context.Context, pid int, f *Findings) (map[string]handl
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s", err, strings.TrimSpace(stderr.String()))
+		return fmt.Errorf("%w: %s", err, strings.TrimSpace(stderr.String()))
 	}
 	var dump struct {
+		State   string   `toml:"state"`
 		Imports []string `toml:"imports"`
 		Plugins map[string]struct {
 			Containerd struct {
@@ -180,16 +184,17 @@ func (h *Host) dump(ctx context.Context, pid int, f *Findings) (map[string]handl
 		} `toml:"plugins"`
 	}
 	if err := toml.Unmarshal(out, &dump); err != nil {
-		return nil, err
+		return err
 	}
+	d.state = dump.State
 	h.stale(pid, append([]string{path}, dump.Imports...), f)
-	ours := map[string]handler{}
+	d.runtimes = map[string]handler{}
 	for name, r := range dump.Plugins["io.containerd.cri.v1.runtime"].Containerd.Runtimes {
 		if r.Type == Runtime {
-			ours[name] = r
+			d.runtimes[name] = r
 		}
 	}
-	return ours, nil
+	return nil
 }
 
 // stale finds configuration that containerd has not read yet.

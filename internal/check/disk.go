@@ -143,3 +143,20 @@ func reflinks(dir string) bool {
 	}
 	return unix.IoctlFileClone(int(to.Fd()), int(from.Fd())) == nil
 }
+
+// room looks whether state_dir has room for the images of a container.
+func (h *Host) room(bytes uint64, f *Findings) {
+	at := h.Config.StateDir
+	var st unix.Statfs_t
+	if err := unix.Statfs(at, &st); err != nil {
+		return // the shim makes it
+	}
+	free := st.Bavail * uint64(st.Bsize) //nolint:gosec // a block's size
+	reserve := uint64(max(0, h.Config.ReserveBytes))
+	if whole := st.Blocks * uint64(st.Bsize); whole < 20*reserve { //nolint:gosec // likewise
+		reserve = whole / 20
+	}
+	if free < bytes+reserve {
+		f.fail("container.space", "make room, or set state_dir in config.toml to a larger file system", "%s has %d MiB left, of which %d MiB stay free (reserve_bytes)", at, free>>20, reserve>>20)
+	}
+}

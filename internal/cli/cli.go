@@ -32,7 +32,7 @@ func (s statusError) Error() string { return fmt.Sprintf("status %d", int(s)) }
 
 // Run runs the command line and returns the exit status.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := command()
+	root := Command()
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -48,7 +48,8 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return exitError
 }
 
-func command() *cobra.Command {
+// Command is the command line.
+func Command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "kata-checkpoint",
 		Short:         "Checkpoint and restore containers in Kata Containers VMs",
@@ -57,32 +58,48 @@ func command() *cobra.Command {
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 	}
-	root.AddCommand(checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand())
+	root.AddCommand(checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand(), probeCommand())
 	return root
 }
 
 func checkCommand() *cobra.Command {
 	var (
-		path, address string
-		asJSON        bool
+		path, address, namespace string
+		asJSON, guest            bool
 	)
 	c := &cobra.Command{
-		Use:   "check",
-		Short: "Look for what stands in the way of a checkpoint on this node",
+		Use:   "check [CONTAINER]",
+		Short: "Look for what stands in the way of a checkpoint",
 		Long: `Look for what stands in the way of a checkpoint on this node: containerd, the
 runtime, Kata and its configuration, the guest bundle, the guest kernel, the
 disk. Nothing is changed. Each finding is a line; a warning or an error is
 followed by what cures it.
 
+With --guest a container is started as well, whose agent answers for the guest,
+checkpointed, and removed. With CONTAINER, the ID of a running container or the
+beginning of it, the check is whether this container can be checkpointed now,
+with all reasons if it cannot, and how much would be written; it is not frozen.
+
 The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := config.Load(path)
 			if err != nil {
 				return err
 			}
 			host := &check.Host{Config: cfg, Containerd: address}
-			findings := host.Run(cmd.Context())
+			var findings check.Findings
+			switch {
+			case len(args) == 1 && guest:
+				return errors.New("--guest looks at a guest of its own: leave CONTAINER out")
+			case len(args) == 1:
+				findings = host.Container(cmd.Context(), namespace, args[0])
+			default:
+				findings = host.Run(cmd.Context())
+				if guest {
+					findings = append(findings, host.Guest(cmd.Context())...)
+				}
+			}
 			if err := show(cmd.OutOrStdout(), findings, asJSON); err != nil {
 				return err
 			}
@@ -99,8 +116,18 @@ The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
 	flags := c.Flags()
 	flags.StringVar(&path, "config", config.Path(), "kata-checkpoint's configuration, the `file` that the shim reads")
 	flags.StringVar(&address, "address", "/run/containerd/containerd.sock", "containerd's `socket`")
+	flags.BoolVar(&guest, "guest", false, "also start a container, to look at a guest")
+	flags.StringVarP(&namespace, "namespace", "n", "", "containerd's `namespace` of CONTAINER (default: all)")
 	flags.BoolVar(&asJSON, "json", false, "print JSON: a list of objects with check, level, text and cure")
 	return c
+}
+
+// probeCommand is what runs in the container of check --guest.
+func probeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: check.ProbeCommand, Hidden: true, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return check.Probe(cmd.Context()) },
+	}
 }
 
 // show prints findings, for people or as JSON.

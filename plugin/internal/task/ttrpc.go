@@ -42,6 +42,7 @@ func (s *Service) RegisterTTRPC(server *ttrpc.Server) error {
 	for _, name := range services {
 		server.RegisterService(name, &ttrpc.ServiceDesc{Methods: methods})
 	}
+	server.RegisterService("katacheckpoint.shim.v1.Shim", &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{"Check": handle(s.Check)}})
 	return nil
 }
 
