@@ -182,6 +182,11 @@ guest-kernel: build ## build a guest kernel from Debian's sources: KATA_SRC=DIR 
 	packaging/bootstrap kernel
 	bin/kata-checkpoint guest-kernel --out build/guest-kernel $(KERNEL_FLAGS)
 
+.PHONY: packages
+packages: release ## make the packages of a release in build/packages: .deb, .rpm, a tarball, SBOM, checksums
+	go build -modfile=internal/tools/go.mod -o build/tools/ github.com/goreleaser/nfpm/v2/cmd/nfpm
+	packaging/packages $(VERSION) $(shell go env GOARCH) build/packages
+
 .PHONY: proto
 proto: ## generate the protocols' Go code
 	packaging/bootstrap proto
