@@ -56,18 +56,16 @@ func checkContainer(s *scenario) {
 	}
 	s.check(good.Resume(s.ctx))
 
-	// Without the network of a pod, a peer in the guest itself but outside of the
-	// container: the kata-agent has none, so a second container in the sandbox.
-	pod := s.startPod()
-	server := s.run(pod.create(engine.Container{ID: "server", Args: []string{"sh", "-c", "nc -l -p 7000 127.0.0.1 & sleep 1; echo up; wait"}}))
-	s.check(server.Output.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) > 0, nil }))
-	bad := s.run(pod.create(engine.Container{ID: "bad", Args: []string{"sh", "-c", "(sleep 1; echo up) & sleep 1000 | nc 127.0.0.1 7000"}}))
-	s.check(bad.Output.Wait(s.ctx, func(lines []string) (bool, error) { return len(lines) > 0, nil }))
+	w := s.connectedLink(linkPath())
+	peer := s.answering(w)
+	bad := s.run(s.create(engine.Container{ID: "bad", Args: []string{workload.Path, "caller", "-server", peer.Addr().String()}, Network: w.namespace.Path}))
+	s.waitNumbers(bad.Output, workload.Rounds, 2)
+	const sentence = "has an open TCP connection from"
 	findings, status = s.checkCommand(bad.ID())
-	if status != 2 || !slices.ContainsFunc(findings, func(f finding) bool { return f.Level == "error" && strings.Contains(f.Text, "TCP") }) {
+	if status != 2 || !slices.ContainsFunc(findings, func(f finding) bool { return f.Level == "error" && strings.Contains(f.Text, sentence) }) {
 		s.Errorf("with a connection: status %d, %v", status, findings)
 	}
-	s.checkRefused("a TCP connection", bad, s.newDir(), "TCP")
+	s.checkRefused("an open connection", bad, s.newDir(), sentence)
 }
 
 // checkGood: `kata-checkpoint check --guest` finds nothing amiss on a node on

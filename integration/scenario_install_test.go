@@ -3,13 +3,12 @@
 package integration
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -130,13 +129,101 @@ func upgradeRunning(s *scenario) {
 	n.uninstall()
 }
 
+// debInstallRemove: the .deb is unpacked by dpkg below a directory, its command
+// installs it on a node, a container is checkpointed and restored, and nothing
+// is left once it is removed.
+func debInstallRemove(s *scenario) {
+	n := s.bareNode()
+	packages, err := filepath.Glob(n.parts.Build("packages/*.deb"))
+	s.check(err)
+	if len(packages) != 1 {
+		s.Skip("there is no package: make packages")
+	}
+	root := filepath.Join(n.bed.Dir, "deb")
+	s.check(os.MkdirAll(filepath.Join(root, "var/lib/dpkg/updates"), 0o755))
+	for _, name := range []string{"status", "available"} {
+		s.check(os.WriteFile(filepath.Join(root, "var/lib/dpkg", name), nil, 0o644))
+	}
+	dpkg := func(args ...string) {
+		s.Helper()
+		out, err := exec.CommandContext(s.ctx, "dpkg", append([]string{"--root=" + root, "--force-script-chrootless", "--log=/dev/null"}, args...)...).CombinedOutput()
+		if err != nil {
+			s.Fatalf("dpkg %v: %v: %s", args, err, out)
+		}
+	}
+	before := n.tree()
+	dpkg("--install", packages[0])
+	n.program, n.release = filepath.Join(root, "usr/bin/kata-checkpoint"), ""
+	n.install()
+	n.restartContainerd()
+	s.step("installed")
+	c := s.create(counter("c"))
+	first := s.run(c)
+	s.waitNumbers(first.Output, workload.Ticks, 3)
+	dir := s.checkpoint(first, true)
+	s.waitExit(first, 137)
+	ticks := s.printedNumbers(first.Output, workload.Ticks)
+	restored := s.restore(c, dir)
+	s.checkConsecutive(1, append(ticks, s.waitNumbers(restored.Output, workload.Ticks, 3)...))
+	s.remove(c)
+	n.waitNoShim()
+	n.uninstall()
+	dpkg("--purge", "kata-checkpoint")
+	after := n.tree()
+	for _, tree := range []map[string]string{before, after} {
+		maps.DeleteFunc(tree, func(name, _ string) bool { return strings.HasPrefix(name, "/deb/var") }) // dpkg's own
+	}
+	if d := cmp.Diff(before, after); d != "" {
+		s.Errorf("the package has left, or changed:\n%s", d)
+	}
+	n.restartContainerd()
+}
+
+// TestPreRemove: a package is not removed while what it has installed cannot be.
+func TestPreRemove(t *testing.T) {
+	root := t.TempDir()
+	for path, text := range map[string]string{
+		"opt/kata-checkpoint/install.json": "{}", "usr/bin/kata-checkpoint": "#!/bin/sh\necho \"$@\" >>" + root + "/log\nexit 1\n",
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(root, path)), 0o755), os.WriteFile(filepath.Join(root, path), []byte(text), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(arg string) error {
+		cmd := exec.CommandContext(t.Context(), "sh", "../packaging/scripts/preremove", arg)
+		cmd.Env = append(os.Environ(), "DPKG_ROOT="+root)
+		return cmd.Run()
+	}
+	for _, arg := range []string{"upgrade", "1"} {
+		if err := run(arg); err != nil {
+			t.Errorf("%s: %v", arg, err)
+		}
+	}
+	for _, arg := range []string{"remove", "0"} {
+		if err := run(arg); err == nil {
+			t.Errorf("%s: the package is removed", arg)
+		}
+	}
+	if err := os.Remove(filepath.Join(root, "opt/kata-checkpoint/install.json")); err != nil {
+		t.Fatal(err)
+	}
+	if err := run("remove"); err != nil {
+		t.Errorf("with nothing installed: %v", err)
+	}
+	want := strings.Repeat("uninstall --root "+root+"/\n", 2)
+	if log, err := os.ReadFile(filepath.Join(root, "log")); err != nil || string(log) != want {
+		t.Errorf("the command was called with %q, %v", log, err)
+	}
+}
+
 // bareNode is a testbed of the scenario's own, with nothing of ours, and a
 // release that can be installed there.
 type bareNode struct {
 	s       *scenario
 	bed     *testbed.Testbed
 	parts   *parts.Parts
-	release string
+	program string // the command
+	release string // empty: the command's own
 }
 
 // bareNode starts a bare testbed. Until the scenario's end its containers are
@@ -165,7 +252,7 @@ func (s *scenario) bareNode() *bareNode {
 	image, err := p.WorkloadImage(s.ctx, p.Bin("workload"), workload.Path)
 	s.check(err)
 	s.check(bed.Import(s.ctx, image))
-	n := &bareNode{s: s, bed: bed, parts: p, release: s.newDir()}
+	n := &bareNode{s: s, bed: bed, parts: p, program: p.Bin("kata-checkpoint"), release: s.newDir()}
 	s.check(os.Symlink(p.Bin(), filepath.Join(n.release, "bin")))
 	s.check(os.Symlink(p.Build("guest-bundle"), filepath.Join(n.release, "guest-bundle")))
 	s.step("a node with nothing of ours")
@@ -191,7 +278,7 @@ func (n *bareNode) paths() []string {
 }
 
 func (n *bareNode) command(name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(n.s.ctx, n.parts.Bin("kata-checkpoint"), append([]string{name}, args...)...)
+	cmd := exec.CommandContext(n.s.ctx, n.program, append([]string{name}, args...)...)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
@@ -199,9 +286,12 @@ func (n *bareNode) command(name string, args ...string) (string, error) {
 func (n *bareNode) install(args ...string) string {
 	n.s.Helper()
 	args = slices.Concat(n.paths(), []string{
-		"--from", n.release, "--containerd-config", n.bed.ContainerdConfig(), "--containerd-path", n.bed.Path,
+		"--containerd-config", n.bed.ContainerdConfig(), "--containerd-path", n.bed.Path,
 		"--kata-shim", n.bed.Downstream, "--kata-config", n.bed.KataConfig(), "--nri-plugins", filepath.Join(n.bed.Dir, "nri"),
 	}, args)
+	if n.release != "" {
+		args = append(args, "--from", n.release)
+	}
 	out, err := n.command("install", args...)
 	if err != nil {
 		n.s.Fatalf("install: %v: %s", err, out)
@@ -219,14 +309,7 @@ func (n *bareNode) uninstall() {
 // check looks at the node as an operator does.
 func (n *bareNode) check() {
 	n.s.Helper()
-	cmd := exec.CommandContext(n.s.ctx, n.parts.Bin("kata-checkpoint"), "check", "--json", "--address", n.bed.Address, "--config", n.bed.OwnConfig())
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, _ := cmd.Output() // its status says what the findings say
-	var findings []struct{ Check, Level, Text, Cure string }
-	if err := json.Unmarshal(out, &findings); err != nil {
-		n.s.Fatalf("check: %v: %s", err, stderr.String())
-	}
+	findings, _ := n.s.checkCommand() // the status says what the findings say
 	for _, f := range findings {
 		if f.Level == "error" || f.Level == "warning" && f.Check != "kata.kernel" {
 			n.s.Errorf("%s %s: %s (%s)", f.Level, f.Check, f.Text, f.Cure)

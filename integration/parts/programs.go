@@ -25,6 +25,11 @@ func (p *Parts) Nerdctl(ctx context.Context) (string, error) {
 	return p.program(ctx, "nerdctl", "github.com/containerd/nerdctl/v2/cmd/nerdctl")
 }
 
+// Helm builds helm and returns its path.
+func (p *Parts) Helm(ctx context.Context) (string, error) {
+	return p.program(ctx, "helm", "helm.sh/helm/v3/cmd/helm")
+}
+
 // Kubelet builds the kubelet and returns its path. That takes ten minutes on
 // two cores; see [Parts.HaveKubelet].
 func (p *Parts) Kubelet(ctx context.Context) (string, error) {

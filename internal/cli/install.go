@@ -3,6 +3,8 @@
 package cli
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -27,6 +29,7 @@ func nodeFlags(c *cobra.Command, o *install.Options) {
 func installCommand() *cobra.Command {
 	o := &install.Options{Version: version.Version}
 	var dryRun bool
+	after := &afterwards{o: o}
 	c := &cobra.Command{
 		Use:   "install",
 		Short: "Install kata-checkpoint on this node",
@@ -41,7 +44,7 @@ upgrade. Installing twice changes nothing.
 
 The RuntimeClass for Kubernetes is printed in the end.`,
 		Example: `  kata-checkpoint install --dry-run
-  kata-checkpoint install && systemctl restart containerd
+  kata-checkpoint install --restart-containerd
   kata-checkpoint install --kata-config /opt/kata/share/defaults/kata-containers/configuration-clh.toml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -54,13 +57,16 @@ The RuntimeClass for Kubernetes is printed in the end.`,
 				if err := plan.Diff(out); err != nil {
 					return err
 				}
-			} else if err := plan.Apply(); err != nil {
+				return report(out, plan, true, true, false)
+			}
+			if err := plan.Apply(); err != nil {
 				return err
 			}
-			return report(out, plan, dryRun, true)
+			return after.run(cmd.Context(), plan, func() error { return report(out, plan, false, true, after.restart) })
 		},
 	}
 	nodeFlags(c, o)
+	after.flags(c)
 	flags := c.Flags()
 	flags.StringVar(&o.Release, "from", releaseDir(), "`directory` of the release, with bin/ and guest-bundle/")
 	flags.StringVar(&o.ContainerdConfig, "containerd-config", install.DefaultContainerdConfig, "containerd's configuration, a `file`")
@@ -76,6 +82,7 @@ The RuntimeClass for Kubernetes is printed in the end.`,
 func uninstallCommand() *cobra.Command {
 	o := &install.Options{Version: version.Version}
 	var dryRun, force, purge bool
+	after := &afterwards{o: o}
 	c := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Remove from this node what install has written",
@@ -91,6 +98,9 @@ The directory of images and keys (state_dir) stays, unless --purge is given.`,
 				state = cfg.StateDir
 			}
 			plan, err := install.PrepareRemoval(o, force)
+			if errors.Is(err, install.ErrNotInstalled) && after.wait {
+				return after.run(cmd.Context(), nil, func() error { return nil })
+			}
 			if err != nil {
 				return err
 			}
@@ -99,23 +109,53 @@ The directory of images and keys (state_dir) stays, unless --purge is given.`,
 				if err := plan.Diff(out); err != nil {
 					return err
 				}
-				return report(out, plan, true, false)
+				return report(out, plan, true, false, false)
 			}
 			if err := plan.Apply(); err != nil {
 				return err
 			}
-			if err := report(out, plan, false, false); err != nil {
-				return err
-			}
-			return removeState(out, filepath.Join(o.Root, state), state != "" && purge)
+			return after.run(cmd.Context(), plan, func() error {
+				if err := report(out, plan, false, false, after.restart); err != nil {
+					return err
+				}
+				return removeState(out, filepath.Join(o.Root, state), state != "" && purge)
+			})
 		},
 	}
 	nodeFlags(c, o)
+	after.flags(c)
 	flags := c.Flags()
 	flags.BoolVar(&dryRun, "dry-run", false, "print what would be done as a diff, and do nothing")
 	flags.BoolVar(&force, "remove-changed", false, "also remove files that were changed since they were installed")
 	flags.BoolVar(&purge, "purge", false, "also remove state_dir with this node's signing key")
 	return c
+}
+
+// afterwards is what follows an installation or its removal.
+type afterwards struct {
+	o             *install.Options
+	restart, wait bool
+}
+
+func (a *afterwards) flags(c *cobra.Command) {
+	c.Flags().BoolVar(&a.restart, "restart-containerd", false, "have systemd restart containerd if something has changed; containers keep running")
+	c.Flags().BoolVar(&a.wait, "wait", false, "do not return until SIGTERM, for a DaemonSet")
+}
+
+// run restarts containerd, reports, and waits, as far as that is asked for. A
+// node on which something is left to do has been set up: its pod does not fail.
+func (a *afterwards) run(ctx context.Context, plan *install.Plan, report func() error) error {
+	if a.restart && plan != nil && !plan.Empty() {
+		if err := a.o.Systemctl(ctx, "restart", "containerd"); err != nil {
+			return err
+		}
+	}
+	err := report()
+	if _, left := err.(statusError); a.wait && (err == nil || left) { //nolint:errorlint // ours
+		<-ctx.Done()
+		return nil
+	}
+	return err
 }
 
 // removeState removes what the shim has made, or says that it is there.
@@ -143,7 +183,7 @@ func releaseDir() string {
 }
 
 // report prints what was done, or would be, and what is left to do.
-func report(out io.Writer, plan *install.Plan, dryRun, installed bool) error {
+func report(out io.Writer, plan *install.Plan, dryRun, installed, restarted bool) error {
 	p := &printer{w: out}
 	if plan.Empty() {
 		p.line("nothing to do")
@@ -158,7 +198,7 @@ func report(out io.Writer, plan *install.Plan, dryRun, installed bool) error {
 	for _, todo := range plan.Todo {
 		p.line("to do: %s", todo)
 	}
-	if !plan.Empty() && !dryRun {
+	if !plan.Empty() && !dryRun && !restarted {
 		p.line("to do: systemctl restart containerd")
 	}
 	if installed && !dryRun {

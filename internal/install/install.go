@@ -283,6 +283,19 @@ func (o *Options) runShim(ctx context.Context, path string) (string, error) {
 	return string(out), nil
 }
 
+// Systemctl has the node's systemd do something.
+func (o *Options) Systemctl(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, "systemctl", args...)
+	if o.Root != "" && o.Root != "/" {
+		cmd.Path, cmd.Err = "/usr/bin/systemctl", nil // of the node
+		cmd.SysProcAttr = chroot(o.Root)
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("systemctl %s: %w: %s: repeat it by hand", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
 // conflicts makes one error of what is in the way.
 func conflicts(paths []string) error {
 	if len(paths) == 0 {

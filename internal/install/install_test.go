@@ -454,6 +454,14 @@ func TestKernel(t *testing.T) {
 	}
 }
 
+func TestNoKernel(t *testing.T) {
+	n := newNode(t)
+	n.write(kataDir+"/config.d/10.toml", "[hypervisor.clh]\nkernel = ''\n", 0o644)
+	if p := n.install(); len(p.Todo) != 1 || !strings.Contains(p.Todo[0], "give Kata a guest kernel") {
+		t.Errorf("left to do: %v, notes: %v", p.Todo, p.Notes)
+	}
+}
+
 // A drop-in beside configurations of several hypervisors would break the others.
 func TestNeighbours(t *testing.T) {
 	n := newNode(t)

@@ -165,7 +165,7 @@ func (k *kata) kernel(o *Options, p *Plan) (string, error) {
 		effective = k.loaded.Kernel
 	}
 	target, err := o.resolved(effective)
-	if err != nil {
+	if err != nil || effective == "" {
 		if kernel != "" {
 			return "", fmt.Errorf("the guest kernel: %w", err)
 		}
