@@ -29,7 +29,7 @@ func TestTheAgentsMemoryIsBounded(t *testing.T) {
 	if err := unix.Statfs(a.dir, &st); err != nil {
 		t.Fatal(err)
 	}
-	if size := st.Blocks * uint64(st.Bsize); size > maxState || size < 32<<20 { //nolint:gosec // a block's size
+	if size := st.Blocks * uint64(st.Bsize); size > maxState || size < 32<<20 {
 		t.Errorf("it has a size of %d bytes", size)
 	}
 	if st.Flags&unix.ST_NODEV == 0 || st.Flags&unix.ST_NOSUID == 0 {

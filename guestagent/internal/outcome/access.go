@@ -61,7 +61,7 @@ func openFlags(pid int, fd string) (int, error) {
 	for line := range strings.Lines(string(data)) {
 		if value, ok := strings.CutPrefix(line, "flags:"); ok {
 			flags, err := strconv.ParseUint(strings.TrimSpace(value), 8, 32)
-			return int(flags), err //nolint:gosec // 32 bits
+			return int(flags), err
 		}
 	}
 	return 0, fmt.Errorf("%s has no flags", path)

@@ -32,7 +32,8 @@ func TestPauseStartsAnAgentThatHasDied(t *testing.T) {
 
 // An agent has agent_timeout to start, and freeze_timeout only to freeze.
 func TestPauseWaitsForAnAgentThatStarts(t *testing.T) {
-	h := newHarness(t, withConfig(func(c *config.Config) { c.FreezeTimeout = 300 * time.Millisecond }))
+	const freeze = 300 * time.Millisecond
+	h := newHarness(t, withConfig(func(c *config.Config) { c.FreezeTimeout = freeze }))
 	h.run(nil)
 	h.guest.Before("Freeze", func(context.Context) error {
 		h.guest.Before("Freeze", nil)
@@ -40,7 +41,7 @@ func TestPauseWaitsForAnAgentThatStarts(t *testing.T) {
 		return errors.New("nobody hears this")
 	})
 	h.kata.Before("Create", func(context.Context) error {
-		time.Sleep(600 * time.Millisecond)
+		<-time.After(2 * freeze)
 		h.guest.SetThere(true)
 		return nil
 	})

@@ -154,7 +154,7 @@ func rightsOf(p *specs.Process) *api.Rights {
 	}
 	r := &api.Rights{NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID, Gid: p.User.GID, Groups: p.User.AdditionalGids}
 	if p.OOMScoreAdj != nil {
-		r.OomScoreAdj = proto.Int32(int32(*p.OOMScoreAdj))
+		r.OomScoreAdj = proto.Int32(int32(*p.OOMScoreAdj)) //nolint:gosec // from -1000 to 1000
 	}
 	for _, l := range p.Rlimits {
 		if r.Limits == nil {
