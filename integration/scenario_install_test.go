@@ -108,9 +108,9 @@ func upgradeRunning(s *scenario) {
 
 	other := s.run(s.create(counter("other")))
 	s.waitNumbers(other.Output, workload.Ticks, 2)
-	dir := s.checkpoint(first, false)
+	s.checkpoint(first, false)
 	s.checkKeepsRunning(first)
-	dir = s.checkpoint(first, true)
+	dir := s.checkpoint(first, true)
 	s.waitExit(first, 137)
 	ticks := s.printedNumbers(first.Output, workload.Ticks)
 	restored := s.restore(c, dir)

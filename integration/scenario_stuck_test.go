@@ -85,11 +85,11 @@ func (k *killer) stop(t trial) (proceed func()) {
 		k.shellInGuestOf(k.c.ID(), find+"kill -STOP $"+victim)
 		return func() { k.shellInGuestOf(k.c.ID(), find+"kill -CONT $"+victim) }
 	}
-	switch {
-	case t.victim == "criu":
+	switch t.victim {
+	case "criu":
 		// The agent has ended it by then, with the checkpoint.
 		return func() {}
-	case t.victim == "agent":
+	case "agent":
 		proceed = inGuest(findAgent, "agent")
 	default:
 		var pids []int

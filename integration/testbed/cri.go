@@ -140,7 +140,7 @@ func (t *Testbed) cniConfig() string { return filepath.Join(t.Dir, "cni/net.d") 
 
 func (t *Testbed) nri(name string) string { return filepath.Join(t.Dir, "nri", name) }
 
-// hostPrograms is a directory in containerd's PATH with the links that an
+// HostPrograms is a directory in containerd's PATH with the links that an
 // operator creates.
 func (t *Testbed) HostPrograms() string { return filepath.Join(t.Dir, "host-bin") }
 
