@@ -40,8 +40,12 @@ func TestPauseWaitsForAnAgentThatStarts(t *testing.T) {
 		h.guest.SetThere(false)
 		return errors.New("nobody hears this")
 	})
-	h.kata.Before("Create", func(context.Context) error {
-		<-time.After(2 * freeze)
+	h.kata.Before("Create", func(ctx context.Context) error {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * freeze):
+		}
 		h.guest.SetThere(true)
 		return nil
 	})
