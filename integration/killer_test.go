@@ -156,12 +156,12 @@ func (k *killer) kill(t trial) {
 		k.check(syscall.Kill(k.pid(t.victim), syscall.SIGKILL))
 	}
 	if !t.guest && t.victim != "shim" {
-		k.goOn(t)
+		k.release(t)
 	}
 }
 
-// goOn has an operation go on that the shim has stopped.
-func (k *killer) goOn(t trial) {
+// release has an operation continue that the shim has stopped.
+func (k *killer) release(t trial) {
 	k.Helper()
 	err := os.Remove(filepath.Join(k.testbed.StopDir(), t.operation+"-"+t.phase+".reached"))
 	if !errors.Is(err, fs.ErrNotExist) { // the operation has ended, and its stop

@@ -14,8 +14,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
-// stuckParts: whatever part stands still during a checkpoint, the checkpoint ends
-// with its time. Once the part goes on, the container does as well, though nobody
+// stuckParts: whatever part is stopped during a checkpoint, the checkpoint ends at
+// its deadline. Once the part continues, the container does as well, though nobody
 // asks for it, and the next checkpoint is made.
 func stuckParts(s *scenario) {
 	limit := paced(8 * time.Second).Round(time.Second)
@@ -78,7 +78,7 @@ func (k *killer) stuck(t trial, limit time.Duration) {
 	k.step("%s: %v", t, err)
 }
 
-// stop stops a part, has the operation go on, and returns what continues the part.
+// stop stops a part, releases the operation, and returns what continues the part.
 func (k *killer) stop(t trial) (proceed func()) {
 	k.Helper()
 	inGuest := func(find, victim string) func() {
@@ -114,7 +114,7 @@ func (k *killer) stop(t trial) (proceed func()) {
 		proceed = func() { signal(syscall.SIGCONT) }
 	}
 	if !t.guest {
-		k.goOn(t)
+		k.release(t)
 	}
 	return proceed
 }
