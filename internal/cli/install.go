@@ -40,7 +40,8 @@ the directory of a release, which it finds beside itself.
 Nothing is changed that somebody else has written; what has to be changed there
 is printed. Files are replaced as a whole, and a guest bundle stays as long as
 a VM uses it: running containers can be checkpointed during and after an
-upgrade. Installing twice changes nothing.
+upgrade. Installing twice changes nothing, and an upgrade keeps the flags about
+the node with which the last release was installed.
 
 The RuntimeClass for Kubernetes is printed in the end.`,
 		Example: `  kata-checkpoint install --dry-run
@@ -48,6 +49,7 @@ The RuntimeClass for Kubernetes is printed in the end.`,
   kata-checkpoint install --kata-config /opt/kata/share/defaults/kata-containers/configuration-clh.toml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			o.Given = cmd.Flags().Changed
 			plan, err := install.Prepare(cmd.Context(), o)
 			if err != nil {
 				return err

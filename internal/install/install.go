@@ -83,6 +83,10 @@ type Options struct {
 	// one, or Kata's.
 	Kernel string
 
+	// Given reports whether a flag of the command was given. The others have the
+	// values with which the installed release was installed. It may be nil.
+	Given func(flag string) bool
+
 	// ShimVersion runs a shim of the node with --version. Tests replace it.
 	ShimVersion func(ctx context.Context, path string) (string, error)
 	// Proc is where procfs is mounted, /proc if it is empty.
@@ -155,6 +159,7 @@ func Prepare(ctx context.Context, o *Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
+	o.remember(r)
 	p := &Plan{o: o, record: r, tree: tree, RuntimeClass: configs.RuntimeClass}
 	k, err := o.findKata(ctx)
 	if err != nil {

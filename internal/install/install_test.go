@@ -593,6 +593,38 @@ func TestUpgradeWhileRunning(t *testing.T) {
 	n.uninstall()
 }
 
+// An upgrade needs none of the flags with which the first release was installed.
+func TestUpgradeRemembers(t *testing.T) {
+	n := newNode(t)
+	first := *n.o
+	n.write("/srv/kata/configuration-clh.toml", kataConfiguration, 0o644)
+	n.o.KataConfig, n.o.NRIPlugins = "/srv/kata/configuration-clh.toml", ""
+	n.install()
+	*n.o = first
+	n.release("v2", "two")
+	n.o.Given = func(string) bool { return false }
+	n.install()
+	if _, err := os.Stat(filepath.Join(n.root, "/srv/kata/config.d", dropInName)); err != nil {
+		t.Errorf("Kata's configuration was forgotten: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(n.root, "/opt/nri")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("that no NRI plugin is wanted was forgotten: %v", err)
+	}
+	n.o.KataConfig = kataDir + "/configuration.toml"
+	n.o.Given = func(flag string) bool { return flag == "kata-config" }
+	n.install()
+	if _, err := os.Stat(filepath.Join(n.root, kataDir, "config.d", dropInName)); err != nil {
+		t.Errorf("a flag was not heeded: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(n.root, "/srv/kata/config.d", dropInName)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the old drop-in is still there: %v", err)
+	}
+	n.uninstall()
+	if _, err := os.Stat(filepath.Join(n.root, "/srv/kata/config.d")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory of the old drop-in is still there: %v", err)
+	}
+}
+
 // Other installations of the shim on the machine do not count.
 func TestOtherShims(t *testing.T) {
 	n := newNode(t)

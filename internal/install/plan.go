@@ -62,7 +62,7 @@ func (p *Plan) Empty() bool {
 
 // compare finds out what differs between the node and what should be there.
 func (p *Plan) compare(entries []*entry) error {
-	p.next = &record{Version: p.o.Version, Files: map[string][]string{}, Dirs: slices.Clone(p.record.Dirs), Releases: slices.Clone(p.record.Releases)}
+	p.next = &record{Version: p.o.Version, Settings: p.o.settings(), Files: map[string][]string{}, Dirs: slices.Clone(p.record.Dirs), Releases: slices.Clone(p.record.Releases)}
 	var inTheWay []string
 	planned := map[string]bool{}
 	for _, e := range entries {
@@ -278,7 +278,7 @@ func (p *Plan) intend() error {
 	if p.uninstall {
 		return nil
 	}
-	both := &record{Version: p.next.Version, Files: maps.Clone(p.record.Files), Releases: slices.Clone(p.record.Releases)}
+	both := &record{Version: p.next.Version, Settings: p.next.Settings, Files: maps.Clone(p.record.Files), Releases: slices.Clone(p.record.Releases)}
 	for path, digests := range p.next.Files {
 		both.Files[path] = slices.Compact(slices.Concat(both.Files[path], digests))
 	}

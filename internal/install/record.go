@@ -23,8 +23,46 @@ type record struct {
 	Files map[string][]string `json:"files"`
 	// Dirs are the directories that were made, parents first.
 	Dirs []string `json:"dirs"`
+	// Settings are how it was installed, for the next time.
+	Settings settings `json:"settings"`
 	// Releases are the directories of guest bundles. VMs that run keep theirs.
 	Releases []string `json:"releases"`
+}
+
+// settings are the options that describe the node.
+type settings struct {
+	ContainerdConfig string `json:"containerd_config"`
+	Path             string `json:"containerd_path"`
+	NRIPlugins       string `json:"nri_plugins"`
+	KataShim         string `json:"kata_shim"`
+	KataConfig       string `json:"kata_config"`
+	Kernel           string `json:"kernel"`
+}
+
+func (o *Options) settings() settings {
+	return settings{o.ContainerdConfig, o.Path, o.NRIPlugins, o.KataShim, o.KataConfig, o.Kernel}
+}
+
+// remember takes what was said the last time, unless it is said now.
+func (o *Options) remember(r *record) {
+	if o.Given == nil || len(r.Files) == 0 {
+		return
+	}
+	for name, v := range map[string]struct {
+		to   *string
+		last string
+	}{
+		"containerd-config": {&o.ContainerdConfig, r.Settings.ContainerdConfig},
+		"containerd-path":   {&o.Path, r.Settings.Path},
+		"nri-plugins":       {&o.NRIPlugins, r.Settings.NRIPlugins},
+		"kata-shim":         {&o.KataShim, r.Settings.KataShim},
+		"kata-config":       {&o.KataConfig, r.Settings.KataConfig},
+		"kernel":            {&o.Kernel, r.Settings.Kernel},
+	} {
+		if !o.Given(name) {
+			*v.to = v.last
+		}
+	}
 }
 
 const recordName = "install.json"
