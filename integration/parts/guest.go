@@ -3,6 +3,7 @@
 package parts
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -36,16 +37,26 @@ var (
 	standinPackages = []string{"bash", "runc"}
 )
 
-// Kernel returns the newest of the host's Debian cloud kernels: its image and
-// its version.
+// guestKernelEnv names a guest kernel that the testbed boots in place of
+// Debian's, with all that the guest needs built in.
+const guestKernelEnv = "TESTBED_GUEST_KERNEL"
+
+// Kernel returns the newest of the host's Debian cloud kernels: its image, or
+// that of the kernel to be booted in its place, and its version, which is that
+// of the modules in the guest.
 func Kernel() (image, version string, err error) {
 	out, err := exec.Command("bash", "-c", "ls -v /boot/vmlinuz-*-cloud-amd64 | tail -n 1").Output()
 	image = strings.TrimSpace(string(out))
 	if err != nil || image == "" {
 		return "", "", errors.New("no cloud kernel in /boot: run make bootstrap")
 	}
-	return image, strings.TrimPrefix(filepath.Base(image), "vmlinuz-"), nil
+	version = strings.TrimPrefix(filepath.Base(image), "vmlinuz-")
+	return cmp.Or(os.Getenv(guestKernelEnv), image), version, nil
 }
+
+// OwnKernel reports whether the guest boots a kernel that `kata-checkpoint
+// guest-kernel` has built.
+func OwnKernel() bool { return os.Getenv(guestKernelEnv) != "" }
 
 // StandinInitrd makes the initrd with the stand-in's agent, a static program.
 func (p *Parts) StandinInitrd(ctx context.Context, agent string) (string, error) {
