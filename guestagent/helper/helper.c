@@ -55,6 +55,11 @@ static int hold(void)
 	int signals, ends[2], pid = 0;
 	sigset_t all;
 
+	/* The terminal is the command's, which could take it only from a session that
+	 * has given it up. What the kernel sends then is for nobody. */
+	signal(SIGHUP, SIG_IGN);
+	ioctl(0, TIOCNOTTY);
+	signal(SIGHUP, SIG_DFL);
 	/* Blocked signals wait until there is a process to pass them on to. The
 	 * C library's call would leave out two of them. */
 	memset(&all, 0xff, sizeof(all));
@@ -99,7 +104,7 @@ enum {
 
 /* All but the user namespace, as Kata gives containers none, the network, which
  * is the guest's, and the cgroup namespace: once in it, a process could not
- * enter the cgroup any more. */
+ * enter the cgroup any more, which an init has to. */
 #define NAMESPACES (CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWPID | CLONE_NEWTIME)
 
 static void report(const char *kind, int value, const char *text)
@@ -210,28 +215,49 @@ static pid_t clone3(uint64_t flags, uint64_t signal)
 	return (pid_t)need(syscall(SYS_clone3, &args, sizeof(args)), "fork in the container");
 }
 
-/* Continues as a new process, a child of the agent's, in the container's
- * namespaces and cgroup. */
-static void enter(int init)
+/* No process of the container may trace this one or look into it, unless it has
+ * CAP_SYS_PTRACE. */
+static void hide(void)
 {
-	pid_t pid;
-
-	/* Up to the command it has the guest's files. No process of the container
-	 * may trace it or look into it, not even with the same capabilities. */
 	need(prctl(PR_SET_DUMPABLE, 0L, 0L, 0L, 0L), "hide from the container");
-	need(syscall(SYS_setns, TARGET, NAMESPACES), "enter the container's namespaces");
-	/* Only a process in a PID namespace can make one below it: that takes a fork
-	 * more. These belong to the guest's init, as that of the target's PID
-	 * namespace would take them for processes of the container. */
-	if (init && clone3(CLONE_INTO_CGROUP, SIGCHLD) > 0)
-		_exit(0);
-	/* Born in its cgroup, as a move waits for a grace period of RCU. */
-	pid = clone3(CLONE_PARENT | (init ? CLONE_NEWPID : CLONE_INTO_CGROUP), 0);
+}
+
+/* Reports the pid of the process in which this one continues. */
+static void continue_as(pid_t pid)
+{
 	if (pid > 0) {
 		report("pid", pid, "");
 		_exit(0);
 	}
+}
+
+/* Continues as PID 1 of a PID namespace in that of the placeholder, where there is
+ * nobody else yet. */
+static void become_init(void)
+{
+	hide();
+	need(syscall(SYS_setns, TARGET, NAMESPACES), "enter the container's namespaces");
+	/* Only a process in a PID namespace can make one below it: that takes a fork
+	 * more. These belong to the guest's init, as that of the target's PID
+	 * namespace would take them for processes of the container. Born in its
+	 * cgroup, as a move waits for a grace period of RCU. */
+	if (clone3(CLONE_INTO_CGROUP, SIGCHLD) > 0)
+		_exit(0);
+	continue_as(clone3(CLONE_PARENT | CLONE_NEWPID, 0));
 	need(syscall(SYS_setns, TARGET, CLONE_NEWCGROUP), "enter the container's cgroup namespace");
+}
+
+/* Continues as a new process, a child of the agent's, in the container's PID
+ * namespace. From its birth it has no more than the command: a process of the
+ * container with CAP_SYS_PTRACE can do with it as it likes. */
+static void be_born(void)
+{
+	long pid;
+
+	hide(); /* once more: a change of the user has undone it */
+	/* Not clone3, which the filters of most containers do not allow. */
+	pid = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0L, 0L, 0L, 0L);
+	continue_as((pid_t)need(pid, "fork in the container"));
 }
 
 static void set_limits(void)
@@ -299,7 +325,7 @@ static _Noreturn void execute(void)
 
 static _Noreturn void become(int init)
 {
-	int fd, no_new_privileges;
+	int fd, terminal, no_new_privileges;
 
 	/* What else the agent may have open at the moment. */
 	need(syscall(SYS_close_range, CGROUP + 1, ~0U, 0), "close descriptors");
@@ -307,11 +333,17 @@ static _Noreturn void become(int init)
 	read_filters();
 	fd = (int)need(open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC), "set the OOM score");
 	need(dprintf(fd, "%s", text()), "set the OOM score");
-	enter(init);
-	need(syscall(SYS_close_range, PLAN, ~0U, CLOSE_RANGE_CLOEXEC), "close descriptors");
-	need(setsid(), "make a session");
-	if (number()) /* 1: the helper's session gives it up */
-		need(ioctl(0, TIOCSCTTY, 1), "take the terminal");
+	if (init) {
+		become_init();
+	} else {
+		hide();
+		/* The agent has started it in the container's cgroup. */
+		need(syscall(SYS_setns, TARGET, NAMESPACES | CLONE_NEWCGROUP), "enter the container's namespaces");
+	}
+	need(fcntl(REPORT, F_SETFD, FD_CLOEXEC), "close descriptors");
+	close(PLAN);
+	need(syscall(SYS_close_range, TARGET, ~0U, 0), "close descriptors");
+	terminal = (int)number();
 	set_limits();
 	need(chdir(text()), "change to the working directory");
 	umask((mode_t)number());
@@ -322,10 +354,15 @@ static _Noreturn void become(int init)
 		set_filters();
 	set_groups();
 	set_credentials();
-	if (no_new_privileges) {
+	if (no_new_privileges)
 		need(prctl(PR_SET_NO_NEW_PRIVS, 1L, 0L, 0L, 0L), "set no-new-privileges");
+	if (!init)
+		be_born();
+	need(setsid(), "make a session");
+	if (terminal)
+		need(ioctl(0, TIOCSCTTY, 0), "take the terminal");
+	if (no_new_privileges)
 		set_filters();
-	}
 	if (!init)
 		execute();
 	/* The kernel reaps for who ignores SIGCHLD. The end is that of the placeholder. */

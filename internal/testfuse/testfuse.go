@@ -74,6 +74,11 @@ func Stop(t *testing.T, server *os.Process) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = server.Signal(unix.SIGCONT) })
+	// Until then, it may still take a request, for whose answer even a killed
+	// process waits.
+	if err := unix.Waitid(unix.P_PID, server.Pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Ends fails the test unless f returns soon.

@@ -154,7 +154,11 @@ func (p *Prepared) Run(ctx context.Context, helper string, stdio [3]int, filters
 	if err := p.writePlan(filters); err != nil {
 		return 0, err
 	}
-	attr := &syscall.ProcAttr{Dir: "/", Env: []string{}}
+	attr := &syscall.ProcAttr{Dir: "/", Env: []string{}, Sys: &syscall.SysProcAttr{}}
+	if !p.init {
+		// Born in its cgroup, as a move waits for a grace period of RCU.
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, p.fds[cgroupDirectory]
+	}
 	for _, fd := range append(stdio[:], p.fds[:]...) {
 		attr.Files = append(attr.Files, uintptr(fd))
 	}
@@ -166,15 +170,18 @@ func (p *Prepared) Run(ctx context.Context, helper string, stdio [3]int, filters
 	if err != nil {
 		return 0, fmt.Errorf("start %s: %w", helper, err)
 	}
-	defer reap(child)
 	// The helper and the process are the writers, and the report ends with them.
 	closeFD(&p.fds[reportPipe])
 	report, err := readReport(ctx, p.report)
 	if err != nil {
-		p.giveUp(report)
+		p.giveUp(child, report)
 		return 0, fmt.Errorf("exec: read the report: %w", err)
 	}
+	reap(child)
 	pid, err := p.parse(report)
+	if pid != 0 && !p.init && !isChild(pid) {
+		return 0, errclass.Join(err, fmt.Errorf("exec: the process %d in the report is not the agent's", pid))
+	}
 	if err != nil {
 		if pid != 0 && !p.init {
 			reap(pid)
@@ -182,6 +189,14 @@ func (p *Prepared) Run(ctx context.Context, helper string, stdio [3]int, filters
 		return 0, err
 	}
 	return pid, nil
+}
+
+// isChild reports whether a process is the caller's child, or was until it exited:
+// in a container with CAP_SYS_PTRACE others can have the new process write into
+// the report.
+func isChild(pid int) bool {
+	err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return err == nil
 }
 
 // parse reads what became of the process: a line with its pid, and one with
@@ -225,12 +240,14 @@ func (p *Prepared) failure(step string, errno syscall.Errno) error {
 	return fmt.Errorf("exec %q: %w", p.command, err)
 }
 
-// giveUp kills a process that has reported its pid and no more.
-func (p *Prepared) giveUp(report string) {
-	if p.init {
-		return // it ends with the placeholder
+// giveUp kills the helper, and a process that has reported its pid and no more.
+func (p *Prepared) giveUp(helper int, report string) {
+	end := []int{helper}
+	// An init ends with the placeholder.
+	if pid, _ := p.parse(report); !p.init && pid > 0 && isChild(pid) {
+		end = append(end, pid)
 	}
-	if pid, _ := p.parse(report); pid > 1 {
+	for _, pid := range end {
 		_ = unix.Kill(pid, unix.SIGKILL)
 		go reap(pid) // when the kernel lets it
 	}

@@ -129,6 +129,63 @@ func TestAnExecThatCannotStartEndsWithItsContext(t *testing.T) {
 			t.Errorf("Run = %v", err)
 		}
 	})
+	waitEmpty(t, cgroup)
+}
+
+// No process in the container's PID namespace has more than the command, not even
+// before it is the command: with CAP_SYS_PTRACE, others there could use it.
+func TestAnExecHasNoMoreThanItsCommand(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to make namespaces")
+	}
+	dir := t.TempDir()
+	server := testfuse.Mount(t, dir)
+	cgroup := makeCgroup(t)
+	target := startTarget(t)
+	helper := testhelper.Build(t)
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	testfuse.Stop(t, server)
+	p, err := Prepare(request(t, target, cgroup, specs.Process{Args: []string{"true"}, Cwd: dir, User: specs.User{UID: 65534, GID: 65534}, Env: []string{"HOME=/"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		fd := int(null.Fd())
+		_, err := p.Run(ctx, helper, [3]int{fd, fd, fd}, nil)
+		done <- err
+	}()
+	for _, pid := range waitingFor(t, cgroup) {
+		status, err := os.ReadFile("/proc/" + pid + "/status")
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields := make(map[string]string)
+		for line := range strings.Lines(string(status)) {
+			key, value, _ := strings.Cut(line, ":")
+			fields[key] = strings.TrimSpace(value)
+		}
+		inside := len(strings.Fields(fields["NSpid"])) > 1
+		if inside && (fields["CapPrm"] != "0000000000000000" || !strings.HasPrefix(fields["Uid"], "65534\t65534\t65534\t")) {
+			t.Errorf("it is\n%s", status)
+		}
+	}
+	cancel()
+	if err := <-done; err == nil {
+		t.Error("it ran")
+	}
+	waitEmpty(t, cgroup)
+}
+
+// waitEmpty waits until a cgroup has no process.
+func waitEmpty(t *testing.T, cgroup string) {
+	t.Helper()
 	for deadline := time.Now().Add(5 * time.Second); ; <-time.After(10 * time.Millisecond) {
 		left, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
 		if err != nil {
@@ -141,6 +198,26 @@ func TestAnExecThatCannotStartEndsWithItsContext(t *testing.T) {
 			t.Fatalf("the processes %q are left", left)
 		}
 	}
+}
+
+// waitingFor waits until a process of a cgroup waits for a file system, and
+// returns all of them.
+func waitingFor(t *testing.T, cgroup string) []string {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); <-time.After(5 * time.Millisecond) {
+		pids, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, pid := range strings.Fields(string(pids)) {
+			stack, _ := os.ReadFile("/proc/" + pid + "/wchan")
+			if strings.Contains(string(stack), "request_wait_answer") {
+				return strings.Fields(string(pids))
+			}
+		}
+	}
+	t.Fatal("no process waits")
+	return nil
 }
 
 // The pid of a process that has failed is found wherever it is in the report:
