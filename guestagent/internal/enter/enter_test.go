@@ -209,7 +209,7 @@ func waitingFor(t *testing.T, cgroup string) []string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, pid := range strings.Fields(string(pids)) {
+		for pid := range strings.FieldsSeq(string(pids)) {
 			stack, _ := os.ReadFile("/proc/" + pid + "/wchan")
 			if strings.Contains(string(stack), "request_wait_answer") {
 				return strings.Fields(string(pids))
