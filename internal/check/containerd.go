@@ -25,6 +25,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 const (
@@ -199,14 +200,14 @@ func (h *Host) dump(ctx context.Context, d *daemon, f *Findings) error {
 
 // stale finds configuration that containerd has not read yet.
 func (h *Host) stale(pid int, patterns []string, f *Findings) {
-	started, err := os.Stat(h.proc(strconv.Itoa(pid)))
+	started, err := procfs.Started(h.proc(), pid)
 	if err != nil {
 		return
 	}
 	for _, pattern := range patterns {
 		files, _ := filepath.Glob(pattern) // a malformed pattern has no files
 		for _, file := range files {
-			if st, err := os.Stat(file); err == nil && st.ModTime().After(started.ModTime()) {
+			if st, err := os.Stat(file); err == nil && st.ModTime().After(started.Add(time.Second)) {
 				f.warn("containerd.config", "systemctl restart containerd", "%s is newer than the containerd that runs, which has not read it", file)
 			}
 		}

@@ -21,6 +21,8 @@ import (
 func nodeFlags(c *cobra.Command, o *install.Options) {
 	flags := c.Flags()
 	flags.StringVar(&o.Root, "root", "/", "the node's file system is below this `directory`")
+	flags.StringVar(&o.Proc, "proc", "/proc", "where procfs is mounted, a `directory`")
+	_ = flags.MarkHidden("proc") // it exists
 	flags.StringVar(&o.Dir, "dir", install.DefaultDir, "`directory` of the guest bundles")
 	flags.StringVar(&o.BinDir, "bin-dir", install.DefaultBinDir, "`directory` of the binaries, on containerd's PATH")
 	flags.StringVar(&o.Config, "config", config.DefaultPath, "kata-checkpoint's configuration, a `file`")
@@ -147,7 +149,7 @@ func (a *afterwards) flags(c *cobra.Command) {
 // run restarts containerd, reports, and waits, as far as that is asked for. A
 // node on which something is left to do has been set up: its pod does not fail.
 func (a *afterwards) run(ctx context.Context, plan *install.Plan, report func() error) error {
-	if a.restart && plan != nil && !plan.Empty() {
+	if a.restart && plan != nil && (!plan.Empty() || a.o.RestartDue()) {
 		if err := a.o.Systemctl(ctx, "restart", "containerd"); err != nil {
 			return err
 		}

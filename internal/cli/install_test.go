@@ -30,6 +30,7 @@ func newHost(t *testing.T) *host {
 	}
 	h.write("kata.toml", "[hypervisor.clh]\nshared_fs = 'virtio-fs'\nkernel = '"+h.path("kata.toml")+"'\n")
 	h.write("containerd/config.toml", "version = 3\nimports = ['conf.d/*.toml']\n")
+	h.write("proc/self/mountinfo", "")
 	h.write("bin/systemctl", "#!/bin/sh\necho \"$@\" >> "+h.path("systemctl.log")+"\n")
 	t.Setenv("PATH", h.path("bin")+":"+os.Getenv("PATH"))
 	return h
@@ -58,7 +59,7 @@ func (h *host) systemctl() string {
 // run runs the command with the host's paths.
 func (h *host) run(ctx context.Context, args ...string) (status int, out string) {
 	h.t.Helper()
-	args = append(args, "--dir", h.path("opt"), "--bin-dir", h.path("bin"), "--config", h.path("etc/config.toml"))
+	args = append(args, "--dir", h.path("opt"), "--bin-dir", h.path("bin"), "--config", h.path("etc/config.toml"), "--proc", h.path("proc"))
 	if args[0] == "install" {
 		args = append(args, "--from", h.path("release"), "--containerd-config", h.path("containerd/config.toml"), "--containerd-path", h.path("bin"),
 			"--kata-shim", h.path("containerd-shim-kata-v2"), "--kata-config", h.path("kata.toml"), "--nri-plugins", h.path("nri"))

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/pelletier/go-toml/v2"
@@ -656,6 +657,24 @@ func TestInterrupted(t *testing.T) {
 		t.Errorf("a second installation: %v, %v", p.Summary(), p.Notes)
 	}
 	n.uninstall()
+}
+
+// An installation that did not come to restart containerd is noticed by the next
+// one.
+func TestRestartDue(t *testing.T) {
+	n := newNode(t)
+	if n.o.RestartDue() {
+		t.Error("with nothing installed")
+	}
+	n.install()
+	n.process("9", "/usr/bin/containerd", "--config", "x")
+	for boot, want := range map[int64]bool{time.Now().Add(-time.Hour).Unix(): true, time.Now().Add(time.Hour).Unix(): false} {
+		writeTo(t, filepath.Join(n.o.Proc, "stat"), fmt.Sprintf("btime %d\n", boot), 0o644)
+		writeTo(t, filepath.Join(n.o.Proc, "9/stat"), "9 (containerd) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 100 0", 0o644)
+		if got := n.o.RestartDue(); got != want {
+			t.Errorf("a containerd that started at %d: %v", boot+1, got)
+		}
+	}
 }
 
 // The command is not installed twice where a package has done it.

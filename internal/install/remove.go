@@ -9,12 +9,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // ErrNotInstalled means that there is nothing to remove.
@@ -71,6 +74,35 @@ func (o *Options) proc() string {
 		return "/proc"
 	}
 	return o.Proc
+}
+
+// RestartDue reports whether the containerd that runs has started before what is
+// installed was written, as far as that is known: an earlier installation may
+// have ended before it restarted containerd.
+func (o *Options) RestartDue() bool {
+	st, err := os.Stat(o.at(o.recordPath()))
+	if err != nil {
+		return false
+	}
+	processes, err := filepath.Glob(filepath.Join(o.proc(), "[0-9]*", "exe"))
+	if err != nil {
+		return false
+	}
+	for _, exe := range processes {
+		target, err := os.Readlink(exe)
+		if err != nil || filepath.Base(strings.TrimSuffix(target, " (deleted)")) != "containerd" {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(exe)))
+		if err != nil {
+			continue
+		}
+		// The kernel knows it to the second.
+		if started, err := procfs.Started(o.proc(), pid); err == nil && st.ModTime().After(started.Add(time.Second)) {
+			return true
+		}
+	}
+	return false
 }
 
 // running are the sandboxes with our shim, by their IDs.

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -91,6 +92,39 @@ func (s Stat) Exited() bool { return s.State == 'Z' || s.State == 'X' }
 func StartTime(pid int) (uint64, error) {
 	s, err := ReadStat(pid)
 	return s.StartTime, err
+}
+
+// userHZ is the number of clock ticks in a second as the kernel reports them to
+// programs, on each architecture that Kata runs on.
+const userHZ = 100
+
+// Started returns when a process started, by the clock of the host, from the
+// procfs that is mounted at root. The kernel knows when it booted to the second.
+// The modification time of /proc/PID is no answer: it is that of the first look
+// at it.
+func Started(root string, pid int) (time.Time, error) {
+	data, err := os.ReadFile(filepath.Join(root, strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return time.Time{}, err
+	}
+	s, err := parseStat(data)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("parse the stat of process %d: %w", pid, err)
+	}
+	if data, err = os.ReadFile(filepath.Join(root, "stat")); err != nil {
+		return time.Time{}, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, "btime "); ok {
+			boot, err := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+			if err != nil {
+				return time.Time{}, fmt.Errorf("parse %s/stat: %w", root, err)
+			}
+			ticks := time.Duration(s.StartTime) * (time.Second / userHZ) //nolint:gosec // in this century
+			return time.Unix(boot, 0).Add(ticks), nil
+		}
+	}
+	return time.Time{}, fmt.Errorf("%s/stat has no btime", root)
 }
 
 // Is reports whether the process of a pid, running or not yet reaped, is the

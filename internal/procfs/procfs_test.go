@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -155,5 +156,31 @@ func TestMaps(t *testing.T) {
 	}
 	if Maps(1<<30, shell.Dev, shell.Ino) {
 		t.Error("no process maps a file")
+	}
+}
+
+func TestStarted(t *testing.T) {
+	before := time.Now()
+	cmd := exec.CommandContext(t.Context(), "sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	got, err := Started("/proc", cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Boot time is in whole seconds.
+	if got.Before(before.Add(-2*time.Second)) || got.After(time.Now().Add(2*time.Second)) {
+		t.Errorf("a process that started at %v has started at %v", before, got)
+	}
+	if _, err := Started("/proc", -1); err == nil {
+		t.Error("a process that does not exist has started")
+	}
+	if _, err := Started(t.TempDir(), 1); err == nil {
+		t.Error("without procfs a process has started")
 	}
 }
