@@ -187,7 +187,10 @@ type ContainerRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
 	// token is that of the container's AdoptRequest, in every request for it.
-	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	Token string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	// turn numbers a shim's Freeze and Thaw requests for the container, from 1. A
+	// Freeze that is handled after a later Thaw does nothing and fails.
+	Turn          uint64 `protobuf:"varint,3,opt,name=turn,proto3" json:"turn,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -234,6 +237,13 @@ func (x *ContainerRequest) GetToken() string {
 		return x.Token
 	}
 	return ""
+}
+
+func (x *ContainerRequest) GetTurn() uint64 {
+	if x != nil {
+		return x.Turn
+	}
+	return 0
 }
 
 type HoldRequest struct {
@@ -1665,10 +1675,11 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x0ekernel_release\x18\x05 \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\x06 \x01(\tR\x06bootId\x12\x1a\n" +
 	"\bproblems\x18\a \x03(\tR\bproblems\x12'\n" +
-	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\"K\n" +
+	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\"_\n" +
 	"\x10ContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
-	"\x05token\x18\x02 \x01(\tR\x05token\"#\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\x12\x12\n" +
+	"\x04turn\x18\x03 \x01(\x04R\x04turn\"#\n" +
 	"\vHoldRequest\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\"\xaa\x01\n" +
 	"\fAdoptRequest\x12!\n" +

@@ -55,7 +55,8 @@ type Agent struct {
 	mu sync.Mutex // records of containers
 	// ops serialises what changes a container. Thaw waits for none of it but a
 	// dump.
-	ops operations
+	ops   operations
+	turns turns
 
 	leases leases
 	execs  execs
@@ -192,6 +193,7 @@ func (a *Agent) Forget(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	}
 	defer end()
 	a.leases.thawed(id)
+	a.turns.forget(id)
 	var left error
 	if c, err := a.load(id); err == nil {
 		left = errclass.Join(a.unlockNetwork(ctx, c), c.forgetCgroup(ctx))
@@ -225,6 +227,9 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
+	if a.turns.over(c.ID, r.GetTurn()) {
+		return nil, errclass.ToRPC(errclass.Precondition("freeze container %s: %w", c.ID, errThawed))
+	}
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
 		return nil, errclass.ToRPC(c.explain(err))
 	}
@@ -245,7 +250,7 @@ var (
 
 // Thaw implements the service.
 func (a *Agent) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Empty, error) {
-	_, err := a.thaw(ctx, r.GetContainerId(), func() bool { return true })
+	_, err := a.thaw(ctx, r.GetContainerId(), r.GetTurn(), func() bool { return true })
 	return &emptypb.Empty{}, errclass.ToRPC(err)
 }
 
@@ -253,11 +258,12 @@ func (a *Agent) Thaw(ctx context.Context, r *api.ContainerRequest) (*emptypb.Emp
 // Freeze in progress, which may wait for a file system that does not answer, is
 // not waited for: it thaws what it has frozen. A dump is: it is cancelled, and
 // ends soon.
-func (a *Agent) thaw(ctx context.Context, id string, wanted func() bool) (bool, error) {
+func (a *Agent) thaw(ctx context.Context, id string, turn uint64, wanted func() bool) (bool, error) {
 	c, err := a.load(id)
 	if err != nil || !wanted() {
 		return false, err
 	}
+	a.turns.thaw(id, turn) // before it looks for a Freeze in progress
 	if kind, busy := a.ops.interrupt(id, errThawed, freezing, dumping); !busy || kind != freezing {
 		opCtx, end, err := a.ops.begin(ctx, id, change)
 		if err != nil {
@@ -298,7 +304,7 @@ func (a *Agent) thawOrphan(id string) {
 	orphaned := func() bool { return a.leases.orphaned(id) }
 	for pause := firstThawPause; orphaned(); pause = min(2*pause, lastThawPause) {
 		ctx, cancel := context.WithTimeout(context.Background(), thawTimeout)
-		thawed, err := a.thaw(ctx, id, orphaned)
+		thawed, err := a.thaw(ctx, id, 0, orphaned)
 		cancel()
 		switch {
 		case errdefs.IsNotFound(err):

@@ -157,6 +157,28 @@ func TestAThawDoesNotWaitForAFreeze(t *testing.T) {
 	end()
 }
 
+// A Freeze that was sent before a Thaw and is handled after it freezes nothing: its
+// caller is no longer there.
+func TestAFreezeThatComesAfterItsThaw(t *testing.T) {
+	a, c := sleeping(t)
+	request := func(turn uint64) *api.ContainerRequest { return &api.ContainerRequest{ContainerId: c.ID, Turn: turn} }
+	if _, err := a.Thaw(t.Context(), request(2)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Freeze(t.Context(), request(1)); err == nil || !strings.Contains(err.Error(), "thawed meanwhile") {
+		t.Errorf("a freeze that is over: %v", err)
+	}
+	if isFrozen(t, c) {
+		t.Error("it is frozen")
+	}
+	if _, err := a.Freeze(t.Context(), request(3)); err != nil || !isFrozen(t, c) {
+		t.Errorf("the next freeze: %v", err)
+	}
+	if _, err := a.Thaw(t.Context(), request(4)); err != nil || isFrozen(t, c) {
+		t.Errorf("the next thaw: %v", err)
+	}
+}
+
 // A Thaw ends a dump, and waits for that end: CRIU may be at work.
 func TestAThawEndsADump(t *testing.T) {
 	a, c := sleeping(t)

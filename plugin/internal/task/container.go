@@ -41,6 +41,9 @@ type container struct {
 
 	lifecycle
 
+	// turn is that of the last Freeze or Thaw that the agent was asked for.
+	turn atomic.Uint64
+
 	execGate execGate
 	starts   startBarrier
 	waiter   waiter

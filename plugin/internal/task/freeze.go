@@ -17,10 +17,11 @@ import (
 
 // freeze has the agent freeze all processes.
 func (c *container) freeze(ctx context.Context) error {
+	turn := c.turn.Add(1)
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
 		ctx, cancel := c.s.freezeContext(ctx)
 		defer cancel()
-		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
+		_, err := a.Freeze(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token, Turn: turn})
 		return withCause(ctx, err)
 	})
 	if err != nil {
@@ -46,10 +47,11 @@ func withCause(ctx context.Context, err error) error {
 
 // thaw has the agent thaw all processes. It is no error if there are none left.
 func (c *container) thaw(ctx context.Context) error {
+	turn := c.turn.Add(1)
 	err := c.s.callAgent(ctx, func(ctx context.Context, a api.AgentService) error {
 		ctx, cancel := c.s.freezeContext(ctx)
 		defer cancel()
-		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token})
+		_, err := a.Thaw(ctx, &api.ContainerRequest{ContainerId: c.id, Token: c.exchange.token, Turn: turn})
 		return withCause(ctx, err)
 	})
 	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
