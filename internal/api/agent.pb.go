@@ -1303,12 +1303,11 @@ type Rights struct {
 	Ambient     []string `protobuf:"bytes,8,rep,name=ambient,proto3" json:"ambient,omitempty"`
 	// limits are the hard resource limits, by name, such as RLIMIT_NOFILE. Those
 	// that the spec leaves out are as Kata's agent has them.
-	Limits      map[string]uint64 `protobuf:"bytes,9,rep,name=limits,proto3" json:"limits,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	OomScoreAdj *int32            `protobuf:"varint,10,opt,name=oom_score_adj,json=oomScoreAdj,proto3,oneof" json:"oom_score_adj,omitempty"`
+	Limits map[string]uint64 `protobuf:"bytes,9,rep,name=limits,proto3" json:"limits,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// execs: its processes may as well have what an exec of Kata's gives, whose Go
-	// shim passes on neither limits nor no_new_privs. It is not set for an image set
-	// that anybody may have made.
-	Execs         bool `protobuf:"varint,11,opt,name=execs,proto3" json:"execs,omitempty"`
+	// shim passes on neither limits nor oom_score_adj nor no_new_privs. It is not set
+	// for an image set that anybody may have made.
+	Execs         bool `protobuf:"varint,10,opt,name=execs,proto3" json:"execs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1404,13 +1403,6 @@ func (x *Rights) GetLimits() map[string]uint64 {
 		return x.Limits
 	}
 	return nil
-}
-
-func (x *Rights) GetOomScoreAdj() int32 {
-	if x != nil && x.OomScoreAdj != nil {
-		return *x.OomScoreAdj
-	}
-	return 0
 }
 
 func (x *Rights) GetExecs() bool {
@@ -1760,7 +1752,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
 	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x12\x14\n" +
-	"\x05token\x18\f \x01(\tR\x05token\"\xb5\x03\n" +
+	"\x05token\x18\f \x01(\tR\x05token\"\xfa\x02\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -1771,14 +1763,12 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\tpermitted\x18\x06 \x03(\tR\tpermitted\x12 \n" +
 	"\vinheritable\x18\a \x03(\tR\vinheritable\x12\x18\n" +
 	"\aambient\x18\b \x03(\tR\aambient\x12C\n" +
-	"\x06limits\x18\t \x03(\v2+.katacheckpoint.agent.v1.Rights.LimitsEntryR\x06limits\x12'\n" +
-	"\room_score_adj\x18\n" +
-	" \x01(\x05H\x00R\voomScoreAdj\x88\x01\x01\x12\x14\n" +
-	"\x05execs\x18\v \x01(\bR\x05execs\x1a9\n" +
+	"\x06limits\x18\t \x03(\v2+.katacheckpoint.agent.v1.Rights.LimitsEntryR\x06limits\x12\x14\n" +
+	"\x05execs\x18\n" +
+	" \x01(\bR\x05execs\x1a9\n" +
 	"\vLimitsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01B\x10\n" +
-	"\x0e_oom_score_adj\"[\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"[\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x126\n" +
 	"\x06phases\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.PhaseR\x06phases\"\x83\x01\n" +
@@ -1905,7 +1895,6 @@ func file_internal_api_agent_proto_init() {
 	if File_internal_api_agent_proto != nil {
 		return
 	}
-	file_internal_api_agent_proto_msgTypes[17].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

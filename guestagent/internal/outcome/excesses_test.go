@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
@@ -48,7 +46,6 @@ func TestExcesses(t *testing.T) {
 			[]string{"has the capabilities CAP_", "in its bounding set, which the container does not"},
 		},
 		"a limit that the specification sets":                 {few, with(func(r *api.Rights) { r.Limits["RLIMIT_NOFILE"] = 256 }), []string{"has the limit NOFILE 512, and the container 256"}},
-		"an oom_score_adj":                                    {few, with(func(r *api.Rights) { r.OomScoreAdj = proto.Int32(1000) }), []string{"has the oom_score_adj", "and the container 1000"}},
 		"no no_new_privs":                                     {few, with(func(r *api.Rights) { r.NoNewPrivs = true }), []string{"lacks no_new_privs"}},
 		"a limit of the agent's, which an exec of Kata's has": {few, with(func(r *api.Rights) { r.Limits["RLIMIT_NOFILE"], r.Execs = 256, true }), nil},
 		"no no_new_privs, as an exec of Kata's has it":        {few, with(func(r *api.Rights) { r.NoNewPrivs, r.Execs = true, true }), nil},

@@ -79,6 +79,7 @@ func (c *Container) read(placeholder int, r *api.Rights) (err error) {
 		return err
 	}
 	if r.GetExecs() {
+		c.oomScore = math.MinInt
 		if err := c.addLimits(); err != nil {
 			return err
 		}
@@ -142,7 +143,7 @@ func Excesses(init int, processes []int, r *api.Rights) ([]Excess, error) {
 
 // specified returns what the processes of a running container may have. What the
 // specification leaves open is as the agent has it, which Kata's agent has started
-// like the container.
+// like the container; only its oom_score_adj is its own.
 func specified(init int, r *api.Rights) (_ *Container, err error) {
 	agent := os.Getpid()
 	c := &Container{pid: agent, running: true, oomScore: math.MinInt}
@@ -151,9 +152,6 @@ func specified(init int, r *api.Rights) (_ *Container, err error) {
 	}
 	c.placeholder.noNewPrivs, c.placeholder.seccomp, c.placeholder.filters = r.GetNoNewPrivs() && !r.GetExecs(), 0, 0
 	c.rights = newRights(r, &c.placeholder)
-	if r.OomScoreAdj != nil {
-		c.oomScore = int(r.GetOomScoreAdj())
-	}
 	if c.limits, err = hardLimits(agent); err != nil {
 		return nil, err
 	}

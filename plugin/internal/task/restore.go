@@ -18,7 +18,6 @@ import (
 	"github.com/containerd/log"
 	"github.com/moby/sys/capability"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -153,9 +152,6 @@ func rightsOf(p *specs.Process) *api.Rights {
 		return &api.Rights{}
 	}
 	r := &api.Rights{NoNewPrivs: p.NoNewPrivileges, Uid: p.User.UID, Gid: p.User.GID, Groups: p.User.AdditionalGids}
-	if p.OOMScoreAdj != nil {
-		r.OomScoreAdj = proto.Int32(int32(*p.OOMScoreAdj)) //nolint:gosec // from -1000 to 1000
-	}
 	for _, l := range p.Rlimits {
 		if r.Limits == nil {
 			r.Limits = make(map[string]uint64)
