@@ -222,7 +222,7 @@ func (h *Host) runtime(d *daemon, f *Findings) {
 	const check = "runtime.shim"
 	path, err := lookPath(ShimName, d.path)
 	if err != nil {
-		f.fail(check, "install the shim into a directory of containerd's PATH, or add its directory there", "%s is not on containerd's PATH, %s", ShimName, d.path)
+		f.fail(check, "kata-checkpoint install, or put the shim into a directory of containerd's PATH", "%s is not on containerd's PATH, %s", ShimName, d.path)
 	} else {
 		f.ok(check, "%s", path)
 	}
@@ -271,7 +271,7 @@ func (h *Host) nri(d *daemon, f *Findings) {
 			return
 		}
 	}
-	f.fail("nri.plugin", "systemctl enable --now "+nriName, "%s does not run: containers of pods fail to start", nriName)
+	f.fail("nri.plugin", "kata-checkpoint install and systemctl restart containerd, or systemctl enable --now "+nriName, "%s does not run: containers of pods fail to start", nriName)
 }
 
 // criu looks for the CRIU that the CRI wants to see.

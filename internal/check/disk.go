@@ -24,7 +24,7 @@ const plenty = 1 << 30
 func (h *Host) bundle(ctx context.Context, f *Findings) {
 	const check = "bundle"
 	dir := h.Config.GuestBundle
-	cure := "install the guest bundle of this release at " + dir + ", or set guest_bundle in config.toml"
+	cure := "kata-checkpoint install of this release, or put its guest bundle at " + dir + ", or set guest_bundle in config.toml"
 	for _, name := range []string{
 		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "bin/criu",
 		"hooks/prestart/kata-checkpoint-agent-hook", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",

@@ -121,13 +121,13 @@ func (h *Host) kataConfig(path string, shim kataconfig.Shim, f *Findings) {
 	}
 	bundle := h.Config.GuestBundle
 	if !slices.ContainsFunc(c.SandboxBindMounts, func(m string) bool { return filepath.Clean(strings.TrimSuffix(m, ":ro")) == filepath.Clean(bundle) }) {
-		f.fail("kata.sandbox_bind_mounts", fmt.Sprintf("sandbox_bind_mounts = %s in %s", quoteList(append(slices.Clone(c.SandboxBindMounts), bundle)), dropIn),
+		f.fail("kata.sandbox_bind_mounts", fmt.Sprintf("kata-checkpoint install, or sandbox_bind_mounts = %s in %s", quoteList(append(slices.Clone(c.SandboxBindMounts), bundle)), dropIn),
 			"%s: sandbox_bind_mounts lacks the guest bundle, %s: no agent starts in the guest", c.Path, bundle)
 	} else {
 		f.ok("kata.sandbox_bind_mounts", "%s", bundle)
 	}
 	if want := shim.HookPath(bundle); filepath.Clean(c.GuestHookPath) != want {
-		f.fail("kata.guest_hook_path", fmt.Sprintf("guest_hook_path = %q in %s", want, dropIn),
+		f.fail("kata.guest_hook_path", fmt.Sprintf("kata-checkpoint install, or guest_hook_path = %q in %s", want, dropIn),
 			"%s: guest_hook_path is %q, where the guest has no hook of ours: no agent starts", c.Path, c.GuestHookPath)
 	} else {
 		f.ok("kata.guest_hook_path", "%s", want)
