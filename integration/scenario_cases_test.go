@@ -17,6 +17,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
 // casesDir is where containers have the programs of integration/cases.
@@ -120,8 +121,13 @@ func casesRestored(s *scenario) {
 // waitCases waits until each program has printed three rounds, or has failed.
 func (s *scenario) waitCases(run *engine.Run) {
 	s.Helper()
+	s.waitRounds(run, restoredCases)
+}
+
+func (s *scenario) waitRounds(run *engine.Run, programs []caseProgram) {
+	s.Helper()
 	if s.eventually(caseTimeout, func() bool {
-		return !slices.ContainsFunc(restoredCases, func(c caseProgram) bool {
+		return !slices.ContainsFunc(programs, func(c caseProgram) bool {
 			rounds, failures := c.parse(run.Output.Lines())
 			return len(rounds) < 3 && len(failures) == 0
 		})
@@ -174,9 +180,11 @@ type refusedCase struct {
 	name string
 	// program is started in the container, and is there once ready succeeds.
 	program, ready string
-	// then happens on the host, and undo in the container in the end.
-	then func()
-	undo string
+	// then happens on the host, with a file that becomes new in the container,
+	// and undo in the container in the end.
+	then    func()
+	changed string
+	undo    string
 	// words are in the refusal.
 	words []string
 }
@@ -187,6 +195,7 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 		{name: "uring-mapped", words: []string{"uring-mapped (pid ", "io_uring", "without io_uring"}},
 		{name: "odd-socket vsock", words: []string{"odd-socket (pid ", "vsock", "close it"}},
 		{name: "odd-socket alg", words: []string{"odd-socket (pid ", "AF_ALG", "close it"}},
+		{name: "proc-files thread", words: []string{"proc-files (pid ", "/task/", "of a thread", "close it"}},
 		{name: "odd-socket route-many", words: []string{"odd-socket (pid ", "multicast groups"}},
 	}
 	for i := range out {
@@ -197,9 +206,19 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 			name: "unshare " + option, program: "unshare " + option + " sleep 1000", ready: "pidof sleep", words: []string{"sleep (pid ", kind + " namespace of its own", "terminate it"},
 		})
 	}
-	conf := filepath.Join(volume, "app.conf")
+	conf, log := filepath.Join(volume, "app.conf"), filepath.Join(volume, "app.log")
 	s.check(os.WriteFile(conf, []byte("old\n"), 0o644))
 	return append(out, refusedCase{
+		name: "unshare -T", program: "unshare -T sleep 1000", ready: "pidof sleep", words: []string{"time namespace", "terminate it"},
+	}, refusedCase{
+		name: "log renamed and made again by the host", program: "exec sleep 1000 3>>/data/app.log", ready: "pidof sleep",
+		then: func() {
+			s.check(os.Rename(log, log+".1"))
+			s.check(os.WriteFile(log, []byte("new\n"), 0o644))
+		},
+		changed: "/data/app.log",
+		words:   []string{"sleep (pid ", "/data/app.log", "another file has taken its name", "reopen the file"},
+	}, refusedCase{
 		name: "overlay", program: "mount -t overlay -o lowerdir=/t/l,upperdir=/t/u,workdir=/t/w o /m", ready: "grep -q ' /m ' /proc/mounts", undo: "umount /m",
 		words: []string{"overlay", " /m,", "unmount it"},
 	}, refusedCase{
@@ -208,7 +227,8 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 			s.check(os.WriteFile(conf+".new", []byte("new\n"), 0o644))
 			s.check(os.Rename(conf+".new", conf))
 		},
-		words: []string{"sleep (pid ", "/conf/app.conf", "replaced on the read-only mount /conf", "reopen the file"},
+		changed: "/conf/app.conf",
+		words:   []string{"sleep (pid ", "/conf/app.conf", "replaced on the read-only mount /conf", "reopen the file"},
 	})
 }
 
@@ -218,23 +238,29 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 func casesRefused(s *scenario) {
 	volume := s.newDir()
 	counting := counter("c")
-	counting.Mounts = []specs.Mount{s.casesMount(), bind(volume, "/conf", "ro")}
+	counting.Mounts = []specs.Mount{s.casesMount(), bind(volume, "/conf", "ro"), bind(volume, "/data", "rw")}
 	counting.Spec = []oci.SpecOpts{oci.WithPrivileged}
 	c := s.create(counting)
 	run := s.run(c)
 	s.shell(run, "mkdir /a /b /m /t && echo bound >/a/file && mount --bind /a /b && mount -t tmpfs t /t && mkdir /t/l /t/u /t/w && echo lower >/t/l/file")
 	for _, refused := range s.refusedCases(volume) {
 		s.Run(refused.name, func(t *testing.T) {
-			one := *s
-			one.T = t
-			one.checkCase(run, refused)
+			s.sub(t).checkCase(run, refused)
 		})
+	}
+	// What makes sandboxes, such as bubblewrap: a mount namespace with a root of its
+	// own, into which it binds what the program needs.
+	s.shell(run, `unshare -m sh -c "mount -t tmpfs n /mnt && cd /mnt && mkdir bin old proc && mount --bind /bin bin && mount -t proc p proc &&
+		echo nested >file && pivot_root . old && cd / && umount -l /old && exec sleep 4321" >/tmp/sandbox 2>&1 &`)
+	sandbox := "$(pidof sleep)"
+	if !s.eventually(caseTimeout, func() bool { return s.succeeds(run, "pidof sleep && [ -e /proc/"+sandbox+"/root/file ]") }) {
+		s.Fatalf("there is no sandbox: %q", s.shell(run, "cat /tmp/sandbox"))
 	}
 	for range 2 { // nothing of them is left
 		dir := s.checkpoint(run, true)
 		s.waitExit(run, 137)
 		run = s.restore(c, dir)
-		if have := s.shell(run, "cat /b/file /t/l/file; grep -c -e ' /b ' -e ' /t ' /proc/mounts"); !slices.Equal(have, []string{"bound", "lower", "2"}) {
+		if have := s.shell(run, "cat /b/file /t/l/file /proc/"+sandbox+"/root/file; grep -c -e ' /b ' -e ' /t ' /proc/mounts; grep -c -e ' / ' -e ' /bin ' -e ' /proc ' /proc/"+sandbox+"/mounts"); !slices.Equal(have, []string{"bound", "lower", "nested", "2", "3"}) {
 			s.Errorf("in what the container has mounted there is %q", have)
 		}
 	}
@@ -249,7 +275,7 @@ func (s *scenario) checkCase(run *engine.Run, c refusedCase) {
 	}
 	if c.then != nil {
 		c.then()
-		s.shell(run, "until grep -q new /conf/app.conf; do sleep 0.1; done")
+		s.shell(run, "until grep -q new "+c.changed+"; do sleep 0.1; done")
 	}
 	s.checkRefused(c.name, run, s.newDir(), c.words...)
 	if states := s.events.States(run.ID()); len(states) > 0 {
@@ -257,6 +283,74 @@ func (s *scenario) checkCase(run *engine.Run, c refusedCase) {
 	}
 	s.checkKeepsCounting(run)
 	s.shell(run, "killall -9 sleep; kill -9 "+pid+"; rm -f /tmp/case; true; "+c.undo)
+}
+
+// casesInAPod: what depends on how a container was created comes back, in the VM
+// of a pod.
+func casesInAPod(s *scenario) {
+	pod := s.startPod()
+	s.Run("ping", func(t *testing.T) {
+		one := s.sub(t)
+		// As containerd's CRI has it by default (enable_unprivileged_icmp).
+		one.shellInGuest(pod, "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range")
+		one.cycleCase(pod, "ping", caseProgram{args: "odd-socket ping"})
+	})
+	s.Run("backlog", func(t *testing.T) {
+		one := s.sub(t)
+		one.cycleCase(pod, "backlog", caseProgram{args: "backlog 8"})
+	})
+	s.Run("read-only root", func(t *testing.T) {
+		one := s.sub(t)
+		run := one.cycleCase(pod, "read-only", caseProgram{args: "proc-files self"}, oci.WithRootFSReadonly())
+		if one.succeeds(run, "touch /x") || !one.succeeds(run, "touch /run/x") {
+			one.Error("the root file system was read-only, and is writable after the restore, or /run is not")
+		}
+	})
+	s.Run("log that has grown", func(t *testing.T) {
+		one := s.sub(t)
+		c := engine.Container{ID: "log", Args: []string{"sh", "-c", "exec 3>>/data/app.log; i=0; while :; do i=$((i+1)); echo $i >&3; echo round $i; sleep 0.1; done"}, Mounts: []specs.Mount{bind(one.newDir(), "/data", "rw")}}
+		first := pod.create(c)
+		run := one.run(first)
+		one.waitNumbers(run.Output, workload.Rounds, 3)
+		dir := one.checkpoint(run, false)
+		one.checkKeepsRunning(run) // and writes
+		at := len(one.printedNumbers(run.Output, workload.Rounds))
+		one.remove(first)
+		c.ID = "log-restored"
+		rounds := one.waitNumbers(one.restore(pod.create(c), dir).Output, workload.Rounds, 5)
+		one.checkConsecutive(rounds[0], rounds)
+		if rounds[0] > at {
+			one.Errorf("it continues with %d, and had come to %d", rounds[0], at)
+		}
+	})
+}
+
+// cycleCase checkpoints a program twice and restores it in the same pod.
+func (s *scenario) cycleCase(pod *pod, name string, program caseProgram, spec ...oci.SpecOpts) *engine.Run {
+	s.Helper()
+	container := engine.Container{ID: name, Args: []string{"sh", "-c", "CASE='" + program.args + "' exec " + casesDir + program.args}, Mounts: []specs.Mount{s.casesMount()}, Spec: spec}
+	c := pod.create(container)
+	runs := []*engine.Run{s.run(c)}
+	for cycle := range 2 {
+		run := runs[cycle]
+		s.waitRounds(run, []caseProgram{program})
+		dir := s.checkpoint(run, true)
+		s.waitExit(run, 137)
+		s.remove(c)
+		container.ID = fmt.Sprintf("%s-%d", name, cycle)
+		c = pod.create(container)
+		runs = append(runs, s.restore(c, dir))
+	}
+	s.waitRounds(runs[2], []caseProgram{program})
+	program.checkRuns(s.T, runs)
+	return runs[2]
+}
+
+// sub is the scenario for a subtest.
+func (s *scenario) sub(t *testing.T) *scenario {
+	one := *s
+	one.T = t
+	return &one
 }
 
 // succeeds reports whether a script in a task ends with status 0.

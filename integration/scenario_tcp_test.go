@@ -119,6 +119,57 @@ func tcpEstablished(s *scenario) {
 	s.remove(c)
 }
 
+// tcpProbed: a checkpoint does not depend on when a probe comes, which connects
+// and closes the connection, as those of Kubernetes do.
+func tcpProbed(s *scenario) {
+	w := s.connectedLink(linkPath())
+	c := s.create(engine.Container{ID: "c", Args: relay, Network: w.namespace.Path})
+	run := s.run(c)
+	s.waitLine(run.Output, 0, "boot ") // it listens before it prints
+	address := net.JoinHostPort(w.pod.String(), relayPort)
+	stop := make(chan struct{})
+	probes, failures := 0, []error(nil)
+	var prober sync.WaitGroup
+	prober.Go(func() {
+		// More often than once a second, so that few checkpoints find many.
+		for ticker := time.NewTicker(100 * time.Millisecond); ; probes++ {
+			select {
+			case <-stop:
+				ticker.Stop()
+				return
+			case <-ticker.C:
+			}
+			conn, err := net.DialTimeout("tcp", address, paced(answerTimeout))
+			if err == nil {
+				err = conn.Close()
+			}
+			if err != nil {
+				failures = append(failures, err)
+			}
+		}
+	})
+	dir := ""
+	for range 10 {
+		dir = s.newDir()
+		if err := s.engine.CheckpointTo(s.ctx, run, dir, false); err != nil {
+			s.Errorf("a checkpoint of a container that is probed: %v", err)
+		}
+	}
+	close(stop)
+	prober.Wait()
+	s.step("10 checkpoints with %d probes", probes)
+	if len(failures) > 0 {
+		s.Errorf("%d probes of %d have failed: %v", len(failures), probes, errors.Join(failures...))
+	}
+	s.checkAnswer(address, "say here", "1 here")
+	s.remove(c)
+	path := w.namespace.Path
+	s.check(w.remove())
+	w = s.connectedLink(path) // with another address
+	s.restore(c, dir)
+	s.checkAnswer(net.JoinHostPort(w.pod.String(), relayPort), "say there", "1 there")
+}
+
 // tcpInside: connections with both ends in the container come back in another
 // VM without a word from anybody, and one that waits in a backlog is no
 // obstacle.

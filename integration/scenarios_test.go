@@ -105,6 +105,7 @@ var scenarios = []scenarioCase{
 	{name: "lifecycle-after-restore", kind: kindExecs, run: lifecycleAfterRestore, core: onBoth},
 	{name: "terminal", kind: kindExecs, run: terminal, core: onRust},
 	{name: "exec-running-during-checkpoint", kind: kindExecs, run: execRunningDuringCheckpoint},
+	{name: "exec-leftovers", kind: kindExecs, run: execLeftovers},
 	{name: "job-control", kind: kindExecs, run: jobControl, core: onGo},
 	{name: "other-user", kind: kindExecs, run: otherUser},
 	{name: "exec-while-frozen", kind: kindExecs, run: execWhileFrozen, core: onGo},
@@ -114,6 +115,7 @@ var scenarios = []scenarioCase{
 	{name: "cases", kind: kindCases, run: casesRestored, core: onGo},
 	{name: "cases-refused", kind: kindCases, run: casesRefused, core: onRust},
 	{name: "serves-files", kind: kindCases, run: servesFiles, core: onGo},
+	{name: "cases-in-a-pod", kind: kindCases, run: casesInAPod},
 
 	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
 	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},
@@ -137,6 +139,7 @@ var scenarios = []scenarioCase{
 	{name: "own-address", kind: kindNetworks, run: ownAddress, core: onGo},
 	{name: "tcp-listen", kind: kindNetworks, run: tcpListen},
 	{name: "tcp-established-refused", kind: kindNetworks, run: tcpEstablishedRefused, core: onRust},
+	{name: "tcp-probed", kind: kindNetworks, run: tcpProbed},
 	{name: "tcp-inside", kind: kindNetworks, run: tcpInside, core: onRust},
 	{name: "tcp-established", kind: kindNetworks, run: tcpEstablished, core: onGo},
 

@@ -295,7 +295,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, fmt.Errorf("read the mounts of the container: %w", err)
 	}
 	inImages := func(path string) bool { return inspect.InImages(path, mounts, out.GetExternals()) }
-	if err := mendImages(images, look.Names, inImages); err != nil {
+	if err := mendImages(images, look.Names, look.Connections, inImages); err != nil {
 		return nil, fmt.Errorf("mend the images: %w", err)
 	}
 	if r.GetStop() {

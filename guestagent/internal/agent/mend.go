@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	remap_file_path "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
+	sk_inet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
@@ -35,9 +38,12 @@ const remapsImage = "remap-fpath.img"
 //     removes it after every dump that leaves its processes alive, as all do. In
 //     a tmpfs that is part of the image set the link is as well.
 //   - A listening socket is bound to the name that its file has now.
+//   - A connection that its peer outside has closed becomes a socket without one:
+//     it cannot be restored at another address, and there is nobody to talk to.
 //
-// InImages reports whether a path is in a file system that the image set contains.
-func mendImages(images string, names inspect.Names, inImages func(path string) bool) error {
+// Connections are those of the processes. InImages reports whether a path is in a
+// file system that the image set contains.
+func mendImages(images string, names inspect.Names, connections []inspect.Connection, inImages func(path string) bool) error {
 	gone, err := linkRemaps(images)
 	if err != nil {
 		return err
@@ -59,6 +65,9 @@ func mendImages(images string, names inspect.Names, inImages func(path string) b
 		if now := names.Sockets[f.GetUsk().GetIno()]; now != "" {
 			f.Usk.Name, f.Usk.Deleted, changed = append([]byte(now), 0), nil, true
 		}
+		if s := f.GetIsk(); s.GetProto() == unix.IPPROTO_TCP && s.GetState() == unix.BPF_TCP_CLOSE_WAIT && hasEnded(s, connections) {
+			s.State, s.SrcPort, s.DstPort, changed = proto.Uint32(unix.BPF_TCP_CLOSE), proto.Uint32(0), proto.Uint32(0), true
+		}
 		return changed
 	})
 	if err != nil {
@@ -68,6 +77,19 @@ func mendImages(images string, names inspect.Names, inImages func(path string) b
 		return fmt.Errorf("%s, which a process has open, was renamed or removed during the checkpoint: repeat it", lost)
 	}
 	return dropLinkRemaps(images, found)
+}
+
+// hasEnded reports whether a socket in an image is that of a connection that has
+// ended.
+func hasEnded(s *sk_inet.InetSkEntry, connections []inspect.Connection) bool {
+	src, ok := fromImage(s.GetFamily(), s.GetSrcAddr())
+	if !ok {
+		return false
+	}
+	dst, ok := fromImage(s.GetFamily(), s.GetDstAddr())
+	return ok && slices.ContainsFunc(connections, func(c inspect.Connection) bool {
+		return c.Ended && c.Local == netip.AddrPortFrom(src.Unmap(), uint16(s.GetSrcPort())) && c.Remote == netip.AddrPortFrom(dst.Unmap(), uint16(s.GetDstPort())) //nolint:gosec // ports
+	})
 }
 
 // linkRemapName matches the links that CRIU makes while it dumps

@@ -4,6 +4,8 @@ package agent
 
 import (
 	"encoding/binary"
+	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,9 +15,11 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fown"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/regfile"
 	remap_file_path "github.com/checkpoint-restore/go-criu/v7/crit/images/remap-file-path"
+	sk_inet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	sk_opts "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-opts"
 	sk_unix "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-unix"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/timerfd"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
@@ -53,6 +57,8 @@ func readImage[T any, M interface {
 
 var noOwner = &fown.FownEntry{Uid: proto.Uint32(0), Euid: proto.Uint32(0), Signum: proto.Uint32(0), PidType: proto.Uint32(0), Pid: proto.Uint32(0)}
 
+var someOptions = &sk_opts.SkOptsEntry{SoSndbuf: proto.Uint32(0), SoRcvbuf: proto.Uint32(0), SoSndTmoSec: proto.Uint64(0), SoSndTmoUsec: proto.Uint64(0), SoRcvTmoSec: proto.Uint64(0), SoRcvTmoUsec: proto.Uint64(0)}
+
 func timerEntry(ticks, left, interval uint64) *fdinfo.FileEntry {
 	return &fdinfo.FileEntry{Type: fdinfo.FdTypes_TIMERFD.Enum(), Id: proto.Uint32(1), Tfd: &timerfd.TimerfdEntry{
 		Id: proto.Uint32(1), Flags: proto.Uint32(0), Fown: noOwner, Clockid: proto.Uint32(1), Ticks: proto.Uint64(ticks), SettimeFlags: proto.Uint32(0),
@@ -76,7 +82,7 @@ func TestAnExpiredPeriodicTimerGoesOn(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := mendImages(dir, inspect.Names{}, notInImages); err != nil {
+			if err := mendImages(dir, inspect.Names{}, nil, notInImages); err != nil {
 				t.Fatal(err)
 			}
 			entries := readImage[fdinfo.FileEntry](t, path)
@@ -109,7 +115,7 @@ func TestFilesAreOpenedByTheNamesThatTheyHave(t *testing.T) {
 	writeImage(t, filepath.Join(dir, filesImage), regEntry(1, "/d/a"), regEntry(2, "/d/link_remap.2"), regEntry(3, "/d/a"), regEntry(4, "/d/ghost"), regEntry(5, "/run/a"))
 	remaps := filepath.Join(dir, remapsImage)
 	writeImage(t, remaps, remapEntry(1, 2, remap_file_path.RemapType_LINKED), remapEntry(4, 9, remap_file_path.RemapType_GHOST), remapEntry(5, 6, remap_file_path.RemapType_LINKED))
-	if err := mendImages(dir, inspect.Names{Files: map[string]string{"/d/a": "/d/b", "/d/ghost": "/d/no", "/run/a": "/run/b"}}, func(path string) bool { return path == "/run/a" }); err != nil {
+	if err := mendImages(dir, inspect.Names{Files: map[string]string{"/d/a": "/d/b", "/d/ghost": "/d/no", "/run/a": "/run/b"}}, nil, func(path string) bool { return path == "/run/a" }); err != nil {
 		t.Fatal(err)
 	}
 	var have []string
@@ -129,7 +135,7 @@ func TestAFileWithoutAnotherNameIsAnError(t *testing.T) {
 	dir := t.TempDir()
 	writeImage(t, filepath.Join(dir, filesImage), regEntry(1, "/d/a"))
 	writeImage(t, filepath.Join(dir, remapsImage), remapEntry(1, 2, remap_file_path.RemapType_LINKED))
-	if err := mendImages(dir, inspect.Names{}, notInImages); err == nil {
+	if err := mendImages(dir, inspect.Names{}, nil, notInImages); err == nil {
 		t.Error("the image set would need a file that CRIU has removed")
 	}
 }
@@ -139,10 +145,10 @@ func TestAListenerIsBoundToTheNameThatItHas(t *testing.T) {
 	path := filepath.Join(dir, filesImage)
 	writeImage(t, path, &fdinfo.FileEntry{Type: fdinfo.FdTypes_UNIXSK.Enum(), Id: proto.Uint32(1), Usk: &sk_unix.UnixSkEntry{
 		Id: proto.Uint32(1), Ino: proto.Uint32(77), Type: proto.Uint32(1), State: proto.Uint32(10), Flags: proto.Uint32(0), Uflags: proto.Uint32(0), Backlog: proto.Uint32(5),
-		Peer: proto.Uint32(0), Fown: noOwner, Opts: &sk_opts.SkOptsEntry{SoSndbuf: proto.Uint32(0), SoRcvbuf: proto.Uint32(0), SoSndTmoSec: proto.Uint64(0), SoSndTmoUsec: proto.Uint64(0), SoRcvTmoSec: proto.Uint64(0), SoRcvTmoUsec: proto.Uint64(0)},
+		Peer: proto.Uint32(0), Fown: noOwner, Opts: someOptions,
 		Name: []byte("/run/s.tmp\x00"), Deleted: proto.Bool(true),
 	}})
-	if err := mendImages(dir, inspect.Names{Sockets: map[uint32]string{77: "/run/s"}}, notInImages); err != nil {
+	if err := mendImages(dir, inspect.Names{Sockets: map[uint32]string{77: "/run/s"}}, nil, notInImages); err != nil {
 		t.Fatal(err)
 	}
 	socket := readImage[fdinfo.FileEntry](t, path)[0].GetUsk()
@@ -163,7 +169,7 @@ func TestABrokenImageIsAnError(t *testing.T) {
 		if err := os.WriteFile(path, broken, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := mendImages(dir, inspect.Names{}, notInImages); err == nil {
+		if err := mendImages(dir, inspect.Names{}, nil, notInImages); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
@@ -212,5 +218,38 @@ func TestLinksOfADumpThatWasKilledAreRemoved(t *testing.T) {
 	// The 7 is a file of its own.
 	if want := []string{"file", "link_remap.7", "link_remap.x", "other"}; err != nil || !slices.Equal(left, want) {
 		t.Errorf("%q is left, not %q (%v)", left, want, err)
+	}
+}
+
+// A connection that a peer outside has closed is restored as a socket without
+// one: nobody has its address. Others remain.
+func TestEndedConnectionIsClosed(t *testing.T) {
+	dir := t.TempDir()
+	words := func(addr string, n int) []uint32 { return imageAddress(netip.MustParseAddr(addr), n) }
+	socket := func(id, family uint32, state uint32, peer string) *fdinfo.FileEntry {
+		n := map[uint32]int{unix.AF_INET: 1, unix.AF_INET6: 4}[family]
+		return &fdinfo.FileEntry{Type: fdinfo.FdTypes_INETSK.Enum(), Id: &id, Isk: &sk_inet.InetSkEntry{
+			Id: &id, Ino: &id, Family: &family, Type: proto.Uint32(unix.SOCK_STREAM), Proto: proto.Uint32(unix.IPPROTO_TCP), State: &state,
+			SrcPort: proto.Uint32(80), DstPort: proto.Uint32(5000), Flags: proto.Uint32(0), Backlog: proto.Uint32(0), Fown: noOwner, Opts: someOptions,
+			SrcAddr: words("10.0.0.2", n), DstAddr: words(peer, n),
+		}}
+	}
+	const closeWait = unix.BPF_TCP_CLOSE_WAIT
+	writeImage(t, filepath.Join(dir, filesImage), socket(1, unix.AF_INET, closeWait, "10.0.0.1"), socket(2, unix.AF_INET6, closeWait, "10.0.0.3"),
+		socket(3, unix.AF_INET, closeWait, "10.0.0.4"), socket(4, unix.AF_INET, unix.BPF_TCP_ESTABLISHED, "10.0.0.1"), socket(5, unix.AF_INET, closeWait, "10.0.0.5"))
+	local := netip.MustParseAddrPort("10.0.0.2:80")
+	connection := func(peer string, ended bool) inspect.Connection {
+		return inspect.Connection{Local: local, Remote: netip.MustParseAddrPort(peer + ":5000"), Ended: ended}
+	}
+	if err := mendImages(dir, inspect.Names{}, []inspect.Connection{connection("10.0.0.1", true), connection("10.0.0.3", true), connection("10.0.0.4", false)}, notInImages); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(map[uint32]bool)
+	for _, f := range readImage[fdinfo.FileEntry](t, filepath.Join(dir, filesImage)) {
+		s := f.GetIsk()
+		closed[f.GetId()] = s.GetState() == unix.BPF_TCP_CLOSE && s.GetSrcPort() == 0 && s.GetDstPort() == 0
+	}
+	if want := map[uint32]bool{1: true, 2: true, 3: false, 4: false, 5: false}; !maps.Equal(closed, want) {
+		t.Errorf("closed are %v, want %v", closed, want)
 	}
 }

@@ -261,6 +261,11 @@ func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
 		// the container.
 		connections = slices.DeleteFunc(connections, func(conn Connection) bool { return conn.Exec == nil })
 	}
+	for _, conn := range c.Connections {
+		if conn.Ended {
+			out = append(out, c.finding(c.byPID(conn.PID), rule{Warning, fmt.Sprintf("has a TCP connection from %s that its peer %s has closed", conn.Local, conn.Remote), "it finds the connection closed after the restore"}))
+		}
+	}
 	count := make(map[int]int)
 	for _, conn := range connections {
 		count[conn.PID]++

@@ -29,14 +29,18 @@ type Connection struct {
 	Local, Remote netip.AddrPort
 	// Inside: the other end is one of the same processes', or gone.
 	Inside bool
+	// Ended: the other end, outside, has closed it, and nothing is left to be read
+	// or sent, as after a probe that only connects.
+	Ended bool
 	// Exec is the process of an exec in the same container that has the other
 	// end, or nil.
 	Exec *Process
 }
 
-// Outside returns the connections whose other end is not the container's own.
+// Outside returns the connections whose other end is not the container's own and
+// still there.
 func Outside(list []Connection) []Connection {
-	return slices.DeleteFunc(slices.Clone(list), func(c Connection) bool { return c.Inside })
+	return slices.DeleteFunc(slices.Clone(list), func(c Connection) bool { return c.Inside || c.Ended })
 }
 
 // sockets are those of processes.
@@ -177,6 +181,8 @@ func (s *sockets) addTCP(all []*netlink.Socket) {
 		default:
 			c.Inside = listening[e.remote.Port()]
 		}
+		// The FIN counts as a byte to be read.
+		c.Ended = !c.Inside && c.Exec == nil && t.State == unix.BPF_TCP_CLOSE_WAIT && t.RQueue <= 1 && t.WQueue == 0
 		s.connections = append(s.connections, c)
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
@@ -38,7 +39,7 @@ func TestConnectionsAreThoseThatAProcessHas(t *testing.T) {
 	})
 	want := []Connection{
 		{PID: 1, FD: 4, Local: netip.MustParseAddrPort("10.0.0.2:8080"), Remote: netip.MustParseAddrPort("10.0.0.1:50000")},
-		{PID: 2, FD: 5, Local: netip.MustParseAddrPort("10.0.0.2:8080"), Remote: netip.MustParseAddrPort("10.0.0.1:50003")},
+		{PID: 2, FD: 5, Local: netip.MustParseAddrPort("10.0.0.2:8080"), Remote: netip.MustParseAddrPort("10.0.0.1:50003"), Ended: true},
 		{PID: 2, FD: 6, Local: netip.MustParseAddrPort("[2001:db8::1]:80"), Remote: netip.MustParseAddrPort("[2001:db8::2]:81")},
 	}
 	if diff := cmp.Diff(want, s.connections, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
@@ -103,6 +104,44 @@ func TestConnectionsInside(t *testing.T) {
 			}
 			if n := len(Outside(s.connections[i : i+1])); n != map[bool]int{true: 0, false: 1}[tc.inside] {
 				t.Errorf("%d connections leave the container", n)
+			}
+		})
+	}
+}
+
+// A connection that a peer outside has closed, and to which nothing is left to
+// read or to send, is as good as closed: a probe leaves one.
+func TestEndedConnections(t *testing.T) {
+	for name, tc := range map[string]struct {
+		state                uint8
+		unread, unsent, peer uint32
+		ended                bool
+	}{
+		"closed by its peer":          {netlink.TCP_CLOSE_WAIT, 1, 0, 0, true},
+		"closed, and that is read":    {netlink.TCP_CLOSE_WAIT, 0, 0, 0, true},
+		"with data that is not read":  {netlink.TCP_CLOSE_WAIT, 2, 0, 0, false},
+		"with data that is not sent":  {netlink.TCP_CLOSE_WAIT, 1, 1, 0, false},
+		"open":                        {netlink.TCP_ESTABLISHED, 0, 0, 0, false},
+		"closed by another container": {netlink.TCP_CLOSE_WAIT, 1, 0, 99, true},
+		"closed by our own":           {netlink.TCP_CLOSE_WAIT, 1, 0, 12, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := sockets{owners: map[uint32]owner{11: {&Process{PID: 1}, 3}, 12: {&Process{PID: 2}, 3}}}
+			here, there := net.ParseIP("10.0.0.2"), net.ParseIP("10.0.0.1")
+			all := []*netlink.Socket{{State: tc.state, INode: 11, RQueue: tc.unread, WQueue: tc.unsent, ID: netlink.SocketID{Source: here, SourcePort: 80, Destination: there, DestinationPort: 5000}}}
+			if tc.peer != 0 {
+				all = append(all, &netlink.Socket{State: netlink.TCP_FIN_WAIT2, INode: tc.peer, ID: netlink.SocketID{Source: there, SourcePort: 5000, Destination: here, DestinationPort: 80}})
+			}
+			s.addTCP(all)
+			i := slices.IndexFunc(s.connections, func(c Connection) bool { return c.PID == 1 })
+			if i < 0 || s.connections[i].Ended != tc.ended {
+				t.Fatalf("got %+v", s.connections)
+			}
+			c := Container{Root: &Process{PID: 1, PIDs: []int{1}}, Connections: s.connections[i : i+1]}
+			c.Processes = []*Process{c.Root}
+			findings := c.connected(&api.CheckpointOptions{})
+			if refused := Refusal(findings) != nil; refused == (tc.ended || s.connections[i].Inside) {
+				t.Errorf("found %v", findings)
 			}
 		})
 	}
