@@ -28,10 +28,12 @@ const findAgent = `agent=; for p in /proc/[0-9]*; do read n 2>/dev/null <$p/comm
 [ -n "$agent" ] || { echo no agent; exit 1; }
 `
 
-// findCRIU sets $criu to the pid of the agent's CRIU, as soon as there is one.
-// The files of children have no newline, which read takes for a failure.
+// findCRIU sets $criu to the pid of the agent's CRIU, or of the launcher that
+// becomes it or starts it, as soon as there is one. The files of children have no
+// newline, which read takes for a failure.
 const findCRIU = `criu=; while [ -z "$criu" ]; do for f in /proc/$agent/task/*/children; do
-read criu rest 2>/dev/null <$f; [ -n "$criu" ] && read n 2>/dev/null </proc/$criu/comm && [ "$n" = criu ] && break; criu=; done; done
+read criu rest 2>/dev/null <$f; [ -n "$criu" ] && read n 2>/dev/null </proc/$criu/comm && [ "$n" = criu-guard ] && read criu rest 2>/dev/null </proc/$criu/task/$criu/children
+[ -n "$criu" ] && read n 2>/dev/null </proc/$criu/comm && [ "$n" = criu ] && break; criu=; done; done
 `
 
 // midway are conditions for CRIU to be in the middle of its work: it has
@@ -114,7 +116,7 @@ func (k *killer) reach(t trial, answer <-chan error) {
 	reached := guestStops + "/" + name + ".reached"
 	script := fmt.Sprintf("until [ -e %s ]; do sleep 0.02; done\n", reached)
 	if t.midway {
-		script += findAgent + "rm " + reached + "\n" + findCRIU + midway[t.operation] + "kill -STOP $criu\n"
+		script += findAgent + "rm " + reached + "\n" + findCRIU + midway[t.operation] + findCRIU + "kill -STOP $criu\n"
 	}
 	k.shellInGuestOf(k.c.ID(), script)
 }

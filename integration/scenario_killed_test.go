@@ -146,9 +146,10 @@ type killer struct {
 
 // killed: whatever is killed at whatever moment of a checkpoint or a restore,
 // nothing is left frozen, half done or without an owner, and the next one
-// works.
+// works. The workload has a TCP connection that is in use all the time, and one
+// that each of its rounds needs.
 func killed(s *scenario) {
-	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1"}})}
+	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--loopback"}})}
 	k.ensureRunning()
 	k.whole = filepath.Join(k.targets, "whole")
 	s.check(os.Mkdir(k.whole, 0o700))

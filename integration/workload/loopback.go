@@ -9,23 +9,29 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"sync/atomic"
+	"time"
 )
 
-// loopback wraps a program with a TCP connection to a child process over the
-// loopback interface, like that of a notebook server to its kernel. Each round
-// is an exchange over it followed by the program's round. Another connection
-// stays in the backlog of a listening socket that nobody accepts from.
+// loopback wraps a program with TCP connections to child processes over the
+// loopback interface, like those of a notebook server to its kernels. Each round
+// is an exchange over one of them followed by the program's round; the other one is
+// in use all the time. A third connection stays in the backlog of a listening
+// socket that nobody accepts from.
 type loopback struct {
 	program
-	caller caller
-	stuck  net.Listener
+	caller, busy caller
+	failed       atomic.Pointer[error] // of the busy one
+	stuck        net.Listener
 }
 
-// open starts the child process, which exits with the connection.
+// busyPause is between two exchanges over the busy connection.
+const busyPause = 5 * time.Millisecond
+
+// open starts the child processes, which exit with their connections.
 func (l *loopback) open() error {
-	local := "127.0.0.1:0"
 	var err error
-	if l.stuck, err = net.Listen("tcp4", local); err != nil {
+	if l.stuck, err = net.Listen("tcp4", anyLoopback); err != nil {
 		return err
 	}
 	waiting, err := net.Dial("tcp4", l.stuck.Addr().String())
@@ -38,12 +44,32 @@ func (l *loopback) open() error {
 	if err := waiting.Close(); err != nil {
 		return err
 	}
-	echo, err := net.Listen("tcp4", local)
+	for _, c := range []*caller{&l.caller, &l.busy} {
+		if err := c.connectToChild(); err != nil {
+			return err
+		}
+	}
+	go func() {
+		for ticker := time.NewTicker(busyPause); ; <-ticker.C {
+			if err := l.busy.exchange(); err != nil {
+				l.failed.Store(&err)
+				return
+			}
+		}
+	}()
+	return nil
+}
+
+const anyLoopback = "127.0.0.1:0"
+
+// connectToChild starts a child process and connects to it.
+func (c *caller) connectToChild() error {
+	echo, err := net.Listen("tcp4", anyLoopback)
 	if err != nil {
 		return err
 	}
 	defer echo.Close()
-	l.caller.address = echo.Addr().String()
+	c.address = echo.Addr().String()
 	f, err := echo.(*net.TCPListener).File()
 	if err != nil {
 		return err
@@ -54,10 +80,13 @@ func (l *loopback) open() error {
 	if err := child.Start(); err != nil {
 		return err
 	}
-	return l.caller.connect()
+	return c.connect()
 }
 
 func (l *loopback) round(w io.Writer) error {
+	if err := l.failed.Load(); err != nil {
+		return fmt.Errorf("loopback, all the time: %w", *err)
+	}
 	if err := l.caller.exchange(); err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}

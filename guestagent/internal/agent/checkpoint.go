@@ -248,6 +248,12 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	var kept []inspect.Connection
 	if out.GetTcpEstablished() {
 		kept = look.Connections
+		if r.GetOptions().GetTcpEstablished() {
+			// Its peer may have closed its own direction only.
+			for i := range kept {
+				kept[i].Ended = false
+			}
+		}
 		out.Connections = connectionMessages(inspect.Outside(kept))
 	}
 	defer func() {
@@ -264,6 +270,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		if err := a.lockNetwork(c, locked); err != nil {
 			return nil, err
 		}
+		op.Guard(socketsOf(kept))
 	}
 	opts := dumpOptions(op, c, r.GetOptions(), out, images)
 	op.ShareCgroupNamespace(look.CgroupNamespaces())

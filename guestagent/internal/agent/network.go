@@ -92,6 +92,14 @@ func connectionsOf(list []*api.Connection) ([]inspect.Connection, error) {
 	return out, nil
 }
 
+func socketsOf(list []inspect.Connection) []criu.Socket {
+	out := make([]criu.Socket, 0, len(list))
+	for _, c := range list {
+		out = append(out, criu.Socket{PID: c.PID, FD: c.FD})
+	}
+	return out
+}
+
 func connectionMessages(list []inspect.Connection) []*api.Connection {
 	out := make([]*api.Connection, 0, len(list))
 	for _, c := range list {

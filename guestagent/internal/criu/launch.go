@@ -23,9 +23,10 @@ const launchErrorName = "launch-error"
 // IsLaunch reports whether the arguments are those that CRIU is started with.
 func IsLaunch(args []string) bool { return len(args) == 3 && args[1] == "swrk" }
 
-// Launch does the job in the directory of args[0] and executes CRIU. It returns
-// only on an error. The calling goroutine is locked to the main thread, whose
-// namespaces execve preserves.
+// Launch does the job in the directory of args[0] and executes CRIU, or runs it as
+// a child if there are connections to guard. It returns only on an error. The
+// calling goroutine is locked to the main thread, whose namespaces execve and
+// fork preserve.
 func Launch(args []string) error {
 	dir := filepath.Dir(args[0])
 	err := launch(dir, args)
@@ -79,6 +80,9 @@ func launch(dir string, args []string) error {
 		if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 			return fmt.Errorf("mount /proc: %w", err)
 		}
+	}
+	if len(job.Sockets) > 0 {
+		return guarded(binary, args, []string{pathEnv}, job.Sockets)
 	}
 	if err := unix.Exec(binary, append([]string{"criu"}, args[1:]...), []string{pathEnv}); err != nil {
 		return fmt.Errorf("start %s: %w", binary, err)

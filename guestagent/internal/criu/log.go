@@ -92,8 +92,10 @@ func printable(text string) string {
 const runIDSign = "CRIU run id = "
 
 // RunID finds the id of the run in a log of CRIU's, after which its network lock is
-// named; empty if the log lacks it.
-func RunID(path string) string {
+// named; empty if the log lacks it. A CRIU that serves a request chooses one when
+// it starts and another one for the request, and says so in two lines before
+// anything of the container is in its log.
+func RunID(path string) (run string) {
 	f, err := os.Open(path)
 	if err != nil {
 		return ""
@@ -103,8 +105,10 @@ func RunID(path string) string {
 	s.Buffer(nil, 1<<20)
 	for s.Scan() {
 		if _, id, ok := strings.Cut(s.Text(), runIDSign); ok {
-			return strings.TrimPrefix(strings.TrimSpace(id), "0x")
+			run = strings.TrimPrefix(strings.TrimSpace(id), "0x")
+		} else if run != "" {
+			break
 		}
 	}
-	return ""
+	return run
 }

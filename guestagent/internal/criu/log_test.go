@@ -66,7 +66,7 @@ func TestErrorSaysWhatToDo(t *testing.T) {
 
 func TestRunID(t *testing.T) {
 	for log, want := range map[string]string{
-		"(00.000000) Version: 4.2\n(00.000001) CRIU run id = 1b4e28ba-2fa1-11d2-883f-0016d3cca427\n(00.1) CRIU run id = later\n": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
+		"(00.000000) Version: 4.2\n(00.000000) CRIU run id = a87523ea-c469-4a3b-9c71-406fa3473908\n(00.000000) CRIU run id = 1b4e28ba-2fa1-11d2-883f-0016d3cca427\n(00.1) Dumping\n(00.2) CRIU run id = a name\n": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
 		"(00.000001) CRIU run id = 0xfeed\n": "feed",
 		"(00.000001) Version: 4.2\n":         "",
 	} {

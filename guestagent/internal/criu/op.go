@@ -56,6 +56,9 @@ type Job struct {
 	// CgroupNamespaces are processes that CRIU takes for ones in Target's cgroup
 	// namespace.
 	CgroupNamespaces []int `json:"cgroupNamespaces,omitempty"`
+	// Sockets are TCP connections that the processes continue to use if CRIU is
+	// killed in a dump.
+	Sockets []Socket `json:"sockets,omitempty"`
 	// PIDNamespaceOf is a process whose PID namespace CRIU gets as the
 	// descriptor [pidNamespaceFD]; or 0.
 	PIDNamespaceOf int `json:"pidNamespaceOf,omitempty"`
@@ -105,6 +108,9 @@ func (o *Op) Avoid(pids []int) { o.job.Avoid = pids }
 // ShareCgroupNamespace has CRIU take processes for ones in the target's cgroup
 // namespace. It has no way to dump another one.
 func (o *Op) ShareCgroupNamespace(pids []int) { o.job.CgroupNamespaces = pids }
+
+// Guard keeps TCP connections usable if CRIU is killed in the dump.
+func (o *Op) Guard(sockets []Socket) { o.job.Sockets = sockets }
 
 // Close removes the operation's directory.
 func (o *Op) Close() error { return os.RemoveAll(o.dir) }
@@ -246,6 +252,7 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 	if err != nil {
 		return fmt.Errorf("criu %s: %w", what, err)
 	}
+	s.guarded = len(o.job.Sockets) > 0
 	stop := s.watch(ctx, abandon)
 	var own error // not CRIU's
 	_, err = s.call(req, func(stage string) error {

@@ -35,6 +35,8 @@ type service struct {
 	// exited is closed when CRIU has exited, and status is how.
 	exited chan struct{}
 	status error
+	// guarded: cmd is not CRIU, but the process that has started it (see guarded).
+	guarded bool
 	// answered: the response has come, after which CRIU exits on its own.
 	answered bool
 }
@@ -74,7 +76,7 @@ func startService(path, cgroup string) (*service, error) {
 	return s, nil
 }
 
-// pid is CRIU's in the PID namespace of the caller.
+// pid is CRIU's in the PID namespace of the caller, if it is not guarded.
 func (s *service) pid() int { return s.cmd.Process.Pid }
 
 // close waits until CRIU has exited, and returns how. It is killed if it has not
@@ -88,7 +90,13 @@ func (s *service) close() error {
 }
 
 // kill kills CRIU, unless it has exited.
-func (s *service) kill() { _ = s.cmd.Process.Kill() }
+func (s *service) kill() {
+	sig := os.Kill
+	if s.guarded {
+		sig = endSignal
+	}
+	_ = s.cmd.Process.Signal(sig)
+}
 
 // watch calls abandon at the end of ctx, and then kills CRIU, unless the returned
 // function was called meanwhile, of which abandon is told.

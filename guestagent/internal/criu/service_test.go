@@ -5,8 +5,10 @@ package criu
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -20,7 +22,19 @@ import (
 // behaviourEnv is how this program behaves as a CRIU.
 const behaviourEnv = "KATA_CHECKPOINT_TEST_CRIU"
 
+// guardEnv has this program start a CRIU as a guard.
+const guardEnv = "KATA_CHECKPOINT_TEST_GUARD"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(guardEnv) != "" && IsLaunch(os.Args) {
+		self, err := os.Executable()
+		if err == nil {
+			runtime.LockOSThread()
+			err = guarded(self, os.Args, []string{behaviourEnv + "=" + os.Getenv(behaviourEnv)}, nil)
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	if behaviour := os.Getenv(behaviourEnv); behaviour != "" && IsLaunch(os.Args) {
 		if os.Args[2] != "3" {
 			os.Exit(2)
@@ -94,7 +108,17 @@ func restoreRequest() *rpc.CriuReq {
 
 // A CRIU that nobody wants any longer is killed, once what it has restored is.
 func TestACRIUEndsWithItsContext(t *testing.T) {
+	for name, isGuarded := range map[string]bool{"alone": false, "guarded": true} {
+		t.Run(name, func(t *testing.T) { endsWithItsContext(t, isGuarded) })
+	}
+}
+
+func endsWithItsContext(t *testing.T, isGuarded bool) {
+	if isGuarded {
+		t.Setenv(guardEnv, "1")
+	}
 	s := startImitation(t, "hangs")
+	s.guarded = isGuarded
 	ctx, cancel := context.WithCancel(t.Context())
 	abandoned := false
 	stop := s.watch(ctx, func(<-chan struct{}) {
@@ -105,7 +129,7 @@ func TestACRIUEndsWithItsContext(t *testing.T) {
 		default:
 		}
 	})
-	time.AfterFunc(20*time.Millisecond, cancel)
+	time.AfterFunc(200*time.Millisecond, cancel) // a guard has started it by then
 	_, err := s.call(restoreRequest(), func(string) error { return nil })
 	<-s.exited
 	stop()
@@ -189,4 +213,19 @@ func TestWhoseAgentHasDiedWaits(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	_ = s.close()
+}
+
+// A guard exits as its CRIU has, and the response comes through to the agent.
+func TestAGuardExitsAsItsCRIU(t *testing.T) {
+	t.Setenv(guardEnv, "1")
+	for behaviour, status := range map[string]int{"succeeds": 0, "dies": 5} {
+		s := startImitation(t, behaviour)
+		s.guarded = true
+		_, err := s.call(restoreRequest(), func(string) error { return nil })
+		<-s.exited
+		_ = s.close()
+		if (err == nil) != (status == 0) || s.cmd.ProcessState.ExitCode() != status {
+			t.Errorf("it %s: error %v, %s", behaviour, err, s.cmd.ProcessState)
+		}
+	}
 }
