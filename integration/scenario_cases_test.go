@@ -209,6 +209,9 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 	conf, log := filepath.Join(volume, "app.conf"), filepath.Join(volume, "app.log")
 	s.check(os.WriteFile(conf, []byte("old\n"), 0o644))
 	return append(out, refusedCase{
+		name: "own-address on the loopback interface", program: "ip addr add 10.77.0.1/32 dev lo && CASE=own exec " + casesDir + "own-address tcp 10.77.0.1", ready: "grep -q round /tmp/case",
+		undo: "ip addr del 10.77.0.1/32 dev lo", words: []string{"own-address (pid ", "bound to 10.77.0.1:", "kata-checkpoint.dev/address: stays"},
+	}, refusedCase{
 		name: "unshare -T", program: "unshare -T sleep 1000", ready: "pidof sleep", words: []string{"time namespace", "terminate it"},
 	}, refusedCase{
 		name: "log renamed and made again by the host", program: "exec sleep 1000 3>>/data/app.log", ready: "pidof sleep",

@@ -89,9 +89,9 @@ func (s *scenario) checkExecsRefused(run *engine.Run) {
 	s.waitNumbers(p.Stdout, workload.Rounds, 2)
 	refused("a client in an exec, over a unix socket", p, "rm /tmp/server", "workload (pid ", "unix socket that is connected to the process workload (pid ")
 
-	s.shell(run, "exec >/dev/null 2>&1; sleep 1234 | nc -l -p 7000 &")
-	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "exec >/dev/null 2>&1 </dev/null; until sleep 1234 | nc 127.0.0.1 7000; do sleep 0.1; done"}})
-	s.shell(run, `until grep -q " 0100007F:1B58 [^ ]* 01 " /proc/net/tcp; do sleep 0.1; done`)
+	s.shell(run, `exec >/dev/null 2>&1; sleep 1234 | nc -l -p 7000 & until cat /proc/net/tcp* | grep -q ":1B58 [^ ]* 0A "; do sleep 0.1; done`)
+	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "sleep 1234 | nc 127.0.0.1 7000 >/dev/null"}})
+	s.shell(run, `until cat /proc/net/tcp* | grep -q ":1B58 01 "; do sleep 0.1; done`)
 	refused("a client in an exec, over TCP", p, "killall -9 nc sleep", "nc (pid ", "TCP connection from 127.0.0.1:7000 to", "to the process nc (pid ")
 
 	keys := newTerminalInput()

@@ -31,6 +31,10 @@ const (
 	// option for it.
 	TCPKey = Prefix + "tcp"
 
+	// AddressKey is set on a container by its user, to [AddressStays]: whatever
+	// address its sockets are bound to, the container that it is restored to has it.
+	AddressKey = Prefix + "address"
+
 	// ExternalMountsKey lists, separated by commas, mount points whose content
 	// stays out of the image set. Users may set it; the adjustment (package
 	// adjust) adds what the host knows to be external.
@@ -59,6 +63,18 @@ const (
 	TCPEstablished = "established"
 	TCPClose       = "close"
 )
+
+// AddressStays is the value of [AddressKey].
+const AddressStays = "stays"
+
+// Address parses [AddressKey]. It returns "" where a container lacks it.
+func Address(annotations map[string]string) (string, error) {
+	value, ok := annotations[AddressKey]
+	if ok && value != AddressStays {
+		return "", fmt.Errorf("annotation %s is %q and must be %q", AddressKey, value, AddressStays)
+	}
+	return value, nil
+}
 
 // After parses [AfterKey]. It returns "" where a container lacks it.
 func After(annotations map[string]string) (string, error) {

@@ -21,15 +21,17 @@ type parsed struct {
 	UID       string
 	After     string
 	TCP       string
+	Address   string
 	Externals []string
 	Archive   string
 }
 
 func parse(id string, annotations map[string]string) (p parsed, err error) {
-	errs := make([]error, 4)
+	errs := make([]error, 5)
 	p.Kind, p.Sandbox, errs[0] = Place(id, annotations)
 	p.After, errs[1] = After(annotations)
 	p.TCP, errs[2] = TCP(annotations)
+	p.Address, errs[4] = Address(annotations)
 	p.Externals, errs[3] = ExternalMounts(annotations)
 	p.CRI = MadeByCRI(annotations)
 	p.Image = ImageName(annotations)
@@ -88,6 +90,9 @@ func TestAnnotations(t *testing.T) {
 		"TCP established": {in: map[string]string{TCPKey: "established"}, want: parsed{Sandbox: "id", TCP: TCPEstablished}},
 		"TCP close":       {in: map[string]string{TCPKey: "close"}, want: parsed{Sandbox: "id", TCP: TCPClose}},
 		"TCP else":        {in: map[string]string{TCPKey: "keep"}, err: `kata-checkpoint.dev/tcp is "keep" and must be "established" or "close"`},
+
+		"address stays": {in: map[string]string{AddressKey: "stays"}, want: parsed{Sandbox: "id", Address: AddressStays}},
+		"address else":  {in: map[string]string{AddressKey: ""}, err: `kata-checkpoint.dev/address is "" and must be "stays"`},
 
 		"external mounts":            {in: map[string]string{ExternalMountsKey: " /tmp , /etc/../data/,"}, want: parsed{Sandbox: "id", Externals: []string{"/tmp", "/data"}}},
 		"no external mount":          {in: map[string]string{ExternalMountsKey: ",, "}, want: parsed{Sandbox: "id"}},

@@ -430,8 +430,11 @@ type CheckpointOptions struct {
 	Terminal            bool                   `protobuf:"varint,4,opt,name=terminal,proto3" json:"terminal,omitempty"`
 	FileLocks           bool                   `protobuf:"varint,5,opt,name=file_locks,json=fileLocks,proto3" json:"file_locks,omitempty"`
 	EmptyNamespaces     []string               `protobuf:"bytes,6,rep,name=empty_namespaces,json=emptyNamespaces,proto3" json:"empty_namespaces,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// address_stays: a restored container has whatever address a socket is bound
+	// to.
+	AddressStays  bool `protobuf:"varint,7,opt,name=address_stays,json=addressStays,proto3" json:"address_stays,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointOptions) Reset() {
@@ -504,6 +507,13 @@ func (x *CheckpointOptions) GetEmptyNamespaces() []string {
 		return x.EmptyNamespaces
 	}
 	return nil
+}
+
+func (x *CheckpointOptions) GetAddressStays() bool {
+	if x != nil {
+		return x.AddressStays
+	}
+	return false
 }
 
 type External struct {
@@ -1681,7 +1691,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\aguarded\x18\x04 \x01(\bR\aguarded\x12\x14\n" +
 	"\x05owner\x18\x05 \x01(\tR\x05owner\"!\n" +
 	"\rAdoptResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xf3\x01\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\x98\x02\n" +
 	"\x11CheckpointOptions\x12'\n" +
 	"\x0ftcp_established\x18\x01 \x01(\bR\x0etcpEstablished\x12\x1b\n" +
 	"\ttcp_close\x18\x02 \x01(\bR\btcpClose\x122\n" +
@@ -1689,7 +1699,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\bterminal\x18\x04 \x01(\bR\bterminal\x12\x1d\n" +
 	"\n" +
 	"file_locks\x18\x05 \x01(\bR\tfileLocks\x12)\n" +
-	"\x10empty_namespaces\x18\x06 \x03(\tR\x0femptyNamespaces\"p\n" +
+	"\x10empty_namespaces\x18\x06 \x03(\tR\x0femptyNamespaces\x12#\n" +
+	"\raddress_stays\x18\a \x01(\bR\faddressStays\"p\n" +
 	"\bExternal\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x16\n" +

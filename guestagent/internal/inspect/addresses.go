@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,6 +19,9 @@ type Address struct {
 	// Addr of an IPv6 link-local address has the interface as its zone: several
 	// interfaces may have the same one.
 	Addr netip.Addr
+	// Made: somebody in the guest has made the interface, such as a bridge, where a
+	// hypervisor's are devices. Another guest lacks it.
+	Made bool
 }
 
 // NewAddress is the address of an interface, without a zone.
@@ -33,26 +37,25 @@ func NewAddress(iface string, addr netip.Addr) Address {
 // others may reach: those of interfaces that are up, the loopback interface
 // excepted. They are in the kernel's order.
 func Addresses() ([]Address, error) {
-	interfaces, err := net.Interfaces()
+	links, err := netlink.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list network interfaces: %w", err)
 	}
 	var out []Address
-	for _, i := range interfaces {
-		if i.Flags&net.FlagLoopback != 0 || i.Flags&net.FlagUp == 0 {
+	for _, link := range links {
+		l := link.Attrs()
+		if l.Flags&net.FlagLoopback != 0 || l.Flags&net.FlagUp == 0 {
 			continue
 		}
-		list, err := i.Addrs()
+		list, err := netlink.AddrList(link, netlink.FAMILY_ALL)
 		if err != nil {
-			return nil, fmt.Errorf("list the addresses of %s: %w", i.Name, err)
+			return nil, fmt.Errorf("list the addresses of %s: %w", l.Name, err)
 		}
 		for _, a := range list {
-			n, ok := a.(*net.IPNet)
-			if !ok {
-				continue
-			}
-			if addr, ok := netip.AddrFromSlice(n.IP); ok {
-				out = append(out, NewAddress(i.Name, addr))
+			if addr, ok := netip.AddrFromSlice(a.IP); ok {
+				own := NewAddress(l.Name, addr)
+				own.Made = link.Type() != "device"
+				out = append(out, own)
 			}
 		}
 	}
@@ -60,36 +63,69 @@ func Addresses() ([]Address, error) {
 }
 
 // boundTo returns the local end of a socket that is not a TCP connection, which
-// has a rule of its own.
-func boundTo(socket, kind int) (local netip.AddrPort) {
+// has a rule of its own, and whether it may be bound to an address that the
+// machine lacks.
+func boundTo(socket, kind int) (local netip.AddrPort, anywhere bool) {
 	name, err := unix.Getsockname(socket)
 	if err != nil {
-		return local
+		return local, false
 	}
 	if _, err := unix.Getpeername(socket); err == nil && kind == unix.SOCK_STREAM {
-		return local
+		return local, false
 	}
 	switch a := name.(type) {
 	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)) //nolint:gosec // a port
+		local = netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port)) //nolint:gosec // a port
 	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port)) //nolint:gosec // a port
+		local = netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port)) //nolint:gosec // a port
 	}
-	return local
+	for _, option := range [][2]int{{unix.SOL_IP, unix.IP_FREEBIND}, {unix.SOL_IP, unix.IP_TRANSPARENT}, {unix.SOL_IPV6, unix.IPV6_FREEBIND}, {unix.SOL_IPV6, unix.IPV6_TRANSPARENT}} {
+		if on, err := unix.GetsockoptInt(socket, option[0], option[1]); err == nil && on != 0 {
+			anywhere = true
+		}
+	}
+	return local, anywhere
 }
 
-// ownAddress warns of the sockets of one process that are bound to an address
-// of the container's own, which another container does not have.
-func (c *Container) ownAddress(p *Process, bound []netip.AddrPort) []Finding {
-	bound = slices.DeleteFunc(bound, func(b netip.AddrPort) bool {
-		return !slices.ContainsFunc(c.Addresses, func(a Address) bool { return a.Addr.WithZone("") == b.Addr() })
-	})
-	if len(bound) == 0 {
-		return nil
+// everywhere reports whether a socket can be bound to an address in any guest.
+func everywhere(a netip.Addr) bool {
+	return a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
+// ownAddress finds the sockets of one process that are bound to an address of the
+// container's own, which another container does not have. A restore binds them to
+// the address that takes its place. Where none does, the restore would fail, and
+// the checkpoint is refused: an address that no interface has, or one that somebody
+// has made in the guest. Stays: whoever restores it sees to that.
+func (c *Container) ownAddress(p *Process, bound []netip.AddrPort, stays bool) (out []Finding) {
+	var own, lost []netip.AddrPort
+	for _, b := range bound {
+		i := slices.IndexFunc(c.Addresses, func(a Address) bool { return a.Addr.WithZone("") == b.Addr() })
+		switch {
+		case i >= 0 && !c.Addresses[i].Made:
+			own = append(own, b)
+		case !everywhere(b.Addr()):
+			lost = append(lost, b)
+		}
 	}
-	what := fmt.Sprintf("has a socket that is bound to the container's own address, %s", bound[0])
-	if n := len(bound); n > 1 {
-		what += fmt.Sprintf(", and %d more", n-1)
+	if len(own) > 0 {
+		out = append(out, c.finding(p, rule{Warning, "has a socket that is bound to the container's own address, " + first(own), "a restore binds it to the address that the container has then"}))
 	}
-	return []Finding{c.finding(p, rule{Warning, what, "a restore binds it to the address that the container has then"})}
+	if len(lost) > 0 {
+		r := rule{Refused, "has a socket that is bound to " + first(lost) + ", which is the address of no network interface that a restored container has",
+			"have it listen at any address or at the container's own, or create the container with the annotation kata-checkpoint.dev/address: stays, and restore it where that address exists"}
+		if stays {
+			r.class, r.advice = Warning, "it can be restored only where that address exists"
+		}
+		out = append(out, c.finding(p, r))
+	}
+	return out
+}
+
+// first names the first of some addresses, and how many more there are.
+func first(list []netip.AddrPort) string {
+	if n := len(list); n > 1 {
+		return fmt.Sprintf("%s, and %d more", list[0], n-1)
+	}
+	return list[0].String()
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -61,9 +62,88 @@ func inGuest(t *testing.T, f func() error) {
 func TestAddresses(t *testing.T) {
 	inGuest(t, func() error {
 		got, err := Addresses()
-		want := []Address{{"eth0", netip.MustParseAddr("10.0.0.2")}, {"eth0", netip.MustParseAddr("2001:db8::2")}}
+		want := []Address{{"eth0", netip.MustParseAddr("10.0.0.2"), true}, {"eth0", netip.MustParseAddr("2001:db8::2"), true}}
 		if err != nil || !slices.Equal(got, want) {
 			t.Errorf("got %v, %v, want %v", got, err, want)
+		}
+		return nil
+	})
+}
+
+// A socket whose address a restored container does not have is refused: the restore
+// would fail. It is accepted where the user says that the address will exist.
+func TestSocketsOnAnAddressThatIsLost(t *testing.T) {
+	bind := func(addr string, options ...int) func() (int, error) {
+		return func() (int, error) {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return -1, err
+			}
+			for _, o := range options {
+				if err := unix.SetsockoptInt(fd, unix.SOL_IP, o, 1); err != nil {
+					return -1, err
+				}
+			}
+			return fd, unix.Bind(fd, &unix.SockaddrInet4{Addr: netip.MustParseAddr(addr).As4(), Port: 53})
+		}
+	}
+	for name, tc := range map[string]struct {
+		socket func() (int, error)
+		made   bool
+		lost   string
+	}{
+		"of an interface that was made": {bind("10.0.0.2"), true, "10.0.0.2:53"},
+		"of a device":                   {bind("10.0.0.2"), false, ""},
+		"of an interface that is down":  {bind("10.0.1.2"), false, "10.0.1.2:53"},
+		"of the subnet":                 {bind("10.0.0.255"), false, "10.0.0.255:53"},
+		"of no interface, on purpose":   {bind("10.9.9.9", unix.IP_FREEBIND), false, ""},
+		"loopback":                      {bind("127.0.0.9"), false, ""},
+		"broadcast":                     {bind("255.255.255.255"), false, ""},
+		"multicast":                     {bind("224.0.0.251"), false, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inGuest(t, func() error {
+				fd, err := tc.socket()
+				if err != nil {
+					return err
+				}
+				defer unix.Close(fd)
+				self := &Process{PID: os.Getpid(), PIDs: []int{os.Getpid()}, Name: "test"}
+				c := &Container{Root: self, Processes: []*Process{self}, sockets: sockets{owners: map[uint32]owner{1: {self, fd}}}}
+				if c.Addresses, err = Addresses(); err != nil {
+					return err
+				}
+				for i := range c.Addresses {
+					c.Addresses[i].Made = tc.made
+				}
+				err = Refusal(c.unusualSockets(&api.CheckpointOptions{}))
+				if refused := err != nil; refused != (tc.lost != "") || refused && !strings.Contains(err.Error(), tc.lost) {
+					t.Errorf("refused: %v", err)
+				}
+				findings := c.unusualSockets(&api.CheckpointOptions{AddressStays: true})
+				if Refusal(findings) != nil || tc.lost != "" && (len(findings) != 1 || !strings.Contains(findings[0].String(), tc.lost)) {
+					t.Errorf("with an address that stays: %v", findings)
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// So is a TCP connection inside the container.
+func TestConnectionsOnAnAddressThatIsLost(t *testing.T) {
+	inGuest(t, func() error {
+		self := &Process{PID: os.Getpid(), PIDs: []int{os.Getpid()}, Name: "test"}
+		at := netip.MustParseAddrPort("10.0.1.2:80")
+		c := &Container{
+			Root: self, Processes: []*Process{self}, sockets: sockets{owners: map[uint32]owner{1: {self, 0}}},
+			Connections: []Connection{{PID: self.PID, Local: at, Remote: at, Inside: true}},
+		}
+		if err := Refusal(c.unusualSockets(&api.CheckpointOptions{})); err == nil || !strings.Contains(err.Error(), at.String()) {
+			t.Errorf("refused: %v", err)
+		}
+		if err := Refusal(c.unusualSockets(&api.CheckpointOptions{TcpClose: true})); err != nil {
+			t.Errorf("closed after the restore, and refused: %v", err)
 		}
 		return nil
 	})
@@ -92,17 +172,16 @@ func TestSocketsOnTheOwnAddress(t *testing.T) {
 		bind, peer   unix.Sockaddr
 		want         string
 	}{
-		"a TCP listener":    {unix.AF_INET, stream, four("10.0.0.2", 80), nil, "10.0.0.2:80"},
-		"a UDP server":      {unix.AF_INET, datagram, four("10.0.0.2", 53), nil, "10.0.0.2:53"},
-		"a UDP client":      {unix.AF_INET, datagram, nil, four("10.0.0.1", 53), "10.0.0.2:"},
-		"raw":               {unix.AF_INET, unix.SOCK_RAW, four("10.0.0.2", 0), nil, "10.0.0.2:"},
-		"over IPv6":         {unix.AF_INET6, stream, six("2001:db8::2", 80), nil, "[2001:db8::2]:80"},
-		"IPv4 over IPv6":    {unix.AF_INET6, stream, six("::ffff:10.0.0.2", 80), nil, "10.0.0.2:80"},
-		"any address":       {unix.AF_INET, stream, four("0.0.0.0", 80), nil, ""},
-		"any, over IPv6":    {unix.AF_INET6, stream, six("::", 80), nil, ""},
-		"the loopback":      {unix.AF_INET, datagram, four("127.0.0.1", 53), nil, ""},
-		"not bound":         {unix.AF_INET, stream, nil, nil, ""},
-		"another interface": {unix.AF_INET, stream, four("10.0.1.2", 80), nil, ""},
+		"a TCP listener": {unix.AF_INET, stream, four("10.0.0.2", 80), nil, "10.0.0.2:80"},
+		"a UDP server":   {unix.AF_INET, datagram, four("10.0.0.2", 53), nil, "10.0.0.2:53"},
+		"a UDP client":   {unix.AF_INET, datagram, nil, four("10.0.0.1", 53), "10.0.0.2:"},
+		"raw":            {unix.AF_INET, unix.SOCK_RAW, four("10.0.0.2", 0), nil, "10.0.0.2:"},
+		"over IPv6":      {unix.AF_INET6, stream, six("2001:db8::2", 80), nil, "[2001:db8::2]:80"},
+		"IPv4 over IPv6": {unix.AF_INET6, stream, six("::ffff:10.0.0.2", 80), nil, "10.0.0.2:80"},
+		"any address":    {unix.AF_INET, stream, four("0.0.0.0", 80), nil, ""},
+		"any, over IPv6": {unix.AF_INET6, stream, six("::", 80), nil, ""},
+		"the loopback":   {unix.AF_INET, datagram, four("127.0.0.1", 53), nil, ""},
+		"not bound":      {unix.AF_INET, stream, nil, nil, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inGuest(t, func() error {
@@ -129,7 +208,9 @@ func TestSocketsOnTheOwnAddress(t *testing.T) {
 				if c.Addresses, err = Addresses(); err != nil {
 					return err
 				}
-				findings := c.unusualSockets()
+				c.Addresses[0].Made = false // as a hypervisor's device
+				c.Addresses[1].Made = false
+				findings := c.unusualSockets(&api.CheckpointOptions{})
 				if tc.want == "" && len(findings) > 0 {
 					t.Errorf("got %v", findings)
 				}
@@ -169,7 +250,8 @@ func TestConnectionFromTheOwnAddressIsNoBoundSocket(t *testing.T) {
 		if c.Addresses, err = Addresses(); err != nil {
 			return err
 		}
-		if got := c.unusualSockets(); len(got) != 1 || strings.Contains(got[0].String(), "more") {
+		c.Addresses[0].Made = false // as a hypervisor's device
+		if got := c.unusualSockets(&api.CheckpointOptions{}); len(got) != 1 || strings.Contains(got[0].String(), "more") {
 			t.Errorf("got %v", got)
 		}
 		return nil

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
@@ -56,7 +57,7 @@ const maxNetlinkGroups = 32
 
 // unusualSockets finds sockets by what they are, which only the socket itself
 // tells: each is looked at through a copy of its descriptor.
-func (c *Container) unusualSockets() (findings []Finding) {
+func (c *Container) unusualSockets(o *api.CheckpointOptions) (findings []Finding) {
 	byProcess := make(map[*Process][]int)
 	for _, o := range c.sockets.owners {
 		byProcess[o.process] = append(byProcess[o.process], o.fd)
@@ -81,7 +82,12 @@ func (c *Container) unusualSockets() (findings []Finding) {
 			}
 		}
 		unix.Close(process)
-		findings = append(findings, c.ownAddress(p, bound)...)
+		for _, conn := range c.Connections {
+			if conn.PID == p.PID && conn.Inside && !o.GetTcpClose() {
+				bound = append(bound, conn.Local)
+			}
+		}
+		findings = append(findings, c.ownAddress(p, bound, o.GetAddressStays())...)
 	}
 	return findings
 }
@@ -108,7 +114,10 @@ func classifySocket(process, fd int) (r rule, local netip.AddrPort) {
 	case domain == unix.AF_NETLINK && netlinkGroups(socket) > maxNetlinkGroups:
 		r = rule{Refused, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
 	case domain == unix.AF_INET, domain == unix.AF_INET6:
-		local = boundTo(socket, kind)
+		var anywhere bool
+		if local, anywhere = boundTo(socket, kind); anywhere {
+			local = netip.AddrPort{}
+		}
 		if kind == unix.SOCK_RAW {
 			break
 		}

@@ -120,7 +120,7 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 		}
 	}
 	out = append(out, c.nestedNamespaces()...)
-	out = append(out, c.unusualSockets()...)
+	out = append(out, c.unusualSockets(o)...)
 	external, err := c.externalSockets(o.GetExternalUnixSockets())
 	if err != nil {
 		return nil, err
@@ -262,7 +262,7 @@ func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
 		connections = slices.DeleteFunc(connections, func(conn Connection) bool { return conn.Exec == nil })
 	}
 	for _, conn := range c.Connections {
-		if conn.Ended {
+		if conn.Ended && !o.GetTcpEstablished() {
 			out = append(out, c.finding(c.byPID(conn.PID), rule{Warning, fmt.Sprintf("has a TCP connection from %s that its peer %s has closed", conn.Local, conn.Remote), "it finds the connection closed after the restore"}))
 		}
 	}

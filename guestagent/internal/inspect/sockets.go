@@ -30,7 +30,8 @@ type Connection struct {
 	// Inside: the other end is one of the same processes', or gone.
 	Inside bool
 	// Ended: the other end, outside, has closed it, and nothing is left to be read
-	// or sent, as after a probe that only connects.
+	// or sent, as after a probe that only connects. It is not known whether that
+	// end still waits for an answer.
 	Ended bool
 	// Exec is the process of an exec in the same container that has the other
 	// end, or nil.

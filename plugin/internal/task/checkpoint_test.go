@@ -253,6 +253,7 @@ func TestOptionsOfCheckpoint(t *testing.T) {
 		"empty, as ctr sends":                {opts: &runcoptions.CheckpointOptions{}, want: &api.CheckpointOptions{FileLocks: true}},
 		"all that mean something in a guest": {opts: &runcoptions.CheckpointOptions{OpenTcp: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}, CgroupsMode: "ignore"}, want: &api.CheckpointOptions{TcpEstablished: true, ExternalUnixSockets: true, Terminal: true, FileLocks: true, EmptyNamespaces: []string{"network"}}},
 		"TCP kept by annotation":             {annotations: map[string]string{annotations.TCPKey: "established"}, want: &api.CheckpointOptions{TcpEstablished: true, FileLocks: true}},
+		"an address that stays":              {annotations: map[string]string{annotations.AddressKey: "stays"}, want: &api.CheckpointOptions{AddressStays: true, FileLocks: true}},
 		"TCP closed by annotation":           {opts: &runcoptions.CheckpointOptions{OpenTcp: true}, annotations: map[string]string{annotations.TCPKey: "close"}, want: &api.CheckpointOptions{TcpClose: true, FileLocks: true}},
 		"on top of an earlier one":           {opts: &runcoptions.CheckpointOptions{ParentPath: "/x"}, err: "/x"},
 		"a mode for cgroups":                 {opts: &runcoptions.CheckpointOptions{CgroupsMode: "strict"}, err: "strict"},

@@ -125,6 +125,9 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if _, err := annotations.TCP(c.annotations); err != nil {
 		return errclass.Invalid("%w", err)
 	}
+	if _, err := annotations.Address(c.annotations); err != nil {
+		return errclass.Invalid("%w", err)
+	}
 	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id, c.s.setWritable); err != nil {
 		return err
 	}

@@ -110,10 +110,11 @@ func TestCreateRefuses(t *testing.T) {
 		"a mount of the user's in the way": {func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/.kata-checkpoint", Type: "tmpfs"})
 		}, "mount it elsewhere"},
-		"an unknown value of the after annotation": {func(s *specs.Spec) { s.Annotations[annotations.AfterKey] = "exit" }, `"exit"`},
-		"an unknown value of the TCP annotation":   {func(s *specs.Spec) { s.Annotations[annotations.TCPKey] = "keep" }, `"keep"`},
-		"a relative external mount":                {func(s *specs.Spec) { s.Annotations[annotations.ExternalMountsKey] = "x" }, "absolute"},
-		"a pod container without a pod":            {func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "container" }, "sandbox-id"},
+		"an unknown value of the after annotation":   {func(s *specs.Spec) { s.Annotations[annotations.AfterKey] = "exit" }, `"exit"`},
+		"an unknown value of the TCP annotation":     {func(s *specs.Spec) { s.Annotations[annotations.TCPKey] = "keep" }, `"keep"`},
+		"an unknown value of the address annotation": {func(s *specs.Spec) { s.Annotations[annotations.AddressKey] = "moves" }, `"moves"`},
+		"a relative external mount":                  {func(s *specs.Spec) { s.Annotations[annotations.ExternalMountsKey] = "x" }, "absolute"},
+		"a pod container without a pod":              {func(s *specs.Spec) { s.Annotations["io.kubernetes.cri.container-type"] = "container" }, "sandbox-id"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHarness(t)

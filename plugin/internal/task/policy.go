@@ -68,6 +68,10 @@ func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.Ch
 	if err != nil {
 		return nil, errclass.Invalid("%w", err)
 	}
+	address, err := annotations.Address(of)
+	if err != nil {
+		return nil, errclass.Invalid("%w", err)
+	}
 	// File locks are included whatever the engine says: ctr task checkpoint has
 	// no option for them, and CRIU refuses a container with a lock otherwise.
 	return &api.CheckpointOptions{
@@ -77,6 +81,7 @@ func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.Ch
 		Terminal:            opts.GetTerminal(),
 		FileLocks:           true,
 		EmptyNamespaces:     opts.GetEmptyNamespaces(),
+		AddressStays:        address == annotations.AddressStays,
 	}, nil
 }
 
