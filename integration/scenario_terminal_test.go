@@ -5,6 +5,9 @@ package integration
 import (
 	"strings"
 
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
+
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
@@ -28,6 +31,7 @@ func terminal(s *scenario) {
 	dir := s.checkpoint(first, true)
 	s.waitExit(first, 137)
 	s.check(keys.Close())
+	s.checkTerminalNeeded(c, dir)
 
 	keys = newTerminalInput()
 	defer keys.Close()
@@ -48,4 +52,17 @@ func terminal(s *scenario) {
 	s.waitLine(restored.Output, 0, "line 5: through")
 	keys.send("exit 6\n")
 	s.waitExit(restored, 6)
+}
+
+// checkTerminalNeeded checks that a restore that gives a container no terminal is
+// refused and leaves no task.
+func (s *scenario) checkTerminalNeeded(c client.Container, dir string) {
+	s.Helper()
+	_, err := s.engine.Restore(s.ctx, c, dir)
+	if err == nil || !strings.Contains(err.Error(), "with a terminal and this one has none") {
+		s.Errorf("restored without a terminal: %v", err)
+	}
+	if task, err := c.Task(s.ctx, nil); !errdefs.IsNotFound(err) {
+		s.Errorf("there is left the task %v, error %v", task, err)
+	}
 }
