@@ -90,17 +90,17 @@ func (s *scenario) checkExecsRefused(run *engine.Run) {
 	refused("a client in an exec, over a unix socket", p, "rm /tmp/server", "workload (pid ", "unix socket that is connected to the process workload (pid ")
 
 	s.shell(run, `exec >/dev/null 2>&1; sleep 1234 | nc -l -p 7000 & until cat /proc/net/tcp* | grep -q ":1B58 [^ ]* 0A "; do sleep 0.1; done`)
-	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "sleep 1234 | nc 127.0.0.1 7000 >/dev/null"}})
+	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "exec >/dev/null 2>&1 </dev/null; sleep 1234 | nc 127.0.0.1 7000"}})
 	s.shell(run, `until cat /proc/net/tcp* | grep -q ":1B58 01 "; do sleep 0.1; done`)
 	refused("a client in an exec, over TCP", p, "killall -9 nc sleep", "nc (pid ", "TCP connection from 127.0.0.1:7000 to", "to the process nc (pid ")
 
 	keys := newTerminalInput()
 	defer keys.Close()
-	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "(sleep 4321 &); echo ready; read line"}, Terminal: true, Stdin: keys})
+	p = s.startExec(run, engine.Command{Args: []string{"sh", "-c", "(sleep 4321 & until grep -q sleep /proc/$!/comm; do sleep 0.1; done); echo ready; read line"}, Terminal: true, Stdin: keys})
 	s.waitLine(p.Stdout, 0, "ready")
 	refused("a process at the terminal of an exec", p, "kill $(pidof sleep)", "sleep (pid ", "attached to the exec's terminal")
 
-	s.waitExecExit(s.startExec(run, engine.Command{Args: []string{"sh", "-c", "setsid sleep 1234 & until pidof sleep; do sleep 0.1; done"}, Terminal: true}), 0)
+	s.waitExecExit(s.startExec(run, engine.Command{Args: []string{"sh", "-c", "setsid sleep 1234 & until grep -q sleep /proc/$!/comm; do sleep 0.1; done"}, Terminal: true}), 0)
 	s.checkRefused("a process at the terminal of an exec that has ended", run, s.newDir(), "sleep (pid ", "has the exec's terminal open", "input and output redirected")
 	s.shell(run, "killall -9 sleep")
 	s.checkCountsOn(run)

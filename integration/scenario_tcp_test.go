@@ -162,7 +162,7 @@ func tcpProbed(s *scenario) {
 		s.Errorf("%d probes of %d have failed: %v", len(failures), probes, errors.Join(failures...))
 	}
 	s.checkAnswer(address, "say here", "1 here")
-	s.remove(c)
+	s.check(s.engine.EndTask(s.ctx, c))
 	path := w.namespace.Path
 	s.check(w.remove())
 	w = s.connectedLink(path) // with another address
