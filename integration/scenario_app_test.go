@@ -199,6 +199,32 @@ except sqlite3.OperationalError as e:
 	})
 }
 
+// appDBus: a message bus keeps its clients and what it watches by inotify, on
+// virtiofs: of a service that is installed after the restore it learns at once.
+func appDBus(s *scenario) {
+	// Other engines' containers have no file system of their own at /run, as
+	// containerd's default has.
+	s.cycle(s.createApp(parts.DBus, oci.WithoutRunMount), appCheck{
+		after: func(run *engine.Run, cycle, _ int) {
+			text := fmt.Sprintf("after-restore-%d", cycle)
+			s.shell(run, "/app/signal "+text)
+			s.waitLine(run.Output, 0, fmt.Sprintf("signal %q", text))
+			name := fmt.Sprintf("app.Installed%d", cycle)
+			activatable := func() bool {
+				return slices.Contains(strings.Fields(strings.Join(s.shell(run, "/app/call ListActivatableNames"), " ")), name)
+			}
+			if activatable() {
+				s.Errorf("%s is there already", name)
+			}
+			s.shell(run, fmt.Sprintf(`printf '[D-BUS Service]\nName=%s\nExec=/bin/true\n' >/var/lib/app/services/%[1]s.service`, name))
+			if !s.eventually(scenarioTimeout, activatable) {
+				s.Errorf("it does not see %s, which was installed: %q", name, s.shell(run, "/app/call ListActivatableNames"))
+			}
+		},
+		stopped: s.checkLast("stopped"),
+	})
+}
+
 // appGo: a server of Go's own library and its client, with several requests in
 // flight on one connection, encrypted and with HTTP/2.
 func appGo(s *scenario) {

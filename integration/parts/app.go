@@ -60,6 +60,8 @@ var (
 	Python = App{Name: "python", Packages: []string{"python3"}, Without: []string{"openssl-provider-legacy", "media-types", "tzdata"}}
 	Node   = App{Name: "node", Packages: []string{"nodejs"}, Without: []string{"openssl-provider-legacy", "node-corepack"}}
 	Go     = App{Name: "go", Program: "app-go"}
+	// It watches its directories by inotify.
+	DBus = App{Name: "dbus", Packages: []string{"dbus-daemon", "dbus-bin"}}
 )
 
 // ImageName is the name of the application's image.
