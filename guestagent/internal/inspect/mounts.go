@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -118,6 +119,12 @@ func (c *Container) CheckShm(device uint64) ([]Finding, error) {
 
 func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 	for _, m := range mounts {
+		if bindsTerminal(m, given) {
+			findings = append(findings, Finding{Class: Refused,
+				What:   fmt.Sprintf("has mounted the terminal /dev/pts%s at %s, which CRIU cannot restore", m.Root, m.Mountpoint),
+				Advice: "unmount it before the checkpoint"})
+			continue
+		}
 		// A bind of a part of another mount comes with that one.
 		bind := slices.ContainsFunc(given, func(g *mountinfo.Info) bool { return g.Major == m.Major && g.Minor == m.Minor })
 		if bind || slices.Contains(restorableFS, m.FSType) {
@@ -128,6 +135,22 @@ func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 			Advice: "unmount it before the checkpoint, or create the container with it as a volume"})
 	}
 	return findings
+}
+
+// bindsTerminal reports whether a mount shows a single terminal of a devpts other
+// than the container's own terminal. CRIU creates the terminal when it mounts it,
+// before the mounts of the container are complete (devpts_restore in criu/tty.c):
+// its master is then open on a mount that is not the container's.
+func bindsTerminal(m *mountinfo.Info, given []*mountinfo.Info) bool {
+	if m.FSType != "devpts" {
+		return false
+	}
+	if _, err := strconv.Atoi(strings.TrimPrefix(m.Root, "/")); err != nil {
+		return false // all of it, or ptmx
+	}
+	return !slices.ContainsFunc(given, func(g *mountinfo.Info) bool {
+		return g.Major == m.Major && g.Minor == m.Minor && g.Root == m.Root
+	})
 }
 
 // PartialMounts are the external mounts of a container that show a part of a

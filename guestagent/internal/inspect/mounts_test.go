@@ -138,6 +138,28 @@ func TestMountsThatCannotBeRestoredAreFound(t *testing.T) {
 	}
 }
 
+func TestMountedTerminalsAreFound(t *testing.T) {
+	mounts := parseMounts(t, `100 99 0:41 / / rw - virtiofs none rw
+102 100 0:52 / /dev/pts rw - devpts devpts rw
+103 100 0:52 /0 /dev/console rw - devpts devpts rw
+104 100 0:52 /1 /dev/console rw - devpts devpts rw
+105 100 0:52 /ptmx /dev/ptmx rw - devpts devpts rw
+106 100 0:52 /0 /newroot/dev/console rw - devpts devpts rw
+107 100 0:53 / /newroot/dev/pts rw - devpts devpts rw
+108 100 0:53 /0 /newroot/dev/tty1 rw - devpts devpts rw
+`)
+	var have []string
+	for _, f := range madeMounts(mounts, Given(mounts, []string{"/", "/dev/pts", "/dev/console"})) {
+		if f.Class != Refused || f.Advice == "" {
+			t.Errorf("%v is no refusal with advice", f)
+		}
+		have = append(have, f.What)
+	}
+	if len(have) != 2 || !strings.Contains(have[0], "/dev/pts/1 at /dev/console,") || !strings.Contains(have[1], "/dev/pts/0 at /newroot/dev/tty1,") {
+		t.Errorf("findings %q", have)
+	}
+}
+
 func TestInImages(t *testing.T) {
 	mounts := parseMounts(t, made)
 	external := Externals(Given(mounts, madePoints), nil, nil)
