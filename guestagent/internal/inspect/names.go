@@ -205,13 +205,20 @@ const (
 	masterMajor  = 128 // UNIX98_PTY_MASTER_MAJOR, the first of eight
 )
 
+// firstSerial is the minor number of the first serial line of the consoles' major
+// number. Those below are virtual terminals, whose settings CRIU cannot set where
+// there is no screen.
+const firstSerial = 64
+
 func restorableDevice(st *unix.Stat_t) bool {
 	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
 		return false
 	}
 	switch major := unix.Major(st.Rdev); major {
-	case memoryMajor, consoleMajor, ttyMajor, serialMajor, usbMajor:
+	case memoryMajor, ttyMajor, serialMajor, usbMajor:
 		return true
+	case consoleMajor:
+		return unix.Minor(st.Rdev) >= firstSerial
 	default:
 		return major >= masterMajor && major <= lastSlaveMajor
 	}

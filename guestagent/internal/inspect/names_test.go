@@ -210,3 +210,24 @@ func TestDevices(t *testing.T) {
 		}
 	}
 }
+
+func TestDevicesThatCRIUOpensAgain(t *testing.T) {
+	for _, tt := range []struct {
+		name         string
+		kind         uint32
+		major, minor uint32
+		want         bool
+	}{
+		{"/dev/null", unix.S_IFCHR, 1, 3, true},
+		{"/dev/tty1", unix.S_IFCHR, 4, 1, false},
+		{"/dev/ttyS0", unix.S_IFCHR, 4, 64, true},
+		{"/dev/ptmx", unix.S_IFCHR, 5, 2, true},
+		{"/dev/fuse", unix.S_IFCHR, 10, 229, false},
+		{"/dev/pts/0", unix.S_IFCHR, 136, 0, true},
+		{"/dev/ram0", unix.S_IFBLK, 1, 0, false},
+	} {
+		if have := restorableDevice(&unix.Stat_t{Mode: tt.kind | 0o600, Rdev: unix.Mkdev(tt.major, tt.minor)}); have != tt.want {
+			t.Errorf("%s: %v", tt.name, have)
+		}
+	}
+}
