@@ -249,11 +249,18 @@ func casesRefused(s *scenario) {
 			s.sub(t).checkCase(run, refused)
 		})
 	}
+	// What makes sandboxes, such as bubblewrap: a mount namespace with a root of its
+	// own, into which it binds what the program needs.
+	sandbox := s.shell(run, `mkdir -p /mnt; unshare -m sh -c "mount -t tmpfs n /mnt && cd /mnt && mkdir bin old proc && mount --bind /bin bin && mount -t proc p proc &&
+		echo nested >file && pivot_root . old && cd / && umount -l /old && exec sleep 4321" >/tmp/sandbox 2>&1 & echo $!`)[0]
+	if !s.eventually(caseTimeout, func() bool { return s.succeeds(run, "[ -e /proc/"+sandbox+"/root/file ]") }) {
+		s.Fatalf("there is no sandbox: %q", s.shell(run, "cat /tmp/sandbox"))
+	}
 	for range 2 { // nothing of them is left
 		dir := s.checkpoint(run, true)
 		s.waitExit(run, 137)
 		run = s.restore(c, dir)
-		if have := s.shell(run, "cat /b/file /t/l/file; grep -c -e ' /b ' -e ' /t ' /proc/mounts"); !slices.Equal(have, []string{"bound", "lower", "2"}) {
+		if have := s.shell(run, "cat /b/file /t/l/file /proc/"+sandbox+"/root/file; grep -c -e ' /b ' -e ' /t ' /proc/mounts; grep -c -e ' / ' -e ' /bin ' -e ' /proc ' /proc/"+sandbox+"/mounts"); !slices.Equal(have, []string{"bound", "lower", "nested", "2", "3"}) {
 			s.Errorf("in what the container has mounted there is %q", have)
 		}
 	}
