@@ -193,6 +193,7 @@ var scenarios = []scenarioCase{
 	{name: "app-node", kind: kindApps, run: appNode, timeout: 8 * time.Minute},
 	{name: "app-redis", kind: kindApps, run: appRedis, timeout: 8 * time.Minute},
 	{name: "app-nginx", kind: kindApps, run: appNginx, timeout: 8 * time.Minute},
+	{name: "app-bubblewrap", kind: kindApps, run: appBubblewrap, timeout: 8 * time.Minute},
 	{name: "app-dbus", kind: kindApps, run: appDBus, timeout: 8 * time.Minute},
 	{name: "app-python", kind: kindApps, run: appPython, timeout: 8 * time.Minute},
 	{name: "app-go", kind: kindApps, run: appGo, timeout: 8 * time.Minute},

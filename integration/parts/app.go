@@ -60,6 +60,9 @@ var (
 	Python = App{Name: "python", Packages: []string{"python3"}, Without: []string{"openssl-provider-legacy", "media-types", "tzdata"}}
 	Node   = App{Name: "node", Packages: []string{"nodejs"}, Without: []string{"openssl-provider-legacy", "node-corepack"}}
 	Go     = App{Name: "go", Program: "app-go"}
+	// What makes sandboxes of namespaces and mounts, for desktop applications and
+	// builders.
+	Bubblewrap = App{Name: "bubblewrap", Packages: []string{"bubblewrap"}}
 	// It watches its directories by inotify.
 	DBus = App{Name: "dbus", Packages: []string{"dbus-daemon", "dbus-bin"}}
 )
