@@ -205,7 +205,11 @@ func (c *container) exec(p *specs.Process) (*process, error) {
 	}
 	defer other.close()
 	p.Capabilities = c.spec.Process.Capabilities
-	pid, err := c.execHelper(other, execRequest{Cgroup: string(c.cgroup), Process: p, Terminal: p.Terminal})
+	request := execRequest{Cgroup: string(c.cgroup), Process: p, Terminal: p.Terminal}
+	if c.spec.Linux != nil && c.spec.Linux.Seccomp != nil {
+		request.Filtered = c.init.pid
+	}
+	pid, err := c.execHelper(other, request)
 	if err != nil {
 		ours.close()
 		return nil, err

@@ -46,6 +46,8 @@ type execRequest struct {
 	Process *specs.Process `json:"process"`
 	// Terminal: stdin is a terminal, and copies of it leak.
 	Terminal bool `json:"terminal"`
+	// Filtered is a process whose seccomp filter the new one is to have, 0 for none.
+	Filtered int `json:"filtered"`
 }
 
 type execResult struct {
@@ -72,6 +74,13 @@ func execute() (int, error) {
 	var r execRequest
 	if err := json.NewDecoder(os.NewFile(execRequestFd, "request")).Decode(&r); err != nil {
 		return 0, fmt.Errorf("read the request: %w", err)
+	}
+	var filter []unix.SockFilter
+	if r.Filtered != 0 {
+		var err error
+		if filter, err = firstFilter(r.Filtered); err != nil {
+			return 0, fmt.Errorf("read the seccomp filter of process %d: %w", r.Filtered, err)
+		}
 	}
 	procs := cgroup(r.Cgroup).file("cgroup.procs")
 	if err := os.WriteFile(procs, []byte("0"), 0); err != nil {
@@ -106,6 +115,11 @@ func execute() (int, error) {
 			files = append(files, ^uintptr(0)) // not open
 		}
 		files = append(files, 0, 0)
+	}
+	if filter != nil { // while it has the capability to set one
+		if err := setFilter(filter); err != nil {
+			return 0, err
+		}
 	}
 	if err := become(p); err != nil {
 		return 0, err
