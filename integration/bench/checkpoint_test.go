@@ -267,12 +267,12 @@ func (s *bench) waitedForDisk(id string, log int64) (total time.Duration, err er
 	return total, nil
 }
 
-// bareScript dumps the container's processes from the guest's root to the
-// exchange directory, with the same CRIU. Times are from the guest's clock, in
+// bareScript dumps the container's processes from the guest's root to a volume of
+// the container's, with the same CRIU. Times are from the guest's clock, in
 // hundredths of a second.
 const bareScript = `set -e
 pid=$(busybox pidof workload)
-dir=/run/kata-checkpoint/exchange/%[1]s/bare
+dir=/proc/$pid/root%[1]s/images
 work=/run/kata-checkpoint/bare
 rm -rf $dir $work
 mkdir $dir $work
@@ -309,7 +309,7 @@ func externals(dir string) (string, error) {
 
 // bareDump returns the duration of a bare dump with CRIU options.
 func (s *bench) bareDump(ctx context.Context, id, options string) (time.Duration, error) {
-	out, status, err := s.bed.GuestExec(ctx, id, fmt.Sprintf(bareScript, id, options))
+	out, status, err := s.bed.GuestExec(ctx, id, fmt.Sprintf(bareScript, bareVolume, options))
 	if err != nil {
 		return 0, err
 	}
