@@ -117,7 +117,7 @@ func describe(bed *testbed.Testbed) {
 const bareVolume = "/bare"
 
 func (s *bench) start(ctx context.Context, id string, args ...string) (*engine.Run, error) {
-	volume := filepath.Join(s.bed.Dir, "tmp", id)
+	volume := filepath.Join(s.bed.Dir, "tmp", "volume-"+id)
 	if err := os.MkdirAll(volume, 0o700); err != nil {
 		return nil, err
 	}
