@@ -112,19 +112,13 @@ func describe(bed *testbed.Testbed) {
 
 // start creates and starts a container of the workload, and waits until it has
 // completed a few rounds.
-// bareVolume is where a container has a directory of the host for bare dumps: the
-// guest can write to the exchange directory during a checkpoint only.
-const bareVolume = "/bare"
-
 func (s *bench) start(ctx context.Context, id string, args ...string) (*engine.Run, error) {
-	volume := filepath.Join(s.bed.Dir, "tmp", "volume-"+id)
-	if err := os.MkdirAll(volume, 0o700); err != nil {
-		return nil, err
-	}
-	container, err := s.engine.Create(ctx, engine.Container{
-		ID: id, Image: parts.WorkloadImageName, Args: append([]string{workload.Path}, args...),
-		Mounts: []specs.Mount{{Type: "bind", Source: volume, Destination: bareVolume, Options: []string{"rbind", "rw"}}},
-	})
+	return s.startOn(ctx, nil, id, args...)
+}
+
+// startOn starts a container with mounts beside the usual ones.
+func (s *bench) startOn(ctx context.Context, mounts []specs.Mount, id string, args ...string) (*engine.Run, error) {
+	container, err := s.engine.Create(ctx, engine.Container{ID: id, Image: parts.WorkloadImageName, Args: append([]string{workload.Path}, args...), Mounts: mounts})
 	if err != nil {
 		return nil, err
 	}

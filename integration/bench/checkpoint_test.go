@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/typeurl/v2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 )
@@ -36,7 +37,8 @@ func BenchmarkCheckpoint(b *testing.B) {
 			id := fmt.Sprintf("memory-%d", size.mib)
 			// It rarely verifies its memory: in a guest with one processor the
 			// dump is to be measured, not the workload.
-			run, err := s.start(b.Context(), id, "memory", "--mib", strconv.Itoa(size.mib), "--shm-mib", "0", "--every", "3s")
+			volume := specs.Mount{Type: "bind", Source: b.TempDir(), Destination: bareVolume, Options: []string{"rbind", "rw"}}
+			run, err := s.startOn(b.Context(), []specs.Mount{volume}, id, "memory", "--mib", strconv.Itoa(size.mib), "--shm-mib", "0", "--every", "3s")
 			if err != nil {
 				return err
 			}
@@ -266,6 +268,10 @@ func (s *bench) waitedForDisk(id string, log int64) (total time.Duration, err er
 	}
 	return total, nil
 }
+
+// bareVolume is where a container has a directory of the host for bare dumps: the
+// guest can write to the exchange directory during a checkpoint only.
+const bareVolume = "/bare"
 
 // bareScript dumps the container's processes from the guest's root to a volume of
 // the container's, with the same CRIU. Times are from the guest's clock, in
