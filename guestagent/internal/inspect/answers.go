@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -107,6 +108,21 @@ func Tree(pid int, points []string) (*inside.Tree, error) {
 
 // mountOf is the mount of a descriptor, or nil.
 func (t *mountTable) mountOf(f File) *mountinfo.Info { return t.ids[f.MountID] }
+
+// inRoot is the mount that init has in the place of a mount of another mount
+// namespace, or nil.
+func (t *mountTable) inRoot(m *mountinfo.Info) *mountinfo.Info {
+	if m == nil {
+		return nil
+	}
+	i := slices.IndexFunc(t.root, func(r *mountinfo.Info) bool {
+		return r.Mountpoint == m.Mountpoint && r.Root == m.Root && r.Major == m.Major && r.Minor == m.Minor
+	})
+	if i < 0 {
+		return nil
+	}
+	return t.root[i]
+}
 
 // deviceOf is a mount of a mapping's file system, or nil.
 func (t *mountTable) deviceOf(m Mapping) *mountinfo.Info { return t.devices[m.Device] }

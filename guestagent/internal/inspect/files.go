@@ -60,8 +60,9 @@ func newSkippedMounts(mounts []*mountinfo.Info) skippedMounts {
 // OpenFiles lists the regular files that processes have open or mapped and that
 // CRIU's images do not contain, with their sizes: CRIU restores no process
 // whose file has another size, unless the file is only appended to. The
-// processes are frozen, and files that may not answer are left out: CRIU checks
-// those alone.
+// processes are frozen, and files that may not answer are left out, and those of
+// a mount namespace below the container's that init does not see under their
+// names: CRIU checks those alone.
 func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
 	skipped := newSkippedMounts(c.mounts.root)
 	seen := make(map[string]*api.OpenFile)
@@ -92,13 +93,21 @@ func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
 		return nil
 	}
 	for _, p := range c.Processes {
+		nested := p.mountNamespace != c.Root.mountNamespace
 		for _, f := range p.Files {
-			if skipped.ids[f.MountID] || !c.mounts.answers(c.mounts.mountOf(f)) {
+			m := c.mounts.mountOf(f)
+			if nested {
+				m = c.mounts.inRoot(m)
+			}
+			if m == nil || skipped.ids[m.ID] || !c.mounts.answers(m) {
 				continue
 			}
 			if err := add(f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), f.appends()); err != nil {
 				return nil, err
 			}
+		}
+		if nested {
+			continue // which mount a mapping is on, the kernel does not say
 		}
 		for _, m := range p.Mappings {
 			if skipped.devices[m.Device] || !c.mounts.answers(c.mounts.deviceOf(m)) {

@@ -136,6 +136,35 @@ func TestOpenFilesSeesDescriptorsAndMappings(t *testing.T) {
 	}
 }
 
+// A process in a mount namespace of its own has files open that init does not see
+// under their names, or that the images contain.
+func TestOpenFilesOfANestedNamespace(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes a mount namespace")
+	}
+	dir := t.TempDir()
+	memory := filepath.Join(dir, "memory")
+	must(t, os.Mkdir(memory, 0o700), os.Mkdir(filepath.Join(dir, "own"), 0o700), os.Mkdir(filepath.Join(dir, "bind"), 0o700))
+	must(t, unix.Mount("t", memory, "tmpfs", 0, ""))
+	t.Cleanup(func() { must(t, unix.Unmount(memory, unix.MNT_DETACH)) })
+	must(t, create(t, filepath.Join(dir, "seen")).Close())
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", "cd "+dir+" && mount -t tmpfs t own && mount --bind . bind && exec 4<seen 5>own/file 6<bind/seen 7>memory/file && echo ready && read line")
+	testproc.Ready(t, cmd)
+	c, err := LookAtFiles(t.Context(), os.Getpid(), []int{os.Getpid(), cmd.Process.Pid}, nil)
+	must(t, err)
+	files, err := c.OpenFiles(t.Context())
+	must(t, err)
+	var have []string
+	for _, f := range files {
+		if name, ok := strings.CutPrefix(string(f.GetPath()), dir+"/"); ok {
+			have = append(have, name)
+		}
+	}
+	if !slices.Equal(have, []string{"seen"}) {
+		t.Errorf("open files %q", have)
+	}
+}
+
 // Names of files are bytes.
 func TestOpenFilesWithAnyName(t *testing.T) {
 	f := create(t, filepath.Join(t.TempDir(), "caf\xe9\n\x1b.txt"))
