@@ -109,7 +109,7 @@ func Tree(pid int, points []string) (*inside.Tree, error) {
 // mountOf is the mount of a descriptor, or nil.
 func (t *mountTable) mountOf(f File) *mountinfo.Info { return t.ids[f.MountID] }
 
-// inRoot is the mount that init has in the place of a mount of another mount
+// inRoot is the mount that init has in place of a mount of another mount
 // namespace, or nil.
 func (t *mountTable) inRoot(m *mountinfo.Info) *mountinfo.Info {
 	if m == nil {
