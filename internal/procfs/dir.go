@@ -17,17 +17,25 @@ type Dir struct {
 	pid, fd int
 	// buf is what Read fills.
 	buf []byte
+	// target is what Link fills, and links are those that it has returned: the
+	// processes of a container have most of them in common.
+	target [unix.PathMax]byte
+	links  map[string]string
 }
+
+// maxLinks bounds those that are remembered.
+const maxLinks = 10000
 
 // OpenDir opens the directory of a process in /proc. Its error wraps
 // [fs.ErrNotExist] where there is no such process, and so do those of the methods
 // once it has exited. The caller calls Close. Reuse, if not nil, is a closed Dir
 // that is used no longer.
 func OpenDir(pid int, reuse *Dir) (*Dir, error) {
-	d := &Dir{pid: pid}
-	if reuse != nil {
-		d.buf = reuse.buf
+	d := reuse
+	if d == nil {
+		d = &Dir{buf: make([]byte, 1<<14), links: make(map[string]string)}
 	}
+	d.pid = pid
 	var err error
 	if d.fd, err = unix.Open(path(pid), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
 		return nil, d.failed("open", "", err)
@@ -46,15 +54,19 @@ func (d *Dir) failed(op, name string, err error) error {
 }
 
 // Read reads a file, such as "maps". What it returns is valid until the next Read.
-func (d *Dir) Read(name string) ([]byte, error) {
+func (d *Dir) Read(name string) ([]byte, error) { return d.read(name, false) }
+
+// ReadRecord is Read of a file that the kernel generates as one record, such as
+// "status" or those in "fdinfo": with room for it, a single read returns all
+// (fs/seq_file.c, single_open).
+func (d *Dir) ReadRecord(name string) ([]byte, error) { return d.read(name, true) }
+
+func (d *Dir) read(name string, record bool) ([]byte, error) {
 	fd, err := unix.Openat(d.fd, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, d.failed("open", name, err)
 	}
 	defer unix.Close(fd)
-	if d.buf == nil {
-		d.buf = make([]byte, 1<<14)
-	}
 	for n := 0; ; {
 		if n == len(d.buf) {
 			d.buf = append(d.buf, make([]byte, len(d.buf))...)
@@ -62,24 +74,32 @@ func (d *Dir) Read(name string) ([]byte, error) {
 		got, err := unix.Read(fd, d.buf[n:])
 		switch {
 		case errors.Is(err, unix.EINTR):
+			continue
 		case err != nil:
 			return nil, d.failed("read", name, err)
-		case got == 0:
+		}
+		n += got
+		if got == 0 || record && n < len(d.buf) {
 			return d.buf[:n], nil
-		default:
-			n += got
 		}
 	}
 }
 
 // Link reads a symbolic link, such as "ns/net".
 func (d *Dir) Link(name string) (string, error) {
-	var buf [unix.PathMax]byte
-	n, err := unix.Readlinkat(d.fd, name, buf[:])
+	n, err := unix.Readlinkat(d.fd, name, d.target[:])
 	if err != nil {
 		return "", d.failed("readlink", name, err)
 	}
-	return string(buf[:n]), nil
+	if known, ok := d.links[string(d.target[:n])]; ok {
+		return known, nil
+	}
+	if len(d.links) == maxLinks {
+		clear(d.links)
+	}
+	link := string(d.target[:n])
+	d.links[link] = link
+	return link, nil
 }
 
 // Names lists a directory, such as "fd".
@@ -108,7 +128,7 @@ func (d *Dir) Names(name string) ([]string, error) {
 
 // Stat is [ReadStat].
 func (d *Dir) Stat() (Stat, error) {
-	data, err := d.Read("stat")
+	data, err := d.ReadRecord("stat")
 	if err != nil {
 		return Stat{}, err
 	}
@@ -122,7 +142,7 @@ func (d *Dir) Stat() (Stat, error) {
 // Identity returns what [NSPIDs] does, and the pid of the process that traces this
 // one with ptrace(2), or 0.
 func (d *Dir) Identity() (pids []int, tracer int, err error) {
-	data, err := d.Read("status")
+	data, err := d.ReadRecord("status")
 	if err != nil {
 		return nil, 0, err
 	}

@@ -68,11 +68,17 @@ func parseStat(data []byte) (Stat, error) {
 	if first < 0 || i < first {
 		return Stat{}, errors.New("no command")
 	}
-	fields := strings.Fields(string(data[i+1:]))
 	// By their numbers in proc(5), which start from 1, less the first two fields.
 	const parent, session, terminal, startTime = 4 - 3, 6 - 3, 7 - 3, 22 - 3
-	if len(fields) <= startTime {
-		return Stat{}, fmt.Errorf("%d fields after the command", len(fields))
+	var fields [startTime + 1]string
+	n := 0
+	for field := range bytes.FieldsSeq(data[i+1:]) {
+		if fields[n], n = string(field), n+1; n == len(fields) {
+			break
+		}
+	}
+	if n < len(fields) {
+		return Stat{}, fmt.Errorf("%d fields after the command", n)
 	}
 	s := Stat{Name: string(data[first+1 : i]), State: fields[0][0]}
 	var errs [4]error

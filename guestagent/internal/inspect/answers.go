@@ -134,7 +134,7 @@ func (t *mountTable) mountOfFD(fd int) (*mountinfo.Info, error) {
 		return nil, err
 	}
 	f := File{FD: fd}
-	if err := f.parseInfo(string(info)); err != nil {
+	if err := f.parseInfo(info); err != nil {
 		return nil, err
 	}
 	return t.mountOf(f), nil

@@ -183,13 +183,12 @@ func (c *Container) all() []*Process { return slices.Concat(c.Processes, c.Execs
 // Processes reads processes, without those that have exited.
 func Processes(ctx context.Context, pids []int) ([]*Process, error) {
 	out := make([]*Process, 0, len(pids))
-	var dir *procfs.Dir
+	r := reader{mapped: make(map[string]Mapping)}
 	for _, pid := range pids {
 		if err := ended(ctx); err != nil {
 			return nil, err
 		}
-		p, last, err := readProcess(pid, dir)
-		dir = last
+		p, err := r.process(pid)
 		if gone(err) {
 			continue
 		}
@@ -215,40 +214,51 @@ func gone(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
 }
 
-func readProcess(pid int, reuse *procfs.Dir) (*Process, *procfs.Dir, error) {
-	dir, err := procfs.OpenDir(pid, reuse)
+// reader reads processes one after the other. They have much in common.
+type reader struct {
+	dir *procfs.Dir
+	// mapped has what lines of maps say of a file.
+	mapped map[string]Mapping
+}
+
+// maxMapped bounds the files that a reader remembers.
+const maxMapped = 10000
+
+func (r *reader) process(pid int) (*Process, error) {
+	dir, err := procfs.OpenDir(pid, r.dir)
 	if err != nil {
-		return nil, reuse, err
+		return nil, err
 	}
+	r.dir = dir
 	defer dir.Close()
 	stat, err := dir.Stat()
 	if err != nil {
-		return nil, dir, err
+		return nil, err
 	}
 	p := &Process{PID: pid, Name: shown(stat.Name), Parent: stat.Parent, Terminal: stat.Terminal, Session: stat.Session}
 	if p.PIDs, p.Tracer, err = dir.Identity(); err != nil {
-		return nil, dir, err
+		return nil, err
 	}
 	if stat.Exited() {
 		threads, err := dir.Names("task")
 		if err != nil {
-			return nil, dir, err
+			return nil, err
 		}
 		p.Headless = len(threads) > 1
 	}
 	// A zombie has no namespaces, and nothing open or mapped.
 	if p.Namespaces, err = readNamespaces(dir); err != nil {
-		return nil, dir, err
+		return nil, err
 	}
 	p.mountNamespace, _ = dir.Link("ns/mnt")
 	p.rootDir, _ = dir.Link("root")
 	if p.Files, err = readFiles(dir); err != nil {
-		return nil, dir, err
+		return nil, err
 	}
-	if p.Mappings, err = readMappings(dir); err != nil && !gone(err) {
-		return nil, dir, err
+	if p.Mappings, err = r.mappings(); err != nil && !gone(err) {
+		return nil, err
 	}
-	return p, dir, nil
+	return p, nil
 }
 
 // links calls f with the number and the name of each descriptor of a process.
@@ -282,14 +292,14 @@ func readFiles(dir *procfs.Dir) ([]File, error) {
 	err := links(dir, func(fd int, name string) error {
 		f := File{FD: fd, Name: name}
 		if strings.HasPrefix(name, "/") {
-			info, err := dir.Read("fdinfo/" + strconv.Itoa(fd))
+			info, err := dir.ReadRecord("fdinfo/" + strconv.Itoa(fd))
 			if gone(err) {
 				return nil
 			}
 			if err != nil {
 				return err
 			}
-			if err := f.parseInfo(string(info)); err != nil {
+			if err := f.parseInfo(info); err != nil {
 				return err
 			}
 		}
@@ -301,20 +311,20 @@ func readFiles(dir *procfs.Dir) ([]File, error) {
 
 // parseInfo takes what is needed from a descriptor's fdinfo, see
 // proc_pid_fdinfo(5).
-func (f *File) parseInfo(info string) error {
-	for line := range strings.Lines(info) {
-		name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
-		value = strings.TrimSpace(value)
+func (f *File) parseInfo(info []byte) error {
+	for line := range bytes.Lines(info) {
+		name, value, _ := bytes.Cut(line, []byte(":"))
+		value = bytes.TrimSpace(value)
 		var n int64
 		var err error
-		switch name {
+		switch string(name) {
 		case "flags":
-			n, err = strconv.ParseInt(value, 8, 64)
+			n, err = strconv.ParseInt(string(value), 8, 64)
 			f.Flags = int(n)
 		case "mnt_id":
-			f.MountID, err = strconv.Atoi(value)
+			f.MountID, err = strconv.Atoi(string(value))
 		case "ino":
-			f.Inode, err = strconv.ParseUint(value, 10, 64)
+			f.Inode, err = strconv.ParseUint(string(value), 10, 64)
 		}
 		if err != nil {
 			return fmt.Errorf("fdinfo of descriptor %d: %w", f.FD, err)
@@ -323,54 +333,63 @@ func (f *File) parseInfo(info string) error {
 	return nil
 }
 
-func readMappings(dir *procfs.Dir) ([]Mapping, error) {
-	maps, err := dir.Read("maps")
+func (r *reader) mappings() ([]Mapping, error) {
+	maps, err := r.dir.Read("maps")
 	if err != nil {
 		return nil, err
 	}
 	var out []Mapping
 	for line := range bytes.Lines(maps) {
 		// Most of many mappings are of no file.
-		if !bytes.ContainsRune(line, '/') && !bytes.Contains(line, []byte(anonInode)) {
+		if bytes.IndexByte(line, '/') < 0 && !bytes.Contains(line, []byte(anonInode)) {
 			continue
 		}
-		m, ok := parseMapping(string(bytes.TrimSuffix(line, []byte("\n"))))
+		addresses, shared, file, ok := cutMapping(bytes.TrimSuffix(line, []byte("\n")))
 		if !ok {
 			continue
 		}
+		m, ok := r.file(file)
+		if !ok {
+			continue
+		}
+		m.Shared = shared
 		if last := len(out) - 1; last >= 0 && !m.Shared && !out[last].Shared && m.Path == out[last].Path && m.Device == out[last].Device {
 			continue
 		}
+		m.Addresses = MapFilesName(string(addresses))
 		out = append(out, m)
 	}
 	return out, nil
 }
 
-// parseMapping reads a line of /proc/PID/maps, if a file is mapped: addresses,
-// permissions, offset, device, inode, and the path.
-func parseMapping(line string) (Mapping, bool) {
-	i := strings.IndexByte(line, '/')
-	if anonymous := strings.Index(line, anonInode); anonymous >= 0 && (i < 0 || anonymous < i) {
-		i = anonymous
+// cutMapping cuts a line of /proc/PID/maps: addresses, permissions, offset, and
+// what it says of the file.
+func cutMapping(line []byte) (addresses []byte, shared bool, file []byte, ok bool) {
+	addresses, line, _ = bytes.Cut(line, []byte(" "))
+	permissions, line, _ := bytes.Cut(line, []byte(" "))
+	_, file, ok = bytes.Cut(line, []byte(" "))
+	return addresses, bytes.HasSuffix(permissions, []byte("s")), file, ok
+}
+
+// file reads what a line of /proc/PID/maps says of a file, if one is mapped:
+// device, inode and path. No two lines of a file differ in it.
+func (r *reader) file(line []byte) (Mapping, bool) {
+	if m, ok := r.mapped[string(line)]; ok {
+		return m, true
 	}
-	if i < 0 {
+	device, rest, _ := strings.Cut(string(line), " ")
+	number, path, _ := strings.Cut(rest, " ")
+	inode, err := strconv.ParseUint(number, 10, 64)
+	path = strings.TrimLeft(path, " ")
+	if err != nil || !strings.HasPrefix(path, "/") && !strings.HasPrefix(path, anonInode) {
 		return Mapping{}, false
 	}
-	fields := strings.Fields(line[:i])
-	if len(fields) != 5 {
-		return Mapping{}, false
+	if len(r.mapped) == maxMapped {
+		clear(r.mapped)
 	}
-	inode, err := strconv.ParseUint(fields[4], 10, 64)
-	if err != nil {
-		return Mapping{}, false
-	}
-	return Mapping{
-		Inode:     inode,
-		Addresses: MapFilesName(fields[0]),
-		Shared:    strings.HasSuffix(fields[1], "s"),
-		Device:    fields[3],
-		Path:      line[i:],
-	}, true
+	m := Mapping{Device: device, Path: path, Inode: inode}
+	r.mapped[string(line)] = m
+	return m, true
 }
 
 // MapFilesName is the name in map_files of the addresses in maps, which are

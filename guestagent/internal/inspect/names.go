@@ -44,6 +44,7 @@ func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
 	defer tree.Close()
 	s := nameSearch{c: c, tree: tree, there: make(map[string]inode), names: Names{Files: make(map[string]string), Sockets: make(map[uint32]string)}}
 	seen := make(map[Mapping]bool)
+	fine := make(map[File]bool)
 	for _, p := range c.Processes {
 		// What names mean in a mount namespace below the container's, CRIU knows.
 		if p.mountNamespace != c.Root.mountNamespace {
@@ -58,7 +59,12 @@ func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
 			if err := ended(ctx); err != nil {
 				return nil, err
 			}
-			if err := s.file(p, f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), m); err != nil {
+			// Processes have many files from their parents.
+			key := File{Name: f.Name, MountID: f.MountID, Inode: f.Inode}
+			if fine[key] {
+				continue
+			}
+			if fine[key], err = s.file(p, f.Name, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), m); err != nil {
 				return nil, err
 			}
 		}
@@ -72,7 +78,7 @@ func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
 			if err := ended(ctx); err != nil {
 				return nil, err
 			}
-			if err := s.file(p, m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), nil); err != nil {
+			if _, err := s.file(p, m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), nil); err != nil {
 				return nil, err
 			}
 		}
@@ -132,29 +138,31 @@ func readOnly(m *mountinfo.Info) bool {
 	return slices.Contains(strings.Split(m.Options, ","), "ro")
 }
 
-// file looks at an open or mapped file. The mount is known for open ones.
-func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) error {
+// file looks at an open or mapped file. The mount is known for open ones. It
+// reports whether the file is fine, whoever has it open.
+func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) (fine bool, _ error) {
 	if !strings.HasPrefix(name, "/") {
-		return nil
+		return true, nil
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(link, &st); err != nil {
-		return nil //nolint:nilerr // closed, unmapped or exited meanwhile
+		return false, nil //nolint:nilerr // closed, unmapped or exited meanwhile
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFCHR, unix.S_IFBLK:
 		if mount != nil && !restorableDevice(&st) {
 			s.refuse(p, "close it before the checkpoint, or run the program without it", "has the device %s open, which CRIU cannot checkpoint", name)
+			return false, nil
 		}
-		return nil
+		return true, nil
 	case unix.S_IFREG:
 	default:
-		return nil
+		return true, nil
 	}
 	own := inode{st.Dev, st.Ino}
 	if name, deleted := strings.CutSuffix(name, deletedSuffix); deleted {
 		if there, err := s.lookUp(name + deletedSuffix); err != nil || there == own {
-			return nil //nolint:nilerr // that is its name, or CRIU reports the error
+			return false, nil //nolint:nilerr // that is its name, or CRIU reports the error
 		}
 	}
 	name = strings.TrimSuffix(name, deletedSuffix)
@@ -164,23 +172,23 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 		if mount != nil && readOnly(mount) {
 			s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
 		}
-		return nil
+		return false, nil
 	}
 	there, err := s.lookUp(name)
 	if err != nil || there == own || !s.stays(link, name, own) {
-		return nil //nolint:nilerr // CRIU reports it
+		return there == own, nil //nolint:nilerr // CRIU reports it
 	}
 	if mount != nil && readOnly(mount) {
 		s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
-		return nil
+		return false, nil
 	}
 	if there != (inode{}) {
 		s.refuse(p, reopen, "has the file %s open, and another file has taken its name", name)
-		return nil
+		return false, nil
 	}
 	now, err := s.find(filepath.Dir(name), own)
 	if err != nil {
-		return err
+		return false, err
 	}
 	switch before := s.names.Files[name]; {
 	case now == "":
@@ -190,7 +198,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	default:
 		s.names.Files[name] = now
 	}
-	return nil
+	return false, nil
 }
 
 // The major numbers of devices that CRIU opens again by their names: memory, such

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
 // checkNames looks at this process.
@@ -91,6 +94,35 @@ func TestNamesOfOpenFiles(t *testing.T) {
 				t.Errorf("findings %q, not %q", text, test.refused)
 			}
 		})
+	}
+}
+
+// A file that is fine is looked at once; of one that is not, everybody is named
+// who has it open.
+func TestAFileThatManyHaveOpen(t *testing.T) {
+	dir := t.TempDir()
+	file, other := create(t, dir+"/a"), create(t, dir+"/fine")
+	pids := []int{os.Getpid()}
+	for range 2 {
+		cmd := exec.Command("sh", "-c", "echo ready; read line")
+		cmd.ExtraFiles = []*os.File{other, file, other}
+		testproc.Ready(t, cmd)
+		pids = append(pids, cmd.Process.Pid)
+	}
+	c, err := Look(t.Context(), pids[0], pids, nil)
+	must(t, err)
+	for i, want := range []int{0, len(pids)} {
+		if i > 0 {
+			must(t, firstError(os.Link(dir+"/a", dir+"/b"), os.Remove(dir+"/a"), os.WriteFile(dir+"/a", nil, 0o600)))
+			if c, err = Look(t.Context(), pids[0], pids, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		findings, err := c.CheckNames(t.Context())
+		must(t, err)
+		if len(findings) != want {
+			t.Errorf("%d findings, not %d: %v", len(findings), want, findings)
+		}
 	}
 }
 
