@@ -1173,8 +1173,8 @@ type RestoreRequest struct {
 	// rights are those of the container. Without them they are those of its
 	// placeholder.
 	Rights *Rights `protobuf:"bytes,9,opt,name=rights,proto3" json:"rights,omitempty"`
-	// connections are those of the CheckpointResponse. Their packets are dropped
-	// until they are restored.
+	// connections are those of the CheckpointResponse. They are restored at their
+	// own address only.
 	Connections []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
 	// addresses are those of the CheckpointResponse.
 	Addresses     []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`

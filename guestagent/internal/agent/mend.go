@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -82,13 +81,9 @@ func mendImages(images string, names inspect.Names, connections []inspect.Connec
 // hasEnded reports whether a socket in an image is that of a connection that has
 // ended.
 func hasEnded(s *sk_inet.InetSkEntry, connections []inspect.Connection) bool {
-	src, ok := fromImage(s.GetFamily(), s.GetSrcAddr())
-	if !ok {
-		return false
-	}
-	dst, ok := fromImage(s.GetFamily(), s.GetDstAddr())
+	e, ok := endpointsOf(s)
 	return ok && slices.ContainsFunc(connections, func(c inspect.Connection) bool {
-		return c.Ended && c.Local == netip.AddrPortFrom(src.Unmap(), uint16(s.GetSrcPort())) && c.Remote == netip.AddrPortFrom(dst.Unmap(), uint16(s.GetDstPort())) //nolint:gosec // ports
+		return c.Ended && c.Local == e.local && c.Remote == e.remote
 	})
 }
 

@@ -8,6 +8,11 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
+
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
+	sk_inet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
@@ -38,6 +43,54 @@ func (a *Agent) lockNetwork(c *container, list []inspect.Connection) error {
 		return err
 	}
 	return netlock.Lock(lockName(c.ID), list)
+}
+
+// lockRestored locks the connections that CRIU is about to restore, those with both
+// ends in the container as well: what reaches a connection that is half restored
+// is answered with a reset, or gets into the wrong place of the stream, and what
+// one end sends before the other is there resets both. It reports whether there
+// are any. After a failed restore the lock stays, until Forget.
+func (a *Agent) lockRestored(c *container, r *api.RestoreRequest, images string) (bool, error) {
+	if r.GetOptions().GetTcpClose() {
+		return false, nil // their sockets come back unconnected
+	}
+	list, err := restoredConnections(images)
+	if err != nil || len(list) == 0 {
+		return false, err
+	}
+	return true, a.lockNetwork(c, list)
+}
+
+// restoredConnections lists the TCP connections in CRIU's images, each end that is
+// there once, with the addresses that CRIU is going to use.
+func restoredConnections(images string) (out []inspect.Connection, err error) {
+	seen := make(map[endpoints]bool)
+	err = editImage(filepath.Join(images, filesImage), func(f *fdinfo.FileEntry) bool {
+		e, ok := endpointsOf(f.GetIsk())
+		if ok && f.GetIsk().GetProto() == unix.IPPROTO_TCP && e.remote.Port() != 0 && !seen[e] {
+			seen[e] = true
+			out = append(out, inspect.Connection{Local: e.local, Remote: e.remote})
+		}
+		return false
+	})
+	return out, err
+}
+
+// endpoints are those of a connection, as they are on the wire.
+type endpoints struct{ local, remote netip.AddrPort }
+
+// endpointsOf are those of a socket in an image. The other end of one that is not
+// connected has the port 0.
+func endpointsOf(s *sk_inet.InetSkEntry) (e endpoints, ok bool) {
+	src, ok := fromImage(s.GetFamily(), s.GetSrcAddr())
+	if !ok {
+		return e, false
+	}
+	dst, ok := fromImage(s.GetFamily(), s.GetDstAddr())
+	if !ok {
+		return e, false
+	}
+	return endpoints{netip.AddrPortFrom(src.Unmap(), uint16(s.GetSrcPort())), netip.AddrPortFrom(dst.Unmap(), uint16(s.GetDstPort()))}, true //nolint:gosec // ports
 }
 
 // unlockNetwork undoes lockNetwork, of whose connections the processes are still

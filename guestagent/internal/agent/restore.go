@@ -248,17 +248,9 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		op.Avoid(taken)
 		ph.done("make a PID namespace")
 	}
-	connections, err := connectionsOf(r.GetConnections())
+	locked, err := a.lockRestored(c, r, images)
 	if err != nil {
 		return nil, err
-	}
-	// What a peer sends while its connection is half restored would be answered
-	// with a reset, or get into the wrong place of the stream. After a failed
-	// restore the lock stays, until Forget.
-	if len(connections) > 0 {
-		if err := a.lockNetwork(c, connections); err != nil {
-			return nil, err
-		}
 	}
 	if err := restoreFrozen(ctx, op, opts, tree); err != nil {
 		if e := copyOut(op.LogPath(), images+api.LogSuffix); e != nil && !errors.Is(e, fs.ErrNotExist) {
@@ -271,7 +263,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("check the restored processes")
-	if len(connections) > 0 {
+	if locked {
 		if err := errclass.Join(netlock.Unlock(lockName(c.ID)), a.noteUnlocked(c)); err != nil {
 			return nil, err
 		}
