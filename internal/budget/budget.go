@@ -3,7 +3,7 @@
 // Package budget bounds what the host takes from a source that it does not
 // trust, a guest or an archive: files, bytes, the blocks that they occupy, how
 // much a compressed stream expands, and the time. All that is unpacked, copied
-// or followed goes through it (packages imageset and plugin/internal/archive,
+// or followed goes through it (packages imageset and internal/archive,
 // and the root file system diff of plugin/internal/task).
 package budget
 

@@ -15,10 +15,10 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 

@@ -12,8 +12,8 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/netgate"
 )

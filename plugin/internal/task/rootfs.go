@@ -19,12 +19,12 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
-	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
