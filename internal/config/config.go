@@ -31,6 +31,9 @@ const (
 	PathEnv = "KATA_CHECKPOINT_CONFIG"
 )
 
+// trustedKeysName is a directory below state_dir, see [Config.TrustedKeysDir].
+const trustedKeysName = "trusted-keys"
+
 // signingKeyName is below state_dir, unless signing_key names another file.
 const signingKeyName = "signing-key.pem"
 
@@ -64,7 +67,7 @@ type Config struct {
 	RestoreDir string
 	// SigningKey is the file with the node's own key.
 	SigningKey string
-	// TrustedKeys are those of other nodes.
+	// TrustedKeys are those of other nodes: in the file, and in TrustedKeysDir.
 	TrustedKeys []ed25519.PublicKey
 	// RestoreUnsigned allows the CRI to restore what no trusted key has signed.
 	RestoreUnsigned bool
@@ -78,12 +81,16 @@ type Config struct {
 }
 
 // Agent is the agent's binary in the guest bundle. Where guest_bundle is a
-// symbolic link, as `kata-checkpoint install` makes it, that is the bundle which
-// it led to when the configuration was read: a sandbox keeps the release with
-// which it was started.
+// symbolic link, as `kata-checkpoint install` makes it, that is the bundle
+// which it led to when the configuration was read: a sandbox keeps the release
+// with which it was started.
 func (c *Config) Agent() string {
 	return filepath.Join(cmp.Or(c.BundleInUse, c.GuestBundle), api.AgentBinary)
 }
+
+// TrustedKeysDir has files with public keys of other nodes, beside those in the
+// configuration's own file: `kata-checkpoint trust` writes them.
+func (c *Config) TrustedKeysDir() string { return filepath.Join(c.StateDir, trustedKeysName) }
 
 // file has the keys as written.
 type file struct {
@@ -152,6 +159,13 @@ func Load(path string) (*Config, error) {
 	c, err := parse(data)
 	if err != nil {
 		return nil, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	keys, err := signing.ReadDir(c.TrustedKeysDir())
+	if err != nil {
+		return nil, fmt.Errorf("keys that this node trusts: %w", err)
+	}
+	for _, k := range keys {
+		c.TrustedKeys = append(c.TrustedKeys, k.Key)
 	}
 	if dir, err := filepath.EvalSymlinks(c.GuestBundle); err == nil && dir != c.GuestBundle {
 		c.BundleInUse = dir

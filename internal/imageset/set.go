@@ -11,7 +11,9 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -148,8 +150,8 @@ func (s *Set) Verify(keys []ed25519.PublicKey) error {
 }
 
 // CopyTo copies the images, without the manifest, into a new directory and
-// verifies their digests on the way, within the limits. It removes the directory
-// after an error.
+// verifies their digests on the way, within the limits. It removes the
+// directory after an error.
 func (s *Set) CopyTo(ctx context.Context, path string, limits Limits) (err error) {
 	for _, f := range s.Manifest.Files {
 		if err := limits.Take(f.Size); err != nil {
@@ -178,6 +180,22 @@ func (s *Set) CopyTo(ctx context.Context, path string, limits Limits) (err error
 	return nil
 }
 
+// CopyWhole is CopyTo with the manifest and its signature, for another reader
+// of image sets.
+func (s *Set) CopyWhole(ctx context.Context, path string, limits Limits) error {
+	if err := s.CopyTo(ctx, path, limits); err != nil {
+		return err
+	}
+	err := os.WriteFile(filepath.Join(path, ManifestName), s.raw, 0o600)
+	if err == nil && s.signature != nil {
+		err = os.WriteFile(filepath.Join(path, SignatureName), s.signature, 0o600)
+	}
+	if err != nil {
+		return errclass.Join(fmt.Errorf("copy checkpoint: %w", err), os.RemoveAll(path))
+	}
+	return nil
+}
+
 func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget.Room) error {
 	f, st, err := openRegular(s.dir, want.Name)
 	if err != nil {
@@ -196,3 +214,89 @@ func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget
 	}
 	return nil
 }
+
+// CheckFiles reads all files and compares their digests with those of the
+// manifest, without copying anything. It tells read how many bytes it has read.
+// Its error names every file that is damaged.
+func (s *Set) CheckFiles(ctx context.Context, read func(bytes int64)) error {
+	var damaged []string
+	for _, want := range s.Manifest.Files {
+		sum, err := s.digest(ctx, want, read)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		switch {
+		case err != nil:
+			damaged = append(damaged, fmt.Sprintf("%s (%v)", want.Name, err))
+		case sum != want.SHA256:
+			damaged = append(damaged, want.Name)
+		}
+	}
+	switch len(damaged) {
+	case 0:
+		return nil
+	case 1:
+		return fmt.Errorf("file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", damaged[0])
+	}
+	return fmt.Errorf("the files %s are damaged: their SHA-256 are not those of the manifest; use another copy of the checkpoint", strings.Join(damaged, ", "))
+}
+
+func (s *Set) digest(ctx context.Context, want File, read func(int64)) (string, error) {
+	f, st, err := openRegular(s.dir, want.Name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if st.Size != want.Size {
+		return "", errors.New("it changed its size while it was read")
+	}
+	_, sum, err := copyContext(ctx, told(read), io.LimitReader(f, want.Size+1), min(copyBuffer, want.Size+1))
+	return sum, err
+}
+
+// WriteTo writes one of the set's files to w. It fails at its end if the file
+// is damaged.
+func (s *Set) WriteTo(ctx context.Context, want File, w io.Writer) error {
+	f, st, err := openRegular(s.dir, want.Name)
+	if err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	defer f.Close()
+	if st.Size != want.Size {
+		return fmt.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
+	}
+	_, sum, err := copyContext(ctx, w, io.LimitReader(f, want.Size), min(copyBuffer, want.Size+1))
+	if err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	if sum != want.SHA256 {
+		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
+	}
+	return nil
+}
+
+// told is a writer that only counts.
+type told func(bytes int64)
+
+// Write implements [io.Writer].
+func (t told) Write(p []byte) (int, error) {
+	t(int64(len(p)))
+	return len(p), nil
+}
+
+// ReadFile reads one of the set's files, the manifest and its signature
+// included, if it has at most limit bytes.
+func (s *Set) ReadFile(name string, limit int64) ([]byte, error) {
+	f, st, err := openRegular(s.dir, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if st.Size > limit {
+		return nil, fmt.Errorf("%s has %d bytes, more than %d", name, st.Size, limit)
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+// Signed reports whether the set has a signature, whoever made it.
+func (s *Set) Signed() bool { return s.signature != nil }

@@ -168,11 +168,11 @@ func writePublic(path string, key ed25519.PublicKey) error {
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	der, err := x509.MarshalPKIXPublicKey(key)
+	text, err := MarshalPublic(key)
 	if err != nil {
 		return err
 	}
-	return place(path, pem.EncodeToMemory(&pem.Block{Type: publicType, Bytes: der}), 0o644)
+	return place(path, text, 0o644)
 }
 
 // place makes a file, complete and on the disk before it has its name. One that
