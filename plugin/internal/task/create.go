@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/containerd/v2/pkg/protobuf"
 	"github.com/containerd/log"
@@ -150,6 +151,11 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 func (s *Service) normalizeOptions(r *task.CreateTaskRequest) error {
 	if r.Options != nil && r.Options.GetTypeUrl() == "" {
 		// `ctr containers restore` sends an empty Any, on which Kata's Go shim fails.
+		r.Options = nil
+	}
+	if r.Checkpoint != "" && r.Options.MessageIs(&runcoptions.Options{}) {
+		// With these a client has named the checkpoint, and they mean nothing to
+		// Kata, which needs the configuration that they stand in place of.
 		r.Options = nil
 	}
 	if r.Options != nil || s.cfg.KataConfigPath == "" {

@@ -176,6 +176,23 @@ func TestOptionsOfCreate(t *testing.T) {
 	}
 }
 
+// A client names a checkpoint by its path in runc's options, which are not for
+// Kata.
+func TestOptionsThatNameACheckpoint(t *testing.T) {
+	named, err := anypb.New(&runcoptions.Options{CriuImagePath: "/x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Service{cfg: &config.Config{KataConfigPath: "/etc/kata.toml"}}
+	r := &task.CreateTaskRequest{Checkpoint: "/x", Options: named}
+	if err := s.normalizeOptions(r); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(r.GetOptions().GetValue()), "/etc/kata.toml") {
+		t.Errorf("Kata gets %v", r.GetOptions())
+	}
+}
+
 func TestNoAgent(t *testing.T) {
 	t.Run("required: Start fails with what to do", func(t *testing.T) {
 		h := newHarness(t, withoutAgent, withoutWait)
