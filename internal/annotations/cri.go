@@ -75,6 +75,12 @@ func PodNamespace(annotations map[string]string) string {
 	return v
 }
 
+// PodName returns the name of a container's pod.
+func PodName(annotations map[string]string) string {
+	v, _ := first(annotations, "io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name")
+	return v
+}
+
 // PodUID returns the UID of a container's pod.
 func PodUID(annotations map[string]string) string {
 	v, _ := first(annotations, "io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid")

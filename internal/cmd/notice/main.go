@@ -115,6 +115,7 @@ var licences = []struct{ id, sentence string }{
 	{"MIT", "Permission is hereby granted, free of charge"},
 	{"BSD-3-Clause", "Neither the name"},
 	{"BSD-3-Clause", "The names of its contributors may not be used"},
+	{"Unlicense", "free and unencumbered software released into the public domain"},
 	{"BSD-2-Clause", "Redistributions in binary form must reproduce"},
 }
 
@@ -123,7 +124,7 @@ var errNoLicence = errors.New("no licence that is known here")
 // licenceOf reads a module's licence files. A module may have several.
 func licenceOf(dir string) (string, error) {
 	var found []string
-	for _, pattern := range []string{"LICEN[CS]E*", "COPYING*"} {
+	for _, pattern := range []string{"LICEN[CS]E*", "UNLICENSE*", "COPYING*"} {
 		files, err := filepath.Glob(filepath.Join(dir, pattern))
 		if err != nil {
 			return "", err
