@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command kata-checkpoint is the operator's tool: it reports whether a node can
-// checkpoint containers, and what is wrong if it cannot.
+// Command kata-checkpoint is the operator's tool: it makes and restores
+// checkpoints, installs what that needs on a node, and reports what is wrong with
+// one. By the name kubectl-kata_checkpoint it is a plugin of kubectl.
 package main
 
 import (
@@ -15,7 +16,7 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	status := cli.Run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	status := cli.Main(ctx, os.Args, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(status)
 }

@@ -11,8 +11,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
@@ -25,6 +27,9 @@ const (
 	exitError   = 2
 )
 
+// columns is how wide a terminal has to be.
+const columns = 80
+
 // statusError ends the command with a status when all has been said already.
 type statusError int
 
@@ -32,7 +37,10 @@ func (s statusError) Error() string { return fmt.Sprintf("status %d", int(s)) }
 
 // Run runs the command line and returns the exit status.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := Command()
+	return run(ctx, Command(), args, stdout, stderr)
+}
+
+func run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -58,8 +66,21 @@ func Command() *cobra.Command {
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 	}
-	root.AddCommand(checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand(), probeCommand())
+	wrapHelp(root)
+	root.AddGroup(&cobra.Group{ID: everydayGroup, Title: "Checkpoints:"}, &cobra.Group{ID: nodeGroup, Title: "The node:"})
+	root.AddCommand(createCommand(), restoreCommand(), podCommand(), lsCommand(), inspectCommand(), diffCommand(), verifyCommand(), rmCommand(), keepCommand(), pruneCommand(), exportCommand(), importCommand(), trustCommand())
+	for _, c := range []*cobra.Command{checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand()} {
+		c.GroupID = nodeGroup
+		root.AddCommand(c)
+	}
+	root.AddCommand(probeCommand(), guardCommand())
 	return root
+}
+
+// wrapHelp lets the help fit on a terminal.
+func wrapHelp(root *cobra.Command) {
+	cobra.AddTemplateFunc("wrapped", func(f *pflag.FlagSet) string { return f.FlagUsagesWrapped(columns) })
+	root.SetUsageTemplate(strings.NewReplacer(".FlagUsages", " | wrapped", "for more information about a command.", "tells more about one.").Replace(root.UsageTemplate()))
 }
 
 func checkCommand() *cobra.Command {
@@ -100,17 +121,7 @@ The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
 					findings = append(findings, host.Guest(cmd.Context())...)
 				}
 			}
-			if err := show(cmd.OutOrStdout(), findings, asJSON); err != nil {
-				return err
-			}
-			switch findings.Worst() {
-			case check.Warning:
-				return statusError(exitWarning)
-			case check.Error:
-				return statusError(exitError)
-			default:
-				return nil
-			}
+			return showFindings(cmd.OutOrStdout(), findings, asJSON)
 		},
 	}
 	flags := c.Flags()
@@ -127,6 +138,22 @@ func probeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: check.ProbeCommand, Hidden: true, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return check.Probe(cmd.Context()) },
+	}
+}
+
+// showFindings prints findings, and is an error with the exit status of the
+// worst.
+func showFindings(w io.Writer, findings check.Findings, asJSON bool) error {
+	if err := show(w, findings, asJSON); err != nil {
+		return err
+	}
+	switch findings.Worst() {
+	case check.Warning:
+		return statusError(exitWarning)
+	case check.Error:
+		return statusError(exitError)
+	default:
+		return nil
 	}
 }
 

@@ -48,7 +48,8 @@ the node with which the last release was installed.
 The RuntimeClass for Kubernetes is printed in the end.`,
 		Example: `  kata-checkpoint install --dry-run
   kata-checkpoint install --restart-containerd
-  kata-checkpoint install --kata-config /opt/kata/share/defaults/kata-containers/configuration-clh.toml`,
+  kata-checkpoint install --kata-config \
+    /opt/kata/share/defaults/kata-containers/configuration-clh.toml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.Given = cmd.Flags().Changed
@@ -74,7 +75,8 @@ The RuntimeClass for Kubernetes is printed in the end.`,
 	flags := c.Flags()
 	flags.StringVar(&o.Release, "from", releaseDir(), "`directory` of the release, with bin/ and guest-bundle/")
 	flags.StringVar(&o.ContainerdConfig, "containerd-config", install.DefaultContainerdConfig, "containerd's configuration, a `file`")
-	flags.StringVar(&o.Path, "containerd-path", install.DefaultPath, "containerd's `PATH`, on which it finds Kata's shim")
+	flags.StringVar(&o.Path, "containerd-path", install.DefaultPath, "containerd's `PATH`, on which it finds Kata's shim (default: systemd's)")
+	flags.Lookup("containerd-path").DefValue = "" // longer than a line
 	flags.StringVar(&o.KataShim, "kata-shim", "", "Kata's shim, a `file` (default: looked for on containerd's PATH and below /opt/kata)")
 	flags.StringVar(&o.KataConfig, "kata-config", "", "Kata's configuration, a `file` (default: the one that its shim reads)")
 	flags.StringVar(&o.Kernel, "kernel", "", "the guest kernel, a `file` (default: that of kata-checkpoint guest-kernel if there is one, or Kata's)")
