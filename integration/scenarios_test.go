@@ -162,6 +162,13 @@ var scenarios = []scenarioCase{
 	{name: "check-container", kind: kindOperator, run: checkContainer},
 	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},
 
+	{name: "cli-life", kind: kindOperator, run: cliLife, cri: true, timeout: 8 * time.Minute},
+	{name: "pod-one-instant", kind: kindOperator, run: podOneInstant, cri: true},
+	{name: "export-others-read-it", kind: kindOperator, run: exportOthersReadIt, cri: true},
+	{name: "encrypted-export", kind: kindOperator, run: encryptedExport},
+	{name: "verify-finds-damage", kind: kindOperator, run: verifyFindsDamage},
+	{name: "progress", kind: kindOperator, run: progressShown},
+
 	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts},
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
 
