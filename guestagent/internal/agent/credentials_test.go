@@ -18,7 +18,7 @@ import (
 )
 
 // image is the image of a process with credentials.
-func image(t *testing.T, comm string, c *creds.CredsEntry) []byte {
+func image(t testing.TB, comm string, c *creds.CredsEntry) []byte {
 	t.Helper()
 	for _, id := range []**uint32{&c.Uid, &c.Gid, &c.Euid, &c.Egid, &c.Suid, &c.Sgid, &c.Fsuid, &c.Fsgid, &c.Secbits} {
 		if *id == nil {
@@ -37,7 +37,7 @@ func image(t *testing.T, comm string, c *creds.CredsEntry) []byte {
 }
 
 // tree is the image of the processes of an image set, by PID, with their threads.
-func tree(t *testing.T, processes map[uint32][]uint32) []byte {
+func tree(t testing.TB, processes map[uint32][]uint32) []byte {
 	t.Helper()
 	data := binary.LittleEndian.AppendUint32(nil, imageMagic)
 	data = binary.LittleEndian.AppendUint32(data, pstreeMagic)

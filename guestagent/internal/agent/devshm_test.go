@@ -121,7 +121,7 @@ func directory(t *testing.T, path string) *os.File {
 
 // holes is an archive in GNU tar's sparse format of a file of a size with some
 // parts of data. The list of parts is written as it is given.
-func holes(t *testing.T, size int64, list, data string) string {
+func holes(t testing.TB, size int64, list, data string) string {
 	t.Helper()
 	pad := func(s string) string { return s + strings.Repeat("\x00", -len(s)&(blockSize-1)) }
 	pax := func(key, value string) string {
@@ -361,7 +361,7 @@ func TestRestoreShmIsConfined(t *testing.T) {
 	})
 }
 
-func writeTar(t *testing.T, entries []tar.Header) string {
+func writeTar(t testing.TB, entries []tar.Header) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "archive.tar")
 	f, err := os.Create(path)

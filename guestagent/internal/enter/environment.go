@@ -52,9 +52,15 @@ func home(target int, uid uint32) string {
 	if err != nil {
 		return "/"
 	}
-	for line := range bytes.Lines(data) {
+	return homeIn(data, uid)
+}
+
+// homeIn returns the home of a user in a passwd file, in which there may be
+// anything.
+func homeIn(passwd []byte, uid uint32) string {
+	for line := range bytes.Lines(passwd) {
 		fields := strings.Split(strings.TrimSpace(string(line)), ":")
-		if len(fields) >= 6 && fields[2] == strconv.FormatUint(uint64(uid), 10) && path.IsAbs(fields[5]) {
+		if len(fields) >= 6 && fields[2] == strconv.FormatUint(uint64(uid), 10) && path.IsAbs(fields[5]) && strings.IndexByte(fields[5], 0) < 0 {
 			return fields[5]
 		}
 	}
