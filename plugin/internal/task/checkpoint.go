@@ -119,6 +119,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	}
 	c.transition(checkpointingState{c: c, isFrozen: before.frozen()})
 	m, err := j.run(ctx, before)
+	err = adviseFull(err)
 	// The container comes before the files, because the agent may still be writing
 	// some.
 	c.leaveCheckpoint(ctx, before, err)
@@ -240,7 +241,7 @@ func (j *checkpointJob) openTarget() (err error) {
 		return err
 	}
 	if j.target, err = imageset.NewTarget(j.path); err != nil {
-		return err
+		return j.explainFull(err)
 	}
 	staging := j.target.Dir().Name()
 	return bundle.SetUnfinished(j.c.s.cfg.StateDir, j.c.s.namespace, j.c.id, staging)

@@ -52,7 +52,7 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 		next = unmanagedState{c: c, reason: errors.New("it is its pod's sandbox, without a workload")}
 	default:
 		if err := c.prepare(ctx, r, spec); err != nil {
-			return nil, fmt.Errorf("create container %s: %w", r.ID, err)
+			return nil, fmt.Errorf("create container %s: %w", r.ID, adviseFull(err))
 		}
 	}
 
