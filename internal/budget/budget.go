@@ -112,10 +112,11 @@ func (e *FullError) Error() string {
 	if e.Files {
 		return fmt.Sprintf("the file system of %s is short of inodes: remove files", e.Path)
 	}
-	return fmt.Sprintf("the file system of %s has %s left, of which %s stay free (reserve_bytes in config.toml): free some space", e.Path, inWords(e.Free), inWords(e.Keep))
+	return fmt.Sprintf("the file system of %s has %s left, of which %s stay free (reserve_bytes in config.toml): free some space", e.Path, Size(e.Free), Size(e.Keep))
 }
 
-func inWords(bytes int64) string {
+// Size is a number of bytes in words.
+func Size(bytes int64) string {
 	if bytes < 10<<20 {
 		return fmt.Sprintf("%d KiB", bytes>>10)
 	}

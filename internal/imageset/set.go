@@ -174,6 +174,39 @@ func (s *Set) CopyTo(ctx context.Context, path string, limits Limits) (err error
 	room := budget.NewRoom(dst, limits.Reserve)
 	for _, want := range s.Manifest.Files {
 		if err := s.copyOne(ctx, want, dst, room); err != nil {
+			return s.explainFull(err)
+		}
+	}
+	return nil
+}
+
+// explainFull adds how much the set takes.
+func (s *Set) explainFull(err error) error {
+	if !errors.As(err, new(*budget.FullError)) {
+		return err
+	}
+	return fmt.Errorf("the checkpoint has %s: %w", budget.Size(s.Manifest.Bytes()), err)
+}
+
+// MoveTo is [Set.CopyTo] for a set that nobody else has or needs, to a directory
+// on the same file system, of which it takes no more space. The set is not one
+// afterwards, nor after an error.
+func (s *Set) MoveTo(ctx context.Context, path string) (err error) {
+	if err := os.Mkdir(path, 0o700); err != nil {
+		return fmt.Errorf("stage checkpoint: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errclass.Join(err, os.RemoveAll(path))
+		}
+	}()
+	dst, err := openDir(path)
+	if err != nil {
+		return fmt.Errorf("stage checkpoint: %w", err)
+	}
+	defer dst.Close()
+	for _, want := range s.Manifest.Files {
+		if err := s.moveOne(ctx, want, dst); err != nil {
 			return err
 		}
 	}
@@ -196,6 +229,32 @@ func (s *Set) CopyWhole(ctx context.Context, path string, limits Limits) error {
 	return nil
 }
 
+func (s *Set) moveOne(ctx context.Context, want File, dst *os.File) error {
+	f, st, err := openRegular(s.dir, want.Name)
+	if err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	defer f.Close()
+	_, sum, err := copyContext(ctx, io.Discard, io.LimitReader(f, st.Size), min(copyBuffer, st.Size+1))
+	if err != nil {
+		return fmt.Errorf("stage checkpoint: %w", err)
+	}
+	if err := checkSum(want, sum); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(int(s.dir.Fd()), want.Name, int(dst.Fd()), want.Name, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("stage checkpoint: %w", &os.PathError{Op: "move", Path: want.Name, Err: err})
+	}
+	return nil
+}
+
+func checkSum(want File, sum string) error {
+	if sum != want.SHA256 {
+		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
+	}
+	return nil
+}
+
 func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget.Room) error {
 	f, st, err := openRegular(s.dir, want.Name)
 	if err != nil {
@@ -209,10 +268,7 @@ func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget
 	if err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}
-	if sum != want.SHA256 {
-		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
-	}
-	return nil
+	return checkSum(want, sum)
 }
 
 // CheckFiles reads all files and compares their digests with those of the

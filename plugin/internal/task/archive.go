@@ -67,7 +67,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err := archive.Extract(ctx, cfg.RestoreDir, name, dir, c.s.limits()); err != nil {
 		return fail(err)
 	}
-	source, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), r.Rootfs, spec)
+	source, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), true, r.Rootfs, spec)
 	if err != nil {
 		return fail(fmt.Errorf("archive %s: %w", name, err))
 	}

@@ -7,6 +7,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -17,6 +19,7 @@ import (
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // podContainer is the container web of a pod in the namespace shop, with more
@@ -179,6 +182,41 @@ func TestRefusedArchives(t *testing.T) {
 	}
 }
 
+// What is unpacked of an archive is what the guest restores from: it takes its
+// room once.
+func TestAnArchiveTakesItsRoomOnce(t *testing.T) {
+	archives := archived(t, podContainer())
+	f, err := os.Open(filepath.Join(archives, "x.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	files := 0
+	for r := tar.NewReader(f); ; files++ {
+		if _, err := r.Next(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	state := t.TempDir()
+	// Each file takes an inode, and so do six directories and the marker.
+	if err := unix.Mount("state", state, "tmpfs", 0, fmt.Sprintf("size=64m,nr_inodes=%d", files+7)); err != nil {
+		t.Skip("needs to mount: ", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(state, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	h := newHarness(t, onNode(archives), func(h *harness) { h.cfg.StateDir, h.cfg.ReserveBytes = state, 0 })
+	h.create(podContainer(restoreWeb, "x.tar"))
+	found, err := filepath.Glob(filepath.Join(state, "exchange", "*", "[^.]*"))
+	if err != nil || len(found) != 1 || filepath.Base(found[0]) != restoreDir {
+		t.Errorf("there is %q, %v", found, err)
+	}
+}
+
 // A pod learns nothing of the archives of other namespaces: neither whether there
 // is one of a name, nor whose it is, nor by the room that it takes.
 func TestForeignArchiveIsNotUnpacked(t *testing.T) {
@@ -271,14 +309,18 @@ func TestRestoreThatCannotBeRecorded(t *testing.T) {
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckRestore c1")
 }
 
-func TestRecordsOfOldPodsAreRemoved(t *testing.T) {
+// A record that seems old may have been written, or be looked at, while the clock
+// was wrong.
+func TestRecordsOfOldPods(t *testing.T) {
 	h := newHarness(t, onNode(archived(t, podContainer())))
 	dir := filepath.Join(h.cfg.StateDir, restoredDir)
-	old, recent := filepath.Join(dir, "shop--u-0--web"), filepath.Join(dir, "shop--u-9--web")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for path, age := range map[string]time.Duration{old: 2 * restoredFor, recent: time.Hour} {
+	for name, age := range map[string]time.Duration{
+		"shop--u-0--web": 3 * restoredFor, "shop--u-2--web": 2 * restoredFor, "shop--u-3--web": 4 * restoredFor, "shop--u-9--web": time.Hour,
+	} {
+		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -287,7 +329,20 @@ func TestRecordsOfOldPodsAreRemoved(t *testing.T) {
 		}
 	}
 	h.run(podContainer(restoreWeb, "x.tar"))
-	wantFiles(t, dir, "shop--u-1--web", "shop--u-9--web")
+	all := []string{"shop--u-0--web", "shop--u-1--web", "shop--u-2--web", "shop--u-3--web", "shop--u-9--web"}
+	wantFiles(t, dir, all...)
+	for _, tc := range []struct {
+		kept int
+		want []string
+	}{
+		{3, []string{"shop--u-1--web", "shop--u-2--web", "shop--u-9--web"}},
+		{0, []string{"shop--u-1--web", "shop--u-9--web"}},
+	} {
+		if err := removeOld(dir, tc.kept); err != nil {
+			t.Fatal(err)
+		}
+		wantFiles(t, dir, tc.want...)
+	}
 }
 
 func TestOtherImage(t *testing.T) {

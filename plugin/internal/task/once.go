@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -28,8 +29,12 @@ type onceRecord struct{ path string }
 const (
 	// restoredDir is below the state directory.
 	restoredDir = "restored"
-	// restoredFor is how long a record is kept: longer than pods live.
+	// restoredFor is how long a record is kept at least: longer than pods live.
 	restoredFor = 366 * 24 * time.Hour
+	// restoredKept is how many are kept however old they seem: a clock that was
+	// wrong when they were written, or is now, must not have a container restored
+	// twice.
+	restoredKept = 10000
 	// intent is the record's content until it is confirmed.
 	intent = "restoring\n"
 )
@@ -71,11 +76,25 @@ func (o *onceRecord) begin() error {
 	if err := o.write(intent); err != nil {
 		return fmt.Errorf("record that the container is restored: %w", err)
 	}
+	return removeOld(dir, restoredKept)
+}
+
+// removeOld removes the oldest records, if they are older than [restoredFor], until
+// so many are left.
+func removeOld(dir string, kept int) error {
 	records, err := os.ReadDir(dir)
-	for _, n := range records {
-		if info, statErr := n.Info(); statErr == nil && time.Since(info.ModTime()) > restoredFor {
-			err = errclass.Join(err, os.Remove(filepath.Join(dir, n.Name())))
+	if err != nil || len(records) <= kept {
+		return err
+	}
+	var old []fs.FileInfo
+	for _, r := range records {
+		if info, err := r.Info(); err == nil && time.Since(info.ModTime()) > restoredFor {
+			old = append(old, info)
 		}
+	}
+	slices.SortFunc(old, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
+	for _, info := range old[:min(len(old), len(records)-kept)] {
+		err = errclass.Join(err, os.Remove(filepath.Join(dir, info.Name())))
 	}
 	return err
 }

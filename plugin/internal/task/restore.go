@@ -55,7 +55,7 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	}()
 	ctx, end := c.s.operation(ctx)
 	defer end()
-	source, err := c.stageImages(ctx, path, r.Rootfs, spec)
+	source, err := c.stageImages(ctx, path, false, r.Rootfs, spec)
 	if err != nil {
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
 	}
@@ -69,8 +69,9 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 }
 
 // stageImages verifies the image set in the directory path, copies it into the
-// exchange directory, and applies the root file system diff beside it.
-func (c *container) stageImages(ctx context.Context, path string, rootfs []*types.Mount, spec *bundle.Spec) (*source, error) {
+// exchange directory, and applies the root file system diff beside it. If the
+// directory is the container's own, in the exchange directory, it moves it.
+func (c *container) stageImages(ctx context.Context, path string, own bool, rootfs []*types.Mount, spec *bundle.Spec) (*source, error) {
 	set, err := imageset.Open(path)
 	if err != nil {
 		return nil, err
@@ -83,7 +84,12 @@ func (c *container) stageImages(ctx context.Context, path string, rootfs []*type
 	if err := checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal); err != nil {
 		return nil, err
 	}
-	if err := set.CopyTo(ctx, c.exchange.path(restoreDir), c.s.limits()); err != nil {
+	if own {
+		err = set.MoveTo(ctx, c.exchange.path(restoreDir))
+	} else {
+		err = set.CopyTo(ctx, c.exchange.path(restoreDir), c.s.limits())
+	}
+	if err != nil {
 		return nil, err
 	}
 	if err := applyRootfsDiff(ctx, path, rootfs, c.s.limits()); err != nil {
@@ -246,7 +252,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		if open != nil {
 			open.close()
 		}
-		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
+		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, adviseFull(err))
 		kerr := c.killAndWait(uctx)
 		if kerr == nil {
 			kerr = c.source.once.cancel() // nothing is left of it: it may be tried again
