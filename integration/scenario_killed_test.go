@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 )
 
 // killedEnv chooses what is killed where: `all`, or a part of a trial's name,
@@ -55,7 +57,8 @@ var points = []point{
 	{operation: "restore", phase: "start", victims: "agent shim kata vm", core: "shim"},
 	{operation: "restore", phase: "restore-devshm", guest: true, victims: "agent shim kata vm"},
 	{operation: "restore", phase: "restore-devshm", guest: true, midway: true, victims: "criu agent shim kata vm", core: "agent"},
-	{operation: "restore", phase: "prepare-for-execs", guest: true, victims: "agent shim kata vm"},
+	{operation: "restore", phase: "mount-the-exec-helper", guest: true, victims: "agent shim kata vm"},
+	{operation: "restore", phase: "criu-restore", guest: true, victims: "agent shim kata vm"},
 	{operation: "restore", phase: "restored", victims: "agent shim kata vm", core: "vm"},
 }
 
@@ -132,6 +135,38 @@ func TestTrials(t *testing.T) {
 	}
 	if have := names(testbed.Rust, "freeze vm", true); !slices.Equal(have, []string{"checkpoint-freeze vm"}) {
 		t.Errorf("chosen are %q", have)
+	}
+}
+
+// TestPointsExist checks that operations pass all points: at another one a
+// scenario would wait in vain.
+func TestPointsExist(t *testing.T) {
+	passed := make(map[string]bool)
+	for _, pattern := range []string{"../guestagent/internal/agent/*.go", "../plugin/internal/task/*.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			source, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range regexp.MustCompile(`\.(?:done|Wait)\((?:ctx, )?(?:"(restore)", )?"([^"]+)"`).FindAllStringSubmatch(string(source), -1) {
+				operations := []string{"checkpoint", "restore"}
+				if m[1] != "" {
+					operations = m[1:2]
+				}
+				for _, operation := range operations {
+					passed[stopat.FileName(operation, m[2])] = true
+				}
+			}
+		}
+	}
+	for _, p := range points {
+		if name := p.operation + "-" + p.phase; !passed[name] {
+			t.Errorf("no operation passes %s", name)
+		}
 	}
 }
 
