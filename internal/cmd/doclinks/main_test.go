@@ -21,6 +21,13 @@ func TestCheck(t *testing.T) {
 		}
 		return path
 	}
+	write("parser/parser_test.go", "package parser\n\nfunc TestParser(t *testing.T) {}\nfunc FuzzParser(f *testing.F) {}\n")
+	write("e2e/scenarios_test.go", "package e2e\n\nvar list = []c{\n\t{name: \"counts-on\", kind: kindBasics},\n\t{name: \"cases\", kind: kindCases},\n}\n")
+	write("build/gone_test.go", "func TestBuilt(t *testing.T) {}\n")
+	all, err := readTests(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
 	write("docs/other.md", "# Title\n\n## What is refused, and when\n")
 	for name, tc := range map[string]struct{ text, want string }{
 		"a file that exists":     {text: "[x](docs/other.md)"},
@@ -30,10 +37,16 @@ func TestCheck(t *testing.T) {
 		"another site":           {text: "[x](https://example.com/nothing)"},
 		"a file that is missing": {text: "[x](docs/gone.md)", want: `"docs/gone.md" leads to no file`},
 		"a heading that is not":  {text: "[x](docs/other.md#nothing)", want: `"docs/other.md#nothing" leads to no heading`},
+		"tests that exist":       {text: "(`TestParser`, `FuzzParser` of package parser; scenario `counts-on`)"},
+		"a test that does not":   {text: "as TestBuilt shows", want: "there is no TestBuilt"},
+		"of another package":     {text: "(`FuzzParser`, `TestParser` of package reader)", want: "TestParser is in package parser, not reader"},
+		"scenarios":              {text: "Scenarios `cases`, `counts-on` and `cases`; scenario counts-on; a scenario of a kind"},
+		"no such scenario":       {text: "the scenarios `cases` and `gone`", want: "there is no scenario gone"},
+		"none in plain text":     {text: "(Scenario counts-off.)", want: "there is no scenario counts-off"},
 		"two in a line":          {text: "[x](docs/other.md) [y](z.md)", want: `"z.md" leads to no file`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			problems, err := check(write("page.md", tc.text))
+			problems, err := check(write("page.md", tc.text), all)
 			if err != nil {
 				t.Fatal(err)
 			}
