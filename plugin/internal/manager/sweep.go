@@ -62,10 +62,35 @@ func Sweep(stateDir string) error {
 	case err == nil && !bytes.Equal(last, boot):
 		err = putAside(stateDir)
 	}
+	if err == nil {
+		err = writeNote(note, boot)
+	}
 	if err != nil {
+		// Containers are started all the same, and the next daemon must not take them
+		// for those of an earlier boot: without a note it does not.
+		return errclass.Join(err, removeIfExists(note))
+	}
+	return nil
+}
+
+// writeNote writes a file whole, or not at all.
+func writeNote(path string, data []byte) error {
+	next := path + ".new"
+	err := os.WriteFile(next, data, 0o600)
+	if err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		return errclass.Join(err, removeIfExists(next))
+	}
+	return nil
+}
+
+func removeIfExists(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.WriteFile(note, boot, 0o600)
+	return nil
 }
 
 func putAside(stateDir string) error {

@@ -4,10 +4,13 @@ package manager
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -76,6 +79,51 @@ func TestSweep(t *testing.T) {
 			}
 			if now, err := os.ReadFile(filepath.Join(state, bootName)); err != nil || string(now) != string(boot) {
 				t.Errorf("the note is %q (%v)", now, err)
+			}
+		})
+	}
+}
+
+// A disk that is full at the first start after a boot must not make the next one
+// take running containers for those of an earlier boot.
+func TestSweepOnAFullDisk(t *testing.T) {
+	for name, options := range map[string]string{"no space": "size=64k,nr_inodes=100", "no inodes": "size=1m,nr_inodes=8"} {
+		t.Run(name, func(t *testing.T) {
+			state := t.TempDir()
+			if err := unix.Mount("state", state, "tmpfs", 0, options); err != nil {
+				t.Skip("needs to mount: ", err)
+			}
+			t.Cleanup(func() {
+				if err := unix.Unmount(state, unix.MNT_DETACH); err != nil {
+					t.Error(err)
+				}
+			})
+			exchange := adjust.ExchangeDir(state, "ns", "c1")
+			err := errors.Join(os.WriteFile(filepath.Join(state, bootName), []byte("another boot"), 0o600), os.MkdirAll(exchange, 0o700))
+			for i := 0; err == nil; i++ { // until it is full
+				err = os.WriteFile(filepath.Join(state, fmt.Sprint("filler-", i)), make([]byte, 4096), 0o600)
+			}
+			if !errors.Is(err, unix.ENOSPC) {
+				t.Fatal(err)
+			}
+			if err := Sweep(state); err == nil {
+				t.Fatal("it was noted on a full disk")
+			}
+			fillers, _ := filepath.Glob(filepath.Join(state, "filler-*"))
+			for _, path := range fillers {
+				if err := os.Remove(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			// A container of this boot.
+			if err := os.MkdirAll(exchange, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(Sweep(state), RemoveSwept(state)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := os.Stat(exchange); err != nil {
+				t.Errorf("a running container has lost its directory: %v", err)
 			}
 		})
 	}
