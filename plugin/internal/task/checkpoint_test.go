@@ -963,6 +963,32 @@ func TestTemporaryCopyOfContainerdIsRemoved(t *testing.T) {
 	}
 }
 
+// Also where Create fails before it looks at the checkpoint.
+func TestTemporaryCopyOfContainerdIsRemovedByACreateThatFails(t *testing.T) {
+	temp := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", "")
+	t.Setenv("TMPDIR", temp)
+	for name, prepare := range map[string]func(h *harness, dir string){
+		"no exchange directory": func(h *harness, _ string) { h.cfg.StateDir = filepath.Join(temp, "a file", "below it") },
+		"no bundle":             func(_ *harness, dir string) { _ = os.Remove(filepath.Join(dir, "config.json")) },
+	} {
+		path := filepath.Join(temp, "ctrd-checkpoint123")
+		if err := errors.Join(os.Mkdir(path, 0o700), os.WriteFile(filepath.Join(temp, "a file"), nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		h := newHarness(t)
+		dir := h.bundle(nil)
+		prepare(h, dir)
+		if _, err := h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: dir, Checkpoint: path}); err == nil {
+			t.Errorf("%s: created", name)
+		}
+		if exists(path) {
+			t.Errorf("%s: the copy is still there", name)
+			os.RemoveAll(path)
+		}
+	}
+}
+
 func TestExecIntoARestoredContainer(t *testing.T) {
 	path := imageSet(t)
 	h := newHarness(t)

@@ -27,6 +27,11 @@ import (
 // Start reports it: engines do not clean up after a Create that has failed.
 func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *task.CreateTaskResponse, err error) {
 	begin := time.Now()
+	end, err := s.noteTemporary(ctx, r)
+	if err != nil {
+		return nil, fmt.Errorf("create container %s: %w", r.ID, adviseFull(err))
+	}
+	defer func() { end(err) }()
 	spec, err := bundle.ReadSpec(r.Bundle)
 	if err != nil {
 		return nil, errclass.Invalid("create container %s: %w", r.ID, err)

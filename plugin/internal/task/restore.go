@@ -41,18 +41,8 @@ type source struct {
 // the placeholder. Nothing has reached Kata yet, so that a refusal leaves
 // nothing to clean up.
 func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
-	begin := time.Now()
-	path := r.Checkpoint
-	// containerd never removes it, whether the restore succeeds or not. If this
-	// process is killed, `delete` does.
-	if err := bundle.SetTemporary(c.bundle, path); err != nil {
-		return fmt.Errorf("restore: %w", err)
-	}
-	defer func() {
-		if err := errclass.Join(bundle.RemoveTemporary(path), bundle.SetTemporary(c.bundle, "")); err != nil {
-			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to remove containerd's temporary copy of the checkpoint")
-		}
-	}()
+	begin, path := time.Now(), r.Checkpoint
+	defer c.s.removeTemporary(ctx, r.ID, r.Bundle, path)
 	ctx, end := c.s.operation(ctx)
 	defer end()
 	source, err := c.stageImages(ctx, path, false, r.Rootfs, spec)
@@ -66,6 +56,32 @@ func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskReques
 	r.Checkpoint = "" // to Kata it is an ordinary container
 	c.logStaged(ctx, begin)
 	return nil
+}
+
+// noteTemporary notes containerd's copy of a checkpoint, which containerd never
+// removes, whether the restore succeeds or not. If this process is killed, `delete`
+// does. The caller calls the function at the end of Create with its error.
+func (s *Service) noteTemporary(ctx context.Context, r *task.CreateTaskRequest) (end func(error), err error) {
+	path := r.Checkpoint
+	if path == "" {
+		return func(error) {}, nil
+	}
+	end = func(err error) {
+		if err != nil {
+			s.removeTemporary(ctx, r.ID, r.Bundle, path)
+		}
+	}
+	if err := bundle.SetTemporary(r.Bundle, path); err != nil {
+		end(err)
+		return nil, fmt.Errorf("restore: %w", err)
+	}
+	return end, nil
+}
+
+func (s *Service) removeTemporary(ctx context.Context, id, dir, path string) {
+	if err := errclass.Join(bundle.RemoveTemporary(path), bundle.SetTemporary(dir, "")); err != nil {
+		log.G(ctx).WithError(err).WithField("container", id).Warn("failed to remove containerd's temporary copy of the checkpoint")
+	}
 }
 
 // stageImages verifies the image set in the directory path, copies it into the
