@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -19,8 +20,13 @@ func TestResources(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("changes limits, which takes root")
 	}
+	priority, err := unix.Getpriority(unix.PRIO_PROCESS, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := 20 - priority // a nice value, as the system call returns it
 	cmd := exec.Command("prlimit", "--nofile=100:2000", "--nproc=1000:2000", "--memlock=1000:1000", "choom", "-n", "50", "--",
-		"nice", "-n", "-5", "sh", "-c", "echo; read line")
+		"nice", "-n", strconv.Itoa(-5-own), "sh", "-c", "echo; read line")
 	testproc.Ready(t, cmd)
 	pid := cmd.Process.Pid
 	limits, err := hardLimits(pid)

@@ -3,6 +3,7 @@
 package task
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -87,4 +88,22 @@ func TestRightsOfTheSourceAreKept(t *testing.T) {
 	_, err = h.task.Create(t.Context(), &task.CreateTaskRequest{ID: "c1", Bundle: h.bundle(nil), Checkpoint: path})
 	wantError(t, err, "does not fit this container", "ran as the user 0", "could gain privileges")
 	h.wantCalls("Kata", h.kata.Calls())
+}
+
+// The agent checks what was restored in any case, also where the specification
+// names no capabilities, or has no process at all.
+func TestRightsOfASpecification(t *testing.T) {
+	all := rightsOf(&specs.Process{NoNewPrivileges: true, User: specs.User{UID: 7, GID: 8, AdditionalGids: []uint32{9}}})
+	if !slices.Contains(all.GetCapabilities(), "CAP_SYS_ADMIN") || !slices.Equal(all.GetPermitted(), all.GetCapabilities()) || len(all.GetAmbient()) > 0 ||
+		!all.GetNoNewPrivs() || all.GetUid() != 7 || all.GetGid() != 8 || !slices.Equal(all.GetGroups(), []uint32{9}) {
+		t.Errorf("without capabilities: %v", all)
+	}
+	some := rightsOf(&specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: []string{"CAP_CHOWN"}, Effective: []string{"CAP_KILL"}},
+		Rlimits: []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Hard: 9, Soft: 1}}})
+	if !slices.Equal(some.GetCapabilities(), []string{"CAP_CHOWN"}) || len(some.GetPermitted()) > 0 || some.GetLimits()["RLIMIT_NOFILE"] != 9 {
+		t.Errorf("with one: %v", some)
+	}
+	if none := rightsOf(nil); none == nil || len(none.GetCapabilities()) > 0 {
+		t.Errorf("without a process: %v", none)
+	}
 }
