@@ -4,6 +4,7 @@ package outcome
 
 import (
 	"os"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -54,7 +55,7 @@ func FuzzCompareMounts(f *testing.F) {
 		}
 		more := *may.root
 		more.ID, more.Parent, more.Major, more.Minor, more.FSType, more.Mountpoint, more.Root = 1<<30, may.root.ID, 4095, 1<<20-1, "ext4", "/more", "/"
-		have := &table{root: may.root, children: may.children, mounts: append(may.mounts[:len(may.mounts):len(may.mounts)], &more)}
+		have := &table{root: may.root, children: may.children, mounts: append(slices.Clip(may.mounts), &more)}
 		if may.devices()[[2]int{more.Major, more.Minor}] {
 			return
 		}

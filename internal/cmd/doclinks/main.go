@@ -60,16 +60,17 @@ var (
 // readTests finds the tests and scenarios below a directory.
 func readTests(dir string) (*tests, error) {
 	t := &tests{packages: make(map[string][]string), scenarios: make(map[string]bool)}
-	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+	sources := os.DirFS(dir)
+	err := fs.WalkDir(sources, ".", func(path string, e fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err
-		case e.IsDir() && path != dir && slices.Contains([]string{".git", "bin", "build"}, e.Name()):
+		case e.IsDir() && slices.Contains([]string{".git", "bin", "build"}, e.Name()):
 			return fs.SkipDir
 		case !strings.HasSuffix(path, "_test.go"):
 			return nil
 		}
-		source, err := os.ReadFile(path)
+		source, err := fs.ReadFile(sources, path)
 		if err != nil {
 			return err
 		}
