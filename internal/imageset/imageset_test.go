@@ -807,6 +807,43 @@ func TestNewTarget(t *testing.T) {
 	})
 }
 
+// A process that can open no more files leaves no directory behind.
+func TestNewTargetWithoutDescriptors(t *testing.T) {
+	set := newSet(t, someFiles)
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+			t.Error(err)
+		}
+	}()
+	failed := 0
+	for limit := uint64(4); ; limit++ {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: limit, Max: before.Max}); err != nil {
+			t.Fatal(err)
+		}
+		target, err := NewTarget(set)
+		if lerr := unix.Setrlimit(unix.RLIMIT_NOFILE, &before); lerr != nil {
+			t.Fatal(lerr)
+		}
+		if err == nil {
+			if err := target.Abort(); err != nil {
+				t.Error(err)
+			}
+			break
+		}
+		failed++
+		if left := names(t, filepath.Dir(set)); len(left) != 1 {
+			t.Fatalf("with %d descriptors: %v; there is %q", limit, err, left)
+		}
+	}
+	if failed < 3 {
+		t.Errorf("it has failed %d times only", failed)
+	}
+}
+
 func TestAbortLeavesNothing(t *testing.T) {
 	dir := t.TempDir()
 	target, err := NewTarget(dir)

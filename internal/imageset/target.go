@@ -349,7 +349,10 @@ func (t *Target) exchange() error {
 // Abort removes what is unfinished, or what Commit has replaced.
 func (t *Target) Abort() (err error) {
 	if t.staging != "" {
-		err = t.disk.removeAll(t.around(), t.staging)
+		// An empty one, at least, takes no descriptor, of which there may be none left.
+		if unix.Unlinkat(int(t.around().Fd()), t.staging, unix.AT_REMOVEDIR) != nil {
+			err = t.disk.removeAll(t.around(), t.staging)
+		}
 		t.staging = ""
 	}
 	for _, f := range []**os.File{&t.dir, &t.home, &t.parent} {

@@ -5,13 +5,19 @@ package task
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
 // Whatever a root file system diff is, nothing that it makes gives a right, or
@@ -86,6 +92,56 @@ func FuzzRootfsDiff(f *testing.F) {
 		}
 		if total > limits.Bytes {
 			t.Errorf("%d bytes were written", total)
+		}
+	})
+}
+
+// What an agent answers becomes a manifest that can be read again and says the
+// same, or none.
+func FuzzAnswerToManifest(f *testing.F) {
+	f.Add([]byte(`{"hostname":"h\u0001","kernelRelease":"6.1","criuVersion":40201,"cpuFeatures":["fpu"],"externals":[{"name":"m0","destination":"/data","fstype":"virtiofs"}],
+		"stdio":[{"fd":1,"key":"pipe:[7]"}],"openFiles":[{"path":"L2RhdGEv/w==","size":5}],"connections":[{"local":"192.0.2.1:5","remote":"[::1]:6"}],
+		"addresses":[{"interface":"eth0","address":"192.0.2.1"}],"phases":[{"name":"criu dump","nanoseconds":"1"}]}`))
+	f.Add([]byte(`{"externals":[{"name":"m0]:/\u0000","destination":"data"}],"stdio":[{"fd":4711}],"connections":[{"local":"x"}]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		out := &api.CheckpointResponse{}
+		if protojson.Unmarshal(data, out) != nil {
+			return
+		}
+		c := &container{s: &Service{namespace: "ns"}, id: "c1", args: []string{"sh"}, annotations: map[string]string{}, externals: []string{"/data"}}
+		j := &checkpointJob{checkpointRequest: &checkpointRequest{options: &api.CheckpointOptions{}}, c: c, phases: &phases{}}
+		m, err := j.manifest(out, []imageset.File{{Name: "inventory.img", SHA256: strings.Repeat("0", 64)}})
+		if err != nil {
+			return
+		}
+		m.FormatVersion = imageset.FormatVersion
+		written, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		read, err := imageset.ReadManifest(bytes.NewReader(written))
+		if err != nil {
+			return // nor is it committed (TestCommitWritesNothingThatCannotBeRead)
+		}
+		if again, err := json.Marshal(read); err != nil || !bytes.Equal(again, written) {
+			t.Errorf("%s is read as %s, %v", written, again, err)
+		}
+		// What is asked of the agent at the restore is what was answered.
+		c.source = &source{manifest: read}
+		c.exchange = &exchange{}
+		r := restoreRequest(c)
+		if len(r.GetExternals()) != len(out.GetExternals()) || len(r.GetStdio()) != len(out.GetStdio()) || len(r.GetOpenFiles()) != len(out.GetOpenFiles()) {
+			t.Errorf("%v is restored by %v", out, r)
+		}
+		for i, e := range r.GetExternals() {
+			if e.GetName() != imageset.ExternalName(i) || !filepath.IsAbs(e.GetDestination()) {
+				t.Errorf("the agent is given %v", e)
+			}
+		}
+		for i, file := range r.GetOpenFiles() {
+			if !bytes.Equal(file.GetPath(), out.GetOpenFiles()[i].GetPath()) {
+				t.Errorf("%q has become %q", out.GetOpenFiles()[i].GetPath(), file.GetPath())
+			}
 		}
 	})
 }
