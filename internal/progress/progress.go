@@ -186,6 +186,8 @@ func (b *bar) Done() {
 	b.phase, b.done, b.total, b.since, b.ended = "done", b.moved, b.moved, b.begin, true
 	b.mu.Unlock()
 	if b.mpb != nil {
+		b.mpb.SetTotal(1, false)
+		b.mpb.SetCurrent(1)
 		b.mpb.SetTotal(-1, true)
 		return
 	}

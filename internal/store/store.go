@@ -216,8 +216,11 @@ func (s *Store) Begin(name string) (*Draft, error) {
 			return nil, fmt.Errorf("checkpoint directory: %w", err)
 		}
 		l, err := lock(path, unix.LOCK_EX)
-		if err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, fs.ErrNotExist) {
 			continue // another command took it for one that was left
+		}
+		if err != nil {
+			return nil, errclass.Join(fmt.Errorf("checkpoint directory: %w", err), os.Remove(path))
 		}
 		if _, err := os.Lstat(path); err != nil {
 			l.Close()
