@@ -4,6 +4,7 @@ package cli
 
 import (
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -212,7 +213,7 @@ func (i *inspected) print(p *printer, colours bool) {
 	}
 	field("Created", "%s; the container %s", i.Created.Local().Format(time.RFC1123Z), map[bool]string{true: "was stopped", false: "kept running"}[i.Stopped])
 	if i.Imported != "" {
-		field("Imported", "from %s", text.Line(i.Imported, text.MaxName))
+		field("Imported", "from %s", text.Line(filepath.Base(i.Imported), text.MaxName))
 	}
 	field("Signature", "%s", map[string]string{
 		"trusted": "by " + i.SignedBy + ", which this node trusts", "untrusted": "by " + i.SignedBy + ", which this node does not trust",
