@@ -3,6 +3,7 @@
 package inspect
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -92,6 +93,22 @@ func everywhere(a netip.Addr) bool {
 	return a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255})
 }
 
+// absent reports whether no interface has an IPv6 address, not even one that is
+// down. A socket can be bound to it nevertheless (IP_FREEBIND, which its program
+// may have switched off since), and CRIU binds all sockets of IPv6 so (inet_bind in
+// criu/sk-inet.c): it is as much of a loss in another guest as in this one.
+func absent(a netip.Addr) bool {
+	if !a.Is6() || a.IsLinkLocalUnicast() {
+		return false
+	}
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	return errors.Is(unix.Bind(fd, &unix.SockaddrInet6{Addr: a.As16()}), unix.EADDRNOTAVAIL)
+}
+
 // ownAddress finds the sockets of one process that are bound to an address of the
 // container's own, which another container does not have. A restore binds them to
 // the address that takes its place. Where none does, the restore would fail, and
@@ -104,7 +121,7 @@ func (c *Container) ownAddress(p *Process, bound []netip.AddrPort, stays bool) (
 		switch {
 		case i >= 0 && !c.Addresses[i].Made:
 			own = append(own, b)
-		case !everywhere(b.Addr()):
+		case !everywhere(b.Addr()) && (i >= 0 || !absent(b.Addr())):
 			lost = append(lost, b)
 		}
 	}

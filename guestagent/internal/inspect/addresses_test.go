@@ -30,7 +30,7 @@ func inGuest(t *testing.T, f func() error) {
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "down"}); err != nil {
 			return err
 		}
-		for name, list := range map[string][]string{"lo": nil, "eth0": {"10.0.0.2/24", "2001:db8::2/64"}, "down": {"10.0.1.2/24"}} {
+		for name, list := range map[string][]string{"lo": nil, "eth0": {"10.0.0.2/24", "2001:db8::2/64"}, "down": {"10.0.1.2/24", "2001:db8:1::2/64"}} {
 			link, err := netlink.LinkByName(name)
 			if err != nil {
 				return err
@@ -87,19 +87,42 @@ func TestSocketsOnAnAddressThatIsLost(t *testing.T) {
 			return fd, unix.Bind(fd, &unix.SockaddrInet4{Addr: netip.MustParseAddr(addr).As4(), Port: 53})
 		}
 	}
+	six := func(addr string, options ...int) func() (int, error) {
+		return func() (int, error) {
+			fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return -1, err
+			}
+			for _, value := range options {
+				if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_FREEBIND, value); err != nil {
+					return -1, err
+				}
+				if value != 0 {
+					err = unix.Bind(fd, &unix.SockaddrInet6{Addr: netip.MustParseAddr(addr).As16(), Port: 53})
+				}
+				if err != nil {
+					return -1, err
+				}
+			}
+			return fd, nil
+		}
+	}
 	for name, tc := range map[string]struct {
 		socket func() (int, error)
 		made   bool
 		lost   string
 	}{
-		"of an interface that was made": {bind("10.0.0.2"), true, "10.0.0.2:53"},
-		"of a device":                   {bind("10.0.0.2"), false, ""},
-		"of an interface that is down":  {bind("10.0.1.2"), false, "10.0.1.2:53"},
-		"of the subnet":                 {bind("10.0.0.255"), false, "10.0.0.255:53"},
-		"of no interface, on purpose":   {bind("10.9.9.9", unix.IP_FREEBIND), false, ""},
-		"loopback":                      {bind("127.0.0.9"), false, ""},
-		"broadcast":                     {bind("255.255.255.255"), false, ""},
-		"multicast":                     {bind("224.0.0.251"), false, ""},
+		"IPv6, of no interface, switched off since": {six("2001:db8::ff00", 1, 0), false, ""},
+		"IPv6, of an interface that was made":       {six("2001:db8::2", 1, 0), true, "[2001:db8::2]:53"},
+		"IPv6, of an interface that is down":        {six("2001:db8:1::2", 1, 0), false, "[2001:db8:1::2]:53"},
+		"of an interface that was made":             {bind("10.0.0.2"), true, "10.0.0.2:53"},
+		"of a device":                               {bind("10.0.0.2"), false, ""},
+		"of an interface that is down":              {bind("10.0.1.2"), false, "10.0.1.2:53"},
+		"of the subnet":                             {bind("10.0.0.255"), false, "10.0.0.255:53"},
+		"of no interface, on purpose":               {bind("10.9.9.9", unix.IP_FREEBIND), false, ""},
+		"loopback":                                  {bind("127.0.0.9"), false, ""},
+		"broadcast":                                 {bind("255.255.255.255"), false, ""},
+		"multicast":                                 {bind("224.0.0.251"), false, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inGuest(t, func() error {
