@@ -107,7 +107,12 @@ func Tree(pid int, points []string) (*inside.Tree, error) {
 }
 
 // mountOf is the mount of a descriptor, or nil.
-func (t *mountTable) mountOf(f File) *mountinfo.Info { return t.ids[f.MountID] }
+func (t *mountTable) mountOf(f File) *mountinfo.Info {
+	if t == nil {
+		return nil
+	}
+	return t.ids[f.MountID]
+}
 
 // inRoot is the mount that init has in place of a mount of another mount
 // namespace, or nil.

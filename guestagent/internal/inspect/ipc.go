@@ -43,12 +43,12 @@ func (c *Container) CheckIPC(others []*Process) (own bool, findings []Finding, e
 		same, err := procfs.SameNamespace(p.PID, c.Root.PID, "ipc")
 		return err != nil || !same
 	})
-	objects, queues, err := ipcObjects(c.Root.PID)
+	objects, queues, device, err := ipcObjects(c.Root.PID)
 	if err != nil {
 		return false, nil, fmt.Errorf("inspect the IPC namespace: %w", err)
 	}
 	own, findings = c.attribute(objects, sharing)
-	return own, append(findings, c.queues(queues, sharing)...), nil
+	return own, append(findings, c.queues(queues, device, sharing)...), nil
 }
 
 // attribute decides whose the objects of an IPC namespace are.
@@ -95,41 +95,62 @@ func (o ipcObject) userAmong(processes []*Process) *Process {
 	return processes[i]
 }
 
-// queues finds POSIX message queues that are the container's, or may be.
-func (c *Container) queues(queues map[string]uint64, sharing []*Process) (findings []Finding) {
-	if len(queues) == 0 {
-		return nil
-	}
+// queues finds POSIX message queues that are the container's, or may be: by the
+// names of all in its namespace, and by the device number of their file system.
+func (c *Container) queues(queues map[string]uint64, device uint64, sharing []*Process) (findings []Finding) {
 	const advice = "have the program communicate in another way, such as by a socket"
-	known := make(map[string]bool)
+	known := make(map[uint64]bool)
 	for _, p := range c.all() {
-		for _, name := range openQueues(p, queues) {
-			known[name] = true
-			findings = append(findings, c.finding(p, rule{Refused, "has the POSIX message queue " + name + " open, which CRIU cannot checkpoint", advice}))
+		for _, q := range c.openQueues(p, device) {
+			known[q.inode] = true
+			findings = append(findings, c.finding(p, rule{Refused, "has the POSIX message queue " + q.name + " open, which CRIU cannot checkpoint", advice}))
 		}
 	}
-	for _, p := range sharing {
-		for _, name := range openQueues(p, queues) {
-			known[name] = true
+	if len(queues) > 0 {
+		for _, p := range sharing {
+			for _, q := range c.openQueues(p, device) {
+				known[q.inode] = true
+			}
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(queues)) {
-		if !known[name] {
+		if !known[queues[name]] {
 			findings = append(findings, Finding{Class: Refused, What: "has the POSIX message queue " + name + ", which CRIU cannot checkpoint", Advice: "remove it, or " + advice})
 		}
 	}
 	return findings
 }
 
-// openQueues lists the message queues that a process has open: those of a
-// namespace are known by their names and inodes.
-func openQueues(p *Process, queues map[string]uint64) (names []string) {
+type openQueue struct {
+	name  string
+	inode uint64
+}
+
+// openQueues lists the message queues that a process has open, whatever their
+// names are: one that was removed has none any more. Their file system is mounted
+// by the kernel, where nobody sees it, or also at /dev/mqueue.
+func (c *Container) openQueues(p *Process, device uint64) (out []openQueue) {
 	for _, f := range p.Files {
-		if inode, ok := queues[f.Name]; ok && inode == f.Inode {
-			names = append(names, f.Name)
+		if !strings.HasPrefix(f.Name, "/") || device == 0 {
+			continue
 		}
+		if m := c.mounts.mountOf(f); m != nil && m.FSType != "mqueue" {
+			continue
+		}
+		st, err := lookAt(p, f)
+		if err != nil || unix.Mkdev(st.Dev_major, st.Dev_minor) != device || st.Mode&unix.S_IFMT != unix.S_IFREG {
+			continue // closed meanwhile, or another file
+		}
+		out = append(out, openQueue{strings.TrimSuffix(f.Name, deletedSuffix), st.Ino})
 	}
-	return names
+	return out
+}
+
+// lookAt finds out what a descriptor is of. It asks the kernel only, and never the
+// server of a file system.
+func lookAt(p *Process, f File) (st unix.Statx_t, err error) {
+	err = unix.Statx(unix.AT_FDCWD, fmt.Sprintf("/proc/%d/fd/%d", p.PID, f.FD), unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE|unix.STATX_INO, &st)
+	return st, err
 }
 
 // The kinds of System V objects.
@@ -140,8 +161,8 @@ const (
 )
 
 // ipcObjects lists the System V objects and the message queues in the IPC
-// namespace of a process.
-func ipcObjects(root int) (objects []ipcObject, queues map[string]uint64, err error) {
+// namespace of a process. Device is that of the file system of the queues, or 0.
+func ipcObjects(root int) (objects []ipcObject, queues map[string]uint64, device uint64, err error) {
 	err = thread.Do(func() error {
 		if err := thread.Enter(root, "ipc"); err != nil {
 			return err
@@ -163,10 +184,10 @@ func ipcObjects(root int) (objects []ipcObject, queues map[string]uint64, err er
 			objects = append(objects, list...)
 		}
 		var err error
-		queues, err = messageQueues()
+		queues, device, err = messageQueues()
 		return err
 	})
-	return objects, queues, err
+	return objects, queues, device, err
 }
 
 // readSysV reads one of the files in /proc/sysvipc: a line of column titles and
@@ -245,33 +266,39 @@ func semaphorePIDs(id int) (pids []int) {
 }
 
 // messageQueues maps the names of the POSIX message queues in the calling
-// thread's IPC namespace to their inodes, by a mount of their file system that nobody else sees.
-func messageQueues() (map[string]uint64, error) {
+// thread's IPC namespace to their inodes, by a mount of their file system that
+// nobody else sees, and returns its device number.
+func messageQueues() (_ map[string]uint64, device uint64, _ error) {
 	fs, err := unix.Fsopen("mqueue", unix.FSOPEN_CLOEXEC)
 	if err == unix.ENODEV { //nolint:errorlint // an errno
-		return nil, nil // a kernel without message queues
+		return nil, 0, nil // a kernel without message queues
 	}
 	if err != nil {
-		return nil, os.NewSyscallError("fsopen", err)
+		return nil, 0, os.NewSyscallError("fsopen", err)
 	}
 	defer unix.Close(fs)
 	if err := unix.FsconfigCreate(fs); err != nil {
-		return nil, os.NewSyscallError("fsconfig", err)
+		return nil, 0, os.NewSyscallError("fsconfig", err)
 	}
 	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
 	if err != nil {
-		return nil, os.NewSyscallError("fsmount", err)
+		return nil, 0, os.NewSyscallError("fsmount", err)
 	}
 	root, err := unix.Openat(mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	unix.Close(mount)
 	if err != nil {
-		return nil, os.NewSyscallError("openat", err)
+		return nil, 0, os.NewSyscallError("openat", err)
 	}
 	dir := os.NewFile(uintptr(root), "mqueue")
 	defer dir.Close()
+	var own unix.Stat_t
+	if err := unix.Fstat(root, &own); err != nil {
+		return nil, 0, os.NewSyscallError("fstat", err)
+	}
+	device = own.Dev
 	names, err := dir.Readdirnames(-1)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	queues := make(map[string]uint64, len(names))
 	for _, name := range names {
@@ -280,5 +307,5 @@ func messageQueues() (map[string]uint64, error) {
 			queues["/"+name] = st.Ino
 		}
 	}
-	return queues, nil
+	return queues, device, nil
 }

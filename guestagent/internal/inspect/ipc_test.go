@@ -91,7 +91,7 @@ func TestIPCObjectsOfANamespace(t *testing.T) {
 		_ = cmd.Wait()
 	})
 	root := cmd.Process.Pid
-	if objects, queues, err := ipcObjects(root); err != nil || len(objects) > 0 || len(queues) > 0 {
+	if objects, queues, _, err := ipcObjects(root); err != nil || len(objects) > 0 || len(queues) > 0 {
 		t.Fatalf("a new namespace has %v and %v, error %v", objects, queues, err)
 	}
 	queue := -1
@@ -117,14 +117,14 @@ func TestIPCObjectsOfANamespace(t *testing.T) {
 		if _, _, errno := unix.Syscall(unix.SYS_MSGGET, 0x2b, unix.IPC_CREAT|0o600, 0); errno != 0 {
 			return os.NewSyscallError("msgget", errno)
 		}
-		queue, err = openQueue("case")
+		queue, err = makeQueue("case")
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Close(queue)
-	objects, queues, err := ipcObjects(root)
+	objects, queues, device, err := ipcObjects(root)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,27 +142,43 @@ func TestIPCObjectsOfANamespace(t *testing.T) {
 		t.Errorf("the namespace has the queues %v", queues)
 	}
 	self := processes(t, os.Getpid())[0]
-	if open := openQueues(self, queues); !slices.Equal(open, []string{"/case"}) {
+	c := &Container{Root: self, Processes: []*Process{self}}
+	if open := c.openQueues(self, device); !slices.Equal(open, []openQueue{{"/case", queues["/case"]}}) {
 		t.Errorf("this process has the queues %v open", open)
 	}
-	if open := openQueues(self, map[string]uint64{"/case": queues["/case"] + 1}); len(open) > 0 {
-		t.Errorf("another file of that name is taken for the queue: %v", open)
+	if open := c.openQueues(self, device+1); len(open) > 0 {
+		t.Errorf("files of another device are taken for queues: %v", open)
 	}
-	c := &Container{Root: self, Processes: []*Process{self}}
-	if err := Refusal(c.queues(queues, nil)); err == nil || !strings.Contains(err.Error(), "has the POSIX message queue /case open") {
+	if err := Refusal(c.queues(queues, device, nil)); err == nil || !strings.Contains(err.Error(), "has the POSIX message queue /case open") {
 		t.Errorf("an open queue is refused as %v", err)
 	}
 	other := &Container{Root: &Process{PIDs: []int{1}}}
-	if err := Refusal(other.queues(queues, nil)); err == nil || !strings.Contains(err.Error(), "the container has the POSIX message queue /case") {
+	if err := Refusal(other.queues(queues, device, nil)); err == nil || !strings.Contains(err.Error(), "the container has the POSIX message queue /case") {
 		t.Errorf("a queue that nobody has open is refused as %v", err)
 	}
-	if findings := other.queues(queues, []*Process{self}); len(findings) > 0 {
+	if findings := other.queues(queues, device, []*Process{self}); len(findings) > 0 {
 		t.Errorf("the queue of another container is refused: %v", findings)
+	}
+
+	// One that was removed is open still.
+	must(t, thread.Do(func() error {
+		if err := thread.Enter(root, "ipc"); err != nil {
+			return err
+		}
+		return removeQueue("case")
+	}))
+	c = look(t, os.Getpid())
+	_, queues, device, err = ipcObjects(root)
+	if err != nil || len(queues) > 0 {
+		t.Fatalf("queues %v, error %v", queues, err)
+	}
+	if err := Refusal(c.queues(queues, device, nil)); err == nil || !strings.Contains(err.Error(), "has the POSIX message queue /case open") {
+		t.Errorf("an open queue without a name is refused as %v", err)
 	}
 }
 
-// openQueue is mq_open(3) with O_CREAT, without the slash that it leaves out.
-func openQueue(name string) (int, error) {
+// makeQueue is mq_open(3) with O_CREAT, without the slash that it leaves out.
+func makeQueue(name string) (int, error) {
 	path, err := unix.BytePtrFromString(name)
 	if err != nil {
 		return -1, err
@@ -172,4 +188,16 @@ func openQueue(name string) (int, error) {
 		return -1, os.NewSyscallError("mq_open", errno)
 	}
 	return int(fd), nil
+}
+
+// removeQueue is mq_unlink(3), without the slash that it leaves out.
+func removeQueue(name string) error {
+	path, err := unix.BytePtrFromString(name)
+	if err != nil {
+		return err
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_MQ_UNLINK, uintptr(unsafe.Pointer(path)), 0, 0); errno != 0 {
+		return os.NewSyscallError("mq_unlink", errno)
+	}
+	return nil
 }
