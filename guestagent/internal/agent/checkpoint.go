@@ -63,7 +63,11 @@ func (a *Agent) inspect(ctx context.Context, c *container, r *api.CheckpointRequ
 	if err != nil {
 		return nil, false, err
 	}
-	findings = append(findings, look.CheckMounts()...)
+	mounts, err := look.CheckMounts(r.GetExternals())
+	if err != nil {
+		return nil, false, err
+	}
+	findings = append(findings, mounts...)
 	device, err := c.shm()
 	if err != nil {
 		return nil, false, err
@@ -81,7 +85,7 @@ func (a *Agent) inspect(ctx context.Context, c *container, r *api.CheckpointRequ
 		return nil, false, err
 	}
 	findings = append(findings, shm...)
-	names, err := look.CheckNames(ctx)
+	names, err := look.CheckNames(ctx, r.GetExternals())
 	if err != nil {
 		return nil, false, err
 	}

@@ -46,10 +46,10 @@ type container struct {
 	// NetworkLocked reports that its TCP connections may be locked, see
 	// [Agent.lockNetwork].
 	NetworkLocked bool `json:"networkLocked,omitempty"`
-	// Mounts are the mount points that the container was created with. Without
-	// them, in a record of an agent that did not note them, every mount counts
-	// as one of those.
-	Mounts []string `json:"mounts,omitempty"`
+	// Mounts are those that the container was created with. Without them, in a
+	// record of an agent that did not note them, every mount counts as one of
+	// those.
+	Mounts []inspect.Point `json:"mounts,omitempty"`
 	// Shm is the device number of the /dev/shm that the container was created with;
 	// 0: it has none. In a record of an agent that did not note it, it is nil.
 	Shm *uint64 `json:"shm,omitempty"`
@@ -68,7 +68,7 @@ func (c *container) noteMounts() error {
 		return fmt.Errorf("read the mounts of container %s: %w", c.ID, err)
 	}
 	for _, m := range mounts {
-		c.Mounts = append(c.Mounts, m.Mountpoint)
+		c.Mounts = append(c.Mounts, inspect.NewPoint(m))
 	}
 	device := inspect.MountedDevice(mounts, inspect.ShmDir)
 	c.Shm = &device

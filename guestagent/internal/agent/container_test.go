@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
@@ -44,7 +45,7 @@ func TestExited(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c := &container{ID: "c1", Init: init, Cgroup: t.TempDir(), Mounts: []string{"/"}}
+			c := &container{ID: "c1", Init: init, Cgroup: t.TempDir(), Mounts: []inspect.Point{{Path: "/"}}}
 			if err := a.save(c); err != nil {
 				t.Fatal(err)
 			}

@@ -62,7 +62,7 @@ func adopted(t *testing.T, pids ...int) (*Agent, *container) {
 		t.Fatal(err)
 	}
 	for _, m := range mounts {
-		c.Mounts = append(c.Mounts, m.Mountpoint)
+		c.Mounts = append(c.Mounts, inspect.NewPoint(m))
 	}
 	if err := a.save(c); err != nil {
 		t.Fatal(err)

@@ -95,7 +95,7 @@ var linkRemapName = regexp.MustCompile(`^link_remap\.[0-9]+$`)
 // dump: the next one would fail to make its own. Each is a further name of a file
 // that has lost its first.
 func removeLinkRemaps(look *inspect.Container) error {
-	if len(look.Names.Files) == 0 {
+	if len(look.Names.Files)+len(look.Names.Linked) == 0 {
 		return nil
 	}
 	tree, err := look.Tree()
@@ -107,15 +107,21 @@ func removeLinkRemaps(look *inspect.Container) error {
 	}
 	defer tree.Close()
 	for _, path := range look.Names.Files {
-		if err := removeLinks(tree, path); err != nil {
+		if err := removeLinksBeside(tree, path); err != nil {
+			return err
+		}
+	}
+	for _, l := range look.Names.Linked {
+		if err := removeLinksAbove(tree, l); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// removeLinks removes the links of CRIU's to one file.
-func removeLinks(tree *inside.Tree, path string) error {
+// removeLinksBeside removes the links of CRIU's to a file, which are in the same
+// directory.
+func removeLinksBeside(tree *inside.Tree, path string) error {
 	fd, err := tree.Open(filepath.Dir(path), unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return err
@@ -126,20 +132,42 @@ func removeLinks(tree *inside.Tree, path string) error {
 	if err := unix.Fstatat(fd, filepath.Base(path), &file, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return &os.PathError{Op: "stat", Path: path, Err: err}
 	}
+	return removeLinks(tree, dir, file.Dev, file.Ino)
+}
+
+// removeLinksAbove removes the links of CRIU's to a file whose own directory may
+// be gone.
+func removeLinksAbove(tree *inside.Tree, l inspect.Linked) error {
+	for path := filepath.Dir(l.Path); ; path = filepath.Dir(path) {
+		fd, err := tree.Open(path, unix.O_RDONLY|unix.O_DIRECTORY)
+		if path != "/" && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR)) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		dir := os.NewFile(uintptr(fd), path)
+		defer dir.Close()
+		return removeLinks(tree, dir, l.Device, l.Inode)
+	}
+}
+
+// removeLinks removes the links of CRIU's to one file from a directory.
+func removeLinks(tree *inside.Tree, dir *os.File, device, inode uint64) error {
 	names, err := dir.Readdirnames(-1)
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		if !linkRemapName.MatchString(name) || tree.IsMountPoint(filepath.Join(filepath.Dir(path), name)) {
+		if !linkRemapName.MatchString(name) || tree.IsMountPoint(filepath.Join(dir.Name(), name)) {
 			continue
 		}
 		var st unix.Stat_t
-		if err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || st.Dev != file.Dev || st.Ino != file.Ino {
+		if err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || st.Dev != device || st.Ino != inode {
 			continue
 		}
-		if err := unix.Unlinkat(fd, name, 0); err != nil {
-			return &os.PathError{Op: "unlink", Path: filepath.Join(filepath.Dir(path), name), Err: err}
+		if err := unix.Unlinkat(int(dir.Fd()), name, 0); err != nil {
+			return &os.PathError{Op: "unlink", Path: filepath.Join(dir.Name(), name), Err: err}
 		}
 	}
 	return nil

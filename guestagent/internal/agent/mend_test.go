@@ -221,6 +221,44 @@ func TestLinksOfADumpThatWasKilledAreRemoved(t *testing.T) {
 	}
 }
 
+// A file that CRIU alone finds again may have lost its directory, too.
+func TestLinksAboveARemovedDirectory(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("enters a mount namespace")
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"link_remap.5", "other"} {
+		if err := os.Link(filepath.Join(dir, "file"), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "link_remap.7"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, "file"), &st); err != nil {
+		t.Fatal(err)
+	}
+	look, err := inspect.Look(t.Context(), os.Getpid(), []int{os.Getpid()}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	look.Names = inspect.Names{Linked: []inspect.Linked{{Path: filepath.Join(dir, "gone/too/a"), Device: st.Dev, Inode: st.Ino}}}
+	if err := removeLinkRemaps(look); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob(dir + "/*")
+	for i := range left {
+		left[i] = filepath.Base(left[i])
+	}
+	if want := []string{"file", "link_remap.7", "other"}; err != nil || !slices.Equal(left, want) {
+		t.Errorf("%q is left, not %q (%v)", left, want, err)
+	}
+}
+
 // A connection that a peer outside has closed is restored as a socket without
 // one: nobody has its address. Others remain.
 func TestEndedConnectionIsClosed(t *testing.T) {

@@ -35,9 +35,9 @@ type mountTable struct {
 
 func device(m *mountinfo.Info) string { return fmt.Sprintf("%02x:%02x", m.Major, m.Minor) }
 
-// readMounts reads the mounts of a container's processes. Points are the mount
-// points that the container was created with, nil if they are not known.
-func readMounts(root *Process, processes []*Process, points []string) (*mountTable, error) {
+// readMounts reads the mounts of a container's processes. Points are the mounts
+// that the container was created with, nil if they are not known.
+func readMounts(root *Process, processes []*Process, points []Point) (*mountTable, error) {
 	t := &mountTable{ids: make(map[int]*mountinfo.Info), devices: make(map[string]*mountinfo.Info)}
 	var err error
 	if t.root, err = Mounts(root.PID); err != nil {
@@ -96,8 +96,8 @@ func (t *mountTable) answers(m *mountinfo.Info) bool {
 func (c *Container) Tree() (*inside.Tree, error) { return inside.Open(c.Root.PID, c.mounts.answers) }
 
 // Tree opens the files that a process of a container sees, those that are known
-// to answer. Points are the mount points that the container was created with.
-func Tree(pid int, points []string) (*inside.Tree, error) {
+// to answer. Points are the mounts that the container was created with.
+func Tree(pid int, points []Point) (*inside.Tree, error) {
 	p := &Process{PID: pid}
 	mounts, err := readMounts(p, []*Process{p}, points)
 	if err != nil {
@@ -112,6 +112,12 @@ func (t *mountTable) mountOf(f File) *mountinfo.Info {
 		return nil
 	}
 	return t.ids[f.MountID]
+}
+
+// inInit reports whether a mount is one of those that init sees: only there do
+// the names of files mean what they mean in the tree of the container.
+func (t *mountTable) inInit(m *mountinfo.Info) bool {
+	return slices.ContainsFunc(t.root, func(r *mountinfo.Info) bool { return r.ID == m.ID })
 }
 
 // inRoot is the mount that init has in place of a mount of another mount

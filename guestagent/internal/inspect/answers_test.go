@@ -45,10 +45,10 @@ func TestALookTouchesNothingThatAFrozenProcessServes(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		if findings := c.CheckMounts(); len(findings) > 0 {
-			t.Error(findings)
+		if findings, err := c.CheckMounts(nil); err != nil || len(findings) > 0 {
+			t.Error(findings, err)
 		}
-		findings, err := c.CheckNames(t.Context())
+		findings, err := c.CheckNames(t.Context(), nil)
 		if err != nil || len(findings) != 1 || !strings.Contains(findings[0].What, "has the device /dev/fuse open") {
 			t.Error(findings, err)
 		}
@@ -118,15 +118,16 @@ func TestMountsOfANestedNamespaceAreFound(t *testing.T) {
 	dir := t.TempDir()
 	cmd := exec.Command("unshare", "--mount", "sh", "-c", "mkdir "+dir+"/l "+dir+"/u "+dir+"/w "+dir+"/m; mount -t tmpfs t "+dir+"/u; mkdir "+dir+"/u/u "+dir+"/u/w; mount -t overlay -o lowerdir="+dir+"/l,upperdir="+dir+"/u/u,workdir="+dir+"/u/w o "+dir+"/m && echo ready && read line")
 	testproc.Ready(t, cmd)
-	var points []string
+	var points []Point
 	self, err := Mounts(os.Getpid())
 	must(t, err)
 	for _, m := range self {
-		points = append(points, m.Mountpoint)
+		points = append(points, NewPoint(m))
 	}
 	c, err := LookAtFiles(t.Context(), os.Getpid(), []int{os.Getpid(), cmd.Process.Pid}, points)
 	must(t, err)
-	findings := c.CheckMounts()
+	findings, err := c.CheckMounts(nil)
+	must(t, err)
 	if len(findings) != 1 || !strings.Contains(findings[0].What, "overlay at "+dir+"/m") {
 		t.Errorf("findings %v", findings)
 	}

@@ -108,7 +108,7 @@ func FuzzMounts(f *testing.F) {
 				t.Errorf("%s is external, and in the images", m.Mountpoint)
 			}
 		}
-		given := Given(mounts, []string{"/", marked})
+		given := Given(mounts, paths("/", marked))
 		for _, finding := range madeMounts(mounts, given) {
 			if finding.Class != Refused || finding.Advice == "" {
 				t.Errorf("%+v", finding)

@@ -52,7 +52,7 @@ type Container struct {
 	mounts  *mountTable
 	// points are the mount points that it was created with, nil if they are not
 	// known.
-	points []string
+	points []Point
 }
 
 // Process is what one pass over /proc/PID has read.
@@ -123,7 +123,7 @@ type Mapping struct {
 
 // Look reads the processes of a container, of which root is the first. Points
 // are the mount points that it was created with, nil if they are not known.
-func Look(ctx context.Context, root int, pids []int, points []string) (*Container, error) {
+func Look(ctx context.Context, root int, pids []int, points []Point) (*Container, error) {
 	c, err := LookAtFiles(ctx, root, pids, points)
 	if err != nil {
 		return nil, err
@@ -139,7 +139,7 @@ func Look(ctx context.Context, root int, pids []int, points []string) (*Containe
 }
 
 // LookAtFiles is Look without sockets and addresses.
-func LookAtFiles(ctx context.Context, root int, pids []int, points []string) (*Container, error) {
+func LookAtFiles(ctx context.Context, root int, pids []int, points []Point) (*Container, error) {
 	all, err := Processes(ctx, pids)
 	if err != nil {
 		return nil, err

@@ -134,9 +134,9 @@ func BenchmarkLook(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	var points []string
+	var points []Point
 	for _, m := range mounts {
-		points = append(points, m.Mountpoint)
+		points = append(points, NewPoint(m))
 	}
 	must := func(_ any, err error) {
 		if err != nil {
@@ -158,9 +158,10 @@ func BenchmarkLook(b *testing.B) {
 			b.Fatalf("%d processes", len(c.Processes))
 		}
 		must(c.Check(nil, &api.CheckpointOptions{}))
-		c.CheckMounts()
+		_, err = c.CheckMounts(nil)
+		must(nil, err)
 		c.CheckTerminals(nil)
-		must(c.CheckNames(b.Context()))
+		must(c.CheckNames(b.Context(), nil))
 		_, _, err = c.CheckIPC(nil)
 		must(nil, err)
 	}

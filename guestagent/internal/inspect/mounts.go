@@ -5,6 +5,7 @@ package inspect
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -20,6 +21,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // kernelFS are file systems that CRIU mounts again at restore, whatever
@@ -39,9 +41,58 @@ func Mounts(pid int) ([]*mountinfo.Info, error) {
 // that have no content of their own (criu/filesystems.c).
 var restorableFS = append([]string{"tmpfs", "devtmpfs", "cgroup2", "cgroup", "fusectl", "configfs"}, kernelFS...)
 
-// Given returns the mounts at mount points that a container was created with.
-// The others were made by its own programs.
-func Given(mounts []*mountinfo.Info, points []string) []*mountinfo.Info {
+// Point is a mount that a container was created with.
+type Point struct {
+	Path string `json:"path"`
+	// Root is the directory or file of the file system that it shows, and Type and
+	// Device are those of the file system. In a record of an agent that did not note
+	// them, they are empty.
+	Root   string `json:"root,omitempty"`
+	Type   string `json:"type,omitempty"`
+	Device uint64 `json:"device,omitempty"`
+}
+
+// NewPoint describes a mount.
+func NewPoint(m *mountinfo.Info) Point {
+	return Point{Path: m.Mountpoint, Root: m.Root, Type: m.FSType, Device: number(m)}
+}
+
+// UnmarshalJSON also accepts the path alone, which earlier agents have noted.
+func (p *Point) UnmarshalJSON(data []byte) error {
+	if path := ""; json.Unmarshal(data, &path) == nil {
+		*p = Point{Path: path}
+		return nil
+	}
+	type plain Point
+	return json.Unmarshal(data, (*plain)(p))
+}
+
+// is reports whether a mount is the one that the container was created with. A
+// file system that CRIU mounts again has another device after a restore.
+func (p Point) is(m *mountinfo.Info) bool {
+	switch {
+	case m.Mountpoint != p.Path:
+		return false
+	case p.Type == "":
+		return true
+	case m.FSType != p.Type:
+		return false
+	case m.FSType == "devpts": // a terminal has another number after a restore
+		return true
+	case m.FSType != "devtmpfs" && slices.Contains(restorableFS, m.FSType):
+		return m.Root == p.Root
+	}
+	return m.Root == p.Root && number(m) == p.Device
+}
+
+// number is the device number of a mount's file system.
+func number(m *mountinfo.Info) uint64 {
+	return unix.Mkdev(uint32(m.Major), uint32(m.Minor)) //nolint:gosec // device numbers
+}
+
+// Given returns the mounts that a container was created with. The others were
+// made by its own programs.
+func Given(mounts []*mountinfo.Info, points []Point) []*mountinfo.Info {
 	if points == nil {
 		return mounts
 	}
@@ -49,7 +100,7 @@ func Given(mounts []*mountinfo.Info, points []string) []*mountinfo.Info {
 	var out []*mountinfo.Info
 	for _, m := range mounts {
 		// A second mount at the same point covers the first.
-		if slices.Contains(points, m.Mountpoint) && !seen[m.Mountpoint] {
+		if !seen[m.Mountpoint] && slices.ContainsFunc(points, func(p Point) bool { return p.is(m) }) {
 			out = append(out, m)
 		}
 		seen[m.Mountpoint] = true
@@ -57,9 +108,10 @@ func Given(mounts []*mountinfo.Info, points []string) []*mountinfo.Info {
 	return out
 }
 
-// CheckMounts finds mounts that a container's own programs have made, in any
-// mount namespace of theirs, of file systems that CRIU cannot restore.
-func (c *Container) CheckMounts() (findings []Finding) {
+// CheckMounts finds what a container's own programs have done to its mounts, in
+// any mount namespace of theirs, that CRIU cannot restore. Marked are the
+// destinations of mounts that the caller keeps out of the image set.
+func (c *Container) CheckMounts(marked []string) (findings []Finding, err error) {
 	for _, m := range Given(c.mounts.root, c.points) {
 		if text.Line(m.Mountpoint, unix.PathMax) != m.Mountpoint {
 			findings = append(findings, Finding{Class: Refused,
@@ -68,7 +120,7 @@ func (c *Container) CheckMounts() (findings []Finding) {
 		}
 	}
 	if c.points == nil {
-		return findings
+		return findings, nil
 	}
 	given := Given(c.mounts.root, c.points)
 	findings = append(findings, madeMounts(c.mounts.root, given)...)
@@ -82,7 +134,190 @@ func (c *Container) CheckMounts() (findings []Finding) {
 			nested = append(nested, c.mounts.ids[id])
 		}
 	}
-	return distinct(append(findings, madeMounts(nested, given)...))
+	findings = append(findings, madeMounts(nested, given)...)
+	external, err := c.externals(marked)
+	if err != nil {
+		return nil, err
+	}
+	findings = append(findings, covered(c.mounts.root, c.points, external)...)
+	spaces, err := c.mountNamespaces()
+	if err != nil {
+		return nil, err
+	}
+	findings = append(findings, c.lostProc(spaces)...)
+	detached, err := c.detached(spaces)
+	if err != nil {
+		return nil, err
+	}
+	return distinct(append(findings, detached...)), nil
+}
+
+// externals are the container's mounts that the image set does not contain.
+func (c *Container) externals(marked []string) ([]*api.External, error) {
+	guest, err := Mounts(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of the guest: %w", err)
+	}
+	return Externals(Given(c.mounts.root, c.points), guest, marked), nil
+}
+
+// covered finds mounts that a container's own programs have made right on top of
+// an external one. CRIU takes a mount for external by its path
+// (try_resolve_ext_mount in criu/mount.c): both would be the external one after a
+// restore. /dev/shm has a rule of its own, see [Container.CheckShm].
+func covered(mounts []*mountinfo.Info, points []Point, external []*api.External) (findings []Finding) {
+	at := make(map[string]int)
+	for _, p := range points {
+		at[p.Path]--
+	}
+	for _, m := range mounts {
+		at[m.Mountpoint]++
+	}
+	for _, e := range external {
+		path := e.GetDestination()
+		if at[path] <= 0 || path == ShmDir {
+			continue
+		}
+		findings = append(findings, Finding{Class: Refused,
+			What:   fmt.Sprintf("has mounted something over its mount %s, which CRIU cannot tell from that one", path),
+			Advice: "unmount it before the checkpoint, or mount it elsewhere"})
+	}
+	return findings
+}
+
+// mountNamespace is one of the container's processes.
+type mountNamespace struct {
+	process *Process // one in it
+	mounts  []*mountinfo.Info
+}
+
+// mountNamespaces reads the mounts of each, whatever root its processes have.
+func (c *Container) mountNamespaces() (out []mountNamespace, err error) {
+	seen := make(map[string]bool)
+	for _, p := range c.Processes {
+		if p.mountNamespace == "" || seen[p.mountNamespace] {
+			continue
+		}
+		mounts, err := namespaceMounts(p.PID)
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read the mounts of the namespace of process %d: %w", p.PID, err)
+		}
+		seen[p.mountNamespace] = true
+		out = append(out, mountNamespace{p, mounts})
+	}
+	return out, nil
+}
+
+// lostProc finds mount namespaces without a file system of the type proc at /proc
+// in which mounts are shared or slaves: CRIU reaches them by their names there
+// (restore_one_sharing in criu/mount-v2.c).
+func (c *Container) lostProc(spaces []mountNamespace) (findings []Finding) {
+	const advice = "have it mount a proc file system there before the checkpoint"
+	for _, n := range spaces {
+		switch {
+		case hasProc(n.mounts), !slices.ContainsFunc(n.mounts, propagates):
+		case n.process.mountNamespace == c.Root.mountNamespace:
+			findings = append(findings, Finding{Class: Refused, What: "has unmounted, moved or covered its /proc, which CRIU needs to restore mounts", Advice: advice})
+		default:
+			findings = append(findings, c.finding(n.process, rule{Refused, "is in a mount namespace without a proc file system at /proc, which CRIU needs to restore its mounts", advice + ", or terminate it"}))
+		}
+	}
+	return findings
+}
+
+// detached finds open files and directories on a mount that is in none of the
+// container's mount namespaces any more, such as one that was unmounted lazily:
+// CRIU has no place for them (dump_one_reg_file in criu/files-reg.c).
+func (c *Container) detached(spaces []mountNamespace) (findings []Finding, err error) {
+	ids := make(map[int]bool)
+	for _, n := range spaces {
+		for _, m := range n.mounts {
+			ids[m.ID] = true
+		}
+	}
+	queues := uint64(0)
+	for _, p := range c.Processes {
+		for _, f := range p.Files {
+			if !strings.HasPrefix(f.Name, "/") || ids[f.MountID] || c.mounts.ids[f.MountID] != nil || slices.ContainsFunc(unnamed, func(n string) bool { return strings.HasPrefix(f.Name, n) }) {
+				continue
+			}
+			st, err := lookAt(p, f)
+			if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+				continue // closed meanwhile, or a device, of which the mount does not matter
+			}
+			if queues == 0 {
+				if _, _, queues, err = ipcObjects(c.Root.PID); err != nil {
+					return nil, fmt.Errorf("inspect the IPC namespace: %w", err)
+				}
+			}
+			if unix.Mkdev(st.Dev_major, st.Dev_minor) != queues {
+				findings = append(findings, c.finding(p, rule{Refused, "has the file " + f.Name + " open, whose mount was unmounted", "close it before the checkpoint"}))
+			}
+		}
+	}
+	return findings, nil
+}
+
+// unnamed begin the names of what is on a mount of the kernel's own: memory above
+// all.
+var unnamed = []string{"/memfd:", "/SYSV", "/dev/zero" + deletedSuffix, "/anon_hugepage", "/secretmem", "/dmabuf:", "/[", "/drm", "/i915"}
+
+// propagates reports whether a mount is shared or a slave.
+func propagates(m *mountinfo.Info) bool {
+	return strings.Contains(m.Optional, "shared:") || strings.Contains(m.Optional, "master:")
+}
+
+// hasProc reports whether /proc leads to a proc file system.
+func hasProc(mounts []*mountinfo.Info) bool {
+	ids := make(map[int]bool)
+	for _, m := range mounts {
+		ids[m.ID] = true
+	}
+	i := slices.IndexFunc(mounts, func(m *mountinfo.Info) bool { return !ids[m.Parent] || m.Parent == m.ID })
+	if i < 0 {
+		return false
+	}
+	at := mounts[i]
+	for _, point := range []string{"/", "/proc"} {
+		for {
+			i := slices.IndexFunc(mounts, func(m *mountinfo.Info) bool {
+				return m.Parent == at.ID && m.ID != at.ID && m.Mountpoint == point
+			})
+			if i < 0 {
+				break
+			}
+			at = mounts[i]
+		}
+	}
+	return at.FSType == "proc" && at.Root == "/" && at.Mountpoint == "/proc"
+}
+
+// namespaceMounts reads the mounts of a process's mount namespace, whatever root
+// the process has.
+func namespaceMounts(pid int) (mounts []*mountinfo.Info, err error) {
+	err = thread.Do(func() error {
+		proc, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return &os.PathError{Op: "open", Path: "/proc", Err: err}
+		}
+		defer unix.Close(proc)
+		if err := thread.Enter(pid, "mnt"); err != nil {
+			return err
+		}
+		// The kernel lists the mounts below the root of the thread that opens it.
+		fd, err := unix.Openat(proc, "thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return &os.PathError{Op: "open", Path: "mountinfo", Err: err}
+		}
+		f := os.NewFile(uintptr(fd), "mountinfo")
+		defer f.Close()
+		mounts, err = mountinfo.GetMountsFromReader(f, nil)
+		return err
+	})
+	return mounts, err
 }
 
 // MountedDevice returns the device number of the file system that is mounted at
@@ -90,7 +325,7 @@ func (c *Container) CheckMounts() (findings []Finding) {
 func MountedDevice(mounts []*mountinfo.Info, path string) (device uint64) {
 	for _, m := range mounts {
 		if m.Mountpoint == path {
-			device = unix.Mkdev(uint32(m.Major), uint32(m.Minor)) //nolint:gosec // device numbers
+			device = number(m)
 		}
 	}
 	return device
@@ -126,8 +361,14 @@ func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 			continue
 		}
 		// A bind of a part of another mount comes with that one.
-		bind := slices.ContainsFunc(given, func(g *mountinfo.Info) bool { return g.Major == m.Major && g.Minor == m.Minor })
+		bind := slices.ContainsFunc(given, func(g *mountinfo.Info) bool { return number(g) == number(m) && isBelow(m.Root, g.Root) })
 		if bind || slices.Contains(restorableFS, m.FSType) {
+			continue
+		}
+		if inside.KindOf(m) == inside.Host {
+			findings = append(findings, Finding{Class: Refused,
+				What:   fmt.Sprintf("has mounted or moved a volume to %s, and it is no longer mounted where the container was created with it, where CRIU looks for it", m.Mountpoint),
+				Advice: "move it back or unmount it before the checkpoint"})
 			continue
 		}
 		findings = append(findings, Finding{Class: Refused,
@@ -135,6 +376,11 @@ func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 			Advice: "unmount it before the checkpoint, or create the container with it as a volume"})
 	}
 	return findings
+}
+
+// isBelow reports whether a path is a directory or in it.
+func isBelow(path, dir string) bool {
+	return path == dir || dir == "/" || strings.HasPrefix(path, dir+"/")
 }
 
 // bindsTerminal reports whether a mount shows a single terminal of a devpts other
@@ -255,6 +501,24 @@ func (c *Container) FileMounts(ctx context.Context) ([]string, error) {
 		unix.Close(fd)
 		if err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			out = append(out, m.Mountpoint)
+		}
+	}
+	return out, nil
+}
+
+// imageDevices are the devices of the file systems that the image set contains:
+// those of [InImages].
+func (c *Container) imageDevices(marked []string) (map[uint64]bool, error) {
+	external, err := c.externals(marked)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[uint64]bool)
+	for _, m := range c.mounts.root {
+		in := m.FSType == "tmpfs" && m.Mountpoint != "/" &&
+			!slices.ContainsFunc(external, func(e *api.External) bool { return e.GetDestination() == m.Mountpoint })
+		if known, seen := out[number(m)]; !seen || known {
+			out[number(m)] = in
 		}
 	}
 	return out, nil

@@ -3,7 +3,9 @@
 package inspect
 
 import (
+	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -11,6 +13,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 )
 
 func parseMounts(t *testing.T, text string) []*mountinfo.Info {
@@ -109,7 +113,15 @@ const made = `100 99 0:41 / / rw - virtiofs none rw
 112 102 0:75 / /run/user rw - tmpfs tmpfs rw
 `
 
-var madePoints = []string{"/", "/proc", "/run", "/dev/shm", "/data", "/etc/hosts"}
+var madePoints = paths("/", "/proc", "/run", "/dev/shm", "/data", "/etc/hosts")
+
+// paths are mounts as earlier agents have noted them.
+func paths(list ...string) (points []Point) {
+	for _, path := range list {
+		points = append(points, Point{Path: path})
+	}
+	return points
+}
 
 func TestMountsOfAContainersOwnProgramsAreNotExternal(t *testing.T) {
 	mounts := parseMounts(t, made)
@@ -149,7 +161,7 @@ func TestMountedTerminalsAreFound(t *testing.T) {
 108 100 0:53 /0 /newroot/dev/tty1 rw - devpts devpts rw
 `)
 	var have []string
-	for _, f := range madeMounts(mounts, Given(mounts, []string{"/", "/dev/pts", "/dev/console"})) {
+	for _, f := range madeMounts(mounts, Given(mounts, paths("/", "/dev/pts", "/dev/console"))) {
 		if f.Class != Refused || f.Advice == "" {
 			t.Errorf("%v is no refusal with advice", f)
 		}
@@ -193,5 +205,211 @@ func TestFileMounts(t *testing.T) {
 	}
 	if !slices.Contains(have, point) || slices.Contains(have, "/") || slices.Contains(have, "/proc") {
 		t.Errorf("the mounts of files are %q", have)
+	}
+}
+
+// changed are the mounts of a container when it is created, by lines that tests
+// replace or follow with others.
+const changed = `100 99 0:41 /c/rootfs / rw - virtiofs none rw
+101 100 0:50 / /proc rw - proc proc rw
+102 100 0:60 / /run rw - tmpfs tmpfs rw
+103 100 0:31 / /dev/shm rw master:1 - tmpfs shm rw
+104 100 0:42 /c-data /data rw - virtiofs none rw
+105 100 0:41 /c-hosts /etc/hosts rw - virtiofs none rw
+`
+
+// A mount in place of one that the container was created with is not that one.
+func TestOnlyTheMountsOfCreationAreGiven(t *testing.T) {
+	var points []Point
+	for _, m := range parseMounts(t, changed) {
+		points = append(points, NewPoint(m))
+	}
+	for name, test := range map[string]struct {
+		from, to string
+		given    bool
+		path     string
+	}{
+		"as it was":                 {"", "", true, "/data"},
+		"another mount ID":          {"104 100", "204 100", true, "/data"},
+		"remounted":                 {"/data rw", "/data ro", true, "/data"},
+		"a bind of the root":        {"0:42 /c-data /data", "0:41 /c/rootfs/b /data", false, "/data"},
+		"another directory of it":   {"/c-data /data", "/c-data/sub /data", false, "/data"},
+		"a tmpfs":                   {"0:42 /c-data /data rw - virtiofs", "0:90 / /data rw - tmpfs", false, "/data"},
+		"a new tmpfs for a tmpfs":   {"0:60 / /run", "0:90 / /run", true, "/run"}, // as after a restore
+		"a bind of a part of it":    {"0:60 / /run", "0:60 /a /run", false, "/run"},
+		"a volume for a tmpfs":      {"0:60 / /run rw - tmpfs", "0:42 /c-data /run rw - virtiofs", false, "/run"},
+		"a proc for a proc":         {"0:50 / /proc", "0:90 / /proc", true, "/proc"},
+		"a file in place of a file": {"/c-hosts", "/c/rootfs/other", false, "/etc/hosts"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mounts := parseMounts(t, strings.Replace(changed, test.from, test.to, 1))
+			have := slices.ContainsFunc(Given(mounts, points), func(m *mountinfo.Info) bool { return m.Mountpoint == test.path })
+			if have != test.given {
+				t.Errorf("given: %v", have)
+			}
+		})
+	}
+}
+
+// Points of an earlier agent's record are paths alone.
+func TestPointsOfARecord(t *testing.T) {
+	var points []Point
+	if err := json.Unmarshal([]byte(`["/data", {"path": "/run", "root": "/", "type": "tmpfs", "device": 60}]`), &points); err != nil {
+		t.Fatal(err)
+	}
+	if want := []Point{{Path: "/data"}, {"/run", "/", "tmpfs", 60}}; !slices.Equal(points, want) {
+		t.Errorf("points %v", points)
+	}
+	data, err := json.Marshal(points)
+	var again []Point
+	if err != nil || json.Unmarshal(data, &again) != nil || !slices.Equal(points, again) {
+		t.Errorf("%s is read as %v (%v)", data, again, err)
+	}
+}
+
+func TestVolumesThatWereMovedAreFound(t *testing.T) {
+	var points []Point
+	for _, m := range parseMounts(t, changed) {
+		points = append(points, NewPoint(m))
+	}
+	for name, test := range map[string]struct{ from, to, want string }{
+		"moved":                       {"/c-data /data", "/c-data /data2", "volume to /data2"},
+		"a bind, and it is unmounted": {"/c-data /data", "/c-data/sub /b", "volume to /b"},
+		"a file, moved":               {"/c-hosts /etc/hosts", "/c-hosts /h", "volume to /h"}, // of the root's device
+		"unmounted":                   {"104 100 0:42 /c-data /data rw - virtiofs none rw\n", "", ""},
+		"a bind of it":                {"105 100", "106 100 0:42 /c-data/sub /b rw - virtiofs none rw\n105 100", ""},
+		"a bind of the root":          {"105 100", "106 100 0:41 /c/rootfs/b /b rw - virtiofs none rw\n105 100", ""},
+		"a tmpfs, moved":              {"/ /run", "/ /run2", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mounts := parseMounts(t, strings.Replace(changed, test.from, test.to, 1))
+			var have []string
+			for _, f := range madeMounts(mounts, Given(mounts, points)) {
+				have = append(have, f.String())
+			}
+			if text := strings.Join(have, "; "); test.want == "" && text != "" || !strings.Contains(text, test.want) {
+				t.Errorf("findings %q, not %q", text, test.want)
+			}
+		})
+	}
+}
+
+func TestCoveredMountsAreFound(t *testing.T) {
+	var points []Point
+	for _, m := range parseMounts(t, changed) {
+		points = append(points, NewPoint(m))
+	}
+	for line, want := range map[string]string{
+		"":                                     "",
+		"106 104 0:90 / /data rw - tmpfs t rw": "/data",
+		"106 104 0:42 /c-data /data rw - virtiofs n rw":          "/data",
+		"106 105 0:41 /c/rootfs/x /etc/hosts rw - virtiofs n rw": "/etc/hosts",
+		"106 102 0:90 / /run rw - tmpfs t rw":                    "", // both are in the image set
+		"106 100 0:90 / /etc rw - tmpfs t rw":                    "",
+		"106 103 0:90 / /dev/shm rw - tmpfs t rw":                "", // has a rule of its own
+	} {
+		mounts := parseMounts(t, changed+line)
+		findings := covered(mounts, points, Externals(Given(mounts, points), nil, nil))
+		if want == "" && len(findings) > 0 || want != "" && (len(findings) != 1 || findings[0].Class != Refused || !strings.Contains(findings[0].What, "over its mount "+want+",")) {
+			t.Errorf("%s: findings %v", line, findings)
+		}
+	}
+}
+
+func TestAProcFileSystemIsFound(t *testing.T) {
+	for name, test := range map[string]struct {
+		from, to string
+		want     bool
+	}{
+		"as it was":            {"", "", true},
+		"unmounted":            {"101 100 0:50 / /proc rw - proc proc rw\n", "", false},
+		"moved":                {"/ /proc", "/ /p", false},
+		"a part of it":         {"/ /proc", "/sys /proc", false},
+		"covered":              {"102 100", "106 101 0:90 / /proc rw - tmpfs t rw\n102 100", false},
+		"covered by another":   {"102 100", "106 101 0:91 / /proc rw - proc t rw\n102 100", true},
+		"with all of the root": {"102 100", "106 100 0:90 / / rw - tmpfs t rw\n102 100", false},
+		"above all":            {"102 100", "106 100 0:90 / / rw - tmpfs t rw\n107 106 0:91 / /proc rw - proc t rw\n102 100", true},
+	} {
+		if have := hasProc(parseMounts(t, strings.Replace(changed, test.from, test.to, 1))); have != test.want {
+			t.Errorf("%s: %v", name, have)
+		}
+	}
+}
+
+// A namespace whose mounts propagate is refused without a /proc, init's and one
+// below it.
+func TestNamespacesWithoutProcAreFound(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes mount namespaces")
+	}
+	for script, want := range map[string]string{
+		"true": "",
+		"mount --make-rprivate /; umount -l /proc":                                            "",
+		"mount --make-rslave /; mount -t tmpfs t $D; mount --make-shared $D; umount -l /proc": "the container has unmounted, moved or covered its /proc",
+	} {
+		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", script+"; echo ready; read line")
+		cmd.Env = append(os.Environ(), "D="+t.TempDir())
+		testproc.Ready(t, cmd)
+		c := look(t, cmd.Process.Pid)
+		findings := c.lostProc(spaces(t, c))
+		if want == "" && len(findings) > 0 || want != "" && (len(findings) != 1 || !strings.Contains(findings[0].String(), want)) {
+			t.Errorf("%s: findings %v", script, findings)
+		}
+		if want == "" {
+			continue
+		}
+		// Seen from a container that has one.
+		self := look(t, os.Getpid())
+		self.Processes = append(self.Processes, c.Processes...)
+		if findings := self.lostProc(spaces(t, self)); len(findings) != 1 || !strings.Contains(findings[0].String(), "is in a mount namespace without a proc file system") {
+			t.Errorf("below another: %v", findings)
+		}
+	}
+}
+
+func spaces(t *testing.T, c *Container) []mountNamespace {
+	t.Helper()
+	out, err := c.mountNamespaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestFilesOnADetachedMountAreFound(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes mount namespaces")
+	}
+	for script, want := range map[string]string{
+		"exec 3>t/file":                                "",
+		"exec 3>t/file; umount -l t":                   "file /file open, whose mount was unmounted",
+		"exec 3<t; umount -l t":                        "file / open, whose mount was unmounted",
+		"exec 3</dev/null 4</dev/urandom; umount -l t": "",
+		"exec 3>t/file; unshare --mount umount -l t":   "",
+	} {
+		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd $D; mkdir t; mount -t tmpfs t t; "+script+"; echo ready; read line")
+		cmd.Env = append(os.Environ(), "D="+t.TempDir())
+		testproc.Ready(t, cmd)
+		c := look(t, cmd.Process.Pid)
+		findings, err := c.detached(spaces(t, c))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want == "" && len(findings) > 0 || want != "" && (len(findings) != 1 || !strings.Contains(findings[0].String(), want)) {
+			t.Errorf("%s: findings %v", script, findings)
+		}
+	}
+	// Memory has no mount, and a queue has a rule of its own.
+	fd, err := unix.MemfdCreate("memory", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	queue, err := makeQueue("detached")
+	must(t, err, removeQueue("detached"))
+	defer unix.Close(queue)
+	self := look(t, os.Getpid())
+	if findings, err := self.detached(spaces(t, self)); err != nil || len(findings) > 0 {
+		t.Errorf("of memory and a queue: %v, %v", findings, err)
 	}
 }

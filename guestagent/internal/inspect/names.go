@@ -27,6 +27,16 @@ type Names struct {
 	// Sockets maps the inode of a bound unix socket to the name that its file has
 	// now.
 	Sockets map[uint32]string
+	// Linked are those files to which CRIU makes a link for the restore.
+	Linked []Linked
+}
+
+// Linked is an open file that has names, but not its own any more.
+type Linked struct {
+	// Path is the name by which it was opened. CRIU's link is in the same
+	// directory, or in the nearest one above it that exists.
+	Path          string
+	Device, Inode uint64
 }
 
 // maxSearched bounds the directory entries that are compared with one file.
@@ -35,14 +45,18 @@ const maxSearched = 10000
 // CheckNames looks for open files and bound sockets that have lost the name by
 // which CRIU looks for them, and notes other names of theirs in the same
 // directory. Its findings are those that a restore could not bring back, and
-// devices that CRIU cannot open.
-func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
+// devices that CRIU cannot open. Marked are the destinations of mounts that the
+// caller keeps out of the image set.
+func (c *Container) CheckNames(ctx context.Context, marked []string) ([]Finding, error) {
 	tree, err := c.Tree()
 	if err != nil {
 		return nil, err
 	}
 	defer tree.Close()
 	s := nameSearch{c: c, tree: tree, there: make(map[string]inode), names: Names{Files: make(map[string]string), Sockets: make(map[uint32]string)}}
+	if s.inImages, err = c.imageDevices(marked); err != nil {
+		return nil, err
+	}
 	seen := make(map[Mapping]bool)
 	fine := make(map[File]bool)
 	for _, p := range c.Processes {
@@ -53,7 +67,7 @@ func (c *Container) CheckNames(ctx context.Context) ([]Finding, error) {
 		for _, f := range p.Files {
 			// CRIU has its own way with files that the kernel generates.
 			m := c.mounts.mountOf(f)
-			if !c.mounts.answers(m) || generatedFS[m.FSType] {
+			if !c.mounts.answers(m) || generatedFS[m.FSType] || !c.mounts.inInit(m) {
 				continue
 			}
 			if err := ended(ctx); err != nil {
@@ -105,7 +119,9 @@ type nameSearch struct {
 	c    *Container
 	tree *inside.Tree
 	// there has the files that were found by name, none for what is gone.
-	there    map[string]inode
+	there map[string]inode
+	// inImages are the devices of the file systems that the image set contains.
+	inImages map[uint64]bool
 	names    Names
 	findings []Finding
 }
@@ -160,6 +176,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 		return true, nil
 	}
 	own := inode{st.Dev, st.Ino}
+	saved := s.inImages[st.Dev]
 	if name, deleted := strings.CutSuffix(name, deletedSuffix); deleted {
 		if there, err := s.lookUp(name + deletedSuffix); err != nil || there == own {
 			return false, nil //nolint:nilerr // that is its name, or CRIU reports the error
@@ -169,7 +186,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	if st.Nlink == 0 {
 		// CRIU has its content in the image set, and recreates it in the same
 		// directory (criu/files-reg.c, open_remap_ghost).
-		if mount != nil && readOnly(mount) {
+		if mount != nil && readOnly(mount) && !saved {
 			s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
 		}
 		return false, nil
@@ -178,12 +195,17 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	if err != nil || there == own || !s.stays(link, name, own) {
 		return there == own, nil //nolint:nilerr // CRIU reports it
 	}
-	if mount != nil && readOnly(mount) {
+	if mount != nil && readOnly(mount) && !saved {
 		s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
 		return false, nil
 	}
 	if there != (inode{}) {
 		s.refuse(p, reopen, "has the file %s open, and another file has taken its name", name)
+		return false, nil
+	}
+	if saved {
+		// CRIU's link to it is part of the image set as well.
+		s.names.Linked = append(s.names.Linked, Linked{Path: name, Device: own.device, Inode: own.number})
 		return false, nil
 	}
 	now, err := s.find(filepath.Dir(name), own)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -26,7 +27,7 @@ func checkNames(t *testing.T) (Names, []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	findings, err := c.CheckNames(t.Context())
+	findings, err := c.CheckNames(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +119,7 @@ func TestAFileThatManyHaveOpen(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		findings, err := c.CheckNames(t.Context())
+		findings, err := c.CheckNames(t.Context(), nil)
 		must(t, err)
 		if len(findings) != want {
 			t.Errorf("%d findings, not %d: %v", len(findings), want, findings)
@@ -182,6 +183,73 @@ func TestAFileRemovedFromAReadOnlyMount(t *testing.T) {
 	_, findings := checkNames(t)
 	if text := strings.Join(findings, "; "); !strings.Contains(text, "file "+dir+"/app.conf open, which was removed or replaced on the read-only mount "+dir) {
 		t.Errorf("findings %q", text)
+	}
+}
+
+// namesIn looks at a shell in a mount namespace of its own, in a directory where a
+// tmpfs of its own is mounted at t.
+func namesIn(t *testing.T, script string, marked ...string) (dir string, names Names, findings string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("makes a mount namespace")
+	}
+	dir = t.TempDir()
+	cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd "+dir+"; mkdir t; mount -t tmpfs t t; "+script+"; echo ready; read line")
+	testproc.Ready(t, cmd)
+	for i := range marked {
+		marked[i] = filepath.Join(dir, marked[i])
+	}
+	c, err := Look(t.Context(), cmd.Process.Pid, []int{cmd.Process.Pid}, nil)
+	must(t, err)
+	list, err := c.CheckNames(t.Context(), marked)
+	must(t, err)
+	texts := make([]string, 0, len(list))
+	for _, f := range list {
+		texts = append(texts, f.String())
+	}
+	return dir, c.Names, strings.Join(texts, "; ")
+}
+
+// A tmpfs that is part of the image set has the links that CRIU makes, and can be
+// written to for the time of the restore.
+func TestNamesInTheImageSet(t *testing.T) {
+	const elsewhere = "mkdir t/sub; : >t/sub/a; exec 3<t/sub/a; ln t/sub/a t/b; rm t/sub/a; rmdir t/sub"
+	for name, test := range map[string]struct {
+		script, linked, refused string
+		marked                  []string
+	}{
+		"a link elsewhere is left":          {elsewhere, "t/sub/a", "", nil},
+		"a link elsewhere, read-only":       {elsewhere + "; mount -o remount,ro,bind t", "t/sub/a", "", nil},
+		"removed, read-only":                {": >t/a; exec 3<t/a; rm t/a; mount -o remount,ro,bind t", "", "", nil},
+		"replaced, and a link is left":      {"exec 3>t/a; ln t/a t/b; rm t/a; echo new >t/a", "", "another file has taken its name", nil},
+		"not part of it: elsewhere is left": {elsewhere, "", "renamed or moved to another directory", []string{"t"}},
+		"not part of it: read-only":         {": >t/a; exec 3<t/a; rm t/a; mount -o remount,ro,bind t", "", "removed or replaced on the read-only mount", []string{"t"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, names, findings := namesIn(t, test.script, test.marked...)
+			if test.refused == "" && findings != "" || !strings.Contains(findings, test.refused) {
+				t.Errorf("findings %q, not %q", findings, test.refused)
+			}
+			var want []string
+			if test.linked != "" {
+				want = append(want, filepath.Join(dir, test.linked))
+			}
+			var have []string
+			for _, l := range names.Linked {
+				have = append(have, l.Path)
+			}
+			if !slices.Equal(have, want) || len(names.Files) > 0 {
+				t.Errorf("linked are %q, not %q; names %q", have, want, names.Files)
+			}
+		})
+	}
+}
+
+// A file on a mount that init does not see has no name in init's tree.
+func TestAFileOfANestedMountNamespace(t *testing.T) {
+	_, _, findings := namesIn(t, "mkfifo go; unshare --mount sh -c 'mount -t tmpfs n t; echo >t/file; exec 4<t/file; echo >go; exec sleep 60' & read x <go; exec 3</proc/$!/fd/4; trap \"kill $!\" EXIT")
+	if findings != "" {
+		t.Errorf("findings %q", findings)
 	}
 }
 
