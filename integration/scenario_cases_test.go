@@ -48,6 +48,7 @@ var restoredCases = []caseProgram{
 	{args: "files ghost /home"},
 	{args: "files hardlink /home"},
 	{args: "files hardlink /run"},
+	{args: "files elsewhere /run"},
 	{args: "files renamed /home"},
 	{args: "files log /var/log"},
 	{args: "files log /data"}, // whose file the host renames
@@ -76,6 +77,7 @@ var restoredCases = []caseProgram{
 	{args: "odd-socket route"},
 	{args: "own-address tcp 127.0.0.1"},
 	{args: "own-address udp 127.0.0.1"},
+	{args: "own-address nowhere 2001:db8::ff00:42:8329"},
 }
 
 // casesMount has the programs.
@@ -192,6 +194,10 @@ type refusedCase struct {
 func (s *scenario) refusedCases(volume string) []refusedCase {
 	out := []refusedCase{
 		{name: "mqueue", undo: "rm /dev/mqueue/case", words: []string{"mqueue (pid ", "POSIX message queue /case", "communicate in another way"}},
+		{name: "mqueue removed", words: []string{"mqueue (pid ", "POSIX message queue /case", "communicate in another way"}},
+		{name: "mqueue left", undo: "rm /dev/mqueue/case", words: []string{"the container has the POSIX message queue /case", "remove it"}},
+		{name: "time-namespace own", words: []string{"time-namespace (pid ", "time namespace of its own", "terminate it"}},
+		{name: "time-namespace children", words: []string{"time-namespace (pid ", "has made a time namespace", "terminate it"}},
 		{name: "uring-mapped", words: []string{"uring-mapped (pid ", "io_uring", "without io_uring"}},
 		{name: "odd-socket vsock", words: []string{"odd-socket (pid ", "vsock", "close it"}},
 		{name: "odd-socket alg", words: []string{"odd-socket (pid ", "AF_ALG", "close it"}},
@@ -219,6 +225,18 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 		},
 		changed: "/data/app.log",
 		words:   []string{"sleep (pid ", "/data/app.log", "another file has taken its name", "reopen the file"},
+	}, refusedCase{
+		name: "no /proc", program: "mkdir -p /shared && mount -t tmpfs t /shared && mount --make-shared /shared && umount -l /proc && exec sleep 1000", ready: "[ ! -e /proc/1 ]",
+		undo: "mount -t proc proc /proc; umount /shared", words: []string{"unmounted, moved or covered its /proc", "mount a proc file system there"},
+	}, refusedCase{
+		name: "volume covered", program: "mount -t tmpfs t /data", ready: "grep -q 'tmpfs /data ' /proc/mounts || grep -q ' /data tmpfs ' /proc/mounts", undo: "umount /data",
+		words: []string{"mounted something over its mount /data", "unmount it"},
+	}, refusedCase{
+		name: "volume moved", program: "mkdir -p /moved && mount --make-private / && mount --move /data /moved", ready: "grep -q ' /moved ' /proc/mounts", undo: "mount --move /moved /data",
+		words: []string{"moved a volume to /moved", "move it back"},
+	}, refusedCase{
+		name: "file on a detached mount", program: "mkdir -p /gone && mount -t tmpfs t /gone && exec 3>/gone/file && umount -l /gone && exec sleep 1000", ready: "pidof sleep && ! grep -q ' /gone ' /proc/mounts",
+		words: []string{"sleep (pid ", "file /file open, whose mount was unmounted", "close it"},
 	}, refusedCase{
 		name: "overlay", program: "mount -t overlay -o lowerdir=/t/l,upperdir=/t/u,workdir=/t/w o /m", ready: "grep -q ' /m ' /proc/mounts", undo: "umount /m",
 		words: []string{"overlay", " /m,", "unmount it"},

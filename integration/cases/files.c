@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// A file that a long-running program holds, in DIR.   files hardlink|renamed|ghost|log|locked|leased|bytes|mapped DIR
-// hardlink: its name is gone, another one is left. renamed: as logrotate does. ghost: no name is left. log: another
+// A file that a long-running program holds, in DIR.   files hardlink|elsewhere|renamed|ghost|log|locked|leased|bytes|mapped DIR
+// hardlink: its name is gone, another one is left. elsewhere: its directory is gone, too. renamed: as logrotate does. ghost: no name is left. log: another
 // program appends to it, too. locked: with a lock of each kind. leased: with a lease, whose break would kill it. bytes:
 // its name is not UTF-8. mapped: it is mapped and was replaced, as a library by an upgrade.
 #define _GNU_SOURCE
@@ -24,15 +24,22 @@ static int is_free(const char *path)
 
 int main(int argc, char **argv)
 {
-	char a[200], b[200], line[32];
+	char a[200], b[200], dir[200], line[32];
 	if (argc != 3) { say("usage: files KIND DIR"); return 2; }
 	const char *k = argv[1];
 	snprintf(a, sizeof a, strcmp(k, "bytes") ? "%s/%s.1" : "%s/%s\xff\xfe.1", argv[2], k);
 	snprintf(b, sizeof b, "%s/%s.2", argv[2], k);
-	int log = !strcmp(k, "log"), kept = !strcmp(k, "hardlink") || !strcmp(k, "renamed");
+	int elsewhere = !strcmp(k, "elsewhere");
+	if (elsewhere) {
+		snprintf(dir, sizeof dir, "%s/gone", argv[2]);
+		snprintf(a, sizeof a, "%s/gone/%s.1", argv[2], k);
+		if (mkdir(dir, 0700)) die("mkdir");
+	}
+	int log = !strcmp(k, "log"), kept = elsewhere || !strcmp(k, "hardlink") || !strcmp(k, "renamed");
 	int f = open(a, O_CREAT | (log ? O_WRONLY | O_APPEND : O_RDWR), 0600);
 	if (f < 0) die("open");
-	if (!strcmp(k, "hardlink") && (link(a, b) || unlink(a))) die("link");
+	if ((elsewhere || !strcmp(k, "hardlink")) && (link(a, b) || unlink(a))) die("link");
+	if (elsewhere && rmdir(dir)) die("rmdir");
 	if (!strcmp(k, "renamed") && rename(a, b)) die("rename");
 	if (!strcmp(k, "ghost") && unlink(a)) die("unlink");
 	if (!strcmp(k, "locked")) {
