@@ -156,8 +156,16 @@ var anonymous = map[string]rule{
 	"[pidfd]":     {},
 	"inotify":     {},
 	"[fanotify]":  {},
-	"bpf-map":     {},
+	"bpf-map":     bpf("map"),
+	"bpf-prog":    bpf("program"),
+	"bpf_link":    bpf("link"),
 	"[io_uring]":  {Refused, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring, or disable it in the guest (sysctl kernel.io_uring_disabled=2, see docs/limits.md)"},
+}
+
+// bpf is an object of BPF. CRIU has support for maps only, and the guest bundle's
+// CRIU is built without.
+func bpf(kind string) rule {
+	return rule{Refused, "has a BPF " + kind + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
 }
 
 // anonInode starts the names of such descriptors and of their mappings.

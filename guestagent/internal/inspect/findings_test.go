@@ -401,3 +401,14 @@ func TestHostname(t *testing.T) {
 		t.Errorf("hostname = %q, %v, want %q", got, err, want)
 	}
 }
+
+func TestAnonymousDescriptors(t *testing.T) {
+	for name, want := range map[string]Class{
+		"[eventfd]": Good, "inotify": Good, "[io_uring]": Refused, "bpf-map": Refused, "bpf-prog": Refused, "[something-new]": Unknown,
+	} {
+		r := classify(&Process{}, File{Name: anonInode + name}, nil)
+		if r.class != want || want == Refused && r.advice == "" {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}
