@@ -139,6 +139,12 @@ type bar struct {
 // Phase implements [Bar].
 func (b *bar) Phase(name string, total int64) {
 	b.mu.Lock()
+	counted := b.total > 0
+	b.mu.Unlock()
+	if counted && b.mpb == nil {
+		b.line() // also of a phase that was short
+	}
+	b.mu.Lock()
 	b.moved += b.done
 	b.phase, b.total, b.done, b.since = name, max(total, 0), 0, time.Now()
 	b.mu.Unlock()

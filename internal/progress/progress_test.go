@@ -62,6 +62,24 @@ func TestLines(t *testing.T) {
 	}
 }
 
+// However short it is, it has three lines with its bytes.
+func TestShort(t *testing.T) {
+	w := &lines{more: make(chan struct{}, 1)}
+	d := New(w, time.Hour)
+	b := d.Bar("web")
+	b.Phase("dump", 10)
+	b.Set(10)
+	b.Phase("store", 0)
+	b.Done()
+	d.Close()
+	text := w.String()
+	for _, want := range []string{"dump (0 %), 0 B of 10 B", "dump (99 %), 10 B of 10 B", "store ", "done (100 %), 10 B in "} {
+		if !strings.Contains(text, "web: "+want) {
+			t.Errorf("nothing says %q: %s", want, text)
+		}
+	}
+}
+
 // What was not done is not said to be.
 func TestFailed(t *testing.T) {
 	w := &lines{more: make(chan struct{}, 1)}
