@@ -15,6 +15,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/placeholder"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -45,10 +46,10 @@ func Main(args []string) int {
 	case mode == "--version":
 		fmt.Println("kata-checkpoint-agent", version.Version)
 	default:
-		err = fmt.Errorf("usage: %s %s | --version (the guest hook starts it: see docs/guest.md)", name, agent.DaemonMode)
+		err = errcode.Usage.Errorf("usage: %s %s | --version (the guest hook starts it: see docs/guest.md)", name, agent.DaemonMode)
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "kata-checkpoint-agent:", err)
+		fmt.Fprintln(os.Stderr, "kata-checkpoint-agent:", errcode.Text(err))
 		return 1
 	}
 	return 0

@@ -10,9 +10,11 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // poll asks every 20 ms until the answer is yes or the limit is over, and
@@ -136,9 +138,19 @@ func (s *scenario) checkNamesLog(err error) {
 	s.Helper()
 	text := err.Error()
 	_, path, _ := strings.Cut(text, "CRIU's log is in ")
-	path, _, _ = strings.Cut(path, ":") // the class, which containerd appends
+	path, _, _ = strings.Cut(path, " (KC-")
 	if log, err := os.ReadFile(path); strings.Contains(text, "\n") || err != nil || len(log) == 0 {
 		s.Errorf("CRIU's log of %q has %d bytes (%v)", text, len(log), err)
+	}
+}
+
+// checkHasCode checks that an error of ours ends with a code. An engine may name
+// the error's class behind it.
+func (s *scenario) checkHasCode(err error) {
+	s.Helper()
+	text := strings.TrimSuffix(err.Error(), ": "+errdefs.Resolve(err).Error())
+	if _, code := errcode.Split(text); code.Name() == "" {
+		s.Errorf("this error does not end with a code: %v", err)
 	}
 }
 

@@ -188,6 +188,7 @@ func (s *scenario) checkRefused(what string, run *engine.Run, dir string, words 
 		return
 	}
 	s.Logf("%s: %v", what, err)
+	s.checkHasCode(err)
 	for _, word := range words {
 		if !strings.Contains(err.Error(), word) {
 			s.Errorf("%s: the refusal does not say %q: %v", what, word, err)

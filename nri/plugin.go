@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Plugin answers NRI's requests.
@@ -39,7 +40,7 @@ func New(cfg *config.Config) *Plugin {
 func (p *Plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, c *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
 	a, err := p.adjustment(pod, c)
 	if err != nil {
-		return nil, nil, fmt.Errorf("kata-checkpoint: adjust container %s of pod %s/%s: %w", c.GetName(), pod.GetNamespace(), pod.GetName(), err)
+		return nil, nil, errclass.ToRPC(fmt.Errorf("kata-checkpoint: adjust container %s of pod %s/%s: %w", c.GetName(), pod.GetNamespace(), pod.GetName(), err))
 	}
 	if a != nil {
 		log.G(ctx).WithFields(log.Fields{"container": c.GetId(), "name": c.GetName(), "pod": pod.GetNamespace() + "/" + pod.GetName()}).Info("adjusted")

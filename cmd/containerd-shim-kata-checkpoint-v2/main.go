@@ -9,13 +9,14 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin"
 )
 
 func main() {
 	if err := plugin.Run(context.Background(), os.Args[1:], os.Stdout); err != nil {
 		// containerd shows this to whoever asked for the container.
-		fmt.Fprintf(os.Stderr, "%s: %v\n", plugin.Name, err)
+		fmt.Fprintf(os.Stderr, "%s: %s\n", plugin.Name, errcode.Text(err))
 		os.Exit(1)
 	}
 }

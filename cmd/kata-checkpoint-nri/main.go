@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 	"github.com/kata-checkpoint/kata-checkpoint/nri"
 )
@@ -27,7 +28,7 @@ func main() {
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 	case err != nil:
-		log.L.WithError(err).Error("failed to run the NRI plugin")
+		log.L.Error("failed to run the NRI plugin: " + errcode.Text(err))
 		os.Exit(1)
 	}
 }

@@ -9,7 +9,6 @@
 package adjust
 
 import (
-	"fmt"
 	"maps"
 	"path"
 	"path/filepath"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Container is the part of a container's spec that an adjustment depends on.
@@ -62,7 +62,7 @@ func Adjust(c Container, stateDir string) (*Adjustment, error) {
 		case dest == api.ExchangeDestination && m.Source == want.Source && m.Type == want.Type:
 			there = true
 		case dest == api.ExchangeDestination, strings.HasPrefix(dest, api.ExchangeDestination+"/"):
-			return nil, fmt.Errorf("the container has a mount of its own at %s, which kata-checkpoint needs: mount it elsewhere", m.Destination)
+			return nil, errcode.OwnMount.Errorf("the container has a mount of its own at %s, which kata-checkpoint needs: mount it elsewhere", m.Destination)
 		}
 	}
 	if !there {

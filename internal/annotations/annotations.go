@@ -11,9 +11,10 @@
 package annotations
 
 import (
-	"fmt"
 	"path"
 	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Keys of kata-checkpoint's own annotations.
@@ -71,7 +72,7 @@ const AddressStays = "stays"
 func Address(annotations map[string]string) (string, error) {
 	value, ok := annotations[AddressKey]
 	if ok && value != AddressStays {
-		return "", fmt.Errorf("annotation %s is %q and must be %q", AddressKey, value, AddressStays)
+		return "", errcode.Annotation.Errorf("annotation %s is %q and must be %q", AddressKey, value, AddressStays)
 	}
 	return value, nil
 }
@@ -89,7 +90,7 @@ func TCP(annotations map[string]string) (string, error) {
 func oneOf(annotations map[string]string, key, a, b string) (string, error) {
 	value, ok := annotations[key]
 	if ok && value != a && value != b {
-		return "", fmt.Errorf("annotation %s is %q and must be %q or %q", key, value, a, b)
+		return "", errcode.Annotation.Errorf("annotation %s is %q and must be %q or %q", key, value, a, b)
 	}
 	return value, nil
 }
@@ -102,10 +103,10 @@ func ExternalMounts(annotations map[string]string) ([]string, error) {
 			continue
 		}
 		if !path.IsAbs(p) {
-			return nil, fmt.Errorf("annotation %s: %q is not an absolute path", ExternalMountsKey, p)
+			return nil, errcode.Annotation.Errorf("annotation %s: %q is not an absolute path", ExternalMountsKey, p)
 		}
 		if p = path.Clean(p); p == "/" {
-			return nil, fmt.Errorf("annotation %s: the root file system cannot be external", ExternalMountsKey)
+			return nil, errcode.Annotation.Errorf("annotation %s: the root file system cannot be external", ExternalMountsKey)
 		}
 		out = append(out, p)
 	}

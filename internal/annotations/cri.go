@@ -2,7 +2,9 @@
 
 package annotations
 
-import "fmt"
+import (
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+)
 
 // Kind is a container's place in its sandbox.
 type Kind int
@@ -33,14 +35,14 @@ func Place(id string, annotations map[string]string) (Kind, string, error) {
 	case "container":
 		sandbox, key := first(annotations, sandboxKeys...)
 		if sandbox == "" {
-			return 0, "", fmt.Errorf("annotation %s is missing: the annotations make %s a container of a pod without naming its sandbox", sandboxKeys[0], id)
+			return 0, "", errcode.Placement.Errorf("annotation %s is missing: the annotations make %s a container of a pod without naming its sandbox", sandboxKeys[0], id)
 		}
 		if sandbox == id {
-			return 0, "", fmt.Errorf("annotation %s names the container itself as its sandbox", key)
+			return 0, "", errcode.Placement.Errorf("annotation %s names the container itself as its sandbox", key)
 		}
 		return InPod, sandbox, nil
 	default:
-		return 0, "", fmt.Errorf("unknown container type %q in the annotations: Kata knows sandbox, podsandbox and container", kind)
+		return 0, "", errcode.Placement.Errorf("unknown container type %q in the annotations: Kata knows sandbox, podsandbox and container", kind)
 	}
 }
 

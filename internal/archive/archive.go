@@ -30,6 +30,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
@@ -48,7 +49,7 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 	defer f.Close()
 	stream, err := Decompress(ctx, f)
 	if err != nil {
-		return fmt.Errorf("archive %s: %w", name, err)
+		return errcode.BadArchive.Errorf("archive %s: %w", name, err)
 	}
 	defer stream.Close()
 	top, err := os.Open(target)
@@ -64,7 +65,7 @@ func Extract(ctx context.Context, dir, name, target string, limits imageset.Limi
 		return fmt.Errorf("archive %s: %w", name, err)
 	}
 	if x.images == 0 {
-		return fmt.Errorf("archive %s: no files in %s/: it is not a checkpoint archive", name, imageset.ArchiveImages)
+		return errcode.BadArchive.Errorf("archive %s: no files in %s/: it is not a checkpoint archive", name, imageset.ArchiveImages)
 	}
 	return nil
 }
@@ -105,7 +106,7 @@ func findManifest(ctx context.Context, f *os.File) (*imageset.Manifest, error) {
 		}
 		header, err := entries.Next()
 		if errors.Is(err, io.EOF) {
-			return nil, fmt.Errorf("no %s/%s: it is no checkpoint archive of kata-checkpoint", imageset.ArchiveImages, imageset.ManifestName)
+			return nil, errcode.BadArchive.Errorf("no %s/%s: it is no checkpoint archive of kata-checkpoint", imageset.ArchiveImages, imageset.ManifestName)
 		}
 		if err != nil {
 			return nil, err
@@ -117,7 +118,7 @@ func findManifest(ctx context.Context, f *os.File) (*imageset.Manifest, error) {
 }
 
 // ErrName is wrapped by the error about a name that no archive can have.
-var ErrName = errors.New("not the name of an archive")
+var ErrName = errcode.NoArchive.Wrap(errors.New("not the name of an archive"))
 
 // open opens a regular file that is in dir itself.
 func open(dir, name string) (*os.File, error) {
@@ -157,7 +158,10 @@ func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 			return nil
 		}
 		if err != nil {
-			return err
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			return errcode.BadArchive.Wrap(err)
 		}
 		name := strings.TrimPrefix(header.Name, "./")
 		inside, isImage := strings.CutPrefix(name, imageset.ArchiveImages+"/")
@@ -167,7 +171,7 @@ func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 		case !isImage, inside == "":
 			continue
 		case inside == ".", inside == "..", strings.Contains(inside, "/"):
-			err = fmt.Errorf("%q is in a subdirectory, which an image set cannot have", header.Name)
+			err = errcode.BadArchive.Errorf("%q is in a subdirectory, which an image set cannot have", header.Name)
 		default:
 			x.images++
 			err = x.write(ctx, header, r, path.Join(imageset.ArchiveImages, inside))
@@ -180,7 +184,7 @@ func (x *extractor) extract(ctx context.Context, r *tar.Reader) error {
 
 func (x *extractor) write(ctx context.Context, header *tar.Header, r io.Reader, name string) (err error) {
 	if header.Typeflag != tar.TypeReg {
-		return fmt.Errorf("%q is not a regular file", header.Name)
+		return errcode.BadArchive.Errorf("%q is not a regular file", header.Name)
 	}
 	if err := x.left.Take(header.Size); err != nil {
 		return err

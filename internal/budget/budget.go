@@ -15,6 +15,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Limits bound one operation.
@@ -29,7 +31,7 @@ type Limits struct {
 }
 
 // ErrExceeded is wrapped by the errors about a limit.
-var ErrExceeded = errors.New("larger than allowed")
+var ErrExceeded = errcode.TooLarge.Wrap(errors.New("larger than allowed"))
 
 // Take subtracts a file of size bytes from what is left.
 func (l *Limits) Take(size int64) error {

@@ -10,6 +10,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Level is how bad a finding is.
@@ -48,6 +50,8 @@ type Finding struct {
 	Text string `json:"text"`
 	// Cure is a command or a setting that mends it, empty if the level is OK.
 	Cure string `json:"cure,omitempty"`
+	// Code is what docs/troubleshooting.md has an entry for, 0 if the level is OK.
+	Code errcode.Code `json:"code,omitempty"`
 }
 
 // Findings are in the order in which they were made.
@@ -66,11 +70,56 @@ func (f *Findings) ok(check, format string, args ...any) {
 }
 
 func (f *Findings) warn(check, cure, format string, args ...any) {
-	*f = append(*f, Finding{check, Warning, fmt.Sprintf(format, args...), cure})
+	f.add(Warning, check, cure, format, args...)
 }
 
 func (f *Findings) fail(check, cure, format string, args ...any) {
-	*f = append(*f, Finding{check, Error, fmt.Sprintf(format, args...), cure})
+	f.add(Error, check, cure, format, args...)
+}
+
+// add adds a finding with the code of what it quotes, or that of the check.
+func (f *Findings) add(level Level, check, cure, format string, args ...any) {
+	text, code := errcode.Split(fmt.Sprintf(format, args...))
+	for _, arg := range args {
+		if err, ok := arg.(error); ok && code == 0 {
+			code = errcode.Of(err)
+		}
+	}
+	if code == 0 {
+		code = findingCodes[check]
+	}
+	*f = append(*f, Finding{check, level, text, cure, code})
+}
+
+// findingCodes are the codes of the checks, by their names.
+var findingCodes = map[string]errcode.Code{
+	"containerd":               errcode.CheckContainerd,
+	"containerd.version":       errcode.CheckContainerdVersion,
+	"containerd.config":        errcode.CheckContainerdConfig,
+	"runtime.shim":             errcode.CheckRuntimeShim,
+	"runtime.handler":          errcode.CheckRuntimeHandler,
+	"nri.containerd":           errcode.CheckNRI,
+	"nri.plugin":               errcode.CheckNRIPlugin,
+	"kata.shim":                errcode.CheckKataShim,
+	"kata.config":              errcode.CheckKataConfig,
+	"kata.shared_fs":           errcode.CheckSharedFS,
+	"kata.sandbox_bind_mounts": errcode.CheckSandboxBindMounts,
+	"kata.guest_hook_path":     errcode.CheckGuestHookPath,
+	"kata.kernel":              errcode.CheckKernel,
+	"bundle":                   errcode.CheckBundle,
+	"bundle.port":              errcode.CheckPort,
+	"criu":                     errcode.CheckCRIU,
+	"state_dir":                errcode.CheckStateDir,
+	"state_dir.space":          errcode.CheckStateDirSpace,
+	"guest":                    errcode.CheckGuest,
+	"guest.start":              errcode.CheckGuestStart,
+	"guest.agent":              errcode.CheckGuestAgent,
+	"guest.criu":               errcode.CheckGuestCRIU,
+	"guest.checkpoint":         errcode.CheckGuestCheckpoint,
+	"guest.remove":             errcode.CheckGuestRemove,
+	"container":                errcode.CheckContainer,
+	"container.checkpoint":     errcode.CheckContainerCheckpoint,
+	"container.space":          errcode.CheckContainerSpace,
 }
 
 // Run makes all checks of the host. What cannot be looked at because something

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -25,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -101,7 +101,7 @@ type taskBundle struct{ namespace, id, dir string }
 func findBundle(state, namespace, id string) (*taskBundle, error) {
 	root := filepath.Join(state, "io.containerd.runtime.v2.task")
 	if id == "" || strings.ContainsAny(id, "/*?[\\") {
-		return nil, fmt.Errorf("%q is no ID of a container", id)
+		return nil, errcode.NoContainer.Errorf("%q is no ID of a container", id)
 	}
 	dirs, err := filepath.Glob(filepath.Join(root, cmp.Or(namespace, "*"), id+"*"))
 	if err != nil {
@@ -118,11 +118,11 @@ func findBundle(state, namespace, id string) (*taskBundle, error) {
 	}
 	switch {
 	case len(found) == 0:
-		return nil, fmt.Errorf("no container with a task has the ID %s", id)
+		return nil, errcode.NoContainer.Errorf("no container with a task has the ID %s", id)
 	case len(found) == 1, found[0].id == id && found[1].id != id:
 		return found[0], nil
 	}
-	return nil, fmt.Errorf("several containers have IDs that begin with %s: %s in %s, %s in %s", id, found[0].id, found[0].namespace, found[1].id, found[1].namespace)
+	return nil, errcode.Ambiguous.Errorf("several containers have IDs that begin with %s: %s in %s, %s in %s", id, found[0].id, found[0].namespace, found[1].id, found[1].namespace)
 }
 
 // ask asks the container's shim.

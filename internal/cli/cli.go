@@ -18,6 +18,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -44,7 +45,7 @@ func run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.ExecuteContext(ctx)
+	err := runAsUsed(ctx, root)
 	var status statusError
 	switch {
 	case err == nil:
@@ -52,8 +53,32 @@ func run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr
 	case errors.As(err, &status):
 		return int(status)
 	}
-	fmt.Fprintf(stderr, "kata-checkpoint: %v\n", err)
+	fmt.Fprintf(stderr, "kata-checkpoint: %s\n", errcode.Text(err))
 	return exitError
+}
+
+// runAsUsed executes the command line. An error before a command has begun is one
+// of the usage.
+func runAsUsed(ctx context.Context, root *cobra.Command) error {
+	begun := false
+	var watch func(c *cobra.Command)
+	watch = func(c *cobra.Command) {
+		if run := c.RunE; run != nil {
+			c.RunE = func(cmd *cobra.Command, args []string) error {
+				begun = true
+				return run(cmd, args)
+			}
+		}
+		for _, sub := range c.Commands() {
+			watch(sub)
+		}
+	}
+	watch(root)
+	err := root.ExecuteContext(ctx)
+	if !begun {
+		err = errcode.Usage.Wrap(err)
+	}
+	return err
 }
 
 // Command is the command line.
@@ -65,11 +90,12 @@ func Command() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	wrapHelp(root)
 	root.AddGroup(&cobra.Group{ID: everydayGroup, Title: "Checkpoints:"}, &cobra.Group{ID: nodeGroup, Title: "The node:"})
 	root.AddCommand(createCommand(), restoreCommand(), podCommand(), lsCommand(), inspectCommand(), diffCommand(), verifyCommand(), rmCommand(), keepCommand(), pruneCommand(), exportCommand(), importCommand(), trustCommand())
-	for _, c := range []*cobra.Command{checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand()} {
+	for _, c := range []*cobra.Command{checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand(), explainCommand()} {
 		c.GroupID = nodeGroup
 		root.AddCommand(c)
 	}
@@ -112,7 +138,7 @@ The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
 			var findings check.Findings
 			switch {
 			case len(args) == 1 && guest:
-				return errors.New("--guest looks at a guest of its own: leave CONTAINER out")
+				return errcode.Usage.Wrap(errors.New("--guest looks at a guest of its own: leave CONTAINER out"))
 			case len(args) == 1:
 				findings = host.Container(cmd.Context(), namespace, args[0])
 			default:
@@ -129,7 +155,7 @@ The exit status is 0 if all is well, 1 for warnings, 2 for errors.`,
 	flags.StringVar(&address, "address", "/run/containerd/containerd.sock", "containerd's `socket`")
 	flags.BoolVar(&guest, "guest", false, "also start a container, to look at a guest")
 	flags.StringVarP(&namespace, "namespace", "n", "", "containerd's `namespace` of CONTAINER (default: all)")
-	flags.BoolVar(&asJSON, "json", false, "print JSON: a list of objects with check, level, text and cure")
+	flags.BoolVar(&asJSON, "json", false, "print JSON: a list of objects with check, level, text, cure and code")
 	return c
 }
 
@@ -171,7 +197,7 @@ func show(w io.Writer, findings check.Findings, asJSON bool) error {
 		}
 	}
 	for _, f := range findings {
-		if _, err := fmt.Fprintf(w, "%s  %s: %s\n", paint(f.Level, fmt.Sprintf("%-7s", f.Level)), f.Check, f.Text); err != nil {
+		if _, err := fmt.Fprintf(w, "%s  %s: %s\n", paint(f.Level, fmt.Sprintf("%-7s", f.Level)), f.Check, errcode.With(f.Text, f.Code)); err != nil {
 			return err
 		}
 		if f.Cure != "" {

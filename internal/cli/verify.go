@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
@@ -105,7 +106,7 @@ func verify(ctx context.Context, c *store.Checkpoint, keys []ed25519.PublicKey, 
 		if ctx.Err() != nil {
 			return nil, errors.New("interrupted: not all was read")
 		}
-		return append(out, check.Finding{Check: c.Name, Level: check.Error, Text: err.Error(), Cure: cure + c.Name}), nil
+		return append(out, check.Finding{Check: c.Name, Level: check.Error, Text: err.Error(), Code: errcode.Reason(err), Cure: cure + c.Name}), nil
 	}
 	bar.Phase("verify", c.Size)
 	set, err := imageset.Open(c.Images())
@@ -126,9 +127,9 @@ func verify(ctx context.Context, c *store.Checkpoint, keys []ed25519.PublicKey, 
 	case errors.Is(err, imageset.ErrForged):
 		return damaged(err)
 	case errors.Is(err, imageset.ErrUntrusted):
-		out = append(out, check.Finding{Check: c.Name, Level: check.Warning, Text: err.Error(), Cure: "if you trust who made it, kata-checkpoint trust add with the public key of that node (kata-checkpoint trust show, there)"})
+		out = append(out, check.Finding{Check: c.Name, Level: check.Warning, Text: err.Error(), Code: errcode.Reason(err), Cure: "if you trust who made it, kata-checkpoint trust add with the public key of that node (kata-checkpoint trust show, there)"})
 	default:
-		out = append(out, check.Finding{Check: c.Name, Level: check.Warning, Text: err.Error(), Cure: "make it on a node that signs its checkpoints"})
+		out = append(out, check.Finding{Check: c.Name, Level: check.Warning, Text: err.Error(), Code: errcode.Reason(err), Cure: "make it on a node that signs its checkpoints"})
 	}
 	return out, nil
 }

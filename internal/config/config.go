@@ -21,6 +21,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
@@ -154,11 +155,11 @@ func Load(path string) (*Config, error) {
 		data, err = nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
+		return nil, errcode.Config.Errorf("read configuration: %w", err)
 	}
 	c, err := parse(data)
 	if err != nil {
-		return nil, fmt.Errorf("configuration %s: %w", path, err)
+		return nil, errcode.Config.Errorf("configuration %s: %w", path, err)
 	}
 	keys, err := signing.ReadDir(c.TrustedKeysDir())
 	if err != nil {

@@ -15,25 +15,48 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
-// What the shim makes of an error says each thing once.
+// What the shim makes of an error says each thing once, and has its code in the
+// end. Another program of ours gets back the error that it was.
 func TestErrorsAreSaidOnce(t *testing.T) {
-	for code, err := range map[codes.Code]error{
-		codes.FailedPrecondition: fmt.Errorf("container c1: %w", Precondition("it is too late")),
-		codes.DeadlineExceeded:   fmt.Errorf("container c1: %w", context.DeadlineExceeded),
-		codes.Unknown:            errors.Join(errors.New("one thing"), errors.New("another")),
+	for code, tc := range map[codes.Code]struct {
+		err  error
+		code errcode.Code
+	}{
+		codes.FailedPrecondition: {fmt.Errorf("container c1: %w", Precondition(errcode.Busy, "it is too late")), errcode.Busy},
+		codes.DeadlineExceeded:   {fmt.Errorf("container c1: %w", context.DeadlineExceeded), errcode.Timeout},
+		codes.Unknown:            {errors.Join(errors.New("one thing"), errors.New("another")), errcode.Failed},
 	} {
-		got := ToRPC(err)
+		got := ToRPC(tc.err)
 		if status.Code(got) != code {
-			t.Errorf("%v has the code %s, not %s", err, status.Code(got), code)
+			t.Errorf("%v has the code %s, not %s", tc.err, status.Code(got), code)
 		}
-		if text := errgrpc.ToNative(got).Error(); text != err.Error() {
-			t.Errorf("%q arrives as %q", err, text)
+		text, want := errgrpc.ToNative(got).Error(), fmt.Sprintf("%v (%v)", tc.err, tc.code)
+		if code == codes.DeadlineExceeded { // an engine adds this
+			want = fmt.Sprintf("container c1 (%v): context deadline exceeded", tc.code)
+		}
+		if text != want {
+			t.Errorf("%q arrives as %q", want, text)
+		}
+		back := FromRPC(got)
+		if back.Error() != tc.err.Error() || errcode.Of(back) != tc.code || !errors.Is(back, errdefs.Resolve(tc.err)) {
+			t.Errorf("%q of %v becomes %q of %v with %v", tc.err, errdefs.Resolve(tc.err), back, errdefs.Resolve(back), errcode.Of(back))
+		}
+		// As the shim wraps what the agent has answered.
+		wrapped := ToRPC(fmt.Errorf("checkpoint: %w; see the log", back))
+		if want := fmt.Sprintf("checkpoint: %v; see the log (%v)", tc.err, tc.code); status.Convert(wrapped).Message() != want || status.Code(wrapped) != code {
+			t.Errorf("wrapped: %v, not %q", wrapped, want)
 		}
 	}
-	if err := ToRPC(nil); err != nil {
+	if err := errors.Join(ToRPC(nil), FromRPC(nil)); err != nil {
 		t.Error(err)
+	}
+	if old := FromRPC(status.Error(codes.FailedPrecondition, "of a release without codes")); errcode.Of(old) != 0 || !errdefs.IsFailedPrecondition(old) {
+		t.Errorf("%v has the code %v", old, errcode.Of(old))
 	}
 }
 
@@ -48,7 +71,7 @@ func TestStatusOfAPeer(t *testing.T) {
 		t.Errorf("passed on as %v with %d details", got, len(got.Details()))
 	}
 	wrapped := fmt.Errorf("kill container c1: %w", With(errdefs.ErrNotFound, peer.Err()))
-	if got := status.Convert(ToRPC(wrapped)); got.Code() != codes.NotFound || got.Message() != wrapped.Error() {
+	if got := status.Convert(ToRPC(wrapped)); got.Code() != codes.NotFound || got.Message() != wrapped.Error()+" (KC-9004)" {
 		t.Errorf("a wrapped one becomes %v", got)
 	}
 }
@@ -57,7 +80,7 @@ func TestStatusOfAPeer(t *testing.T) {
 // encode it otherwise, and for a terminal.
 func TestForeignTextInErrors(t *testing.T) {
 	foreign := "the process a\xff\x1b]0;x\a (pid 7) does\nsomething"
-	for _, err := range []error{Precondition("%s", foreign), status.Error(codes.FailedPrecondition, foreign)} {
+	for _, err := range []error{Precondition(errcode.Busy, "%s", foreign), status.Error(codes.FailedPrecondition, foreign)} {
 		got := status.Convert(ToRPC(err))
 		if want := "the process a??]0;x? (pid 7) does\nsomething"; got.Code() != codes.FailedPrecondition || !strings.Contains(got.Message(), want) {
 			t.Errorf("%v: %q", got.Code(), got.Message())
@@ -66,7 +89,11 @@ func TestForeignTextInErrors(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if got := status.Convert(ToRPC(errors.New(strings.Repeat("a", 1<<20)))); len(got.Message()) > 20000 {
+	long := ToRPC(errcode.Busy.Wrap(errors.New(strings.Repeat("a", 1<<20))))
+	if got := status.Convert(long); len(got.Message()) > text.MaxError {
 		t.Errorf("a message of %d bytes", len(got.Message()))
+	}
+	if got := errcode.Of(FromRPC(long)); got != errcode.Busy {
+		t.Errorf("the code of a long message becomes %v", got)
 	}
 }

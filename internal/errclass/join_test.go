@@ -7,10 +7,12 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 func TestJoin(t *testing.T) {
-	first, second := Precondition("the container is paused"), errors.New("disk full")
+	first, second := Precondition(errcode.Paused, "the container is paused"), errors.New("disk full")
 	err := Join(nil, first, nil, second)
 	if got, want := err.Error(), "the container is paused; disk full"; got != want {
 		t.Errorf("got %q, want %q", got, want)

@@ -10,7 +10,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -25,6 +24,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/configs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 const (
@@ -97,7 +97,7 @@ func Build(ctx context.Context, o *Options) (*Kernel, error) {
 	}
 	a, ok := arches[o.Arch]
 	if !ok {
-		return nil, fmt.Errorf("guest kernels are built for amd64 and arm64, not for %s", o.Arch)
+		return nil, errcode.KernelArch.Errorf("guest kernels are built for amd64 and arm64, not for %s", o.Arch)
 	}
 	if err := haveTools(); err != nil {
 		return nil, err
@@ -139,7 +139,7 @@ func haveTools() error {
 		missing = append(missing, "libelf-dev")
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("a kernel's build needs %s: apt-get install %[1]s", strings.Join(missing, " "))
+		return errcode.KernelTools.Errorf("a kernel's build needs %s: apt-get install %[1]s", strings.Join(missing, " "))
 	}
 	return nil
 }
@@ -152,7 +152,7 @@ func (o *Options) find() error {
 			return err
 		}
 		if found == "" {
-			return errors.New("there are no kernel sources: apt-get install linux-source-6.12 (from bookworm-backports or trixie), or name a directory or a .tar.xz with --source")
+			return errcode.KernelSources.Wrap(errors.New("there are no kernel sources: apt-get install linux-source-6.12 (from bookworm-backports or trixie), or name a directory or a .tar.xz with --source"))
 		}
 		o.Source = found
 	}
@@ -164,7 +164,7 @@ func (o *Options) find() error {
 		return err
 	}
 	if found == "" {
-		return errors.New("the configuration of Kata's own kernel is not on this machine: name it with --kata-config (share/kata-containers/config-VERSION-N of a Kata release), or Kata's sources with --kata-src")
+		return errcode.KernelBase.Wrap(errors.New("the configuration of Kata's own kernel is not on this machine: name it with --kata-config (share/kata-containers/config-VERSION-N of a Kata release), or Kata's sources with --kata-src"))
 	}
 	o.KataConfig = found
 	return nil
@@ -207,7 +207,7 @@ type build struct {
 func (b *build) unpack(ctx context.Context, work string) error {
 	st, err := os.Stat(b.Source)
 	if err != nil {
-		return fmt.Errorf("kernel sources: %w", err)
+		return errcode.KernelSources.Errorf("kernel sources: %w", err)
 	}
 	b.source = b.Source
 	if !st.IsDir() {
@@ -219,11 +219,11 @@ func (b *build) unpack(ctx context.Context, work string) error {
 			return err
 		}
 		if err := b.command(ctx, "tar", "-C", b.source, "--strip-components=1", "-xf", b.Source).Run(); err != nil {
-			return fmt.Errorf("unpack %s: %w", b.Source, err)
+			return errcode.KernelSources.Errorf("unpack %s: %w", b.Source, err)
 		}
 	}
 	if _, err := os.Stat(filepath.Join(b.source, "Kconfig")); err != nil {
-		return fmt.Errorf("%s has no kernel sources: %w", b.Source, err)
+		return errcode.KernelSources.Errorf("%s has no kernel sources: %w", b.Source, err)
 	}
 	return os.MkdirAll(b.objects, 0o755)
 }
@@ -247,7 +247,7 @@ func (b *build) make(ctx context.Context, env []string, targets ...string) error
 	var tail lastLines
 	cmd.Stderr = io.MultiWriter(cmd.Stderr, &tail)
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("make %s: %w: %s", strings.Join(targets, " "), err, tail.String())
+		return errcode.KernelBuild.Errorf("make %s: %w: %s", strings.Join(targets, " "), err, tail.String())
 	}
 	return nil
 }
@@ -301,10 +301,10 @@ func (b *build) configure(ctx context.Context) error {
 	if b.KataSource == "" {
 		base, err := os.ReadFile(b.KataConfig)
 		if err != nil {
-			return fmt.Errorf("the configuration of Kata's kernel: %w", err)
+			return errcode.KernelBase.Errorf("the configuration of Kata's kernel: %w", err)
 		}
 		if b.base = options(base); len(b.base) == 0 {
-			return fmt.Errorf("%s is no kernel configuration", b.KataConfig)
+			return errcode.KernelBase.Errorf("%s is no kernel configuration", b.KataConfig)
 		}
 		if err := os.WriteFile(path, append(withLast(base), b.fragment()...), 0o644); err != nil {
 			return err
@@ -338,7 +338,7 @@ func (b *build) fragments() ([]byte, error) {
 			return nil, err
 		}
 		if len(files) == 0 {
-			return nil, fmt.Errorf("there are no sources of Kata in %s: it has no %s/*.conf", b.KataSource, filepath.Join(dir, sub))
+			return nil, errcode.KernelBase.Errorf("there are no sources of Kata in %s: it has no %s/*.conf", b.KataSource, filepath.Join(dir, sub))
 		}
 		for _, file := range files {
 			text, err := os.ReadFile(file)
@@ -369,7 +369,7 @@ func (b *build) compare() (dropped []string, err error) {
 		}
 	}
 	if len(missing) > 0 {
-		return nil, fmt.Errorf("%s cannot have %s=y with Kata's configuration: take other kernel sources with --source", b.Source, strings.Join(missing, ", "))
+		return nil, errcode.KernelImpossible.Errorf("%s cannot have %s=y with Kata's configuration: take other kernel sources with --source", b.Source, strings.Join(missing, ", "))
 	}
 	for name, value := range b.base {
 		if value == "y" && have[name] != "y" {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
@@ -50,7 +51,7 @@ func openRegular(dir *os.File, name string) (*os.File, unix.Stat_t, error) {
 	f, st, err := regular.Open(int(dir.Fd()), name, beneath)
 	if err == nil && st.Nlink != 1 {
 		f.Close()
-		return nil, st, fmt.Errorf("%q is not a regular file with a single link", name)
+		return nil, st, errcode.GuestWroteWrong.Errorf("%q is not a regular file with a single link", name)
 	}
 	return f, st, err
 }

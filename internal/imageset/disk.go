@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
@@ -119,9 +120,9 @@ func checkPrivate(dir *os.File) error {
 	}
 	switch {
 	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return fmt.Errorf("directory %s belongs to the user %d, who could replace what is written to it: name one that belongs to root", dir.Name(), st.Uid)
+		return errcode.ForeignWriter.Errorf("directory %s belongs to the user %d, who could replace what is written to it: name one that belongs to root", dir.Name(), st.Uid)
 	case st.Mode&0o022 != 0 && st.Mode&unix.S_ISVTX == 0:
-		return fmt.Errorf("directory %s can be written to by others than its owner, who could replace what is written to it: remove that permission (chmod go-w), or name another one", dir.Name())
+		return errcode.ForeignWriter.Errorf("directory %s can be written to by others than its owner, who could replace what is written to it: remove that permission (chmod go-w), or name another one", dir.Name())
 	}
 	return nil
 }

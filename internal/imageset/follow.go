@@ -23,6 +23,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -107,7 +108,7 @@ func (f *Follower) Collect(ctx context.Context) ([]File, error) {
 	left := f.limits
 	for _, n := range names {
 		if isOurs(n) {
-			return nil, fmt.Errorf("the guest wrote %s, which only the host may write", n)
+			return nil, errcode.GuestWroteWrong.Errorf("the guest wrote %s, which only the host may write", n)
 		}
 		file, err := f.collect(ctx, dir, n, &left)
 		if err != nil {

@@ -26,6 +26,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
@@ -229,7 +230,7 @@ func (m *Manifest) Bytes() int64 {
 }
 
 // ErrNotImageSet is wrapped by the errors about a directory without a manifest.
-var ErrNotImageSet = errors.New("not an image set of kata-checkpoint")
+var ErrNotImageSet = errcode.NotImageSet.Wrap(errors.New("not an image set of kata-checkpoint"))
 
 // ReadManifest reads a manifest and checks all that can be checked without the
 // files of its image set.
@@ -243,28 +244,28 @@ func ReadManifest(r io.Reader) (*Manifest, error) {
 
 func parseManifest(data []byte) (*Manifest, error) {
 	if len(data) > maxManifest {
-		return nil, fmt.Errorf("%s is larger than %d bytes", ManifestName, maxManifest)
+		return nil, errcode.Damaged.Errorf("%s is larger than %d bytes", ManifestName, maxManifest)
 	}
 	var version struct {
 		FormatVersion int `json:"formatVersion"`
 	}
 	if err := json.Unmarshal(data, &version); err != nil {
-		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
+		return nil, errcode.Damaged.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
 	if version.FormatVersion < 1 || version.FormatVersion > FormatVersion {
-		return nil, fmt.Errorf("%s has format version %d and this kata-checkpoint reads 1 to %d: restore with the version that made the checkpoint, or a newer one", ManifestName, version.FormatVersion, FormatVersion)
+		return nil, errcode.NewerFormat.Errorf("%s has format version %d and this kata-checkpoint reads 1 to %d: restore with the version that made the checkpoint, or a newer one", ManifestName, version.FormatVersion, FormatVersion)
 	}
 	m := &Manifest{}
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(m); err != nil {
-		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
+		return nil, errcode.Damaged.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
 	if err := m.check(); err != nil {
-		return nil, fmt.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
+		return nil, errcode.Damaged.Errorf("%s is damaged: %w; use another copy of the checkpoint", ManifestName, err)
 	}
 	if !slices.ContainsFunc(m.Files, func(f File) bool { return f.Name == InventoryName }) {
-		return nil, fmt.Errorf("%s does not list %s, without which CRIU cannot restore", ManifestName, InventoryName)
+		return nil, errcode.Damaged.Errorf("%s does not list %s, without which CRIU cannot restore", ManifestName, InventoryName)
 	}
 	return m, nil
 }
@@ -273,11 +274,11 @@ func parseManifest(data []byte) (*Manifest, error) {
 // leading dot (staging directories and whiteouts have one), printable ASCII.
 func checkName(name string) error {
 	if name == "" || len(name) > 255 || strings.HasPrefix(name, ".") || strings.Contains(name, "..") {
-		return fmt.Errorf("file name %q is not allowed in an image set", name)
+		return errcode.Damaged.Errorf("file name %q is not allowed in an image set", name)
 	}
 	for _, c := range []byte(name) {
 		if c <= ' ' || c >= 0x7f || c == '/' || c == '\\' {
-			return fmt.Errorf("file name %q is not allowed in an image set", name)
+			return errcode.Damaged.Errorf("file name %q is not allowed in an image set", name)
 		}
 	}
 	return nil

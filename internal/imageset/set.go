@@ -19,6 +19,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
@@ -72,7 +73,7 @@ func (s *Set) check() error {
 	// A few more than there should be, so that the error can name one.
 	names, err := list(s.dir, len(s.Manifest.Files)+2+64)
 	if err != nil {
-		return fmt.Errorf("it has files that its manifest does not list: %w", err)
+		return errcode.Unlisted.Errorf("it has files that its manifest does not list: %w", err)
 	}
 	present := make(map[string]bool, len(names))
 	for _, n := range names {
@@ -87,7 +88,7 @@ func (s *Set) check() error {
 	}
 	for _, want := range s.Manifest.Files {
 		if !present[want.Name] {
-			return fmt.Errorf("file %s is missing: use another copy of the checkpoint", want.Name)
+			return errcode.Damaged.Errorf("file %s is missing: use another copy of the checkpoint", want.Name)
 		}
 		delete(present, want.Name)
 		var st unix.Stat_t
@@ -95,14 +96,14 @@ func (s *Set) check() error {
 			return &os.PathError{Op: "stat", Path: want.Name, Err: err}
 		}
 		if st.Mode&unix.S_IFMT != unix.S_IFREG {
-			return fmt.Errorf("%s is not a regular file", want.Name)
+			return errcode.Damaged.Errorf("%s is not a regular file", want.Name)
 		}
 		if st.Size != want.Size {
-			return fmt.Errorf("file %s has %d bytes and should have %d: use another copy of the checkpoint", want.Name, st.Size, want.Size)
+			return errcode.Damaged.Errorf("file %s has %d bytes and should have %d: use another copy of the checkpoint", want.Name, st.Size, want.Size)
 		}
 	}
 	if more := slices.Sorted(maps.Keys(present)); len(more) > 0 {
-		return fmt.Errorf("%q is not listed in %s: restore from a directory with nothing but the checkpoint", more[0], ManifestName)
+		return errcode.Unlisted.Errorf("%q is not listed in %s: restore from a directory with nothing but the checkpoint", more[0], ManifestName)
 	}
 	return nil
 }
@@ -127,9 +128,9 @@ func (s *Set) readSignature() ([]byte, error) {
 
 // Errors of [Set.Verify].
 var (
-	ErrUnsigned  = errors.New("it is not signed")
-	ErrUntrusted = errors.New("is not trusted on this node")
-	ErrForged    = errors.New("its signature is not that of its manifest: use another copy of the checkpoint")
+	ErrUnsigned  = errcode.Unsigned.Wrap(errors.New("it is not signed"))
+	ErrUntrusted = errcode.Unsigned.Wrap(errors.New("is not trusted on this node"))
+	ErrForged    = errcode.Forged.Wrap(errors.New("its signature is not that of its manifest: use another copy of the checkpoint"))
 )
 
 // Verify checks that one of the keys has signed the manifest, and with it the
@@ -262,7 +263,7 @@ func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget
 	}
 	defer f.Close()
 	if st.Size != want.Size {
-		return fmt.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
+		return errcode.Damaged.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
 	}
 	sum, err := copyFile(ctx, f, st.Size, dst, want.Name, room)
 	if err != nil {
@@ -326,7 +327,7 @@ func (s *Set) WriteTo(ctx context.Context, want File, w io.Writer) error {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
 	if sum != want.SHA256 {
-		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
+		return errcode.Damaged.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
 	}
 	return nil
 }

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
@@ -59,9 +60,9 @@ func newTarget(path string, d disk) (_ *Target, err error) {
 	}()
 	switch t.home, err = openDir(t.path); {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("image directory %s does not exist: create it first", path)
+		return nil, errcode.ImageDirectory.Errorf("image directory %s does not exist: create it first", path)
 	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
-		return nil, fmt.Errorf("image directory %s is not a directory", path)
+		return nil, errcode.ImageDirectory.Errorf("image directory %s is not a directory", path)
 	case err != nil:
 		return nil, fmt.Errorf("image directory: %w", err)
 	}
@@ -124,7 +125,7 @@ func (t *Target) checkPlace() error {
 	}
 	err := unix.Fstatat(int(t.parent.Fd()), filepath.Base(t.path), &named, unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil || home.Dev != named.Dev || home.Ino != named.Ino {
-		return fmt.Errorf("%s is no longer the directory that it was", t.path)
+		return errcode.ImageDirectory.Errorf("%s is no longer the directory that it was", t.path)
 	}
 	return nil
 }
@@ -136,7 +137,7 @@ func (t *Target) makeStaging() error {
 	for {
 		name := stagingPrefix + randomName()
 		if err := unix.Mkdirat(int(around.Fd()), name, 0o700); err != nil {
-			return fmt.Errorf("image directory %s cannot be written to: name another one: %w", t.path, err)
+			return errcode.ImageDirectory.Errorf("image directory %s cannot be written to: name another one: %w", t.path, err)
 		}
 		t.staging = name
 		dir, err := openDirBeneath(around, name)
@@ -169,7 +170,7 @@ func (t *Target) Dir() *os.File { return t.dir }
 func (t *Target) holdsImageSet() (bool, error) {
 	busy, err := removeUnfinished(t.disk, t.home)
 	if busy {
-		err = errors.New("another checkpoint is being written to it")
+		err = errcode.ImageDirectory.Wrap(errors.New("another checkpoint is being written to it"))
 	}
 	if err != nil {
 		return false, fmt.Errorf("image directory %s: %w", t.path, err)
@@ -185,11 +186,11 @@ func (t *Target) holdsImageSet() (bool, error) {
 		var st unix.Stat_t
 		err := unix.Fstatat(int(t.home.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
 		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || !isOurs(name) && !IsImage(name) {
-			return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, name)
+			return false, errcode.ImageDirectory.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, name)
 		}
 	}
 	if !slices.Contains(names, ManifestName) {
-		return false, fmt.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, names[0])
+		return false, errcode.ImageDirectory.Errorf("image directory %s is not empty (it has %s) and not an earlier checkpoint: name an empty directory", t.path, names[0])
 	}
 	return true, nil
 }

@@ -5,13 +5,13 @@ package imageset
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // CheckUsage reports whether a directory that a guest may write to is within
@@ -71,7 +71,7 @@ func (u *usage) addOne(dir *os.File, name string, directories bool) error {
 		return nil
 	}
 	if !directories {
-		return fmt.Errorf("there is a directory, %q, in an image set, which is flat", name)
+		return errcode.Damaged.Errorf("there is a directory, %q, in an image set, which is flat", name)
 	}
 	below, err := openDirBeneath(dir, name)
 	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {

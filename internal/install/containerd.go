@@ -16,6 +16,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Handler is the CRI's name for our runtime.
@@ -66,7 +67,7 @@ func (o *Options) containerd(kataConfig string, p *Plan) ([]*entry, error) {
 		return nil, err
 	default:
 		if err := toml.Unmarshal(data, &main); err != nil {
-			return nil, fmt.Errorf("containerd's configuration %s: %w", o.ContainerdConfig, err)
+			return nil, errcode.ContainerdConfig.Errorf("containerd's configuration %s: %w", o.ContainerdConfig, err)
 		}
 		found := o.importedDir(main.Imports)
 		if found == "" {
@@ -86,7 +87,7 @@ func (o *Options) containerd(kataConfig string, p *Plan) ([]*entry, error) {
 		values["Version"], values["Plugin"] = 2, criPlugin2
 	case 3:
 	default:
-		return nil, fmt.Errorf("%s has version %d, which containerd 2.1 and later do not read: run containerd config migrate", o.ContainerdConfig, main.Version)
+		return nil, errcode.ContainerdConfig.Errorf("%s has version %d, which containerd 2.1 and later do not read: run containerd config migrate", o.ContainerdConfig, main.Version)
 	}
 	var b bytes.Buffer
 	if err := containerdDropIn.Execute(&b, values); err != nil {

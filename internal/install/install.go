@@ -27,6 +27,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/kataconfig"
 )
 
@@ -153,7 +154,7 @@ func Prepare(ctx context.Context, o *Options) (*Plan, error) {
 	}
 	tree, err := readTree(filepath.Join(o.Release, "guest-bundle"))
 	if err != nil {
-		return nil, fmt.Errorf("no release of kata-checkpoint is in %s: run install from the release that you have unpacked, or name its directory with --from: %w", o.Release, err)
+		return nil, errcode.NoRelease.Errorf("no release of kata-checkpoint is in %s: run install from the release that you have unpacked, or name its directory with --from: %w", o.Release, err)
 	}
 	r, err := o.readRecord()
 	if err != nil {
@@ -222,7 +223,7 @@ func (o *Options) binaries() ([]*entry, error) {
 	for _, f := range files {
 		data, err := os.ReadFile(filepath.Join(o.Release, "bin", f[0]))
 		if err != nil {
-			return nil, fmt.Errorf("the release in %s is not whole: %w", o.Release, err)
+			return nil, errcode.NoRelease.Errorf("the release in %s is not whole: %w", o.Release, err)
 		}
 		entries = append(entries, &entry{path: f[1], mode: 0o755, data: data})
 	}
@@ -283,7 +284,7 @@ func (o *Options) runShim(ctx context.Context, path string) (string, error) {
 	}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		return "", fmt.Errorf("the shim of Kata, %s, does not run: %w: %s", path, err, strings.TrimSpace(string(out)))
+		return "", errcode.NoKata.Errorf("the shim of Kata, %s, does not run: %w: %s", path, err, strings.TrimSpace(string(out)))
 	}
 	return string(out), nil
 }
@@ -296,7 +297,7 @@ func (o *Options) Systemctl(ctx context.Context, args ...string) error {
 		cmd.SysProcAttr = chroot(o.Root)
 	}
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("systemctl %s: %w: %s: repeat it by hand", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+		return errcode.Systemctl.Errorf("systemctl %s: %w: %s: repeat it by hand", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
 	}
 	return nil
 }
@@ -308,12 +309,12 @@ func conflicts(paths []string) error {
 	}
 	var errs []error
 	for _, path := range paths {
-		errs = append(errs, fmt.Errorf("%s exists and was not written by kata-checkpoint install: move it away", path))
+		errs = append(errs, errcode.ForeignFile.Errorf("%s exists and was not written by kata-checkpoint install: move it away", path))
 	}
 	return errclass.Join(errs...)
 }
 
-var errNoKata = errors.New("there is no Kata on this node")
+var errNoKata = errcode.NoKata.Wrap(errors.New("there is no Kata on this node"))
 
 // kata is the Kata of a node.
 type kata struct {

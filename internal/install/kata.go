@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/kataconfig"
 )
 
@@ -57,13 +58,13 @@ func (o *Options) findKata(ctx context.Context) (*kata, error) {
 		}
 	}
 	if base == "" {
-		return nil, fmt.Errorf("there is no configuration of Kata at any of its own paths (%s): name it with --kata-config", strings.Join(k.shim.Defaults(), ", "))
+		return nil, errcode.KataConfig.Errorf("there is no configuration of Kata at any of its own paths (%s): name it with --kata-config", strings.Join(k.shim.Defaults(), ", "))
 	}
 	if k.base, err = o.resolved(base); err != nil {
-		return nil, fmt.Errorf("the configuration of Kata: %w: name it with --kata-config", err)
+		return nil, errcode.KataConfig.Errorf("the configuration of Kata: %w: name it with --kata-config", err)
 	}
 	if k.loaded, err = kataconfig.Load(o.at(k.base), k.shim, dropInName); err != nil {
-		return nil, fmt.Errorf("the configuration of Kata cannot be read: %w", err)
+		return nil, errcode.KataConfig.Errorf("the configuration of Kata cannot be read: %w", err)
 	}
 	k.config = base
 	neighbours, err := o.neighbours(k)
@@ -126,10 +127,10 @@ func (k *kata) entries(o *Options, bundle string, p *Plan) ([]*entry, error) {
 	}
 	want := k.shim.HookPath(bundle)
 	if hooks := k.loaded.GuestHookPath; hooks != "" && filepath.Clean(hooks) != want {
-		return nil, fmt.Errorf("%s has guest_hook_path = %q, which a drop-in would replace: put these hooks into %s/hooks of the release and remove the setting", k.base, hooks, "guest-bundle")
+		return nil, errcode.ForeignHooks.Errorf("%s has guest_hook_path = %q, which a drop-in would replace: put these hooks into %s/hooks of the release and remove the setting", k.base, hooks, "guest-bundle")
 	}
 	if fsys := k.loaded.SharedFS; fsys != "virtio-fs" && fsys != "virtio-fs-nydus" {
-		return nil, fmt.Errorf("%s has shared_fs = %q, and images leave the guest over virtio-fs: name another configuration with --kata-config", k.base, fsys)
+		return nil, errcode.SharedFS.Errorf("%s has shared_fs = %q, and images leave the guest over virtio-fs: name another configuration with --kata-config", k.base, fsys)
 	}
 	kernel, err := k.kernel(o, p)
 	if err != nil {
@@ -167,7 +168,7 @@ func (k *kata) kernel(o *Options, p *Plan) (string, error) {
 	target, err := o.resolved(effective)
 	if err != nil || effective == "" {
 		if kernel != "" {
-			return "", fmt.Errorf("the guest kernel: %w", err)
+			return "", errcode.GuestKernel.Errorf("the guest kernel: %w", err)
 		}
 		p.todof("give Kata a guest kernel: %s names %q, which does not exist", k.base, effective)
 		return "", nil
@@ -179,7 +180,7 @@ func (k *kata) kernel(o *Options, p *Plan) (string, error) {
 	case err != nil:
 		return "", err
 	case len(missing) > 0 && kernel != "":
-		return "", fmt.Errorf("the guest kernel %s lacks %s: build one with kata-checkpoint guest-kernel", effective, strings.Join(missing, ", "))
+		return "", errcode.GuestKernel.Errorf("the guest kernel %s lacks %s: build one with kata-checkpoint guest-kernel", effective, strings.Join(missing, ", "))
 	case len(missing) > 0:
 		p.todof("build a guest kernel with `kata-checkpoint guest-kernel` and run install again: %s lacks %s, and until then every checkpoint is refused", effective, strings.Join(missing, ", "))
 	case len(modules) > 0:

@@ -18,6 +18,8 @@ import (
 	"github.com/aymanbagabas/go-udiff"
 	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Plan is what has to be done on a node.
@@ -379,7 +381,7 @@ func (o *Options) lock() (unlock func(), err error) {
 	}
 	if err := unix.Flock(int(root.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		root.Close()
-		return nil, fmt.Errorf("another installation is in progress: repeat the command when it is done: %w", err)
+		return nil, errcode.InstallRunning.Errorf("another installation is in progress: repeat the command when it is done: %w", err)
 	}
 	return func() { root.Close() }, nil
 }

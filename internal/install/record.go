@@ -7,10 +7,11 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"slices"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // record is what an installation has written, in a file of its own: only that is
@@ -80,7 +81,7 @@ func (o *Options) readRecord() (*record, error) {
 		return nil, err
 	}
 	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("%s: %w", o.recordPath(), err)
+		return nil, errcode.InstallRecord.Errorf("%s is the record of what is installed, and is damaged: %w: restore it, or remove it and the files of the earlier installation by hand", o.recordPath(), err)
 	}
 	if r.Files == nil {
 		r.Files = map[string][]string{}

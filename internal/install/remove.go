@@ -17,11 +17,12 @@ import (
 	"github.com/moby/sys/mountinfo"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // ErrNotInstalled means that there is nothing to remove.
-var ErrNotInstalled = errors.New("kata-checkpoint install has not installed anything here")
+var ErrNotInstalled = errcode.NotInstalled.Wrap(errors.New("kata-checkpoint install has not installed anything here"))
 
 // PrepareRemoval finds out what has to be done to leave the node as it was
 // before the installation. Files that were changed since are only removed with
@@ -39,7 +40,7 @@ func PrepareRemoval(o *Options, force bool) (*Plan, error) {
 		return nil, err
 	}
 	if len(running) > 0 {
-		return nil, fmt.Errorf("%d sandboxes run with kata-checkpoint (%s): remove their containers first, since without the shim nothing could end them", len(running), strings.Join(running, ", "))
+		return nil, errcode.SandboxesRun.Errorf("%d sandboxes run with kata-checkpoint (%s): remove their containers first, since without the shim nothing could end them", len(running), strings.Join(running, ", "))
 	}
 	p := &Plan{o: o, record: r, uninstall: true}
 	if err := p.compare(nil); err != nil {
@@ -61,10 +62,10 @@ func PrepareRemoval(o *Options, force bool) (*Plan, error) {
 		changed = append(changed, path)
 	}
 	if slices.Sort(changed); len(changed) > 0 {
-		return nil, fmt.Errorf("changed since they were installed: %s; keep copies of what you need and repeat with --remove-changed", strings.Join(changed, ", "))
+		return nil, errcode.Changed.Errorf("changed since they were installed: %s; keep copies of what you need and repeat with --remove-changed", strings.Join(changed, ", "))
 	}
 	if len(p.next.Releases) > 0 {
-		return nil, fmt.Errorf("%s is mounted: remove the containers whose VMs use it first", strings.Join(p.next.Releases, ", "))
+		return nil, errcode.SandboxesRun.Errorf("%s is mounted: remove the containers whose VMs use it first", strings.Join(p.next.Releases, ", "))
 	}
 	return p, nil
 }

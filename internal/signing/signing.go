@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 )
 
@@ -112,7 +113,7 @@ func Load(path string) (*Key, error) {
 		err = writePublic(path+PublicSuffix, k.Public())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("key of this node for image sets: %w", err)
+		return nil, errcode.SigningKey.Errorf("key of this node for image sets: %w", err)
 	}
 	return k, nil
 }
@@ -127,7 +128,7 @@ func read(path string) (*Key, error) {
 	}
 	defer f.Close()
 	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
-		return nil, fmt.Errorf("%s must belong to root and be readable by nobody else: make it so (chown root, chmod 600), or replace the key if others may have read it", path)
+		return nil, errcode.SigningKey.Errorf("%s must belong to root and be readable by nobody else: make it so (chown root, chmod 600), or replace the key if others may have read it", path)
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxKey))
 	if err != nil {
@@ -135,7 +136,7 @@ func read(path string) (*Key, error) {
 	}
 	block, _ := pem.Decode(data)
 	if block == nil || block.Type != privateType {
-		return nil, fmt.Errorf("%s has no PEM block of the type %q: restore it from a backup, or remove it to have another key made", path, privateType)
+		return nil, errcode.SigningKey.Errorf("%s has no PEM block of the type %q: restore it from a backup, or remove it to have another key made", path, privateType)
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
@@ -143,7 +144,7 @@ func read(path string) (*Key, error) {
 	}
 	private, ok := key.(ed25519.PrivateKey)
 	if !ok {
-		return nil, fmt.Errorf("%s has a key of the type %T, not Ed25519: make one with openssl genpkey -algorithm ed25519", path, key)
+		return nil, errcode.SigningKey.Errorf("%s has a key of the type %T, not Ed25519: make one with openssl genpkey -algorithm ed25519", path, key)
 	}
 	return &Key{private}, nil
 }

@@ -4,7 +4,6 @@ package agent
 
 import (
 	"encoding/binary"
-	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -16,6 +15,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // filesImage has an entry for each open file and socket of the processes.
@@ -39,7 +39,7 @@ func readdress(r *api.RestoreRequest) (*readdressing, error) {
 	for _, a := range r.GetAddresses() {
 		addr, err := netip.ParseAddr(a.GetAddress())
 		if err != nil || addr.Zone() != "" {
-			return nil, errclass.Invalid("address %q of the interface %q", a.GetAddress(), a.GetInterface())
+			return nil, errclass.Invalid(errcode.BadAgentRequest, "address %q of the interface %q", a.GetAddress(), a.GetInterface())
 		}
 		old = append(old, inspect.NewAddress(a.GetInterface(), addr))
 	}
@@ -148,20 +148,20 @@ func (a *readdressing) move(s *sk_inet.InetSkEntry) (bool, error) {
 	}
 	src, dst := local.withPort(s.GetSrcPort()), remote.withPort(s.GetDstPort())
 	if connection && slices.ContainsFunc(a.outside, func(c inspect.Connection) bool { return c.Local == src && c.Remote == dst }) {
-		return false, fmt.Errorf("its open TCP connection from %s to %s can only be kept at the address %s, which this container lacks: "+
+		return false, errcode.ConnectionMoved.Errorf("its open TCP connection from %s to %s can only be kept at the address %s, which this container lacks: "+
 			"restore it where it gets that address, or have a checkpoint close connections with the annotation kata-checkpoint.dev/tcp: close", src, dst, src.Addr())
 	}
 	const lacking = "its %s socket is %s its own address %s, and this container's network interfaces have no address to use in place of it: " +
 		"restore it where it gets that address, or one of the same family on the same interface"
 	if local.moved {
 		if !local.now.IsValid() {
-			return false, fmt.Errorf(lacking, protocolName(s), "bound to", src)
+			return false, errcode.AddressLacking.Errorf(lacking, protocolName(s), "bound to", src)
 		}
 		s.SrcAddr = imageAddress(local.now, len(s.GetSrcAddr()))
 	}
 	if remote.moved {
 		if !remote.now.IsValid() {
-			return false, fmt.Errorf(lacking, protocolName(s), "connected to", dst)
+			return false, errcode.AddressLacking.Errorf(lacking, protocolName(s), "connected to", dst)
 		}
 		s.DstAddr = imageAddress(remote.now, len(s.GetDstAddr()))
 	}

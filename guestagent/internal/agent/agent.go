@@ -36,6 +36,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
@@ -228,7 +229,7 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 		return nil, errclass.ToRPC(err)
 	}
 	if a.turns.over(c.ID, r.GetTurn()) {
-		return nil, errclass.ToRPC(errclass.Precondition("freeze container %s: %w", c.ID, errThawed))
+		return nil, errclass.ToRPC(errclass.Precondition(errcode.Thawed, "freeze container %s: %w", c.ID, errThawed))
 	}
 	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
 		return nil, errclass.ToRPC(c.explain(err))
@@ -244,8 +245,8 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 
 // Why an operation was interrupted.
 var (
-	errThawed    = errors.New("the container was thawed meanwhile")
-	errForgotten = errors.New("the container was deleted meanwhile")
+	errThawed    = errcode.Thawed.Wrap(errors.New("the container was thawed meanwhile"))
+	errForgotten = errcode.Killed.Wrap(errors.New("the container was deleted meanwhile"))
 )
 
 // Thaw implements the service.

@@ -27,6 +27,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
@@ -125,7 +126,7 @@ func excesses(look *inspect.Container, r *api.Rights) (out []inspect.Finding, er
 	}
 	for _, pid := range pids {
 		if len(what[pid]) > 0 {
-			out = append(out, look.Refuse(processes[pid], strings.Join(what[pid], " and ")+", so that no restore would let it run", "terminate it before the checkpoint"))
+			out = append(out, look.Refuse(processes[pid], errcode.MoreRights, strings.Join(what[pid], " and ")+", so that no restore would let it run", "terminate it before the checkpoint"))
 		}
 	}
 	return out, nil
@@ -171,7 +172,7 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		return nil, errclass.ToRPC(err)
 	}
 	if frozen, err := cgroup.Frozen(c.tree()); err != nil || !frozen {
-		return nil, errclass.ToRPC(c.explain(errclass.Join(errclass.Precondition("container %s is not frozen", c.ID), err)))
+		return nil, errclass.ToRPC(c.explain(errclass.Join(errclass.Precondition(errcode.NotFrozen, "container %s is not frozen", c.ID), err)))
 	}
 	if err := os.Mkdir(images, 0o700); err != nil {
 		return nil, errclass.ToRPC(fmt.Errorf("make the directory for the images: %w", err))

@@ -21,6 +21,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // restoredCgroup is the child of a container's cgroup with the restored
@@ -154,7 +155,7 @@ var validID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 
 func checkID(id string) error {
 	if !validID.MatchString(id) || len(id) > 255 {
-		return fmt.Errorf("container id %q: %w", id, errdefs.ErrInvalidArgument)
+		return errcode.BadAgentRequest.Errorf("container id %q: %w", id, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
@@ -169,7 +170,7 @@ func find(id string) (*container, error) {
 	path := filepath.Join(kataContainers, id, "config.json")
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("container %s is unknown to the kata-agent: %w", id, err)
+		return nil, errcode.NotAdopted.Errorf("container %s is unknown to the kata-agent: %w", id, err)
 	}
 	var spec struct {
 		Linux struct {
@@ -189,7 +190,7 @@ func find(id string) (*container, error) {
 	}
 	init, err := oldest(pids)
 	if err != nil {
-		return nil, fmt.Errorf("container %s has no process: %w", id, err)
+		return nil, errcode.ProcessExited.Errorf("container %s has no process: %w", id, err)
 	}
 	stdio, err := inspect.Stdio(init.PID)
 	if err != nil {
@@ -207,7 +208,7 @@ func (a *Agent) load(id string) (*container, error) {
 	defer a.mu.Unlock()
 	data, err := os.ReadFile(a.recordPath(id))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("container %s was not prepared for checkpoints when it started: %w", id, errdefs.ErrNotFound)
+		return nil, errcode.NotAdopted.Errorf("container %s was not prepared for checkpoints when it started: %w", id, errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return nil, err
@@ -232,7 +233,7 @@ func (a *Agent) running(id string) (*container, error) {
 }
 
 // errExited is the failure of a call that needs a container's processes.
-var errExited = errclass.Precondition("the container's process has exited")
+var errExited = errclass.Precondition(errcode.ProcessExited, "the container's process has exited")
 
 // explain returns the error of an operation on a container's processes. Once
 // their root has exited, that is what failed, whatever the error: each file of a

@@ -81,7 +81,7 @@ func TestExited(t *testing.T) {
 
 func checkExited(t *testing.T, err error) {
 	t.Helper()
-	if st := status.Convert(err); st.Code() != codes.FailedPrecondition || st.Message() != "the container's process has exited" {
+	if st := status.Convert(err); st.Code() != codes.FailedPrecondition || st.Message() != "the container's process has exited (KC-4011)" {
 		t.Errorf("%s: %s", st.Code(), st.Message())
 	}
 }

@@ -5,6 +5,8 @@ package agent
 import (
 	"fmt"
 	"path/filepath"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // checkCredentials refuses an image set with a process or thread whose image has
@@ -27,7 +29,7 @@ func checkCredentials(images string) error {
 		}
 		dead := core.GetTc().GetTaskState() == taskDead && zombies[filepath.Base(path)]
 		if core.GetThreadCore().GetCreds() == nil && !dead {
-			return fmt.Errorf("%s has no credentials, and is not the image of a zombie: use another copy of the checkpoint", filepath.Base(path))
+			return errcode.Damaged.Errorf("%s has no credentials, and is not the image of a zombie: use another copy of the checkpoint", filepath.Base(path))
 		}
 	}
 	return nil

@@ -14,6 +14,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
@@ -26,7 +27,7 @@ const maxToken = 256
 // mount point. The token proves that it is the right mount.
 func withdraw(init process, destination, token, target string) error {
 	if !path.IsAbs(destination) || path.Clean(destination) != destination || destination == "/" {
-		return fmt.Errorf("exchange mount: destination %q is not a clean absolute path", destination)
+		return errcode.BadAgentRequest.Errorf("exchange mount: destination %q is not a clean absolute path", destination)
 	}
 	parts, err := inspect.PartialMounts(init.PID)
 	if err != nil {
@@ -39,7 +40,7 @@ func withdraw(init process, destination, token, target string) error {
 	}
 	defer unix.Close(process)
 	if !init.alive() {
-		return errors.New("withdraw the exchange mount: the container's process has exited")
+		return errcode.ProcessExited.Wrap(errors.New("withdraw the exchange mount: the container's process has exited"))
 	}
 	err = thread.Do(func() (err error) {
 		if err := unix.Setns(process, unix.CLONE_NEWNS); err != nil {
@@ -167,12 +168,12 @@ func (a *Agent) release(id string) error {
 // The name comes from the shim and must be a single path element.
 func (a *Agent) inExchange(id, name string) (string, error) {
 	if name == "" || name[0] == '.' || path.Base(name) != name {
-		return "", fmt.Errorf("invalid directory name %q", name)
+		return "", errcode.BadAgentRequest.Errorf("invalid directory name %q", name)
 	}
 	target := a.exchangePath(id)
 	var st unix.Statx_t
 	if err := unix.Statx(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, 0, &st); err != nil || st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
-		return "", errors.New("the container's exchange mount is gone")
+		return "", errcode.ExchangeLost.Wrap(errors.New("the container's exchange mount is gone"))
 	}
 	return filepath.Join(target, name), nil
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Exec implements the service.
@@ -21,7 +22,7 @@ func (a *Agent) Exec(ctx context.Context, r *api.ExecRequest) (*api.ExecResponse
 		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored == nil {
-		return nil, errclass.ToRPC(errclass.Precondition("container %s is not a restored one", c.ID))
+		return nil, errclass.ToRPC(errclass.Precondition(errcode.NotRestored, "container %s is not a restored one", c.ID))
 	}
 	pid, err := a.exec(ctx, c, r)
 	if err != nil {

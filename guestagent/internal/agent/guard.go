@@ -5,12 +5,12 @@ package agent
 import (
 	"context"
 	"crypto/subtle"
-	"fmt"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Any process of the host may connect to the agent's port: AF_VSOCK asks for no
@@ -47,7 +47,7 @@ func (a *Agent) admit(r request) error {
 		return nil //nolint:nilerr // the method finds out
 	}
 	if subtle.ConstantTimeCompare([]byte(c.Token), []byte(r.GetToken())) == 0 {
-		return errclass.With(errdefs.ErrPermissionDenied, fmt.Errorf("the request is not from the shim of container %s: it lacks the container's token", c.ID))
+		return errclass.With(errdefs.ErrPermissionDenied, errcode.ForeignRequest.Errorf("the request is not from the shim of container %s: it lacks the container's token", c.ID))
 	}
 	return nil
 }

@@ -5,7 +5,6 @@ package agent
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -18,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Magic numbers at the beginning of CRIU's images (criu/include/magic.h).
@@ -47,7 +47,7 @@ func readBounded(path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("%s is larger than %d bytes", filepath.Base(path), limit)
+		return nil, errcode.Damaged.Errorf("%s is larger than %d bytes", filepath.Base(path), limit)
 	}
 	return data, nil
 }
@@ -60,7 +60,7 @@ func readCore(path string) (*criu_core.CoreEntry, error) {
 		return nil, err
 	}
 	const head = 12
-	wrong := fmt.Errorf("%s is not an image of CRIU", filepath.Base(path))
+	wrong := errcode.Damaged.Errorf("%s is not an image of CRIU", filepath.Base(path))
 	if len(data) < head || binary.LittleEndian.Uint32(data) != imageMagic || binary.LittleEndian.Uint32(data[4:]) != coreMagic {
 		return nil, wrong
 	}
@@ -84,12 +84,12 @@ func readTree(images string) (tree []*pstree.PstreeEntry, err error) {
 		return nil, err
 	}
 	if binary.LittleEndian.Uint32(image.magic[4:]) != pstreeMagic {
-		return nil, errors.New("pstree.img is not an image of CRIU")
+		return nil, errcode.Damaged.Wrap(errors.New("pstree.img is not an image of CRIU"))
 	}
 	for _, data := range image.entries {
 		entry := &pstree.PstreeEntry{}
 		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(data, entry); err != nil {
-			return nil, fmt.Errorf("pstree.img is not an image of CRIU: %w", err)
+			return nil, errcode.Damaged.Errorf("pstree.img is not an image of CRIU: %w", err)
 		}
 		tree = append(tree, entry)
 	}

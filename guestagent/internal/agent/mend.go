@@ -20,6 +20,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 )
 
@@ -73,7 +74,7 @@ func mendImages(images string, names inspect.Names, connections []inspect.Connec
 		return err
 	}
 	if lost != "" {
-		return fmt.Errorf("%s, which a process has open, was renamed or removed during the checkpoint: repeat it", lost)
+		return errcode.FileLost.Errorf("%s, which a process has open, was renamed or removed during the checkpoint: repeat it", lost)
 	}
 	return dropLinkRemaps(images, found)
 }
@@ -255,7 +256,7 @@ func readEntries(path string) (*entriesImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	wrong := fmt.Errorf("%s is not an image of CRIU", filepath.Base(path))
+	wrong := errcode.Damaged.Errorf("%s is not an image of CRIU", filepath.Base(path))
 	if len(data) < 8 || binary.LittleEndian.Uint32(data) != imageMagic {
 		return nil, wrong
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // lockName is the name of a container's network lock.
@@ -138,7 +139,7 @@ func connectionsOf(list []*api.Connection) ([]inspect.Connection, error) {
 		local, lerr := netip.ParseAddrPort(c.GetLocal())
 		remote, rerr := netip.ParseAddrPort(c.GetRemote())
 		if err := errclass.Join(lerr, rerr); err != nil {
-			return nil, errclass.Invalid("TCP connection from %q to %q: %w", c.GetLocal(), c.GetRemote(), err)
+			return nil, errclass.Invalid(errcode.BadAgentRequest, "TCP connection from %q to %q: %w", c.GetLocal(), c.GetRemote(), err)
 		}
 		out = append(out, inspect.Connection{Local: local, Remote: remote})
 	}

@@ -3,13 +3,13 @@
 package agent
 
 import (
-	"fmt"
 	"io"
 	"net/netip"
 	"os"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 )
 
@@ -39,7 +39,7 @@ func checkRequest(r *api.RestoreRequest) error {
 		m.OpenFiles = append(m.OpenFiles, imageset.NewOpenFile(f.GetPath(), f.GetSize(), f.GetMayGrow()))
 	}
 	if err := m.CheckRestore(); err != nil {
-		return errclass.Invalid("the request is invalid: %w", err)
+		return errclass.Invalid(errcode.BadAgentRequest, "the request is invalid: %w", err)
 	}
 	return nil
 }
@@ -69,11 +69,11 @@ func checkImages(images string) error {
 		entries, err := dir.ReadDir(1024)
 		for _, e := range entries {
 			if !e.Type().IsRegular() || !imageset.IsImage(e.Name()) {
-				return fmt.Errorf("the image set has %q, which is not an image that CRIU writes of a container", e.Name())
+				return errcode.Damaged.Errorf("the image set has %q, which is not an image that CRIU writes of a container", e.Name())
 			}
 		}
 		if left -= len(entries); left < 0 {
-			return fmt.Errorf("the image set has more than %d files", maxImages)
+			return errcode.Damaged.Errorf("the image set has more than %d files", maxImages)
 		}
 		if err == io.EOF {
 			return nil

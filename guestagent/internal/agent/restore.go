@@ -26,6 +26,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
@@ -49,7 +50,7 @@ func (a *Agent) CheckRestore(ctx context.Context, r *api.RestoreRequest) (*empty
 		err = a.checkRestore(c, r)
 	}
 	if err != nil {
-		return nil, errclass.ToRPC(c.explain(errclass.Precondition("container %s cannot be restored: %w", c.ID, err)))
+		return nil, errclass.ToRPC(c.explain(errclass.Precondition(errcode.RestoreFailed, "container %s cannot be restored: %w", c.ID, err)))
 	}
 	return &emptypb.Empty{}, nil
 }
@@ -60,7 +61,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if !own { // the placeholder would not reap the restored root
-		return errors.New("its placeholder has no PID namespace of its own, which the shim requests from Kata: install the guest bundle and the shim of the same release")
+		return errcode.Placeholder.Wrap(errors.New("its placeholder has no PID namespace of its own, which the shim requests from Kata: install the guest bundle and the shim of the same release"))
 	}
 	images, err := a.inExchange(c.ID, r.GetDirectory())
 	if err != nil {
@@ -68,7 +69,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	}
 	for _, name := range []string{imageset.InventoryName, imageset.DevShmName} {
 		if _, err := os.Lstat(filepath.Join(images, name)); err != nil {
-			return fmt.Errorf("the image set is not visible in the guest: %w", err)
+			return errcode.ExchangeLost.Errorf("the image set is not visible in the guest: %w", err)
 		}
 	}
 	if err := checkContents(images); err != nil {
@@ -86,7 +87,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if version/10000 < r.GetCriuVersion()/10000 {
-		return fmt.Errorf("the checkpoint was made by CRIU %s and the guest has %s: install a guest bundle that is at least as new",
+		return errcode.OlderCRIU.Errorf("the checkpoint was made by CRIU %s and the guest has %s: install a guest bundle that is at least as new",
 			criu.FormatVersion(r.GetCriuVersion()), criu.FormatVersion(version))
 	}
 	have, err := cpuFeatures()
@@ -94,7 +95,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		return err
 	}
 	if lost := missing(r.GetCpuFeatures(), have); len(lost) > 0 {
-		return fmt.Errorf("the checkpoint was made on a processor with %s, which the processor of this guest lacks: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
+		return errcode.Processor.Errorf("the checkpoint was made on a processor with %s, which the processor of this guest lacks: restore it on a machine with the same or a newer processor", strings.Join(lost, ", "))
 	}
 	mounts, err := inspect.Mounts(c.Init.PID)
 	if err != nil {
@@ -111,7 +112,7 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 		}
 	}
 	if lost := missing(want, there); len(lost) > 0 {
-		return fmt.Errorf("the new container has no mount at %s: create it with the mounts of the old one", strings.Join(lost, ", "))
+		return errcode.MountsLacking.Errorf("the new container has no mount at %s: create it with the mounts of the old one", strings.Join(lost, ", "))
 	}
 	return c.checkOpenFiles(r.GetOpenFiles())
 }
@@ -128,7 +129,7 @@ func (c *container) checkOpenFiles(files []*api.OpenFile) error {
 		return err
 	}
 	if len(changed) > 0 {
-		return fmt.Errorf("files that its processes have open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
+		return errcode.FilesChanged.Errorf("files that its processes have open have changed since the checkpoint: %s: put them back as they were", strings.Join(changed, ", "))
 	}
 	shm, err := c.openShm(c.Init.PID)
 	if err != nil || shm == nil {
@@ -140,7 +141,7 @@ func (c *container) checkOpenFiles(files []*api.OpenFile) error {
 		return err
 	}
 	if len(changed) > 0 {
-		return fmt.Errorf("files that its processes have open differ in the pod's /dev/shm from those at the checkpoint: %s: remove them, or restore it in another pod", strings.Join(changed, ", "))
+		return errcode.SharedMemoryUsed.Errorf("files that its processes have open differ in the pod's /dev/shm from those at the checkpoint: %s: remove them, or restore it in another pod", strings.Join(changed, ", "))
 	}
 	return nil
 }
@@ -157,7 +158,7 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 		return nil, errclass.ToRPC(err)
 	}
 	if c.Restored != nil {
-		return nil, errclass.ToRPC(errclass.Precondition("container %s has already been restored", c.ID))
+		return nil, errclass.ToRPC(errclass.Precondition(errcode.AlreadyRestored, "container %s has already been restored", c.ID))
 	}
 	out, err := a.restore(ctx, c, r)
 	if err != nil {
@@ -357,14 +358,14 @@ func restoreOptions(op *criu.Op, r *api.RestoreRequest, images string) *rpc.Criu
 func waitPlaceholder(ctx context.Context, init process) error {
 	for {
 		if !init.alive() {
-			return errors.New("the placeholder has exited")
+			return errcode.Placeholder.Wrap(errors.New("the placeholder has exited"))
 		}
 		if args, err := procfs.Cmdline(init.PID); err == nil && isPlaceholder(args) {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the placeholder has not started: %w", ctx.Err())
+			return errcode.Placeholder.Errorf("the placeholder has not started: %w", ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -389,7 +390,7 @@ func restoredRoot(tree string, placeholder int) (*process, error) {
 			return &root, nil
 		}
 	}
-	return nil, errors.New("the restored process has already exited")
+	return nil, errcode.RestoreFailed.Wrap(errors.New("the restored process has already exited"))
 }
 
 // missing returns the elements of want that are not in have.

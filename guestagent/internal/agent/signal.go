@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
@@ -27,10 +28,10 @@ func (a *Agent) Signal(_ context.Context, r *api.SignalRequest) (*emptypb.Empty,
 	}
 	sig := unix.Signal(r.GetSignal())
 	if sig != unix.SIGSTOP && sig != unix.SIGCONT {
-		return nil, errclass.ToRPC(errclass.Invalid("signal %d is Kata's to deliver", r.GetSignal()))
+		return nil, errclass.ToRPC(errclass.Invalid(errcode.SignalNotOurs, "signal %d is Kata's to deliver", r.GetSignal()))
 	}
 	if c.Restored == nil {
-		return nil, errclass.ToRPC(fmt.Errorf("container %s is not a restored one: %w", c.ID, errdefs.ErrFailedPrecondition))
+		return nil, errclass.ToRPC(errcode.NotRestored.Errorf("container %s is not a restored one: %w", c.ID, errdefs.ErrFailedPrecondition))
 	}
 	if token := r.GetHelperToken(); token != "" {
 		err = a.execs.signal(token, sig)

@@ -4,13 +4,13 @@ package agent
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"sync"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // checkTimeout bounds `criu check`, which takes about a second without KVM.
@@ -41,17 +41,17 @@ func newToolchain(bundle string) *toolchain {
 func load(bundle string) (uint32, error) {
 	// This file exists only with the option (kernel/pid_namespace.c).
 	if _, err := os.Stat("/proc/sys/kernel/ns_last_pid"); err != nil {
-		return 0, errclass.Precondition("the guest kernel %s was built without CONFIG_CHECKPOINT_RESTORE: give Kata a kernel with the options of configs/kernel", kernelRelease())
+		return 0, errclass.Precondition(errcode.KernelOption, "the guest kernel %s was built without CONFIG_CHECKPOINT_RESTORE: give Kata a kernel with the options of configs/kernel", kernelRelease())
 	}
 	if err := criu.Load(bundle); err != nil {
-		return 0, errclass.Precondition("%w: install the whole guest bundle", err)
+		return 0, errclass.Precondition(errcode.NoCRIU, "%w: install the whole guest bundle", err)
 	}
 	v, err := criu.Version()
 	if err != nil {
-		return 0, errclass.Precondition("CRIU does not run in the guest: %w: install the whole guest bundle", err)
+		return 0, errclass.Precondition(errcode.NoCRIU, "CRIU does not run in the guest: %w: install the whole guest bundle", err)
 	}
 	if v < criu.MinVersion {
-		return v, errclass.Precondition("CRIU %s in the guest is too old: install a guest bundle with %s or newer", criu.FormatVersion(v), criu.FormatVersion(criu.MinVersion))
+		return v, errclass.Precondition(errcode.OldCRIU, "CRIU %s in the guest is too old: install a guest bundle with %s or newer", criu.FormatVersion(v), criu.FormatVersion(criu.MinVersion))
 	}
 	return v, nil
 }
@@ -68,7 +68,7 @@ func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, 
 		}
 		if e := t.check(); e != nil {
 			check = e.Error()
-			err = fmt.Errorf("CRIU cannot work in this guest: %w: give Kata a kernel with the options of configs/kernel", e)
+			err = errcode.CRIUCheck.Errorf("CRIU cannot work in this guest: %w: give Kata a kernel with the options of configs/kernel", e)
 		}
 	}()
 	select {

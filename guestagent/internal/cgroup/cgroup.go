@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Root is where cgroup v2 is mounted in the guest.
@@ -171,7 +172,7 @@ func Hold(ctx context.Context, dir string) error {
 			return fmt.Errorf("freeze: no processes are left: %w", fs.ErrNotExist)
 		}
 		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("freeze: processes were not frozen in time: %w", err)
+			return errcode.FreezeTimeout.Errorf("freeze: processes were not frozen in time: %w", err)
 		}
 		if err := await(events); err != nil {
 			return fmt.Errorf("freeze: %w", err)

@@ -20,7 +20,7 @@ func FuzzLog(f *testing.F) {
 		if err := os.WriteFile(path, log, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		first, _ := cause(path)
+		first, _, _ := cause(path)
 		if !utf8.ValidString(first) || utf8.RuneCountInString(first) > maxCause+3 {
 			t.Errorf("%q", first)
 		}

@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"strings"
 	"unicode"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Error is the failure of a dump or restore. Its message is one line: CRIU's log
@@ -32,9 +34,13 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.Err }
 
 // advices are what to do about a failure, by what CRIU's log contains.
-var advices = []struct{ sign, advice string }{
-	{"External socket is used", "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint"},
-	{"No space left on device", "no space left for the images in the shim's state_dir on the host: free some, or set state_dir to a directory on another file system"},
+var advices = []struct {
+	sign   string
+	code   errcode.Code
+	advice string
+}{
+	{"External socket is used", errcode.UnixSocket, "a process has a unix socket that is connected to outside of the container: close the connection before the checkpoint"},
+	{"No space left on device", errcode.NoSpace, "no space left for the images in the shim's state_dir on the host: free some, or set state_dir to a directory on another file system"},
 }
 
 // errorLine matches an error in CRIU's log: the time, in a restore the process,
@@ -46,11 +52,12 @@ var errorLine = regexp.MustCompile(`^\(\d+\.\d+\)\s+(?:pie: )?(?:\d+: )?Error \(
 const maxCause = 300
 
 // cause returns the first error in a log of CRIU's, of which the others are
-// consequences, and what to do about any of them. Each may be empty.
-func cause(path string) (first, advice string) {
+// consequences, and what to do about any of them, with its code. Each may be
+// empty.
+func cause(path string) (first, advice string, code errcode.Code) {
 	f, err := os.Open(path)
 	if err != nil {
-		return "", ""
+		return "", "", 0
 	}
 	defer f.Close()
 	s := bufio.NewScanner(f)
@@ -65,11 +72,11 @@ func cause(path string) (first, advice string) {
 		}
 		for _, a := range advices {
 			if advice == "" && strings.Contains(m[1], a.sign) {
-				advice = a.advice
+				advice, code = a.advice, a.code
 			}
 		}
 	}
-	return first, advice
+	return first, advice, code
 }
 
 // printable makes a text fit for a message. It may contain names that the

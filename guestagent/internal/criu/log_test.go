@@ -34,13 +34,13 @@ func TestCause(t *testing.T) {
 			if err := os.WriteFile(path, []byte(tc.log), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			first, advice := cause(path)
+			first, advice, _ := cause(path)
 			if first != tc.first || !strings.Contains(advice, tc.advice) || (advice == "") != (tc.advice == "") {
 				t.Errorf("cause = %q, %q, want %q, %q", first, advice, tc.first, tc.advice)
 			}
 		})
 	}
-	if first, advice := cause(filepath.Join(t.TempDir(), "none")); first != "" || advice != "" {
+	if first, advice, code := cause(filepath.Join(t.TempDir(), "none")); first != "" || advice != "" || code != 0 {
 		t.Errorf("%q, %q of no log", first, advice)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -170,7 +171,7 @@ const StopGrace = 5 * time.Second
 // Dump runs a dump. An error of CRIU's is an [*Error]. When
 // ctx is done, CRIU is killed after [StopGrace].
 func (o *Op) Dump(ctx context.Context, opts *rpc.CriuOpts) error {
-	return o.run(ctx, "dump", waitGrace, &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
+	return o.run(ctx, dumping, waitGrace, &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
 }
 
 // waitGrace waits for the end of a dump.
@@ -203,7 +204,7 @@ type Stages struct {
 func (o *Op) Restore(ctx context.Context, opts *rpc.CriuOpts, stages Stages) error {
 	opts.NotifyScripts = proto.Bool(true)
 	abandon := func(<-chan struct{}) { stages.Abandoned() }
-	return o.run(ctx, "restore", abandon, &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int) error {
+	return o.run(ctx, restoring, abandon, &rpc.CriuReq{Type: rpc.CriuReqType_RESTORE.Enum(), Opts: opts}, func(stage string, pid int) error {
 		switch stage {
 		case "post-restore":
 			return stages.Created(pid)
@@ -213,6 +214,12 @@ func (o *Op) Restore(ctx context.Context, opts *rpc.CriuOpts, stages Stages) err
 		return nil
 	})
 }
+
+// What CRIU is started for, as the errors name it.
+const (
+	dumping   = "dump"
+	restoring = "restore"
+)
 
 // maxLaunches bounds how often CRIU is started until it has a PID that it may
 // have. Each start has a higher one.
@@ -276,7 +283,7 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 		}
 		return fmt.Errorf("criu %s: %s", what, launch)
 	}
-	first, advice := cause(o.LogPath())
+	first, advice, code := cause(o.LogPath())
 	switch {
 	case errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.EOF):
 		if status != nil {
@@ -286,7 +293,14 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 	case first != "": // more than CRIU's response has
 		err = errors.New(first)
 	}
-	return &Error{What: what, Err: err, Advice: advice}
+	switch {
+	case code != 0:
+	case what == restoring:
+		code = errcode.RestoreFailed
+	default:
+		code = errcode.DumpFailed
+	}
+	return code.Wrap(&Error{What: what, Err: err, Advice: advice})
 }
 
 // write creates the launcher, the job and CRIU's configuration file in the

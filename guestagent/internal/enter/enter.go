@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
@@ -220,7 +221,7 @@ func (p *Prepared) parse(report string) (int, error) {
 		}
 	}
 	if failed == nil && pid == 0 {
-		failed = errors.New("exec: the new process exited before it ran")
+		failed = errcode.ExecFailed.Wrap(errors.New("exec: the new process exited before it ran"))
 	}
 	return pid, failed
 }
@@ -228,7 +229,7 @@ func (p *Prepared) parse(report string) (int, error) {
 // failure words what failed. What is wrong with the command is the caller's.
 func (p *Prepared) failure(step string, errno syscall.Errno) error {
 	if step != "exec" {
-		return fmt.Errorf("exec: %s: %w", step, errno)
+		return errcode.ExecFailed.Errorf("exec: %s: %w", step, errno)
 	}
 	err := error(errno)
 	switch errno {
@@ -237,7 +238,7 @@ func (p *Prepared) failure(step string, errno syscall.Errno) error {
 	case unix.EACCES:
 		err = errors.New("permission denied")
 	}
-	return fmt.Errorf("exec %q: %w", p.command, err)
+	return errcode.ExecFailed.Errorf("exec %q: %w", p.command, err)
 }
 
 // giveUp kills the helper, and a process that has reported its pid and no more.

@@ -17,6 +17,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
@@ -93,10 +94,10 @@ func (p Placeholder) await(ctx context.Context, token string, watch int, pause t
 			return nil, fmt.Errorf("watch for the exec helper: %w", err)
 		}
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("the exec helper did not start: %w", ctx.Err())
+			return nil, errcode.ExecFailed.Errorf("the exec helper did not start: %w", ctx.Err())
 		}
 		if !told && !p.Alive() {
-			return nil, fmt.Errorf("the process of the container has ended: %w", errdefs.ErrNotFound)
+			return nil, errcode.ProcessExited.Errorf("the process of the container has ended: %w", errdefs.ErrNotFound)
 		}
 	}
 }

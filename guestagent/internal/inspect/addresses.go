@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Address is one of the guest's own.
@@ -126,10 +128,10 @@ func (c *Container) ownAddress(p *Process, bound []netip.AddrPort, stays bool) (
 		}
 	}
 	if len(own) > 0 {
-		out = append(out, c.finding(p, rule{Warning, "has a socket that is bound to the container's own address, " + first(own), "a restore binds it to the address that the container has then"}))
+		out = append(out, c.finding(p, rule{class: Warning, what: "has a socket that is bound to the container's own address, " + first(own), advice: "a restore binds it to the address that the container has then"}))
 	}
 	if len(lost) > 0 {
-		r := rule{Refused, "has a socket that is bound to " + first(lost) + ", which is the address of no network interface that a restored container has",
+		r := rule{Refused, errcode.ForeignAddress, "has a socket that is bound to " + first(lost) + ", which is the address of no network interface that a restored container has",
 			"have it listen at any address or at the container's own, or create the container with the annotation kata-checkpoint.dev/address: stays, and restore it where that address exists"}
 		if stays {
 			r.class, r.advice = Warning, "it can be restored only where that address exists"

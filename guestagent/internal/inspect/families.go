@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
 
@@ -48,7 +49,7 @@ var protocols = map[int]rule{
 }
 
 func unsupportedSocket(kind string) rule {
-	return rule{Refused, "has a socket of the kind " + kind + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
+	return rule{Refused, errcode.SocketKind, "has a socket of the kind " + kind + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
 }
 
 // maxNetlinkGroups is how many multicast groups of a netlink socket CRIU can
@@ -112,7 +113,7 @@ func classifySocket(process, fd int) (r rule, local netip.AddrPort) {
 	case !known:
 		r = rule{class: Unknown, what: fmt.Sprintf("has a socket of the address family %d open, which this version does not know", domain)}
 	case domain == unix.AF_NETLINK && netlinkGroups(socket) > maxNetlinkGroups:
-		r = rule{Refused, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
+		r = rule{Refused, errcode.NetlinkGroups, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
 	case domain == unix.AF_INET, domain == unix.AF_INET6:
 		var anywhere bool
 		if local, anywhere = boundTo(socket, kind); anywhere {

@@ -9,8 +9,11 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
@@ -33,6 +36,8 @@ const (
 // Finding is what a look at a container found about one of its processes.
 type Finding struct {
 	Class Class
+	// Code is for what is refused.
+	Code errcode.Code
 	// Process names the process and its PID, as its own container shows it. It is
 	// empty where a finding is about the container as a whole.
 	Process string
@@ -61,12 +66,12 @@ const maxFinding = 1024
 const maxQuoted = 10
 
 // Refusal is an error with all findings that forbid a checkpoint, in one line,
-// or nil if there are none.
+// each with its code, or nil if there are none.
 func Refusal(findings []Finding) error {
 	var texts []string
 	for _, f := range findings {
 		if f.Class == Refused {
-			texts = append(texts, f.String())
+			texts = append(texts, errcode.With(f.String(), f.Code))
 		}
 	}
 	if len(texts) == 0 {
@@ -74,8 +79,9 @@ func Refusal(findings []Finding) error {
 	}
 	if more := len(texts) - maxQuoted; more > 0 {
 		texts = append(texts[:maxQuoted], fmt.Sprintf("and %d more like these", more))
+		return errclass.Precondition(errcode.Refused, "%s", strings.Join(texts, "; "))
 	}
-	return errclass.Precondition("%s", strings.Join(texts, "; "))
+	return errclass.With(errdefs.ErrFailedPrecondition, errcode.Parse(strings.Join(texts, "; ")))
 }
 
 // Check compares what was read of a container with what CRIU can dump and
@@ -113,7 +119,7 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 	for _, p := range c.all() {
 		// CRIU stops the processes of execs as well, which have the same cgroup.
 		if p.Tracer != 0 {
-			out = append(out, c.finding(p, rule{Refused, "is traced by the process " + Name(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
+			out = append(out, c.finding(p, rule{Refused, errcode.Traced, "is traced by the process " + Name(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
 		}
 		if p.Exec {
 			out = append(out, c.finding(p, execed))
@@ -142,6 +148,7 @@ func distinct(findings []Finding) []Finding {
 // rule is a row of the table: what a thing means for a checkpoint.
 type rule struct {
 	class        Class
+	code         errcode.Code
 	what, advice string
 }
 
@@ -159,13 +166,13 @@ var anonymous = map[string]rule{
 	"bpf-map":     bpf("map"),
 	"bpf-prog":    bpf("program"),
 	"bpf_link":    bpf("link"),
-	"[io_uring]":  {Refused, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring, or disable it in the guest (sysctl kernel.io_uring_disabled=2, see docs/limits.md)"},
+	"[io_uring]":  {Refused, errcode.IOUring, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring, or disable it in the guest (sysctl kernel.io_uring_disabled=2, see docs/limits.md)"},
 }
 
 // bpf is an object of BPF. CRIU has support for maps only, and the guest bundle's
 // CRIU is built without.
 func bpf(kind string) rule {
-	return rule{Refused, "has a BPF " + kind + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
+	return rule{Refused, errcode.BPFObject, "has a BPF " + kind + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
 }
 
 // anonInode starts the names of such descriptors and of their mappings.
@@ -174,21 +181,21 @@ const anonInode = "anon_inode:"
 // controllingTTY is a process that has /dev/tty open: CRIU looks for the
 // terminal only among those that the container has both ends of (criu/tty.c,
 // tty_verify_ctty).
-var controllingTTY = rule{Refused, "has /dev/tty open, as shells with job control do, which CRIU cannot checkpoint with the container's own terminal",
+var controllingTTY = rule{Refused, errcode.ControllingTTY, "has /dev/tty open, as shells with job control do, which CRIU cannot checkpoint with the container's own terminal",
 	"terminate it, or run the container without a terminal"}
 
 // orphan is a process that has lost its parent in a PID namespace that is not
 // its container's own. It is a child of that namespace's init then, and CRIU,
 // which walks the tree from its root, does not see it.
-var orphan = rule{Refused, "has lost its parent and is no longer a descendant of the container's init, below which CRIU looks for processes",
+var orphan = rule{Refused, errcode.Orphan, "has lost its parent and is no longer a descendant of the container's init, below which CRIU looks for processes",
 	"have init adopt orphans, as an init program does that is told to be a subreaper, or run the container with a pid namespace of its own (shareProcessNamespace: false)"}
 
 // execed is a process of an exec that has not ended.
-var execed = rule{Warning, "was started by an exec, which the image set does not contain", ""}
+var execed = rule{class: Warning, what: "was started by an exec, which the image set does not contain"}
 
 // headless is a process whose main thread has called pthread_exit(3): CRIU
 // copies what threads share from the main one (criu/cr-dump.c).
-var headless = rule{Refused, "runs on after its main thread has exited, which CRIU cannot checkpoint", "have the main thread wait for the others"}
+var headless = rule{Refused, errcode.MainThreadGone, "runs on after its main thread has exited, which CRIU cannot checkpoint", "have the main thread wait for the others"}
 
 // classify finds the rule for a descriptor.
 func classify(p *Process, f File, stdio []*api.Stdio) rule {
@@ -219,12 +226,12 @@ func (c *Container) procFile(f File) rule {
 		return rule{}
 	}
 	if len(parts) > 2 && parts[1] == "task" && parts[2] != parts[0] && strings.Trim(parts[2], "0123456789") == "" {
-		return rule{Refused, "has " + f.Name + " open, which is of a thread and cannot be restored", "close it before the checkpoint"}
+		return rule{Refused, errcode.ThreadFile, "has " + f.Name + " open, which is of a thread and cannot be restored", "close it before the checkpoint"}
 	}
 	depth := len(c.Root.PIDs)
 	for _, p := range c.Execs {
 		if len(p.PIDs) >= depth && p.PIDs[depth-1] == pid {
-			return rule{Refused, "has " + f.Name + " open, of " + c.ofExec(p), endExec}
+			return rule{Refused, errcode.ExecPeer, "has " + f.Name + " open, of " + c.ofExec(p), endExec}
 		}
 	}
 	return rule{}
@@ -257,12 +264,12 @@ func (c *Container) orphaned(p *Process) bool {
 // same address, and only while their peers still have them. Those with both ends
 // in the container are restored without anybody's asking.
 func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
-	r := rule{Refused, "", "close it and repeat the checkpoint, or create the container with the annotation kata-checkpoint.dev/tcp: " +
+	r := rule{Refused, errcode.TCPConnection, "", "close it and repeat the checkpoint, or create the container with the annotation kata-checkpoint.dev/tcp: " +
 		"established to keep such connections, or close to close them"}
 	connections := Outside(c.Connections)
 	switch {
 	case o.GetTcpClose():
-		r = rule{Warning, "", "it finds the connection closed after the restore"}
+		r = rule{class: Warning, advice: "it finds the connection closed after the restore"}
 		connections = c.Connections
 	case o.GetTcpEstablished():
 		// There is nothing to keep a connection to an exec for, which ends with
@@ -271,7 +278,7 @@ func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
 	}
 	for _, conn := range c.Connections {
 		if conn.Ended && !o.GetTcpEstablished() {
-			out = append(out, c.finding(c.byPID(conn.PID), rule{Warning, fmt.Sprintf("has a TCP connection from %s that its peer %s has closed", conn.Local, conn.Remote), "it finds the connection closed after the restore"}))
+			out = append(out, c.finding(c.byPID(conn.PID), rule{class: Warning, what: fmt.Sprintf("has a TCP connection from %s that its peer %s has closed", conn.Local, conn.Remote), advice: "it finds the connection closed after the restore"}))
 		}
 	}
 	count := make(map[int]int)
@@ -336,7 +343,7 @@ func (c *Container) externalSockets(allow bool) ([]Finding, error) {
 		case other == nil:
 			outside[peer] = o.process
 		case other.Exec:
-			out = append(out, c.finding(o.process, rule{Refused, "has a unix socket that is connected to " + c.ofExec(other), endExec}))
+			out = append(out, c.finding(o.process, rule{Refused, errcode.ExecPeer, "has a unix socket that is connected to " + c.ofExec(other), endExec}))
 		}
 	}
 	if len(outside) == 0 {
@@ -358,7 +365,7 @@ func (c *Container) externalSockets(allow bool) ([]Finding, error) {
 		}
 		_ = links(dir, func(_ int, name string) error {
 			if inode, ok := socketInode(name); ok && outside[inode] != nil {
-				out = append(out, c.finding(outside[inode], rule{Refused,
+				out = append(out, c.finding(outside[inode], rule{Refused, errcode.UnixSocket,
 					fmt.Sprintf("has a unix socket that is connected to outside of the container, to the process %s (pid %d in the guest)", Name(pid), pid),
 					"close the connection before the checkpoint"}))
 			}
@@ -370,12 +377,12 @@ func (c *Container) externalSockets(allow bool) ([]Finding, error) {
 }
 
 func (c *Container) finding(p *Process, r rule) Finding {
-	return Finding{Class: r.class, Process: c.named(p), What: r.what, Advice: r.advice}
+	return Finding{Class: r.class, Code: r.code, Process: c.named(p), What: r.what, Advice: r.advice}
 }
 
 // Refuse is a finding about a process that forbids a checkpoint.
-func (c *Container) Refuse(p *Process, what, advice string) Finding {
-	return c.finding(p, rule{Refused, what, advice})
+func (c *Container) Refuse(p *Process, code errcode.Code, what, advice string) Finding {
+	return c.finding(p, rule{Refused, code, what, advice})
 }
 
 // named is a process's name and its PID in the container's PID namespace.

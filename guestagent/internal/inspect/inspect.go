@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
@@ -146,7 +147,7 @@ func LookAtFiles(ctx context.Context, root int, pids []int, points []Point) (*Co
 	}
 	i := slices.IndexFunc(all, func(p *Process) bool { return p.PID == root })
 	if i < 0 {
-		return nil, errclass.Precondition("the container's process has exited")
+		return nil, errclass.Precondition(errcode.ProcessExited, "the container's process has exited")
 	}
 	c := &Container{Root: all[i], points: points}
 	c.tellApart(all)

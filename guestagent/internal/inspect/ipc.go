@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
@@ -61,7 +62,7 @@ func (c *Container) attribute(objects []ipcObject, sharing []*Process) (own bool
 		user, other := o.userAmong(c.all()), o.userAmong(sharing)
 		switch {
 		case user != nil && other != nil:
-			findings = append(findings, c.finding(user, rule{Refused,
+			findings = append(findings, c.finding(user, rule{Refused, errcode.SharedIPC,
 				fmt.Sprintf("uses %s together with the process %s of another container of the pod", o, other.Name),
 				"a checkpoint is of one container: run the two in one"}))
 		case user != nil:
@@ -69,13 +70,13 @@ func (c *Container) attribute(objects []ipcObject, sharing []*Process) (own bool
 		case other != nil:
 			foreign = append(foreign, o)
 		default:
-			findings = append(findings, Finding{Class: Refused,
+			findings = append(findings, Finding{Class: Refused, Code: errcode.SharedIPC,
 				What:   fmt.Sprintf("shares its pod's IPC namespace, in which the processes that used %s have exited, so that its owner is not known", o),
 				Advice: "remove it with ipcrm(1), or run the container in a pod of its own"})
 		}
 	}
 	if len(mine) > 0 && len(foreign) > 0 {
-		findings = append(findings, Finding{Class: Refused,
+		findings = append(findings, Finding{Class: Refused, Code: errcode.SharedIPC,
 			What:   fmt.Sprintf("has %s in the pod's IPC namespace, in which another container has %s", mine[0], foreign[0]),
 			Advice: "run them in pods of their own"})
 	}
@@ -103,7 +104,7 @@ func (c *Container) queues(queues map[string]uint64, device uint64, sharing []*P
 	for _, p := range c.all() {
 		for _, q := range c.openQueues(p, device) {
 			known[q.inode] = true
-			findings = append(findings, c.finding(p, rule{Refused, "has the POSIX message queue " + q.name + " open, which CRIU cannot checkpoint", advice}))
+			findings = append(findings, c.finding(p, rule{Refused, errcode.MessageQueue, "has the POSIX message queue " + q.name + " open, which CRIU cannot checkpoint", advice}))
 		}
 	}
 	if len(queues) > 0 {
@@ -115,7 +116,7 @@ func (c *Container) queues(queues map[string]uint64, device uint64, sharing []*P
 	}
 	for _, name := range slices.Sorted(maps.Keys(queues)) {
 		if !known[queues[name]] {
-			findings = append(findings, Finding{Class: Refused, What: "has the POSIX message queue " + name + ", which CRIU cannot checkpoint", Advice: "remove it, or " + advice})
+			findings = append(findings, Finding{Class: Refused, Code: errcode.MessageQueue, What: "has the POSIX message queue " + name + ", which CRIU cannot checkpoint", Advice: "remove it, or " + advice})
 		}
 	}
 	return findings

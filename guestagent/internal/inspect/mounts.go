@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
@@ -114,7 +115,7 @@ func Given(mounts []*mountinfo.Info, points []Point) []*mountinfo.Info {
 func (c *Container) CheckMounts(marked []string) (findings []Finding, err error) {
 	for _, m := range Given(c.mounts.root, c.points) {
 		if text.Line(m.Mountpoint, unix.PathMax) != m.Mountpoint {
-			findings = append(findings, Finding{Class: Refused,
+			findings = append(findings, Finding{Class: Refused, Code: errcode.MountName,
 				What:   fmt.Sprintf("has a mount at %s, a name with characters that cannot be printed", shown(m.Mountpoint)),
 				Advice: "create it with the mount at another path"})
 		}
@@ -178,7 +179,7 @@ func covered(mounts []*mountinfo.Info, points []Point, external []*api.External)
 		if at[path] <= 0 || path == ShmDir {
 			continue
 		}
-		findings = append(findings, Finding{Class: Refused,
+		findings = append(findings, Finding{Class: Refused, Code: errcode.MountCovered,
 			What:   fmt.Sprintf("has mounted something over its mount %s, which CRIU cannot tell from that one", path),
 			Advice: "unmount it before the checkpoint, or mount it elsewhere"})
 	}
@@ -220,9 +221,9 @@ func (c *Container) lostProc(spaces []mountNamespace) (findings []Finding) {
 		switch {
 		case hasProc(n.mounts), !slices.ContainsFunc(n.mounts, propagates):
 		case n.process.mountNamespace == c.Root.mountNamespace:
-			findings = append(findings, Finding{Class: Refused, What: "has unmounted, moved or covered its /proc, which CRIU needs to restore mounts", Advice: advice})
+			findings = append(findings, Finding{Class: Refused, Code: errcode.NoProc, What: "has unmounted, moved or covered its /proc, which CRIU needs to restore mounts", Advice: advice})
 		default:
-			findings = append(findings, c.finding(n.process, rule{Refused, "is in a mount namespace without a proc file system at /proc, which CRIU needs to restore its mounts", advice + ", or terminate it"}))
+			findings = append(findings, c.finding(n.process, rule{Refused, errcode.NoProc, "is in a mount namespace without a proc file system at /proc, which CRIU needs to restore its mounts", advice + ", or terminate it"}))
 		}
 	}
 	return findings
@@ -254,7 +255,7 @@ func (c *Container) detached(spaces []mountNamespace) (findings []Finding, err e
 				}
 			}
 			if unix.Mkdev(st.Dev_major, st.Dev_minor) != queues {
-				findings = append(findings, c.finding(p, rule{Refused, "has the file " + f.Name + " open, whose mount was unmounted", "close it before the checkpoint"}))
+				findings = append(findings, c.finding(p, rule{Refused, errcode.FileUnmounted, "has the file " + f.Name + " open, whose mount was unmounted", "close it before the checkpoint"}))
 			}
 		}
 	}
@@ -345,7 +346,7 @@ func (c *Container) CheckShm(device uint64) ([]Finding, error) {
 	defer tree.Close()
 	fd, err := tree.OpenMount(ShmDir, device)
 	if err != nil {
-		return []Finding{{Class: Refused, What: fmt.Sprintf("has covered, moved or unmounted its /dev/shm (%v)", errors.Unwrap(err)),
+		return []Finding{{Class: Refused, Code: errcode.SharedMemoryMoved, What: fmt.Sprintf("has covered, moved or unmounted its /dev/shm (%v)", errors.Unwrap(err)),
 			Advice: "have it leave /dev/shm as the container was created with it"}}, nil
 	}
 	unix.Close(fd)
@@ -355,7 +356,7 @@ func (c *Container) CheckShm(device uint64) ([]Finding, error) {
 func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 	for _, m := range mounts {
 		if bindsTerminal(m, given) {
-			findings = append(findings, Finding{Class: Refused,
+			findings = append(findings, Finding{Class: Refused, Code: errcode.MountedTerminal,
 				What:   fmt.Sprintf("has mounted the terminal /dev/pts%s at %s, which CRIU cannot restore", m.Root, m.Mountpoint),
 				Advice: "unmount it before the checkpoint"})
 			continue
@@ -366,12 +367,12 @@ func madeMounts(mounts, given []*mountinfo.Info) (findings []Finding) {
 			continue
 		}
 		if inside.KindOf(m) == inside.Host {
-			findings = append(findings, Finding{Class: Refused,
+			findings = append(findings, Finding{Class: Refused, Code: errcode.VolumeMoved,
 				What:   fmt.Sprintf("has mounted or moved a volume to %s, and it is no longer mounted where the container was created with it, where CRIU looks for it", m.Mountpoint),
 				Advice: "move it back or unmount it before the checkpoint"})
 			continue
 		}
-		findings = append(findings, Finding{Class: Refused,
+		findings = append(findings, Finding{Class: Refused, Code: errcode.MountedType,
 			What:   fmt.Sprintf("has mounted a file system of the type %s at %s, which CRIU cannot checkpoint", m.FSType, m.Mountpoint),
 			Advice: "unmount it before the checkpoint, or create the container with it as a volume"})
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
@@ -126,8 +127,8 @@ type nameSearch struct {
 	findings []Finding
 }
 
-func (s *nameSearch) refuse(p *Process, advice, format string, args ...any) {
-	s.findings = append(s.findings, s.c.finding(p, rule{Refused, fmt.Sprintf(format, args...), advice}))
+func (s *nameSearch) refuse(p *Process, code errcode.Code, advice, format string, args ...any) {
+	s.findings = append(s.findings, s.c.finding(p, rule{Refused, code, fmt.Sprintf(format, args...), advice}))
 }
 
 // stays reports whether a file that did not have its name a moment ago still
@@ -167,7 +168,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFCHR, unix.S_IFBLK:
 		if mount != nil && !restorableDevice(&st) {
-			s.refuse(p, "close it before the checkpoint, or run the program without it", "has the device %s open, which CRIU cannot checkpoint", name)
+			s.refuse(p, errcode.Device, "close it before the checkpoint, or run the program without it", "has the device %s open, which CRIU cannot checkpoint", name)
 			return false, nil
 		}
 		return true, nil
@@ -187,7 +188,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 		// CRIU has its content in the image set, and recreates it in the same
 		// directory (criu/files-reg.c, open_remap_ghost).
 		if mount != nil && readOnly(mount) && !saved {
-			s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
+			s.refuse(p, errcode.FileRemoved, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
 		}
 		return false, nil
 	}
@@ -196,11 +197,11 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 		return there == own, nil //nolint:nilerr // CRIU reports it
 	}
 	if mount != nil && readOnly(mount) && !saved {
-		s.refuse(p, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
+		s.refuse(p, errcode.FileRemoved, reopen, "has the file %s open, which was removed or replaced on the read-only mount %s", name, mount.Mountpoint)
 		return false, nil
 	}
 	if there != (inode{}) {
-		s.refuse(p, reopen, "has the file %s open, and another file has taken its name", name)
+		s.refuse(p, errcode.FileRenamed, reopen, "has the file %s open, and another file has taken its name", name)
 		return false, nil
 	}
 	if saved {
@@ -214,9 +215,9 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	}
 	switch before := s.names.Files[name]; {
 	case now == "":
-		s.refuse(p, reopen, "has the file %s open, which was renamed or moved to another directory", name)
+		s.refuse(p, errcode.FileRenamed, reopen, "has the file %s open, which was renamed or moved to another directory", name)
 	case before != "" && before != now:
-		s.refuse(p, reopen, "has two files open that were called %s and are %s and %s now", name, before, now)
+		s.refuse(p, errcode.FileRenamed, reopen, "has two files open that were called %s and are %s and %s now", name, before, now)
 	default:
 		s.names.Files[name] = now
 	}
@@ -299,7 +300,7 @@ func (s *nameSearch) socket(number uint32, o owner) error {
 		}
 	}
 	if now == "" {
-		s.refuse(o.process, "have it bind the name itself, or move the file back before the checkpoint", "listens on a unix socket that was bound to %s and was moved to another directory", bound)
+		s.refuse(o.process, errcode.SocketMoved, "have it bind the name itself, or move the file back before the checkpoint", "listens on a unix socket that was bound to %s and was moved to another directory", bound)
 		return nil
 	}
 	s.names.Sockets[number] = now

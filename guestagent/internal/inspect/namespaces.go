@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
@@ -27,11 +28,11 @@ var nested = map[string]rule{
 	"ipc":    nestedNamespace("an IPC", "unshare -i"),
 	"time":   nestedNamespace("a time", "unshare -T"),
 	// That of processes that are to be forked.
-	"time_for_children": {Refused, "has made a time namespace, as unshare -T does, which cannot be restored", "terminate it before the checkpoint, or run the program without that isolation"},
+	"time_for_children": {Refused, errcode.Namespace, "has made a time namespace, as unshare -T does, which cannot be restored", "terminate it before the checkpoint, or run the program without that isolation"},
 }
 
 func nestedNamespace(kind, program string) rule {
-	return rule{Refused, "is in " + kind + " namespace of its own, as " + program + " makes one, which cannot be restored", "terminate it before the checkpoint, or run the program without that isolation"}
+	return rule{Refused, errcode.Namespace, "is in " + kind + " namespace of its own, as " + program + " makes one, which cannot be restored", "terminate it before the checkpoint, or run the program without that isolation"}
 }
 
 // readNamespaces returns the namespaces of a process as its links in /proc show

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
@@ -120,7 +121,7 @@ func (s *sockets) readNamespace() error {
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		list, err := netlink.SocketDiagTCP(family)
 		if errors.Is(err, fs.ErrNotExist) {
-			return errclass.Precondition("the guest kernel lacks CONFIG_INET_TCP_DIAG: give Kata a kernel with the options of configs/kernel")
+			return errclass.Precondition(errcode.KernelOption, "the guest kernel lacks CONFIG_INET_TCP_DIAG: give Kata a kernel with the options of configs/kernel")
 		}
 		if err != nil {
 			return fmt.Errorf("list TCP sockets: %w", err)

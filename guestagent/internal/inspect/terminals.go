@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // terminalKey is CRIU's key of a terminal that it does not create itself, of the
@@ -48,10 +49,10 @@ func (c *Container) CheckTerminals(stdio []*api.Stdio) (findings []Finding) {
 
 // attached is a process that belongs to a session whose leader is not in the
 // image set (criu/tty.c, dump_verify_tty_sids).
-var attached = rule{Refused, "was started by an exec and is attached to the exec's terminal, which CRIU cannot checkpoint", endExec}
+var attached = rule{Refused, errcode.ExecTerminal, "was started by an exec and is attached to the exec's terminal, which CRIU cannot checkpoint", endExec}
 
 // left is a process that has the terminal of an exec open, which may have ended.
-var left = rule{Refused, "was started by an exec and has the exec's terminal open, which CRIU cannot checkpoint",
+var left = rule{Refused, errcode.ExecTerminal, "was started by an exec and has the exec's terminal open, which CRIU cannot checkpoint",
 	"terminate it, or start it with its input and output redirected"}
 
 // foreignTerminal returns the key of a slave terminal on a file system that is

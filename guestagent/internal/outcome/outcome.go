@@ -30,6 +30,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
@@ -186,7 +187,7 @@ func (c *Container) Check(processes []int) error {
 	if len(k.excesses) == 0 {
 		return nil
 	}
-	return errors.New("the image set gives its processes more than this container may have, and none of them has run: " + strings.Join(k.findings(), "; "))
+	return errcode.TooManyRights.Errorf("the image set gives its processes more than this container may have, and none of them has run: %s", strings.Join(k.findings(), "; "))
 }
 
 // maxExcesses bounds how many of them are named.

@@ -37,6 +37,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -76,7 +77,7 @@ func Run(ctx context.Context, i *manager.Invocation) error {
 	ready := os.NewFile(manager.ReadyFD, "ready")
 	d, err := newDaemon(namespaces.WithNamespace(ctx, i.Namespace), i)
 	if err != nil {
-		_, werr := io.WriteString(ready, err.Error())
+		_, werr := io.WriteString(ready, errcode.Text(err))
 		return errclass.Join(err, werr, ready.Close())
 	}
 	// If this fails, start has exited, and containerd calls delete.

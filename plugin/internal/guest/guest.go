@@ -15,12 +15,12 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -159,9 +159,9 @@ func IsGone(err error) bool {
 }
 
 // ErrNoVM is returned by a dialer when waiting for the VM is pointless.
-var ErrNoVM = errors.New("its VM has ended")
+var ErrNoVM = errcode.NoVM.Wrap(errors.New("its VM has ended"))
 
-var errClosed = errclass.Unavailable("the shim is shutting down")
+var errClosed = errclass.Unavailable(errcode.ShuttingDown, "the shim is shutting down")
 
 // connection returns the live connection or makes one.
 func (a *Agent) connection(ctx context.Context) (*connection, error) {
@@ -203,7 +203,7 @@ func (a *Agent) connection(ctx context.Context) (*connection, error) {
 func (a *Agent) open(ctx context.Context) (*connection, error) {
 	conn, err := a.dial(ctx)
 	if err != nil {
-		return nil, goneError{errclass.Unavailable("no agent answers in the guest: %w", err)}
+		return nil, goneError{errclass.Unavailable(errcode.NoAgent, "no agent answers in the guest: %w", err)}
 	}
 	c := &connection{stream: newStrict(conn), done: make(chan struct{})}
 	c.client = ttrpc.NewClient(c.stream, ttrpc.WithOnClose(func() { close(c.done) }), ttrpc.WithUnaryClientInterceptor(checkAnswers(c.stream.hangUp)))
@@ -216,10 +216,10 @@ func (c *connection) info(ctx context.Context) (*api.InfoResponse, error) {
 	defer cancel()
 	info, err := c.agent.Info(ctx, &api.InfoRequest{})
 	if err != nil {
-		return nil, goneError{errclass.Unavailable("the agent in the guest does not answer: %w", c.native(err))}
+		return nil, goneError{errclass.Unavailable(errcode.AgentGone, "the agent in the guest does not answer: %w", c.native(err))}
 	}
 	if !compatible(info, api.OldestProtocol, api.ProtocolVersion) {
-		return nil, &ProtocolError{Agent: info.GetVersion(), Protocol: info.GetProtocol()}
+		return nil, errcode.AgentProtocol.Wrap(&ProtocolError{Agent: info.GetVersion(), Protocol: info.GetProtocol()})
 	}
 	return info, nil
 }
@@ -356,14 +356,14 @@ func (c *connection) native(err error) error {
 	}
 	if errors.Is(err, ttrpc.ErrClosed) {
 		if err = c.stream.violation(); err == nil {
-			return goneError{errclass.Unavailable("the agent in the guest is gone")}
+			return goneError{errclass.Unavailable(errcode.AgentGone, "the agent in the guest is gone")}
 		}
 	}
 	switch {
 	case errors.As(err, new(violationError)):
-		return errclass.With(errdefs.ErrUnavailable, err)
+		return errclass.With(errdefs.ErrUnavailable, errcode.AgentViolation.Wrap(err))
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	}
-	return errgrpc.ToNative(err)
+	return errclass.FromRPC(err)
 }

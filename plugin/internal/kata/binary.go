@@ -23,6 +23,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // addressSuffix distinguishes the -address of Kata's shim from ours: both hash
@@ -40,7 +42,7 @@ type Binary struct{ Path string }
 func Find(name string) (Binary, error) {
 	path, err := exec.LookPath(name)
 	if err != nil {
-		return Binary{}, fmt.Errorf("no shim of Kata at %q: set downstream_shim in config.toml to its path: %w", name, err)
+		return Binary{}, errcode.NoKataShim.Errorf("no shim of Kata at %q: set downstream_shim in config.toml to its path: %w", name, err)
 	}
 	return Binary{Path: path}, nil
 }
@@ -171,10 +173,10 @@ func ParseStart(out []byte) (Endpoint, error) {
 			Protocol string `json:"protocol"`
 		}
 		if err := json.Unmarshal([]byte(text), &answer); err != nil {
-			return e, fmt.Errorf("answer of Kata's shim to start: %q: %w", abbreviate(text), err)
+			return e, errcode.KataAnswer.Errorf("answer of Kata's shim to start: %q: %w", abbreviate(text), err)
 		}
 		if answer.Protocol != "" && answer.Protocol != "ttrpc" {
-			return e, fmt.Errorf("answer of Kata's shim to start: protocol %q is not supported, only ttrpc", answer.Protocol)
+			return e, errcode.KataAnswer.Errorf("answer of Kata's shim to start: protocol %q is not supported, only ttrpc", answer.Protocol)
 		}
 		if e = answer.Endpoint; e.Version == 0 {
 			e.Version = 2
@@ -182,11 +184,11 @@ func ParseStart(out []byte) (Endpoint, error) {
 	}
 	switch {
 	case text == "":
-		return e, errors.New("no answer of Kata's shim to start")
+		return e, errcode.KataAnswer.Wrap(errors.New("no answer of Kata's shim to start"))
 	case e.Version != 2 && e.Version != 3:
-		return e, fmt.Errorf("answer of Kata's shim to start: unknown version %d of the task API", e.Version)
+		return e, errcode.KataAnswer.Errorf("answer of Kata's shim to start: unknown version %d of the task API", e.Version)
 	case !strings.HasPrefix(e.Address, "unix:///") || strings.ContainsFunc(e.Address, func(r rune) bool { return r <= ' ' || r > '~' }):
-		return e, fmt.Errorf("answer of Kata's shim to start: %q is not the address of a socket: is downstream_shim in config.toml Kata's shim?", abbreviate(text))
+		return e, errcode.KataAnswer.Errorf("answer of Kata's shim to start: %q is not the address of a socket: is downstream_shim in config.toml Kata's shim?", abbreviate(text))
 	}
 	return e, nil
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
@@ -31,10 +32,10 @@ func Info(ctx context.Context, i *Invocation) ([]byte, error) {
 	}
 	info := &types.RuntimeInfo{}
 	if err := proto.Unmarshal(out, info); err != nil {
-		return nil, fmt.Errorf("parse info of Kata's shim: %w; is downstream_shim in config.toml Kata's shim?", err)
+		return nil, errcode.KataAnswer.Errorf("parse info of Kata's shim: %w; is downstream_shim in config.toml Kata's shim?", err)
 	}
 	if len(out) == 0 {
-		return nil, errors.New("no info of Kata's shim: is downstream_shim in config.toml Kata's shim?")
+		return nil, errcode.KataAnswer.Wrap(errors.New("no info of Kata's shim: is downstream_shim in config.toml Kata's shim?"))
 	}
 	info.Name = Name
 	return proto.Marshal(info)

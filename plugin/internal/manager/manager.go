@@ -19,6 +19,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Name of the runtime, as containerd's configuration and engines have it.
@@ -28,7 +30,7 @@ const Name = "io.containerd.kata-checkpoint.v2"
 const SocketDir = "/run/containerd/s"
 
 // ErrUsage is returned for a command line that is not containerd's.
-var ErrUsage = errors.New("this program is started by containerd")
+var ErrUsage = errcode.Usage.Wrap(errors.New("this program is started by containerd"))
 
 // Invocation is a command line of containerd's.
 type Invocation struct {

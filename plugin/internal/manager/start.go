@@ -22,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
@@ -218,7 +219,7 @@ func (i *Invocation) startDaemon(ctx context.Context, tasks, events *os.File) (e
 	case string(said) == "ok":
 		return nil
 	case len(said) > 0:
-		return fmt.Errorf("start the daemon: %s", bytes.TrimSpace(said))
+		return fmt.Errorf("start the daemon: %w", errcode.Parse(string(bytes.TrimSpace(said))))
 	case rerr != nil:
 		return fmt.Errorf("start the daemon: it is not ready: %w", rerr)
 	}

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // statusNotStarted is the exit status of a container that never ran; engines
@@ -37,7 +38,7 @@ type abandonedState struct {
 func (abandonedState) name() string { return "abandoned" }
 
 func (s abandonedState) kill(context.Context) (bool, error) {
-	return true, errclass.NotFound("container %s was never started: it has no process to signal", s.c.id)
+	return true, errclass.NotFound(errcode.NeverStarted, "container %s was never started: it has no process to signal", s.c.id)
 }
 
 func (abandonedState) forwardsKill(uint32) bool { return false }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
@@ -196,7 +197,7 @@ func (c *container) explain(reason error) error {
 		return reason
 	}
 	dir := filepath.Base(c.s.cfg.GuestBundle)
-	err := fmt.Errorf("kata-checkpoint has no agent in this VM: %w; in Kata's configuration set sandbox_bind_mounts = [%q] and guest_hook_path = "+
+	err := errcode.NoAgent.Errorf("kata-checkpoint has no agent in this VM: %w; in Kata's configuration set sandbox_bind_mounts = [%q] and guest_hook_path = "+
 		`"/run/kata-containers/shared/containers/sandbox-mounts/%s/hooks" (Kata's Rust shim: "/run/kata-containers/shared/containers/passthrough/sandbox-mounts/%s/hooks")`,
 		reason, c.s.cfg.GuestBundle, dir, dir)
 	if c.s.cfg.AgentOptional {

@@ -17,6 +17,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -96,6 +97,6 @@ func (c *container) permitArchive(ctx context.Context, name string) error {
 		return nil
 	}
 	log.G(ctx).WithError(err).WithFields(log.Fields{"container": c.id, "archive": name}).Warn("archive cannot be restored in this pod")
-	return fmt.Errorf("there is no archive %s in %s on this node that a pod in the namespace %q may be restored from: put it there, or name another one",
+	return errcode.NoArchive.Errorf("there is no archive %s in %s on this node that a pod in the namespace %q may be restored from: put it there, or name another one",
 		name, c.s.cfg.RestoreDir, annotations.PodNamespace(c.annotations))
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -27,7 +28,7 @@ func (s *Service) Check(ctx context.Context, r *api.CheckRequest) (*api.CheckRes
 	resp := &api.CheckResponse{State: st.name(), ShimVersion: version.Version}
 	if !c.managed() {
 		if c.agentErr != nil && !hasStopped(st) {
-			resp.Reasons = []string{c.explain(c.agentErr).Error()}
+			resp.Reasons = []string{errcode.Text(c.explain(c.agentErr))}
 		} else {
 			resp.Reasons = []string{"the container is " + st.name() + ", and only one that runs or is paused can be checkpointed: start it"}
 		}
@@ -39,7 +40,7 @@ func (s *Service) Check(ctx context.Context, r *api.CheckRequest) (*api.CheckRes
 		return err
 	})
 	if err != nil {
-		resp.Reasons = []string{err.Error()}
+		resp.Reasons = []string{errcode.Text(err)}
 		return resp, nil
 	}
 	resp.AgentVersion, resp.CriuVersion, resp.KernelRelease = info.GetVersion(), info.GetCriuVersion(), info.GetKernelRelease()
@@ -47,11 +48,11 @@ func (s *Service) Check(ctx context.Context, r *api.CheckRequest) (*api.CheckRes
 	var opts *options.CheckpointOptions // the engine decides nothing
 	resp.Stops, err = stopsAfterCheckpoint(opts, c.annotations, s.cfg)
 	if err != nil {
-		resp.Reasons = append(resp.Reasons, err.Error())
+		resp.Reasons = append(resp.Reasons, errcode.Text(err))
 	}
 	criu, err := criuOptions(opts, c.annotations)
 	if err != nil {
-		resp.Reasons = append(resp.Reasons, err.Error())
+		resp.Reasons = append(resp.Reasons, errcode.Text(err))
 		return resp, nil
 	}
 	if st.frozen() {
@@ -64,7 +65,7 @@ func (s *Service) Check(ctx context.Context, r *api.CheckRequest) (*api.CheckRes
 		return err
 	})
 	if err != nil {
-		resp.Reasons = append(resp.Reasons, err.Error())
+		resp.Reasons = append(resp.Reasons, errcode.Text(err))
 	}
 	return resp, nil
 }

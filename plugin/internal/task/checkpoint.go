@@ -26,6 +26,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
@@ -81,13 +82,13 @@ func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpoin
 		req.path = opts.GetImagePath()
 	}
 	if !filepath.IsAbs(req.path) || req.work != "" && !filepath.IsAbs(req.work) {
-		return nil, errclass.Invalid("image path %q and work path %q must be absolute", req.path, req.work)
+		return nil, errclass.Invalid(errcode.PathNotAbsolute, "image path %q and work path %q must be absolute", req.path, req.work)
 	}
 	if req.options, err = criuOptions(opts, c.annotations); err != nil {
 		return nil, err
 	}
 	if req.stop, err = stopsAfterCheckpoint(opts, c.annotations, c.s.cfg); err != nil {
-		return nil, errclass.Invalid("%w", err)
+		return nil, errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	if req.work == "" && annotations.MadeByCRI(c.annotations) {
 		req.work = bundle.CRIWorkPath(c.bundle)
@@ -214,7 +215,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		// A caller that has given up may not keep the image set, as containerd, which
 		// removes its own copy. Then the container is all that is left.
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("the image set in %s is complete, but the container was not stopped: %w", j.path, context.Cause(ctx))
+			return nil, errcode.NotStopped.Errorf("the image set in %s is complete, but the container was not stopped: %w", j.path, context.Cause(ctx))
 		}
 		uctx, cancel := cleanupContext(ctx)
 		defer cancel()
@@ -222,7 +223,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		c.s.holdConnections(ctx, c.netgateKey(), m.Connections)
 		if err := c.killAndWait(uctx); err != nil {
 			c.s.releaseConnections(ctx, c.netgateKey())
-			return nil, fmt.Errorf("the image set in %s is complete, but the container could not be stopped: %w", j.path, err)
+			return nil, errcode.NotStopped.Errorf("the image set in %s is complete, but the container could not be stopped: %w", j.path, err)
 		}
 		j.phases.done(ctx, "stop")
 	}
@@ -250,10 +251,10 @@ func (j *checkpointJob) openTarget() (err error) {
 // explainFull adds to the error of a full file system what to do about it.
 func (j *checkpointJob) explainFull(err error) error {
 	if full := new(budget.FullError); errors.As(err, &full) {
-		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the image set in %s: %w, or use a directory on another file system", j.path, err))
+		return errclass.With(errdefs.ErrResourceExhausted, errcode.NoSpace.Errorf("no space left for the image set in %s: %w, or use a directory on another file system", j.path, err))
 	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the image set in %s: free some, or use a directory on another file system: %w", j.path, err))
+		return errclass.With(errdefs.ErrResourceExhausted, errcode.NoSpace.Errorf("no space left for the image set in %s: free some, or use a directory on another file system: %w", j.path, err))
 	}
 	return err
 }
@@ -340,7 +341,7 @@ func (j *checkpointJob) preflight(ctx context.Context, before state) error {
 		return err
 	}
 	if p := info.GetProblems(); len(p) > 0 {
-		return errclass.Precondition("%s", strings.Join(p, "; "))
+		return errclass.With(errdefs.ErrFailedPrecondition, errcode.Parse(strings.Join(p, "; ")))
 	}
 	if before.frozen() {
 		return nil // the agent checks again at Checkpoint
@@ -385,14 +386,14 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		local, lerr := netip.ParseAddrPort(t.GetLocal())
 		remote, rerr := netip.ParseAddrPort(t.GetRemote())
 		if err := errclass.Join(lerr, rerr); err != nil {
-			return nil, fmt.Errorf("the agent returned an invalid TCP connection: %w", err)
+			return nil, errcode.AgentViolation.Errorf("the agent returned an invalid TCP connection: %w", err)
 		}
 		m.Connections = append(m.Connections, imageset.Connection{Local: local, Remote: remote})
 	}
 	for _, a := range out.GetAddresses() {
 		address, err := imageset.ParseAddress(a.GetInterface(), a.GetAddress())
 		if err != nil {
-			return nil, fmt.Errorf("the agent returned an invalid address: %w", err)
+			return nil, errcode.AgentViolation.Errorf("the agent returned an invalid address: %w", err)
 		}
 		m.Addresses = append(m.Addresses, address)
 	}

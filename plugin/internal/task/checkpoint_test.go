@@ -31,6 +31,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/fake"
@@ -872,7 +873,7 @@ func TestRestoreThatFailsLeavesNothingAlive(t *testing.T) {
 			h := newHarness(t)
 			h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
 			h.guest.Before(method, func(context.Context) error {
-				return errclass.ToRPC(errclass.Precondition("/data/f has grown"))
+				return errclass.ToRPC(errclass.Precondition(errcode.FilesChanged, "/data/f has grown"))
 			})
 			h.kata.Before("Kill", func(context.Context) error {
 				h.wantStatus("CREATED") // the placeholder is nothing to show
@@ -889,6 +890,7 @@ func TestRestoreThatFailsLeavesNothingAlive(t *testing.T) {
 			} else if exists(kept) {
 				t.Error("CRIU has not run, and there is a log")
 			}
+			want += " (" + errcode.FilesChanged.String() + ")" // once, and in the end
 			if got := errgrpc.ToNative(err).Error(); got != want {
 				t.Errorf("the error is %q, not %q", got, want)
 			}

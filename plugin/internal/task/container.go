@@ -12,6 +12,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
@@ -90,7 +91,7 @@ func (s *Service) requireContainer(id string) (*container, error) {
 	if c := s.container(id); c != nil {
 		return c, nil
 	}
-	return nil, errclass.NotFound("container %s does not exist", id)
+	return nil, errclass.NotFound(errcode.NoContainer, "container %s does not exist", id)
 }
 
 func (s *Service) add(c *container) {

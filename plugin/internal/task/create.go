@@ -19,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -34,11 +35,11 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	defer func() { end(err) }()
 	spec, err := bundle.ReadSpec(r.Bundle)
 	if err != nil {
-		return nil, errclass.Invalid("create container %s: %w", r.ID, err)
+		return nil, errclass.Invalid(errcode.Bundle, "create container %s: %w", r.ID, err)
 	}
 	kind, _, err := annotations.Place(r.ID, spec.Annotations)
 	if err != nil {
-		return nil, errclass.Invalid("create container %s: %w", r.ID, err)
+		return nil, errclass.Invalid(errcode.Bundle, "create container %s: %w", r.ID, err)
 	}
 	if err := s.normalizeOptions(r); err != nil {
 		return nil, fmt.Errorf("create container %s: %w", r.ID, err)
@@ -52,9 +53,9 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 	next := state(createdState{c: c})
 	switch {
 	case kind == annotations.Sandbox && r.Checkpoint != "":
-		return nil, errclass.Invalid("container %s is its pod's sandbox: only the other containers of a pod can be restored", r.ID)
+		return nil, errclass.Invalid(errcode.SandboxRestore, "container %s is its pod's sandbox: only the other containers of a pod can be restored", r.ID)
 	case kind == annotations.Sandbox:
-		next = unmanagedState{c: c, reason: errors.New("it is its pod's sandbox, without a workload")}
+		next = unmanagedState{c: c, reason: errcode.NoWorkload.Wrap(errors.New("it is its pod's sandbox, without a workload"))}
 	default:
 		if err := c.prepare(ctx, r, spec); err != nil {
 			return nil, fmt.Errorf("create container %s: %w", r.ID, adviseFull(err))
@@ -113,7 +114,7 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	}
 	a, err := adjust.Adjust(adjust.Container{Namespace: c.s.namespace, ID: c.id, Annotations: spec.Annotations, Mounts: spec.Mounts}, cfg.StateDir)
 	if err != nil {
-		return errclass.Invalid("%w", err)
+		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	if err := spec.Adjust(a); err != nil {
 		return err
@@ -122,17 +123,17 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 		c.annotations = map[string]string{}
 	}
 	if c.externals, err = annotations.ExternalMounts(c.annotations); err != nil {
-		return errclass.Invalid("%w", err)
+		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	// Checked at Create, while a mistake can still be corrected.
 	if _, err := stopsAfterCheckpoint(nil, c.annotations, cfg); err != nil {
-		return errclass.Invalid("%w", err)
+		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	if _, err := annotations.TCP(c.annotations); err != nil {
-		return errclass.Invalid("%w", err)
+		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	if _, err := annotations.Address(c.annotations); err != nil {
-		return errclass.Invalid("%w", err)
+		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	if c.exchange, err = newExchange(cfg.StateDir, c.s.namespace, c.id, c.s.setWritable); err != nil {
 		return err

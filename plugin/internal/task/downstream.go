@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
 )
 
@@ -107,7 +108,7 @@ func (d *downstream) call(ctx context.Context, method string, req, resp proto.Me
 }
 
 // errKataGone means that the connection to Kata's shim has ended.
-var errKataGone = errclass.Unavailable("Kata's shim has exited")
+var errKataGone = errclass.Unavailable(errcode.KataExited, "Kata's shim has exited")
 
 // callNative makes a call on behalf of this shim. Its error has a class and is
 // to be wrapped.

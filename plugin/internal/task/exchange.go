@@ -22,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
@@ -156,9 +157,9 @@ func checkUsage(ctx context.Context, dir string, limits budget.Limits) error {
 	case err == nil, ctx.Err() != nil:
 		return nil //nolint:nilerr // it was closed meanwhile
 	case errors.As(err, new(*budget.FullError)):
-		return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("no space left for the images in state_dir: %w", err))
+		return errclass.With(errdefs.ErrResourceExhausted, errcode.NoSpace.Errorf("no space left for the images in state_dir: %w", err))
 	}
-	return errclass.With(errdefs.ErrResourceExhausted, fmt.Errorf("the guest writes more than it may: %w", err))
+	return errclass.With(errdefs.ErrResourceExhausted, errcode.TooLarge.Errorf("the guest writes more than it may: %w", err))
 }
 
 // What may be in an exchange directory beside an image set: files and
@@ -290,7 +291,7 @@ func (e *exchange) lose(ctx context.Context) {
 	if e.users > 0 || e.removed {
 		return
 	}
-	e.lost = errors.New("the guest did not close the files of an earlier checkpoint or restore, so that it may no longer write to the host: recreate the container")
+	e.lost = errcode.ExchangeLost.Wrap(errors.New("the guest did not close the files of an earlier checkpoint or restore, so that it may no longer write to the host: recreate the container"))
 	log.G(ctx).WithError(e.lost).WithField("directory", e.dir).Error("deleting exchange directory: its container can no longer be checkpointed")
 	if err := e.removeLocked(); err != nil {
 		log.G(ctx).WithError(err).Error("failed to delete exchange directory")

@@ -18,6 +18,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // restoredExec is an exec into a restored container. Kata starts the exec
@@ -34,7 +35,7 @@ func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*empt
 	if c.source != nil && !c.restored() {
 		// Kata would start it in the placeholder's namespaces, where no process of
 		// the container is.
-		return nil, errclass.Precondition("exec %s: container %s is being restored: repeat it once the container is running", r.ExecID, c.id)
+		return nil, errclass.Precondition(errcode.Restoring, "exec %s: container %s is being restored: repeat it once the container is running", r.ExecID, c.id)
 	}
 	if c.source == nil {
 		resp, err := c.s.forwardEmpty(ctx, "Exec", r)
@@ -59,7 +60,7 @@ func (c *container) exec(ctx context.Context, r *task.ExecProcessRequest) (*empt
 func rewriteExec(r *task.ExecProcessRequest) (*restoredExec, *task.ExecProcessRequest, error) {
 	var process specs.Process
 	if err := json.Unmarshal(r.GetSpec().GetValue(), &process); err != nil {
-		return nil, nil, errclass.Invalid("process: %w", err)
+		return nil, nil, errclass.Invalid(errcode.ExecInvalid, "process: %w", err)
 	}
 	e := &restoredExec{token: rand.Text(), process: r.GetSpec().GetValue()}
 	data, err := json.Marshal(specs.Process{

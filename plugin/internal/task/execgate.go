@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // execGate keeps the start of an exec and a freeze from overlapping: an exec
@@ -42,7 +43,7 @@ func (g *execGate) enter(ctx context.Context, wait time.Duration) error {
 		select {
 		case <-opened:
 		case <-timer.C:
-			return errclass.Precondition("the container has been paused for longer than exec_wait_timeout of %s", wait)
+			return errclass.Precondition(errcode.PausedTooLong, "the container has been paused for longer than exec_wait_timeout of %s", wait)
 		case <-ctx.Done():
 			return fmt.Errorf("the container is paused: %w", context.Cause(ctx))
 		}
@@ -79,7 +80,7 @@ func (g *execGate) close(ctx context.Context, wait time.Duration) error {
 	case <-empty:
 		return nil
 	case <-timer.C:
-		err = errclass.Unavailable("an exec that is being started has not started within exec_wait_timeout of %s", wait)
+		err = errclass.Unavailable(errcode.ExecStarting, "an exec that is being started has not started within exec_wait_timeout of %s", wait)
 	case <-ctx.Done():
 		err = fmt.Errorf("wait for an exec that is being started: %w", context.Cause(ctx))
 	}

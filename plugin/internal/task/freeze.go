@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
 
@@ -33,7 +34,7 @@ func (c *container) freeze(ctx context.Context) error {
 // freezeContext bounds what the agent takes to freeze or thaw a container, and
 // not what it takes to restart an agent that has died, which has AgentTimeout.
 func (s *Service) freezeContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, s.cfg.FreezeTimeout, fmt.Errorf("freeze_timeout of %s has expired: %w", s.cfg.FreezeTimeout, context.DeadlineExceeded))
+	return context.WithTimeoutCause(ctx, s.cfg.FreezeTimeout, errcode.FreezeTimeout.Errorf("freeze_timeout of %s has expired: %w", s.cfg.FreezeTimeout, context.DeadlineExceeded))
 }
 
 // withCause replaces the error of a call by the cause for which its context has

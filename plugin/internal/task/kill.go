@@ -13,6 +13,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // kill forwards the signal, except where the container's state has to deal with
@@ -41,7 +42,7 @@ func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Emp
 }
 
 // errKilled is why a restore was interrupted.
-var errKilled = errclass.Unavailable("the container was killed meanwhile")
+var errKilled = errclass.Unavailable(errcode.Killed, "the container was killed meanwhile")
 
 // interruptible returns the context of a restore, which a SIGKILL ends. The
 // caller calls the function at the end.

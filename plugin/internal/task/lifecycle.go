@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // state is a point in a container's life. A call that a state does not allow
@@ -186,7 +187,7 @@ func (s creatingState) checkpoint(context.Context, *checkpointRequest) error {
 }
 
 func (s creatingState) failed() error {
-	return errclass.Precondition("container %s could not be created", s.c.id)
+	return errclass.Precondition(errcode.NotCreated, "container %s could not be created", s.c.id)
 }
 
 func (s creatingState) forwardsKill(signal uint32) bool { return s.next.forwardsKill(signal) }
@@ -212,15 +213,15 @@ func (s createdState) start(ctx context.Context, r *task.StartRequest) (*task.St
 }
 
 func (s createdState) pause(context.Context) error {
-	return errclass.Precondition("container %s has not been started and cannot be paused", s.c.id)
+	return errclass.Precondition(errcode.NotStarted, "container %s has not been started and cannot be paused", s.c.id)
 }
 
 func (s createdState) resume(context.Context) error {
-	return errclass.Precondition("container %s has not been started and cannot be resumed", s.c.id)
+	return errclass.Precondition(errcode.NotStarted, "container %s has not been started and cannot be resumed", s.c.id)
 }
 
 func (s createdState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s has not been started: only a running container can be checkpointed", s.c.id)
+	return errclass.Precondition(errcode.NotStarted, "container %s has not been started: only a running container can be checkpointed", s.c.id)
 }
 
 // kill abandons the container: Kata would not report its end.
@@ -244,7 +245,7 @@ func (s runningState) start(context.Context, *task.StartRequest) (*task.StartRes
 }
 
 func errStarted(c *container) error {
-	return errclass.Precondition("container %s has already been started", c.id)
+	return errclass.Precondition(errcode.Started, "container %s has already been started", c.id)
 }
 
 func (s runningState) pause(ctx context.Context) error {
@@ -294,7 +295,7 @@ func (s pausedState) start(context.Context, *task.StartRequest) (*task.StartResp
 }
 
 func (s pausedState) pause(context.Context) error {
-	return errclass.Precondition("container %s is already paused", s.c.id)
+	return errclass.Precondition(errcode.Paused, "container %s is already paused", s.c.id)
 }
 
 func (s pausedState) resume(ctx context.Context) error {
@@ -338,7 +339,7 @@ func (s checkpointingState) checkpoint(context.Context, *checkpointRequest) erro
 }
 
 func (s checkpointingState) busy() error {
-	return errclass.Precondition("a checkpoint of container %s is in progress: wait for it to finish", s.c.id)
+	return errclass.Precondition(errcode.Busy, "a checkpoint of container %s is in progress: wait for it to finish", s.c.id)
 }
 
 func (s checkpointingState) frozen() bool { return s.isFrozen }
@@ -352,18 +353,18 @@ type stoppedState struct {
 func (stoppedState) name() string { return "stopped" }
 
 func (s stoppedState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
-	return nil, errclass.Precondition("container %s has stopped", s.c.id)
+	return nil, errclass.Precondition(errcode.Stopped, "container %s has stopped", s.c.id)
 }
 
 func (s stoppedState) pause(context.Context) error {
-	return errclass.Precondition("container %s has stopped and cannot be paused", s.c.id)
+	return errclass.Precondition(errcode.Stopped, "container %s has stopped and cannot be paused", s.c.id)
 }
 
 // resume is no error: a checkpoint that stops the container is followed by one.
 func (stoppedState) resume(context.Context) error { return nil }
 
 func (s stoppedState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s has stopped: only a running container can be checkpointed", s.c.id)
+	return errclass.Precondition(errcode.Stopped, "container %s has stopped: only a running container can be checkpointed", s.c.id)
 }
 
 // unmanagedState is a container that only Kata manages.
@@ -390,7 +391,7 @@ func (s unmanagedState) resume(ctx context.Context) error {
 }
 
 func (s unmanagedState) checkpoint(context.Context, *checkpointRequest) error {
-	return errclass.Precondition("container %s cannot be checkpointed: %w", s.c.id, s.reason)
+	return errclass.Precondition(errcode.NoAgent, "container %s cannot be checkpointed: %w", s.c.id, s.reason)
 }
 
 func (c *container) publish(ctx context.Context, topic string, event any) {

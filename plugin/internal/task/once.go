@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // onceRecord is the file that records that the container of a name was restored
@@ -57,7 +58,7 @@ func (o *onceRecord) done() (bool, error) {
 	case err != nil:
 		return false, err
 	case string(content) == intent:
-		return false, errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("a restore of this container in this pod was interrupted, and it may have run since: "+
+		return false, errclass.With(errdefs.ErrFailedPrecondition, errcode.Interrupted.Errorf("a restore of this container in this pod was interrupted, and it may have run since: "+
 			"to restore it once more all the same, remove %s on this node; to have it begin from its start, create the pod without the annotation", o.path))
 	}
 	return true, nil

@@ -4,11 +4,11 @@ package task
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // inProgress counts what the service waits for when it stops.
@@ -66,7 +66,7 @@ func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 	}
 	s.idleTimer.Stop()
 	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
-	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("checkpoint_timeout of %s has expired: %w", timeout, context.DeadlineExceeded))
+	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, errcode.CheckpointLate.Errorf("checkpoint_timeout of %s has expired: %w", timeout, context.DeadlineExceeded))
 	return ctx, func() {
 		cancelTimeout()
 		unhook()

@@ -13,6 +13,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // stopsAfterCheckpoint reports whether a container is to be stopped after a
@@ -41,11 +42,11 @@ func decodeOptions(a *anypb.Any) (*options.CheckpointOptions, error) {
 	}
 	v, err := typeurl.UnmarshalAny(a)
 	if err != nil {
-		return nil, errclass.Invalid("checkpoint options: %w", err)
+		return nil, errclass.Invalid(errcode.OptionUnknown, "checkpoint options: %w", err)
 	}
 	opts, ok := v.(*options.CheckpointOptions)
 	if !ok {
-		return nil, errclass.Invalid("unknown type %s of checkpoint options: send containerd.runc.v1.CheckpointOptions or none", a.GetTypeUrl())
+		return nil, errclass.Invalid(errcode.OptionUnknown, "unknown type %s of checkpoint options: send containerd.runc.v1.CheckpointOptions or none", a.GetTypeUrl())
 	}
 	return opts, nil
 }
@@ -54,23 +55,23 @@ func decodeOptions(a *anypb.Any) (*options.CheckpointOptions, error) {
 // meaning in a guest.
 func criuOptions(opts *options.CheckpointOptions, of map[string]string) (*api.CheckpointOptions, error) {
 	if p := opts.GetParentPath(); p != "" {
-		return nil, errclass.Invalid("a checkpoint based on an earlier one (parent path %s) is not supported: an image set contains the whole container", p)
+		return nil, errclass.Invalid(errcode.OptionUnknown, "a checkpoint based on an earlier one (parent path %s) is not supported: an image set contains the whole container", p)
 	}
 	if m := opts.GetCgroupsMode(); m != "" && m != "ignore" {
-		return nil, errclass.Invalid("cgroups mode %q is not supported: Kata recreates the cgroups in the guest", m)
+		return nil, errclass.Invalid(errcode.OptionUnknown, "cgroups mode %q is not supported: Kata recreates the cgroups in the guest", m)
 	}
 	for _, ns := range opts.GetEmptyNamespaces() {
 		if ns != "network" {
-			return nil, errclass.Invalid("empty namespace %q is not supported, only network is", ns)
+			return nil, errclass.Invalid(errcode.OptionUnknown, "empty namespace %q is not supported, only network is", ns)
 		}
 	}
 	tcp, err := annotations.TCP(of)
 	if err != nil {
-		return nil, errclass.Invalid("%w", err)
+		return nil, errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	address, err := annotations.Address(of)
 	if err != nil {
-		return nil, errclass.Invalid("%w", err)
+		return nil, errclass.Invalid(errcode.Annotation, "%w", err)
 	}
 	// File locks are included whatever the engine says: ctr task checkpoint has
 	// no option for them, and CRIU refuses a container with a lock otherwise.

@@ -4,7 +4,6 @@ package task
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,6 +21,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
@@ -153,7 +153,7 @@ func checkFit(m *imageset.Manifest, spec *specs.Spec, image string, terminal boo
 		errs = append(errs, exceeding(m.Rights, rightsIn(spec))...)
 	}
 	if len(errs) > 0 {
-		return errors.New("the checkpoint does not fit this container: " + strings.Join(errs, "; "))
+		return errcode.DoesNotFit.Errorf("the checkpoint does not fit this container: %s", strings.Join(errs, "; "))
 	}
 	return nil
 }
@@ -196,7 +196,7 @@ func rightsOf(p *specs.Process) *api.Rights {
 func (c *container) setPlaceholder(spec *bundle.Spec) error {
 	binary := c.s.cfg.Agent()
 	if st, err := os.Stat(binary); err != nil || !st.Mode().IsRegular() {
-		return errclass.Precondition("restore: %s does not exist: install the guest bundle on this node and set guest_bundle in config.toml to its directory", binary)
+		return errclass.Precondition(errcode.NoGuestBundle, "restore: %s does not exist: install the guest bundle on this node and set guest_bundle in config.toml to its directory", binary)
 	}
 	if err := spec.AddMount(specs.Mount{Destination: api.HelperPath, Type: "bind", Source: binary, Options: []string{"rbind", "rprivate", "ro"}}); err != nil {
 		return err

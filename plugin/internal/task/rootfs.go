@@ -22,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
@@ -43,7 +44,7 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("apply the root file system diff: %w", err)
+		return errcode.RootfsDiff.Errorf("apply the root file system diff: %w", err)
 	}
 	defer f.Close()
 	limits.Files = maxRootfsFiles
@@ -57,7 +58,7 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 		}
 		return nil
 	}); err != nil {
-		return fmt.Errorf("apply the root file system diff: %w", err)
+		return errcode.RootfsDiff.Errorf("apply the root file system diff: %w", err)
 	}
 	return nil
 }

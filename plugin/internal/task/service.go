@@ -29,6 +29,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
@@ -138,7 +139,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 // stop cancels the operations in progress, waits until they have cleaned up,
 // and closes the connections.
 func (s *Service) stop(ctx context.Context) error {
-	s.cancel(errclass.Unavailable("the shim is shutting down"))
+	s.cancel(errclass.Unavailable(errcode.ShuttingDown, "the shim is shutting down"))
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
@@ -55,7 +56,7 @@ func (c *container) permit(ctx context.Context, set *imageset.Set) (signed bool,
 }
 
 // errForeign does not say whose the image set is.
-var errForeign = errors.New("it was not made of a container of this pod's namespace: checkpoints are restored in their own")
+var errForeign = errcode.OtherNamespace.Wrap(errors.New("it was not made of a container of this pod's namespace: checkpoints are restored in their own"))
 
 // permitNamespace keeps pods from the memory of pods in other namespaces, where
 // whoever created this one may have no rights.
