@@ -171,8 +171,8 @@ func tcpProbed(s *scenario) {
 }
 
 // tcpInside: connections with both ends in the container come back in another
-// VM without a word from anybody, and one that waits in a backlog is no
-// obstacle.
+// VM without a word from anybody, by IPv4 and IPv6, those that are half closed
+// and full of data as well, and one that waits in a backlog is no obstacle.
 func tcpInside(s *scenario) {
 	c := s.create(engine.Container{ID: "c", Args: []string{workload.Path, "counter", "-loopback"}})
 	first := s.run(c)

@@ -17,11 +17,12 @@ import (
 // loopback interface, like those of a notebook server to its kernels. Each round
 // is an exchange over one of them followed by the program's round; the other one is
 // in use all the time. A third connection stays in the backlog of a listening
-// socket that nobody accepts from.
+// socket that nobody accepts from, and more are half closed.
 type loopback struct {
 	program
 	caller, busy caller
 	failed       atomic.Pointer[error] // of the busy one
+	half         halfClosed
 	stuck        net.Listener
 }
 
@@ -48,6 +49,9 @@ func (l *loopback) open() error {
 		if err := c.connectToChild(); err != nil {
 			return err
 		}
+	}
+	if err := l.half.open(); err != nil {
+		return err
 	}
 	go func() {
 		for ticker := time.NewTicker(busyPause); ; <-ticker.C {
@@ -86,6 +90,9 @@ func (c *caller) connectToChild() error {
 func (l *loopback) round(w io.Writer) error {
 	if err := l.failed.Load(); err != nil {
 		return fmt.Errorf("loopback, all the time: %w", *err)
+	}
+	if err := l.half.check(); err != nil {
+		return err
 	}
 	if err := l.caller.exchange(); err != nil {
 		return fmt.Errorf("loopback: %w", err)

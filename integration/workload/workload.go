@@ -61,7 +61,7 @@ func Main(args []string, w io.Writer) error {
 	name, args := args[0], args[1:]
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	every := flags.Duration("every", 100*time.Millisecond, "time between rounds")
-	connected := flags.Bool("loopback", false, "keep a TCP connection to a child process, and use it in each round")
+	connected := flags.Bool("loopback", false, "keep TCP connections to child processes, and use one in each round")
 	lean := flags.Bool("lean", false, "return unused memory to the kernel in each round")
 	var setup func() (program, error)
 	switch name {
@@ -163,6 +163,8 @@ func Main(args []string, w io.Writer) error {
 		return treeChild()
 	case "echo":
 		return echoOnce()
+	case "half-closed":
+		return halfClosedChild()
 	case "idle":
 		setup = func() (program, error) { return idle{}, nil }
 	case "first-instruction":
