@@ -164,7 +164,10 @@ func (a *Agent) Restore(ctx context.Context, r *api.RestoreRequest) (*api.Restor
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
-		err = errclass.Join(c.explain(err), cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
+		if err = c.explain(err); cgroup.OOMKills(c.Cgroup) > 0 {
+			err = fmt.Errorf("the container may use less memory than its processes need: restore it into one with a higher memory limit (%w)", err)
+		}
+		err = errclass.Join(err, cgroup.Remove(ctx, filepath.Join(c.Cgroup, restoredCgroup)))
 		return nil, errclass.ToRPC(err)
 	}
 	return out, nil

@@ -279,6 +279,21 @@ func readEvents(f *os.File) (frozen, populated bool, err error) {
 	return frozen, populated, s.Err()
 }
 
+// OOMKills returns how many processes of a cgroup and of those below it were killed
+// because they needed more memory than its limit, 0 where that is not known.
+func OOMKills(dir string) (n int) {
+	data, err := os.ReadFile(filepath.Join(dir, "memory.events"))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			n, _ = strconv.Atoi(strings.TrimSpace(value))
+		}
+	}
+	return n
+}
+
 // write does not create: a missing file means that the cgroup is gone.
 func write(dir, file, value string) error {
 	f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0)

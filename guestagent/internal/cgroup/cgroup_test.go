@@ -162,3 +162,16 @@ func TestKillWaitsForProcessesThatExit(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestOOMKills(t *testing.T) {
+	dir := t.TempDir()
+	if n := OOMKills(dir); n != 0 {
+		t.Errorf("without the file: %d", n)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "memory.events"), []byte("low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if n := OOMKills(dir); n != 2 {
+		t.Errorf("%d, not 2", n)
+	}
+}

@@ -48,10 +48,8 @@ func launch(dir string, args []string) error {
 	if slices.Contains(job.Avoid, os.Getpid()) {
 		return errPIDTaken
 	}
-	if job.Cgroup != "" {
-		if err := takeOOMScore(job.Target); err != nil {
-			return err
-		}
+	if err := setOOMScore(job); err != nil {
+		return err
 	}
 	if err := inherit(job); err != nil {
 		return err
@@ -90,15 +88,22 @@ func launch(dir string, args []string) error {
 	return nil
 }
 
-// takeOOMScore copies the OOM score adjustment of another process. Without it
-// restored containers would inherit the agent's, which protects them.
-func takeOOMScore(from int) error {
-	score, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", from))
-	if err != nil {
-		return fmt.Errorf("read the OOM score of the placeholder: %w", err)
+// dumpOOMScore is the highest there is: where a guest has no memory for a dump, it
+// loses the dump, and not a process of a container.
+const dumpOOMScore = "1000"
+
+// setOOMScore replaces the OOM score adjustment of the agent, which protects it.
+// Restored processes inherit that of the placeholder.
+func setOOMScore(job Job) error {
+	score := []byte(dumpOOMScore)
+	if job.Cgroup != "" {
+		var err error
+		if score, err = os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", job.Target)); err != nil {
+			return fmt.Errorf("read the OOM score of the placeholder: %w", err)
+		}
 	}
 	if err := os.WriteFile("/proc/self/oom_score_adj", score, 0); err != nil {
-		return fmt.Errorf("set the OOM score of the placeholder: %w", err)
+		return fmt.Errorf("set the OOM score of CRIU: %w", err)
 	}
 	return nil
 }
