@@ -46,12 +46,17 @@ func TestHelmChart(t *testing.T) {
 		"defaults": {
 			nil,
 			[]string{"kind: DaemonSet", "kind: RuntimeClass", "handler: kata-checkpoint", "--nri-plugins=/opt/nri/plugins", "--restart-containerd", "hostPID: true"},
-			[]string{"--kata-config", "--kernel"},
+			[]string{"--kata-config", "--kernel", "metrics"},
 		},
 		"all values": {
 			[]string{"kata.shim=/s", "kata.config=/c", "kernel=/k", "containerd.config=/d", "nri.enabled=false", "restartContainerd=false", "runtimeClass.enabled=false", "nodeSelector=null"},
 			[]string{"--kata-shim=/s", "--kata-config=/c", "--kernel=/k", "--containerd-config=/d", "--nri-plugins=\n"},
 			[]string{"RuntimeClass", "--restart-containerd", "nodeSelector"},
+		},
+		"metrics": {
+			[]string{"metrics.enabled=true", "metrics.port=9000", "metrics.restoreDir=/archives"},
+			[]string{"--metrics-only", "--metrics-address=:9000", "containerPort: 9000", "name: metrics", "path: /archives", "path: /run/kata-checkpoint\n"},
+			nil,
 		},
 		"uninstall": {[]string{"mode=uninstall"}, []string{"- uninstall", "--root=/host", "--wait"}, []string{"--from", "RuntimeClass"}},
 	} {
@@ -77,7 +82,7 @@ func TestHelmChart(t *testing.T) {
 		// In a root without Kata the command fails, but not because of a flag.
 		var command []string
 		for line := range strings.Lines(out) {
-			if arg, ok := strings.CutPrefix(strings.TrimSpace(line), "- "); ok && (strings.HasPrefix(arg, "--") || arg == "install" || arg == "uninstall") {
+			if arg, ok := strings.CutPrefix(strings.TrimSpace(line), "- "); ok && (strings.HasPrefix(arg, "--") && !strings.HasPrefix(arg, "--metrics") || arg == "install" || arg == "uninstall") {
 				command = append(command, arg)
 			}
 		}

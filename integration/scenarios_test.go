@@ -160,6 +160,7 @@ var scenarios = []scenarioCase{
 	{name: "upgrade-running", kind: kindOperator, run: upgradeRunning, core: onRust, timeout: 8 * time.Minute},
 	{name: "deb-install-remove", kind: kindOperator, run: debInstallRemove},
 	{name: "check-container", kind: kindOperator, run: checkContainer},
+	{name: "metrics", kind: kindOperator, run: metricsServed, cri: true},
 	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},
 
 	{name: "cli-life", kind: kindOperator, run: cliLife, cri: true, timeout: 8 * time.Minute},

@@ -102,12 +102,14 @@ func ownSettings(t *Testbed, o Options, downstream string) map[string]any {
 		"state_dir":        filepath.Join(t.Dir, "state"),
 		"guest_bundle":     t.bundle(),
 		"agent_timeout":    "60s", // a guest under TCG
+		"metrics_dir":      filepath.Join(t.Dir, "metrics"),
 	}
 	if o.NoAgent {
 		settings["guest_agent"] = "optional"
 	}
 	if o.CRI {
 		settings["restore_dir"] = t.RestoreDir()
+		settings["metrics_address"] = "unix:" + t.MetricsSocket()
 	}
 	maps.Copy(settings, o.Settings)
 	return settings

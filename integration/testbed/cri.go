@@ -147,6 +147,11 @@ func (t *Testbed) HostPrograms() string { return filepath.Join(t.Dir, "host-bin"
 // NRISocket is containerd's socket for NRI plugins.
 func (t *Testbed) NRISocket() string { return filepath.Join(filepath.Dir(t.Address), "nri.sock") }
 
+// MetricsSocket is where the NRI plugin serves the figures of the shims.
+func (t *Testbed) MetricsSocket() string {
+	return filepath.Join(filepath.Dir(t.Address), "metrics.sock")
+}
+
 // RestoreDir is the directory of archives that pods may be restored from.
 func (t *Testbed) RestoreDir() string { return filepath.Join(t.Dir, "checkpoints") }
 

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -76,6 +77,10 @@ type Config struct {
 	RequireSignature bool
 	// NRIRuntimeHandlers are the CRI's names for our runtime; "" is its default.
 	NRIRuntimeHandlers []string
+	// MetricsAddress is where kata-checkpoint-nri serves /metrics; empty: nowhere.
+	MetricsAddress string
+	// MetricsDir is the spool, see package metrics.
+	MetricsDir string
 	// BundleInUse is the directory that GuestBundle, a symbolic link, led to when
 	// the file was read; empty if it is none.
 	BundleInUse string
@@ -116,6 +121,8 @@ type file struct {
 	RestoreUnsigned    bool     `toml:"restore_unsigned"`
 	RequireSignature   bool     `toml:"require_signature"`
 	NRIRuntimeHandlers []string `toml:"nri_runtime_handlers"`
+	MetricsAddress     string   `toml:"metrics_address"`
+	MetricsDir         string   `toml:"metrics_dir"`
 }
 
 func defaults() file {
@@ -136,6 +143,7 @@ func defaults() file {
 		ReserveBytes:       1 << 30,
 		RestoreDir:         "/var/lib/kubelet/checkpoints",
 		NRIRuntimeHandlers: []string{"kata-checkpoint"},
+		MetricsDir:         "/run/kata-checkpoint/metrics",
 	}
 }
 
@@ -196,6 +204,8 @@ func parse(data []byte) (*Config, error) {
 		RestoreUnsigned:    f.RestoreUnsigned,
 		RequireSignature:   f.RequireSignature,
 		NRIRuntimeHandlers: f.NRIRuntimeHandlers,
+		MetricsAddress:     f.MetricsAddress,
+		MetricsDir:         f.MetricsDir,
 	}
 	var errs []error
 	check := func(key string, ok bool, want string) {
@@ -225,6 +235,8 @@ func parse(data []byte) (*Config, error) {
 		c.TrustedKeys = append(c.TrustedKeys, keys...)
 	}
 	check("nri_runtime_handlers", len(f.NRIRuntimeHandlers) > 0, "a list of one or more runtime handlers")
+	check("metrics_address", validAddress(f.MetricsAddress), `empty, "HOST:PORT", or "unix:" and an absolute path`)
+	check("metrics_dir", filepath.IsAbs(f.MetricsDir), "an absolute path")
 	for _, t := range []struct {
 		key, value string
 		to         *time.Duration
@@ -250,6 +262,15 @@ func parse(data []byte) (*Config, error) {
 		c.SigningKey = filepath.Join(c.StateDir, signingKeyName)
 	}
 	return c, nil
+}
+
+// validAddress reports whether something can be served at an address.
+func validAddress(address string) bool {
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		return filepath.IsAbs(path)
+	}
+	_, port, err := net.SplitHostPort(address)
+	return address == "" || err == nil && port != ""
 }
 
 // explain adds key and line, which the decoder's messages lack.

@@ -28,6 +28,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/metrics"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
@@ -46,15 +47,21 @@ type checkpointRequest struct {
 	options *api.CheckpointOptions
 	// stop: the container is killed once the image set is complete.
 	stop bool
+	// report is what will be known of it.
+	report *metrics.Report
 }
 
 // checkpoint writes an image set of a container into the directory that the
 // engine names. If it fails, the container keeps running, or remains paused.
-func (c *container) checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) error {
+func (c *container) checkpoint(ctx context.Context, r *task.CheckpointTaskRequest) (err error) {
+	measured := c.s.metrics.Begin(metrics.Checkpoint)
+	report := c.newReport(ctx)
+	defer func() { measured.End(*report, err) }()
 	req, err := c.checkpointRequest(r)
 	if err != nil {
 		return fmt.Errorf("checkpoint container %s: %w", r.ID, err)
 	}
+	req.report = report
 	// A second checkpoint does not wait for the first.
 	if st, busy := c.current().(checkpointingState); busy {
 		return st.busy()
@@ -119,6 +126,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 		phases: &phases{id: c.id, last: begin, stops: c.s.stops},
 	}
 	c.transition(checkpointingState{c: c, isFrozen: before.frozen()})
+	c.freezes.checkpointed()
 	m, err := j.run(ctx, before)
 	err = adviseFull(err)
 	// The container comes before the files, because the agent may still be writing
@@ -130,6 +138,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	}
 	c.resumeIfPending(ctx)
 	logger := log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin), "path": r.path})
+	r.report.Phases = reported(j.phases.list)
 	if err != nil {
 		err = fmt.Errorf("checkpoint container %s: %w", c.id, errclass.Join(err, cleanErr))
 		logger.WithError(err).Error("failed to checkpoint container")
@@ -138,6 +147,7 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	if cleanErr != nil {
 		logger.WithError(cleanErr).Warn("failed to clean up after checkpoint")
 	}
+	r.report.Bytes = m.Bytes()
 	logger.WithField("bytes", m.Bytes()).Info("checkpointed container")
 	return nil
 }
@@ -306,6 +316,7 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 		}
 	}
 	c.transition(runningState{c: c})
+	c.freezes.end(c)
 	if before.frozen() {
 		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
 		log.G(ctx).WithField("container", c.id).Warn("resumed container that its caller paused for an abandoned checkpoint")

@@ -42,6 +42,8 @@ type container struct {
 
 	lifecycle
 
+	freezes freezes
+
 	// turn is that of the last Freeze or Thaw that the agent was asked for.
 	turn atomic.Uint64
 

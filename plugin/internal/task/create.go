@@ -20,6 +20,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/metrics"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -142,10 +143,17 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	switch {
 	case err != nil:
 		return err
-	case r.Checkpoint != "":
-		err = c.prepareRestore(ctx, r, spec) // the engine's request overrides the annotation
-	case name != "":
-		err = c.prepareArchive(ctx, name, r, spec)
+	case r.Checkpoint != "" || name != "":
+		measured := c.s.metrics.Begin(metrics.Restore)
+		if r.Checkpoint != "" { // the engine's request overrides the annotation
+			err = c.prepareRestore(ctx, r, spec)
+		} else {
+			err = c.prepareArchive(ctx, name, r, spec)
+		}
+		if err != nil {
+			measured.End(*c.newReport(ctx), err)
+		}
+		measured.Drop() // Start reports the rest
 	}
 	if err != nil {
 		return err

@@ -28,6 +28,7 @@ func (c *container) freeze(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("freeze container %s: %w", c.id, err)
 	}
+	c.freezes.begin()
 	return nil
 }
 
@@ -56,6 +57,7 @@ func (c *container) thaw(ctx context.Context) error {
 		return withCause(ctx, err)
 	})
 	if err == nil || errdefs.IsNotFound(err) || errors.Is(err, guest.ErrNoVM) {
+		c.freezes.end(c)
 		return nil
 	}
 	if hasStopped(c.current()) {

@@ -134,7 +134,10 @@ func (c *container) transition(next state) bool {
 }
 
 // stopped records that init has exited.
-func (c *container) stopped() { c.transition(stoppedState{c: c}) }
+func (c *container) stopped() {
+	c.transition(stoppedState{c: c})
+	c.freezes.end(c)
+}
 
 // hasStopped reports whether a state is one of the last.
 func hasStopped(s state) bool { return s.name() == "stopped" || s.name() == "abandoned" }

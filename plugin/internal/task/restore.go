@@ -23,6 +23,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/metrics"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -33,6 +34,8 @@ type source struct {
 	path string
 	// rights bound the credentials of the restored processes.
 	rights *api.Rights
+	// staged is how long it took to stage it.
+	staged time.Duration
 	// once, if not nil, is the record that it is restored, which happens once.
 	once *onceRecord
 }
@@ -117,6 +120,7 @@ func (c *container) stageImages(ctx context.Context, path string, own bool, root
 }
 
 func (c *container) logStaged(ctx context.Context, begin time.Time) {
+	c.source.staged = time.Since(begin)
 	log.G(ctx).WithFields(log.Fields{
 		"container": c.id, "phase": "stage images", "duration": time.Since(begin), "bytes": c.source.manifest.Bytes(), "from": c.source.path,
 	}).Info("restore")
@@ -226,13 +230,20 @@ func (c *container) setPlaceholder(spec *bundle.Spec) error {
 
 // startRestored starts the placeholder and restores the image set below it. If
 // that fails, no process is left.
-func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*task.StartResponse, error) {
+func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ *task.StartResponse, err error) {
 	begin := time.Now()
+	measured := c.s.metrics.Begin(metrics.Restore)
+	report := c.newReport(ctx)
+	report.Phases = []metrics.Phase{{Name: "stage images", Seconds: c.source.staged.Seconds()}}
+	defer func() {
+		report.Seconds = (c.source.staged + measured.Elapsed()).Seconds()
+		measured.End(*report, err)
+	}()
 	ctx, end := c.interruptible(ctx)
 	defer end()
 	c.s.stops.Wait(ctx, "restore", "adopt")
 	req := restoreRequest(c)
-	err := c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
+	err = c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
 		_, err := a.CheckRestore(ctx, req)
 		return err
 	})
@@ -281,6 +292,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (*t
 		log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to record that the container was restored")
 	}
 	for _, p := range out.GetPhases() {
+		report.Phases = append(report.Phases, metrics.Phase{Name: "guest: " + p.GetName(), Seconds: time.Duration(p.GetNanoseconds()).Seconds()}) //nolint:gosec // likewise
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}
 	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored container")

@@ -30,6 +30,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/metrics"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/stopat"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/kata"
@@ -85,6 +86,7 @@ type Service struct {
 	protect   func() error
 	// setWritable is Options.SetWritable.
 	setWritable func(dir string, writable bool) error
+	metrics     metrics.Spool
 	// hasAbandoned is set once a container has been abandoned.
 	hasAbandoned atomic.Bool
 	stops        stopat.Dir
@@ -121,6 +123,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, setWritable: o.SetWritable, containers: make(map[string]*container),
 		stops: stopat.FromEnv(), netgate: netgateState{held: make(map[string][]netgate.Connection)}, restarting: make(chan struct{}, 1),
 	}
+	s.metrics = metrics.Spool{Dir: o.Config.MetricsDir}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.idleTimer = time.AfterFunc(idleDelay, debug.FreeOSMemory)
 	s.agent = guest.New(s.dialAgent, s.onAgentLost)
