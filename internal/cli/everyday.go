@@ -16,6 +16,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
 )
@@ -96,7 +97,7 @@ func (e *everyday) display(cmd *cobra.Command) (*progress.Display, error) {
 	case "none":
 		return progress.New(nil, progress.Interval), nil
 	}
-	return nil, fmt.Errorf("--progress %s is unknown: use auto or none", e.progress)
+	return nil, errcode.Usage.Errorf("--progress %s is unknown: use auto or none", e.progress)
 }
 
 // print prints JSON, or what text prints.
@@ -135,7 +136,7 @@ func days(s string) (time.Duration, error) {
 	}
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 {
-		return 0, fmt.Errorf("%q is not an age: write 36h or 7d", s)
+		return 0, errcode.Usage.Errorf("%q is not an age: write 36h or 7d", s)
 	}
 	return d, nil
 }
@@ -152,7 +153,7 @@ func byteSize(s string) (int64, error) {
 	}
 	v, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
 	if err != nil || v <= 0 || v > (1<<62)/factor {
-		return 0, fmt.Errorf("%q is not a size: write 500MiB or 20GiB", s)
+		return 0, errcode.Usage.Errorf("%q is not a size: write 500MiB or 20GiB", s)
 	}
 	return v * factor, nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/export"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
@@ -63,14 +64,14 @@ included.`,
 			}
 			defer done()
 			if len(list) > 1 {
-				return fmt.Errorf("%s is the name of %d checkpoints: export them one by one", args[0], len(list))
+				return errcode.Ambiguous.Errorf("%s is the name of %d checkpoints: export them one by one", args[0], len(list))
 			}
 			stdout := args[1] == "-"
 			if _, err := os.Lstat(args[1]); !stdout && err == nil && !force {
-				return fmt.Errorf("%s exists: name another file, or give --force", args[1])
+				return errcode.CheckpointExists.Errorf("%s exists: name another file, or give --force", args[1])
 			}
 			if stdout && progress.IsTerminal(cmd.OutOrStdout()) {
-				return errors.New("an archive is not for a terminal: redirect the output, or name a file")
+				return errcode.Usage.Wrap(errors.New("an archive is not for a terminal: redirect the output, or name a file"))
 			}
 			display, err := e.display(cmd)
 			if err != nil {
@@ -184,7 +185,7 @@ With --identity an archive that is encrypted with age is decrypted.`,
 			if len(args) > 1 {
 				name = args[1]
 			} else if args[0] == "-" {
-				return errors.New("give the checkpoint a NAME")
+				return errcode.Usage.Wrap(errors.New("give the checkpoint a NAME"))
 			}
 			in, size := cmd.InOrStdin(), int64(0)
 			if args[0] != "-" {

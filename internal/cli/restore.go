@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/export"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
@@ -76,7 +77,7 @@ annotations for the new pod. NAME may be that of all checkpoints of a pod.`,
 			case fresh == "" && list[0].Pod != nil:
 				out, err = r.forPod(ctx, args[0], list)
 			case len(list) > 1:
-				err = fmt.Errorf("%s is the name of %d checkpoints: name one of them", args[0], len(list))
+				err = errcode.Ambiguous.Errorf("%s is the name of %d checkpoints: name one of them", args[0], len(list))
 			default:
 				if namespace == "" {
 					namespace = list[0].Namespace

@@ -53,7 +53,7 @@ trusts, and 2 if one is damaged.`,
 			var list []*store.Checkpoint
 			switch {
 			case all == (len(args) > 0):
-				return errors.New("name checkpoints, or give --all")
+				return errcode.Usage.Wrap(errors.New("name checkpoints, or give --all"))
 			case all:
 				if list, err = s.List(); err != nil {
 					return err

@@ -29,6 +29,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
@@ -132,7 +133,7 @@ func (j *job) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	if j.task, err = j.c.Task(ctx, nil); errdefs.IsNotFound(err) {
-		return errors.New("it does not run: start it first")
+		return errcode.NotStarted.Wrap(errors.New("it does not run: start it first"))
 	}
 	if err != nil {
 		return err
@@ -142,7 +143,7 @@ func (j *job) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	if status.Status != client.Running && status.Status != client.Paused {
-		return fmt.Errorf("it is %s, and only a container that runs or is paused can be checkpointed: start it first", status.Status)
+		return errcode.NotStarted.Errorf("it is %s, and only a container that runs or is paused can be checkpointed: start it first", status.Status)
 	}
 	j.status = status.Status
 	return nil

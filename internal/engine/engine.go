@@ -27,6 +27,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
 )
 
@@ -106,7 +107,7 @@ func (c *Container) String() string {
 // may also be called POD/CONTAINER or NAMESPACE/POD/CONTAINER.
 func (n *Node) Find(ctx context.Context, namespace, ref string) (*Container, error) {
 	if ref == "" {
-		return nil, errors.New("a container is needed: its name, its ID or the beginning of that")
+		return nil, errcode.Usage.Wrap(errors.New("a container is needed: its name, its ID or the beginning of that"))
 	}
 	all, err := n.list(ctx, namespace)
 	if err != nil {
@@ -128,7 +129,7 @@ func (n *Node) Find(ctx context.Context, namespace, ref string) (*Container, err
 		if namespace != "" {
 			where = "containerd's namespace " + namespace
 		}
-		return nil, fmt.Errorf("no container in %s has the name or ID %s: ctr -n NAMESPACE container ls, nerdctl ps -a and crictl ps list them", where, ref)
+		return nil, errcode.NoContainer.Errorf("no container in %s has the name or ID %s: ctr -n NAMESPACE container ls, nerdctl ps -a and crictl ps list them", where, ref)
 	}
 	return found, nil
 }
@@ -154,7 +155,7 @@ func match(all []*Container, ref string) (*Container, error) {
 			for _, c := range found {
 				list = append(list, fmt.Sprintf("%s in %s (ID %s)", c, c.Kind, c.ID))
 			}
-			return nil, fmt.Errorf("several containers are called %s: %s: use the ID, or --namespace", ref, strings.Join(list, ", "))
+			return nil, errcode.Ambiguous.Errorf("several containers are called %s: %s: use the ID, or --namespace", ref, strings.Join(list, ", "))
 		}
 	}
 	return nil, nil //nolint:nilnil // there is none
@@ -230,9 +231,9 @@ func (n *Node) describe(namespace string, c client.Container, info containers.Co
 func (c *Container) checkable() error {
 	switch {
 	case c.place == annotations.Sandbox:
-		return fmt.Errorf("container %s is the sandbox of pod %s/%s, without a workload: name one of the pod's containers, or use kata-checkpoint pod", c.ID, c.Pod.Namespace, c.Pod.Name)
+		return errcode.NoWorkload.Errorf("container %s is the sandbox of pod %s/%s, without a workload: name one of the pod's containers, or use kata-checkpoint pod", c.ID, c.Pod.Namespace, c.Pod.Name)
 	case c.info.Runtime.Name != Runtime:
-		return fmt.Errorf("container %s runs with the runtime %s, and only those of %s can be checkpointed: create it again with that runtime", c, c.info.Runtime.Name, Runtime)
+		return errcode.OtherRuntime.Errorf("container %s runs with the runtime %s, and only those of %s can be checkpointed: create it again with that runtime", c, c.info.Runtime.Name, Runtime)
 	}
 	return nil
 }
@@ -265,15 +266,15 @@ func (n *Node) Pod(ctx context.Context, ref string) ([]*Container, error) {
 				list = append(list, name+" (sandbox "+id+")")
 			}
 			slices.Sort(list)
-			return nil, fmt.Errorf("several pods are called %s: %s: use NAMESPACE/NAME or the sandbox's ID", ref, strings.Join(list, ", "))
+			return nil, errcode.Ambiguous.Errorf("several pods are called %s: %s: use NAMESPACE/NAME or the sandbox's ID", ref, strings.Join(list, ", "))
 		}
 		if len(found) > 0 {
 			slices.SortFunc(found, func(a, b *Container) int { return strings.Compare(a.Name, b.Name) })
 			return found, nil
 		}
 		if len(sandboxes) == 1 {
-			return nil, fmt.Errorf("pod %s has no containers", ref)
+			return nil, errcode.NoContainer.Errorf("pod %s has no containers", ref)
 		}
 	}
-	return nil, fmt.Errorf("no pod on this node is called %s: crictl pods lists them", ref)
+	return nil, errcode.NoContainer.Errorf("no pod on this node is called %s: crictl pods lists them", ref)
 }

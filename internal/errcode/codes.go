@@ -198,6 +198,16 @@ var (
 	CheckContainerSpace      = add(7033, "check-container-space", "the images of a container do not fit where they are transferred")
 )
 
+// Checkpoints by name.
+var (
+	NoCheckpoint     = add(8001, "no-checkpoint", "there is no checkpoint of this name")
+	CheckpointExists = add(8002, "checkpoint-exists", "there is a checkpoint or a file of this name already")
+	CheckpointInUse  = add(8003, "checkpoint-in-use", "another command is reading or making a checkpoint")
+	CheckpointName   = add(8004, "checkpoint-name", "a checkpoint cannot have this name")
+	OtherRuntime     = add(8005, "other-runtime", "a container runs with another runtime")
+	Encrypted        = add(8006, "encrypted", "an archive is encrypted")
+)
+
 // What has no code of its own.
 var (
 	Failed         = add(9001, "failed", "something has failed that has no code of its own")

@@ -35,6 +35,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/archive"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
@@ -176,7 +177,7 @@ func (c counted) Write(p []byte) (int, error) {
 }
 
 // ErrEncrypted is the error about an encrypted archive without an identity.
-var ErrEncrypted = errors.New("it is encrypted: give the file with your age identity (--identity)")
+var ErrEncrypted = errcode.Encrypted.Wrap(errors.New("it is encrypted: give the file with your age identity (--identity)"))
 
 // Read reads an archive into a draft, and verifies the image set. It tells read
 // how many bytes of the archive it has read. The caller commits the record.
@@ -221,7 +222,7 @@ func open(ctx context.Context, r io.Reader, identities []age.Identity) (io.ReadC
 		}
 		if plain, err = age.Decrypt(peeked, identities...); err != nil {
 			if mismatch := new(age.NoIdentityMatchError); errors.As(err, &mismatch) {
-				return nil, errors.New("it is encrypted for others: none of your identities can open it")
+				return nil, errcode.Encrypted.Wrap(errors.New("it is encrypted for others: none of your identities can open it"))
 			}
 			return nil, err
 		}
@@ -246,7 +247,7 @@ func (x *reader) read(ctx context.Context, t *tar.Reader) error {
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("it is not a checkpoint archive, or cut short: %w", err)
+			return errcode.BadArchive.Errorf("it is not a checkpoint archive, or cut short: %w", err)
 		}
 		name := strings.TrimPrefix(h.Name, "./")
 		image, isImage := strings.CutPrefix(name, imageset.ArchiveImages+"/")
@@ -273,7 +274,7 @@ func (x *reader) read(ctx context.Context, t *tar.Reader) error {
 		}
 	}
 	if images == 0 {
-		return fmt.Errorf("it has no files in %s/: it is not a checkpoint archive", imageset.ArchiveImages)
+		return errcode.BadArchive.Errorf("it has no files in %s/: it is not a checkpoint archive", imageset.ArchiveImages)
 	}
 	return nil
 }
@@ -293,7 +294,7 @@ func (x *reader) write(ctx context.Context, h *tar.Header, r io.Reader, name str
 	defer func() { err = errclass.Join(err, f.Close()) }()
 	sparse := budget.NewSparseWriter(f, x.room)
 	if _, err := io.CopyBuffer(sparse, budget.Reader(ctx, r), make([]byte, 1<<20)); err != nil {
-		return fmt.Errorf("it is cut short or damaged: %w", err)
+		return errcode.BadArchive.Errorf("it is cut short or damaged: %w", err)
 	}
 	if err := sparse.Finish(); err != nil {
 		return err

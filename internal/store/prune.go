@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // Policy decides which checkpoints are kept. What is zero limits nothing.
@@ -20,7 +22,7 @@ type Policy struct {
 }
 
 // ErrNoPolicy is the error about a policy that limits nothing.
-var ErrNoPolicy = errors.New("nothing says which checkpoints to remove: give --keep-last, --older-than or --max-size")
+var ErrNoPolicy = errcode.Usage.Wrap(errors.New("nothing says which checkpoints to remove: give --keep-last, --older-than or --max-size"))
 
 // Pruned is a checkpoint that a policy removes, and why.
 type Pruned struct {
@@ -32,7 +34,7 @@ type Pruned struct {
 // first. Those with a .keep stay, and count.
 func (p Policy) Prune(list []*Checkpoint, now time.Time) ([]Pruned, error) {
 	if p.Count < 0 || p.Age < 0 || p.Bytes < 0 {
-		return nil, errors.New("a number, an age and a size have to be greater than 0")
+		return nil, errcode.Usage.Wrap(errors.New("a number, an age and a size have to be greater than 0"))
 	}
 	if p == (Policy{}) {
 		return nil, ErrNoPolicy

@@ -42,6 +42,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
@@ -73,9 +74,9 @@ const (
 
 // Errors of Open and Begin.
 var (
-	ErrNotFound = errors.New("there is no such checkpoint")
-	ErrExists   = errors.New("there is a checkpoint of this name already")
-	ErrInUse    = errors.New("it is being read or made by another kata-checkpoint: try again when that is done")
+	ErrNotFound = errcode.NoCheckpoint.Wrap(errors.New("there is no such checkpoint"))
+	ErrExists   = errcode.CheckpointExists.Wrap(errors.New("there is a checkpoint of this name already"))
+	ErrInUse    = errcode.CheckpointInUse.Wrap(errors.New("it is being read or made by another kata-checkpoint: try again when that is done"))
 )
 
 // names are those that a checkpoint can have: they become names of files, and
@@ -85,7 +86,7 @@ var names = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 // CheckName reports whether a checkpoint can have a name.
 func CheckName(name string) error {
 	if !names.MatchString(name) || strings.Contains(name, "..") {
-		return fmt.Errorf("%q cannot be the name of a checkpoint: use up to 128 letters, digits, '_', '.' and '-', the first a letter or digit", name)
+		return errcode.CheckpointName.Errorf("%q cannot be the name of a checkpoint: use up to 128 letters, digits, '_', '.' and '-', the first a letter or digit", name)
 	}
 	return nil
 }
@@ -496,14 +497,14 @@ func (c *Checkpoint) Check(ctx context.Context, read func(bytes int64)) error {
 			return context.Cause(ctx)
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("file %s is missing: use another copy of the checkpoint", want.Name)
+			return errcode.Damaged.Errorf("file %s is missing: use another copy of the checkpoint", want.Name)
 		}
 		if err != nil {
 			return err
 		}
 		read(have.Size)
 		if have != want {
-			return fmt.Errorf("file %s is damaged: its SHA-256 is not that of %s; use another copy of the checkpoint", want.Name, RecordName)
+			return errcode.Damaged.Errorf("file %s is damaged: its SHA-256 is not that of %s; use another copy of the checkpoint", want.Name, RecordName)
 		}
 	}
 	return nil
