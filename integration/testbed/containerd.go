@@ -176,13 +176,8 @@ level = "debug"
 // criPlugins are disabled in a containerd without the CRI.
 const criPlugins = `"io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.nri.v1.nri"`
 
-// configureContainerd writes containerd's configuration: where its programs,
-// files and sockets are.
-func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Options) error {
-	programs, err := p.Containerd(ctx, o.Containerd)
-	if err != nil {
-		return err
-	}
+// chooseSockets chooses where containerd's socket and those beside it are.
+func (t *Testbed) chooseSockets() (err error) {
 	sockets := filepath.Join(t.Dir, "run")
 	if len(sockets) > maxSocketDir {
 		if t.SocketDir, err = os.MkdirTemp("/run", "testbed-"); err != nil {
@@ -191,6 +186,16 @@ func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Opt
 		sockets = t.SocketDir
 	}
 	t.Address = filepath.Join(sockets, "containerd.sock")
+	return nil
+}
+
+// configureContainerd writes containerd's configuration: where its programs,
+// files and sockets are.
+func (t *Testbed) configureContainerd(ctx context.Context, p *parts.Parts, o Options) error {
+	programs, err := p.Containerd(ctx, o.Containerd)
+	if err != nil {
+		return err
+	}
 	t.Path = strings.Join([]string{p.Bin(), programs, os.Getenv("PATH")}, ":")
 	t.containerd = filepath.Join(programs, "containerd")
 	disabled, cri, imports := criPlugins, "", ""

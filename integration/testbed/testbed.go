@@ -134,6 +134,9 @@ func Up(ctx context.Context, o Options) (_ *Testbed, err error) {
 	if err := joinMachine(t.Dir); err != nil {
 		return nil, err
 	}
+	if err := t.chooseSockets(); err != nil {
+		return nil, err
+	}
 	if err := t.configure(ctx, p, o); err != nil {
 		return nil, err
 	}
