@@ -157,6 +157,8 @@ type ContainerSpec struct {
 	Mounts      []*cri.Mount
 	// Capabilities are added to the default ones.
 	Capabilities []string
+	// ReadOnlyRoot: it cannot write to its root file system.
+	ReadOnlyRoot bool
 	// Attempt is the number of earlier containers with this name in the pod.
 	Attempt uint32
 }
@@ -184,6 +186,7 @@ func (p *Pod) Create(ctx context.Context, c ContainerSpec) (*Container, error) {
 		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
 			NamespaceOptions: p.config.GetLinux().GetSecurityContext().GetNamespaceOptions(),
 			Capabilities:     &cri.Capability{AddCapabilities: c.Capabilities},
+			ReadonlyRootfs:   c.ReadOnlyRoot,
 		}},
 	}
 	answer, err := p.client.runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: p.ID, Config: config, SandboxConfig: p.config})

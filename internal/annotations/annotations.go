@@ -36,6 +36,10 @@ const (
 	// address its sockets are bound to, the container that it is restored to has it.
 	AddressKey = Prefix + "address"
 
+	// ThawKey is set on a container by its user: when a container that an engine
+	// has paused for a checkpoint runs again, [AfterDump] or [AtResume].
+	ThawKey = Prefix + "thaw"
+
 	// ExternalMountsKey lists, separated by commas, mount points whose content
 	// stays out of the image set. Users may set it; the adjustment (package
 	// adjust) adds what the host knows to be external.
@@ -65,6 +69,12 @@ const (
 	TCPClose       = "close"
 )
 
+// Values of [ThawKey]; thaw in config.toml has the same.
+const (
+	AfterDump = "after-dump"
+	AtResume  = "at-resume"
+)
+
 // AddressStays is the value of [AddressKey].
 const AddressStays = "stays"
 
@@ -85,6 +95,11 @@ func After(annotations map[string]string) (string, error) {
 // TCP parses [TCPKey]. It returns "" where a container lacks it.
 func TCP(annotations map[string]string) (string, error) {
 	return oneOf(annotations, TCPKey, TCPEstablished, TCPClose)
+}
+
+// Thaw parses [ThawKey]. It returns "" where a container lacks it.
+func Thaw(annotations map[string]string) (string, error) {
+	return oneOf(annotations, ThawKey, AfterDump, AtResume)
 }
 
 func oneOf(annotations map[string]string, key, a, b string) (string, error) {

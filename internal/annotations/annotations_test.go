@@ -22,16 +22,18 @@ type parsed struct {
 	After     string
 	TCP       string
 	Address   string
+	Thaw      string
 	Externals []string
 	Archive   string
 }
 
 func parse(id string, annotations map[string]string) (p parsed, err error) {
-	errs := make([]error, 5)
+	errs := make([]error, 6)
 	p.Kind, p.Sandbox, errs[0] = Place(id, annotations)
 	p.After, errs[1] = After(annotations)
 	p.TCP, errs[2] = TCP(annotations)
 	p.Address, errs[4] = Address(annotations)
+	p.Thaw, errs[5] = Thaw(annotations)
 	p.Externals, errs[3] = ExternalMounts(annotations)
 	p.CRI = MadeByCRI(annotations)
 	p.Image = ImageName(annotations)
@@ -90,6 +92,10 @@ func TestAnnotations(t *testing.T) {
 		"TCP established": {in: map[string]string{TCPKey: "established"}, want: parsed{Sandbox: "id", TCP: TCPEstablished}},
 		"TCP close":       {in: map[string]string{TCPKey: "close"}, want: parsed{Sandbox: "id", TCP: TCPClose}},
 		"TCP else":        {in: map[string]string{TCPKey: "keep"}, err: `kata-checkpoint.dev/tcp is "keep" and must be "established" or "close"`},
+
+		"thaw after the dump": {in: map[string]string{ThawKey: "after-dump"}, want: parsed{Sandbox: "id", Thaw: AfterDump}},
+		"thaw at the resume":  {in: map[string]string{ThawKey: "at-resume"}, want: parsed{Sandbox: "id", Thaw: AtResume}},
+		"thaw else":           {in: map[string]string{ThawKey: "early"}, err: `kata-checkpoint.dev/thaw is "early" and must be "after-dump" or "at-resume"`},
 
 		"address stays": {in: map[string]string{AddressKey: "stays"}, want: parsed{Sandbox: "id", Address: AddressStays}},
 		"address else":  {in: map[string]string{AddressKey: ""}, err: `kata-checkpoint.dev/address is "" and must be "stays"`},

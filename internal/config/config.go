@@ -61,8 +61,10 @@ type Config struct {
 	AfterCheckpoint   string
 	// AfterCheckpointCRI is for containers that the CRI created.
 	AfterCheckpointCRI string
-	MaxImageFiles      int
-	MaxImageBytes      int64
+	// Thaw is for containers that the CRI has not created.
+	Thaw          string
+	MaxImageFiles int
+	MaxImageBytes int64
 	// ReserveBytes stay free on a file system that images are written to.
 	ReserveBytes int64
 	// RestoreDir is the directory of the archives that pods may name.
@@ -112,6 +114,7 @@ type file struct {
 	ExecWaitTimeout    string   `toml:"exec_wait_timeout"`
 	AfterCheckpoint    string   `toml:"after_checkpoint"`
 	AfterCheckpointCRI string   `toml:"after_checkpoint_cri"`
+	Thaw               string   `toml:"thaw"`
 	MaxImageFiles      int64    `toml:"max_image_files"`
 	MaxImageBytes      int64    `toml:"max_image_bytes"`
 	ReserveBytes       int64    `toml:"reserve_bytes"`
@@ -138,6 +141,7 @@ func defaults() file {
 		ExecWaitTimeout:    "30s",
 		AfterCheckpoint:    annotations.Stop,
 		AfterCheckpointCRI: annotations.LeaveRunning,
+		Thaw:               annotations.AtResume,
 		MaxImageFiles:      65536,
 		MaxImageBytes:      256 << 30,
 		ReserveBytes:       1 << 30,
@@ -197,6 +201,7 @@ func parse(data []byte) (*Config, error) {
 		AgentOptional:      f.GuestAgent == AgentOptional,
 		AfterCheckpoint:    f.AfterCheckpoint,
 		AfterCheckpointCRI: f.AfterCheckpointCRI,
+		Thaw:               f.Thaw,
 		MaxImageBytes:      f.MaxImageBytes,
 		ReserveBytes:       f.ReserveBytes,
 		RestoreDir:         f.RestoreDir,
@@ -223,6 +228,7 @@ func parse(data []byte) (*Config, error) {
 	for _, a := range []struct{ key, value string }{{"after_checkpoint", f.AfterCheckpoint}, {"after_checkpoint_cri", f.AfterCheckpointCRI}} {
 		check(a.key, a.value == annotations.Stop || a.value == annotations.LeaveRunning, `"stop" or "leave-running"`)
 	}
+	check("thaw", f.Thaw == annotations.AfterDump || f.Thaw == annotations.AtResume, `"after-dump" or "at-resume"`)
 	// A set has one file at least, CRIU's inventory; a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")

@@ -161,7 +161,14 @@ func (j *job) pause(ctx context.Context) error {
 		}
 	}
 	j.bar.Phase("freeze", 0)
-	return j.task.Pause(j.in(ctx))
+	if err := j.task.Pause(j.in(ctx)); err != nil {
+		return err
+	}
+	// Whoever asks for the state of a paused container relies on it: the shim does
+	// not thaw it before its Resume, whatever its annotations say. Its root file
+	// system is read until then.
+	_, err := j.task.Status(j.in(ctx))
+	return err
 }
 
 // resume undoes pause, whatever has become of ctx.

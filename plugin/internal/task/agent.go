@@ -163,7 +163,7 @@ func (s *Service) onAgentLost() {
 			err := c.do(ctx, func(st state) error {
 				paused, ok := st.(pausedState)
 				switch {
-				case !ok:
+				case !ok, paused.runs:
 					return nil
 				case paused.thawOwed:
 					return paused.resume(ctx)

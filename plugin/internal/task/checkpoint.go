@@ -49,6 +49,8 @@ type checkpointRequest struct {
 	stop bool
 	// report is what will be known of it.
 	report *metrics.Report
+	// hasOptions: the engine has sent options.
+	hasOptions bool
 }
 
 // checkpoint writes an image set of a container into the directory that the
@@ -84,7 +86,7 @@ func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpoin
 	if err != nil {
 		return nil, err
 	}
-	req := &checkpointRequest{path: r.Path, work: opts.GetWorkPath()}
+	req := &checkpointRequest{path: r.Path, work: opts.GetWorkPath(), hasOptions: opts != nil}
 	if req.path == "" {
 		req.path = opts.GetImagePath()
 	}
@@ -110,6 +112,9 @@ type checkpointJob struct {
 	phases *phases
 	// images is the image set's name in the exchange directory.
 	images string
+	// byEngine: an engine has paused the container for this checkpoint, and will
+	// resume it.
+	byEngine bool
 	// key signs the image set.
 	key    *signing.Key
 	target *imageset.Target
@@ -125,7 +130,10 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 		checkpointRequest: r, c: c, images: "checkpoint-" + strings.ToLower(rand.Text()),
 		phases: &phases{id: c.id, last: begin, stops: c.s.stops},
 	}
-	c.transition(checkpointingState{c: c, isFrozen: before.frozen()})
+	if st, ok := before.(pausedState); ok {
+		j.byEngine = st.by.isEngines()
+	}
+	c.transition(checkpointingState{c: c, isFrozen: before.frozen(), isPaused: before.paused()})
 	c.freezes.checkpointed()
 	m, err := j.run(ctx, before)
 	err = adviseFull(err)
@@ -152,7 +160,8 @@ func (c *container) runCheckpoint(ctx context.Context, before state, r *checkpoi
 	return nil
 }
 
-// run makes the checkpoint and leaves the container frozen or stopped.
+// run makes the checkpoint and leaves the container stopped, frozen, or, if
+// nothing forbids it, running.
 func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manifest, error) {
 	c := j.c
 	if err := j.openTarget(); err != nil {
@@ -172,7 +181,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 			return nil, err
 		}
-		c.transition(checkpointingState{c: c, isFrozen: true})
+		c.transition(checkpointingState{c: c, isFrozen: true, isPaused: before.paused()})
 		if err := c.freeze(ctx); err != nil {
 			return nil, err
 		}
@@ -190,6 +199,13 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		return nil, j.keepLog(ctx, err)
 	}
 	j.phases.guest(ctx, out.GetPhases())
+	if j.thawsEarly(ctx, before) {
+		if err := c.thaw(ctx); err != nil {
+			return nil, err
+		}
+		c.transition(checkpointingState{c: c, isPaused: before.paused()})
+		j.phases.done(ctx, "thaw")
+	}
 
 	files, err := images.Collect(ctx)
 	if err != nil {
@@ -203,14 +219,6 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	m, err := j.manifest(out, files)
 	if err != nil {
 		return nil, err
-	}
-	if !j.stop && !before.frozen() {
-		// Nobody waits for the container to be frozen: it need not wait for the disk.
-		if err := c.thaw(ctx); err != nil {
-			return nil, err
-		}
-		c.transition(checkpointingState{c: c})
-		j.phases.done(ctx, "thaw")
 	}
 	if err := j.target.Sync(ctx, files); err != nil {
 		return nil, j.explainFull(err)
@@ -301,12 +309,12 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	// A caller that is gone or whose deadline has passed resumes nothing any
 	// longer, so that a container that it has paused is thawed here.
 	abandoned := failed != nil && ctx.Err() != nil
-	if before.frozen() && !abandoned {
-		c.transition(before)
-		return
-	}
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
+	if before.paused() && !abandoned {
+		c.transition(c.pausedAgain(uctx, before))
+		return
+	}
 	if c.isFrozen() {
 		if err := c.thaw(uctx); err != nil {
 			log.G(ctx).WithError(err).WithField("container", c.id).Error("failed to thaw container after checkpoint")
@@ -317,7 +325,7 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	}
 	c.transition(runningState{c: c})
 	c.freezes.end(c)
-	if before.frozen() {
+	if before.paused() {
 		c.publish(ctx, runtime.TaskResumedEventTopic, &eventsapi.TaskResumed{ContainerID: c.id})
 		log.G(ctx).WithField("container", c.id).Warn("resumed container that its caller paused for an abandoned checkpoint")
 	}

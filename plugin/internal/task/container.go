@@ -3,11 +3,13 @@
 package task
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -33,6 +35,12 @@ type container struct {
 	rights      *imageset.Rights
 	// bounds are those of its processes.
 	bounds *api.Rights
+
+	// thawAt is the annotation's [annotations.AfterDump] or [annotations.AtResume],
+	// or empty.
+	thawAt string
+	// rootIsFixed: nothing in it can write to its root file system.
+	rootIsFixed bool
 
 	exchange *exchange
 	// source is the image set that the container is restored from, or nil.
@@ -76,8 +84,20 @@ func newContainer(s *Service, r *task.CreateTaskRequest, spec *bundle.Spec, kind
 		c.args = spec.Process.Args
 	}
 	c.bounds.Execs = true
+	c.rootIsFixed = spec.Root != nil && spec.Root.Readonly && !mayRemount(spec.Process)
 	c.starts.expect("")
 	return c
+}
+
+// mayRemount reports whether a process can have the capability to make a file
+// system writable.
+func mayRemount(p *specs.Process) bool {
+	if p == nil || p.Capabilities == nil {
+		return true
+	}
+	c := p.Capabilities
+	all := upper(slices.Concat(c.Bounding, c.Permitted, c.Effective, c.Inheritable, c.Ambient))
+	return slices.Contains(all, "CAP_SYS_ADMIN")
 }
 
 // container returns the container with an ID, or nil if this shim has not

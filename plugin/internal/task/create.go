@@ -133,6 +133,9 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if _, err := annotations.TCP(c.annotations); err != nil {
 		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
+	if c.thawAt, err = annotations.Thaw(c.annotations); err != nil {
+		return errclass.Invalid(errcode.Annotation, "%w", err)
+	}
 	if _, err := annotations.Address(c.annotations); err != nil {
 		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}

@@ -40,6 +40,9 @@ type state interface {
 	// frozen reports whether Kata takes the container for running while its
 	// processes are frozen.
 	frozen() bool
+	// paused reports whether State shows the container as paused, whether or not
+	// its processes are frozen.
+	paused() bool
 }
 
 // transitions lists the states that may follow each state. Any but the last two
@@ -142,7 +145,7 @@ func (c *container) stopped() {
 // hasStopped reports whether a state is one of the last.
 func hasStopped(s state) bool { return s.name() == "stopped" || s.name() == "abandoned" }
 
-// isFrozen reports whether State shows the container as paused by this shim.
+// isFrozen reports whether this shim has frozen the processes.
 func (c *container) isFrozen() bool { return c.current().frozen() }
 
 // managed reports whether the agent in the guest knows the container.
@@ -166,6 +169,7 @@ func (usual) kill(context.Context) (bool, error) { return false, nil }
 func (usual) forwardsKill(uint32) bool           { return true }
 func (usual) response() *task.StateResponse      { return nil }
 func (usual) frozen() bool                       { return false }
+func (usual) paused() bool                       { return false }
 
 // creatingState lasts until Kata's Create has ended. Create is an operation, so
 // its methods that change the state are reached only after one that failed.
@@ -268,7 +272,7 @@ func (s runningState) pause(ctx context.Context) error {
 		c.execGate.open()
 		return err
 	}
-	c.transition(pausedState{c: c})
+	c.transition(pausedState{c: c, by: &pause{at: time.Now()}})
 	c.publish(ctx, runtime.TaskPausedEventTopic, &eventsapi.TaskPaused{ContainerID: c.id})
 	log.G(ctx).WithField("container", c.id).WithField("duration", time.Since(begin)).Info("paused container")
 	return nil
@@ -289,6 +293,11 @@ type pausedState struct {
 	// thaw it. [container.collectThaw] tries until it is done, and an agent that
 	// comes back or a Resume may be first.
 	thawOwed bool
+	// by is the Pause, nil if there was none.
+	by *pause
+	// runs: the processes run although State reports the container as paused,
+	// until the engine resumes it.
+	runs bool
 }
 
 func (pausedState) name() string { return "paused" }
@@ -316,7 +325,8 @@ func (s pausedState) checkpoint(ctx context.Context, r *checkpointRequest) error
 	return s.c.runCheckpoint(ctx, s, r)
 }
 
-func (pausedState) frozen() bool { return true }
+func (s pausedState) frozen() bool { return !s.runs }
+func (pausedState) paused() bool   { return true }
 
 // checkpointingState lasts as long as a checkpoint. A checkpoint is an
 // operation, so that its methods are reached only by a second checkpoint, which
@@ -327,6 +337,9 @@ type checkpointingState struct {
 	// isFrozen: the processes are frozen, by this checkpoint or by a Pause
 	// before it.
 	isFrozen bool
+	// isPaused: State reports the container as paused, because a Pause came before
+	// the checkpoint and its Resume has not.
+	isPaused bool
 }
 
 func (checkpointingState) name() string { return "checkpointing" }
@@ -346,6 +359,7 @@ func (s checkpointingState) busy() error {
 }
 
 func (s checkpointingState) frozen() bool { return s.isFrozen }
+func (s checkpointingState) paused() bool { return s.isFrozen || s.isPaused }
 
 // stoppedState is a container whose init has exited.
 type stoppedState struct {

@@ -34,6 +34,7 @@ const runningTTL = 2 * time.Second
 // cache if Kata does not answer in time.
 func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
 	if r.ExecID == "" {
+		c.noteLook()
 		if resp := c.current().response(); resp != nil {
 			return resp, nil
 		}
@@ -94,7 +95,7 @@ func (c *container) cachedRunning() *task.StateResponse {
 }
 
 // overlayStatus adds to Kata's response what Kata does not know: that this shim
-// has frozen the container and its execs, and that the process that runs while
+// shows the container and its execs as paused, and that the process that runs while
 // a restore is in progress or being undone is the placeholder.
 func (c *container) overlayStatus(resp *task.StateResponse) *task.StateResponse {
 	if resp.GetStatus() != statusRunning {
@@ -104,7 +105,7 @@ func (c *container) overlayStatus(resp *task.StateResponse) *task.StateResponse 
 	_, created := st.(createdState)
 	var status tasktypes.Status
 	switch {
-	case st.frozen():
+	case st.paused():
 		status = statusPaused
 	case created && c.source != nil:
 		status = statusCreated
