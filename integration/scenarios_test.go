@@ -149,6 +149,8 @@ var scenarios = []scenarioCase{
 	{name: "nerdctl-life", kind: kindEngines, run: nerdctlLife, core: onRust, cri: true, timeout: 8 * time.Minute},
 	{name: "docker-life", kind: kindEngines, run: dockerLife, timeout: 8 * time.Minute},
 	{name: "ctr-image-roundtrip", kind: kindEngines, run: ctrImageRoundtrip, core: onGo},
+	{name: "pre-dump-life", kind: kindCycles, run: preDumpLife, cri: true, timeout: 10 * time.Minute},
+	{name: "pre-dump-user-pause", kind: kindEngines, run: preDumpUserPause},
 	{name: "early-thaw", kind: kindEngines, run: earlyThaw, cri: true},
 	{name: "hooks-in-spec", kind: kindEngines, run: hooksInSpec, core: onRust},
 

@@ -12,6 +12,7 @@ package annotations
 
 import (
 	"path"
+	"strconv"
 	"strings"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
@@ -39,6 +40,10 @@ const (
 	// ThawKey is set on a container by its user: when a container that an engine
 	// has paused for a checkpoint runs again, [AfterDump] or [AtResume].
 	ThawKey = Prefix + "thaw"
+
+	// PreDumpKey is set on a container by its user: how often its memory is copied
+	// before a checkpoint freezes it, see [PreDumps].
+	PreDumpKey = Prefix + "pre-dump"
 
 	// ExternalMountsKey lists, separated by commas, mount points whose content
 	// stays out of the image set. Users may set it; the adjustment (package
@@ -100,6 +105,46 @@ func TCP(annotations map[string]string) (string, error) {
 // Thaw parses [ThawKey]. It returns "" where a container lacks it.
 func Thaw(annotations map[string]string) (string, error) {
 	return oneOf(annotations, ThawKey, AfterDump, AtResume)
+}
+
+// Values of [PreDumpKey] beside a number; pre_dump and pre_dump_cri in
+// config.toml have the same.
+const (
+	PreDumpOff  = "off"
+	PreDumpAuto = "auto"
+)
+
+// MaxPreDumps is how often the memory of a container is copied at most before a
+// checkpoint.
+const MaxPreDumps = 16
+
+// PreDump parses [PreDumpKey]. It returns false where a container lacks it.
+func PreDump(annotations map[string]string) (rounds int, ok bool, err error) {
+	value, ok := annotations[PreDumpKey]
+	if !ok {
+		return 0, false, nil
+	}
+	if rounds, err = PreDumps(value); err != nil {
+		return 0, false, errcode.Annotation.Errorf("annotation %s is %w", PreDumpKey, err)
+	}
+	return rounds, true, nil
+}
+
+// PreDumps returns how many rounds a value stands for at most: none for
+// [PreDumpOff], [MaxPreDumps] for [PreDumpAuto], or the number that it is. Rounds
+// end earlier where more of them gain nothing.
+func PreDumps(value string) (int, error) {
+	switch value {
+	case PreDumpOff:
+		return 0, nil
+	case PreDumpAuto:
+		return MaxPreDumps, nil
+	}
+	n, err := strconv.Atoi(value)
+	if err != nil || n < 1 || n > MaxPreDumps || strconv.Itoa(n) != value {
+		return 0, errcode.Annotation.Errorf("%q and must be %q, %q or a number from 1 to %d", value, PreDumpOff, PreDumpAuto, MaxPreDumps)
+	}
+	return n, nil
 }
 
 func oneOf(annotations map[string]string, key, a, b string) (string, error) {

@@ -12,28 +12,31 @@ import (
 
 // parsed is everything that can be read from annotations.
 type parsed struct {
-	Kind      Kind
-	Sandbox   string
-	CRI       bool
-	Image     string
-	Container string
-	Namespace string
-	UID       string
-	After     string
-	TCP       string
-	Address   string
-	Thaw      string
-	Externals []string
-	Archive   string
+	Kind       Kind
+	Sandbox    string
+	CRI        bool
+	Image      string
+	Container  string
+	Namespace  string
+	UID        string
+	After      string
+	TCP        string
+	Address    string
+	Thaw       string
+	PreDump    int
+	HasPreDump bool
+	Externals  []string
+	Archive    string
 }
 
 func parse(id string, annotations map[string]string) (p parsed, err error) {
-	errs := make([]error, 6)
+	errs := make([]error, 7)
 	p.Kind, p.Sandbox, errs[0] = Place(id, annotations)
 	p.After, errs[1] = After(annotations)
 	p.TCP, errs[2] = TCP(annotations)
 	p.Address, errs[4] = Address(annotations)
 	p.Thaw, errs[5] = Thaw(annotations)
+	p.PreDump, p.HasPreDump, errs[6] = PreDump(annotations)
 	p.Externals, errs[3] = ExternalMounts(annotations)
 	p.CRI = MadeByCRI(annotations)
 	p.Image = ImageName(annotations)
@@ -96,6 +99,12 @@ func TestAnnotations(t *testing.T) {
 		"thaw after the dump": {in: map[string]string{ThawKey: "after-dump"}, want: parsed{Sandbox: "id", Thaw: AfterDump}},
 		"thaw at the resume":  {in: map[string]string{ThawKey: "at-resume"}, want: parsed{Sandbox: "id", Thaw: AtResume}},
 		"thaw else":           {in: map[string]string{ThawKey: "early"}, err: `kata-checkpoint.dev/thaw is "early" and must be "after-dump" or "at-resume"`},
+
+		"no pre-dumps":       {in: map[string]string{PreDumpKey: "off"}, want: parsed{Sandbox: "id", HasPreDump: true}},
+		"pre-dumps":          {in: map[string]string{PreDumpKey: "auto"}, want: parsed{Sandbox: "id", PreDump: MaxPreDumps, HasPreDump: true}},
+		"two pre-dumps":      {in: map[string]string{PreDumpKey: "2"}, want: parsed{Sandbox: "id", PreDump: 2, HasPreDump: true}},
+		"too many pre-dumps": {in: map[string]string{PreDumpKey: "17"}, err: `kata-checkpoint.dev/pre-dump is "17" and must be "off", "auto" or a number from 1 to 16`},
+		"no number":          {in: map[string]string{PreDumpKey: "+2"}, err: `"+2"`},
 
 		"address stays": {in: map[string]string{AddressKey: "stays"}, want: parsed{Sandbox: "id", Address: AddressStays}},
 		"address else":  {in: map[string]string{AddressKey: ""}, err: `kata-checkpoint.dev/address is "" and must be "stays"`},

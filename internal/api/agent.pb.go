@@ -93,8 +93,11 @@ type InfoResponse struct {
 	// oldest_protocol is the oldest version that the agent speaks; 0: it speaks
 	// protocol only.
 	OldestProtocol uint32 `protobuf:"varint,8,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// pre_dump: PreDump works, because the kernel notes which pages are written.
+	// It is false without check, and from an agent that does not know PreDump.
+	PreDump       bool `protobuf:"varint,9,opt,name=pre_dump,json=preDump,proto3" json:"pre_dump,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *InfoResponse) Reset() {
@@ -181,6 +184,13 @@ func (x *InfoResponse) GetOldestProtocol() uint32 {
 		return x.OldestProtocol
 	}
 	return 0
+}
+
+func (x *InfoResponse) GetPreDump() bool {
+	if x != nil {
+		return x.PreDump
+	}
+	return false
 }
 
 type ContainerRequest struct {
@@ -883,7 +893,11 @@ type CheckpointRequest struct {
 	// rights are those of the container: it is refused while a process has more,
 	// as a privileged exec gives it, for which no restore would have a place.
 	// Without them the agent does not look.
-	Rights        *Rights `protobuf:"bytes,7,opt,name=rights,proto3" json:"rights,omitempty"`
+	Rights *Rights `protobuf:"bytes,7,opt,name=rights,proto3" json:"rights,omitempty"`
+	// parents are the directories of the PreDumps that precede it, the first one
+	// first: the dump has what has changed since. Then there is a file with
+	// the message FoldedFiles in its directory.
+	Parents       []string `protobuf:"bytes,8,rep,name=parents,proto3" json:"parents,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -967,6 +981,269 @@ func (x *CheckpointRequest) GetRights() *Rights {
 	return nil
 }
 
+func (x *CheckpointRequest) GetParents() []string {
+	if x != nil {
+		return x.Parents
+	}
+	return nil
+}
+
+// PreDumpRequest asks for a round of copying the memory of a running container.
+type PreDumpRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// directory is the name of a new directory in the exchange mount.
+	Directory string `protobuf:"bytes,2,opt,name=directory,proto3" json:"directory,omitempty"`
+	// parent is the directory of the PreDump before this one; empty: this one
+	// copies everything.
+	Parent        string `protobuf:"bytes,3,opt,name=parent,proto3" json:"parent,omitempty"`
+	Token         string `protobuf:"bytes,4,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreDumpRequest) Reset() {
+	*x = PreDumpRequest{}
+	mi := &file_internal_api_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreDumpRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreDumpRequest) ProtoMessage() {}
+
+func (x *PreDumpRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreDumpRequest.ProtoReflect.Descriptor instead.
+func (*PreDumpRequest) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PreDumpRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *PreDumpRequest) GetDirectory() string {
+	if x != nil {
+		return x.Directory
+	}
+	return ""
+}
+
+func (x *PreDumpRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *PreDumpRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type PreDumpResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// bytes of memory that were copied.
+	Bytes         uint64 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PreDumpResponse) Reset() {
+	*x = PreDumpResponse{}
+	mi := &file_internal_api_agent_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PreDumpResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PreDumpResponse) ProtoMessage() {}
+
+func (x *PreDumpResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PreDumpResponse.ProtoReflect.Descriptor instead.
+func (*PreDumpResponse) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PreDumpResponse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+// FoldedFiles are the images of a Checkpoint with parents whose content is put
+// together from several files, so that the image set needs no parents. The
+// images that refer to that content take it as it is then.
+type FoldedFiles struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Files         []*FoldedFile          `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FoldedFiles) Reset() {
+	*x = FoldedFiles{}
+	mi := &file_internal_api_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FoldedFiles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FoldedFiles) ProtoMessage() {}
+
+func (x *FoldedFiles) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FoldedFiles.ProtoReflect.Descriptor instead.
+func (*FoldedFiles) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *FoldedFiles) GetFiles() []*FoldedFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+// FoldedFile has the parts of a file one after the other. The three lists of its
+// parts have the same length.
+type FoldedFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// name of the file in the image set.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The sources are the files that the parts are in. Each has a name, and the
+	// number of its directory among the parents; that of CheckpointRequest's
+	// directory comes after those.
+	SourceDirectories []uint32 `protobuf:"varint,2,rep,packed,name=source_directories,json=sourceDirectories,proto3" json:"source_directories,omitempty"`
+	SourceNames       []string `protobuf:"bytes,3,rep,name=source_names,json=sourceNames,proto3" json:"source_names,omitempty"`
+	// part_sources are numbers of sources.
+	PartSources []uint32 `protobuf:"varint,4,rep,packed,name=part_sources,json=partSources,proto3" json:"part_sources,omitempty"`
+	// part_offsets and part_sizes are in bytes.
+	PartOffsets   []uint64 `protobuf:"varint,5,rep,packed,name=part_offsets,json=partOffsets,proto3" json:"part_offsets,omitempty"`
+	PartSizes     []uint64 `protobuf:"varint,6,rep,packed,name=part_sizes,json=partSizes,proto3" json:"part_sizes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FoldedFile) Reset() {
+	*x = FoldedFile{}
+	mi := &file_internal_api_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FoldedFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FoldedFile) ProtoMessage() {}
+
+func (x *FoldedFile) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FoldedFile.ProtoReflect.Descriptor instead.
+func (*FoldedFile) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *FoldedFile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *FoldedFile) GetSourceDirectories() []uint32 {
+	if x != nil {
+		return x.SourceDirectories
+	}
+	return nil
+}
+
+func (x *FoldedFile) GetSourceNames() []string {
+	if x != nil {
+		return x.SourceNames
+	}
+	return nil
+}
+
+func (x *FoldedFile) GetPartSources() []uint32 {
+	if x != nil {
+		return x.PartSources
+	}
+	return nil
+}
+
+func (x *FoldedFile) GetPartOffsets() []uint64 {
+	if x != nil {
+		return x.PartOffsets
+	}
+	return nil
+}
+
+func (x *FoldedFile) GetPartSizes() []uint64 {
+	if x != nil {
+		return x.PartSizes
+	}
+	return nil
+}
+
 type CheckpointResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Externals     []*External            `protobuf:"bytes,1,rep,name=externals,proto3" json:"externals,omitempty"`
@@ -993,7 +1270,7 @@ type CheckpointResponse struct {
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1282,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1295,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CheckpointResponse) GetExternals() []*External {
@@ -1110,7 +1387,7 @@ type DiscardRequest struct {
 
 func (x *DiscardRequest) Reset() {
 	*x = DiscardRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1399,7 @@ func (x *DiscardRequest) String() string {
 func (*DiscardRequest) ProtoMessage() {}
 
 func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1412,7 @@ func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
 func (*DiscardRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DiscardRequest) GetContainerId() string {
@@ -1185,7 +1462,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1474,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1487,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RestoreRequest) GetContainerId() string {
@@ -1324,7 +1601,7 @@ type Rights struct {
 
 func (x *Rights) Reset() {
 	*x = Rights{}
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1336,7 +1613,7 @@ func (x *Rights) String() string {
 func (*Rights) ProtoMessage() {}
 
 func (x *Rights) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1349,7 +1626,7 @@ func (x *Rights) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rights.ProtoReflect.Descriptor instead.
 func (*Rights) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Rights) GetCapabilities() []string {
@@ -1433,7 +1710,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1722,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1735,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1490,7 +1767,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +1779,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1515,7 +1792,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1556,7 +1833,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[20]
+	mi := &file_internal_api_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +1845,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[20]
+	mi := &file_internal_api_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +1858,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1605,7 +1882,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[21]
+	mi := &file_internal_api_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1894,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[21]
+	mi := &file_internal_api_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,7 +1907,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignalRequest) GetContainerId() string {
@@ -1667,7 +1944,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x18internal/api/agent.proto\x12\x17katacheckpoint.agent.v1\x1a\x1bgoogle/protobuf/empty.proto\"#\n" +
 	"\vInfoRequest\x12\x14\n" +
-	"\x05check\x18\x01 \x01(\bR\x05check\"\x8b\x02\n" +
+	"\x05check\x18\x01 \x01(\bR\x05check\"\xa6\x02\n" +
 	"\fInfoResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12!\n" +
@@ -1677,7 +1954,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x0ekernel_release\x18\x05 \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\x06 \x01(\tR\x06bootId\x12\x1a\n" +
 	"\bproblems\x18\a \x03(\tR\bproblems\x12'\n" +
-	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\"_\n" +
+	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\x12\x19\n" +
+	"\bpre_dump\x18\t \x01(\bR\apreDump\"_\n" +
 	"\x10ContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x12\n" +
@@ -1722,7 +2000,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x06remote\x18\x02 \x01(\tR\x06remote\"A\n" +
 	"\aAddress\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x9b\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xb5\x02\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -1730,7 +2008,26 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\texternals\x18\x04 \x03(\tR\texternals\x12\x12\n" +
 	"\x04stop\x18\x05 \x01(\bR\x04stop\x12\x14\n" +
 	"\x05token\x18\x06 \x01(\tR\x05token\x127\n" +
-	"\x06rights\x18\a \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\"\xbe\x04\n" +
+	"\x06rights\x18\a \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\x12\x18\n" +
+	"\aparents\x18\b \x03(\tR\aparents\"\x7f\n" +
+	"\x0ePreDumpRequest\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
+	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x16\n" +
+	"\x06parent\x18\x03 \x01(\tR\x06parent\x12\x14\n" +
+	"\x05token\x18\x04 \x01(\tR\x05token\"'\n" +
+	"\x0fPreDumpResponse\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\"H\n" +
+	"\vFoldedFiles\x129\n" +
+	"\x05files\x18\x01 \x03(\v2#.katacheckpoint.agent.v1.FoldedFileR\x05files\"\xd7\x01\n" +
+	"\n" +
+	"FoldedFile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x12source_directories\x18\x02 \x03(\rR\x11sourceDirectories\x12!\n" +
+	"\fsource_names\x18\x03 \x03(\tR\vsourceNames\x12!\n" +
+	"\fpart_sources\x18\x04 \x03(\rR\vpartSources\x12!\n" +
+	"\fpart_offsets\x18\x05 \x03(\x04R\vpartOffsets\x12\x1d\n" +
+	"\n" +
+	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xbe\x04\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -1794,7 +2091,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12!\n" +
 	"\fhelper_token\x18\x02 \x01(\tR\vhelperToken\x12\x16\n" +
 	"\x06signal\x18\x03 \x01(\rR\x06signal\x12\x14\n" +
-	"\x05token\x18\x04 \x01(\tR\x05token2\xb7\b\n" +
+	"\x05token\x18\x04 \x01(\tR\x05token2\x95\t\n" +
 	"\x05Agent\x12S\n" +
 	"\x04Info\x12$.katacheckpoint.agent.v1.InfoRequest\x1a%.katacheckpoint.agent.v1.InfoResponse\x12V\n" +
 	"\x05Adopt\x12%.katacheckpoint.agent.v1.AdoptRequest\x1a&.katacheckpoint.agent.v1.AdoptResponse\x12K\n" +
@@ -1802,7 +2099,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x04Hold\x12$.katacheckpoint.agent.v1.HoldRequest\x1a\x16.google.protobuf.Empty\x12K\n" +
 	"\x06Freeze\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12I\n" +
 	"\x04Thaw\x12).katacheckpoint.agent.v1.ContainerRequest\x1a\x16.google.protobuf.Empty\x12U\n" +
-	"\x0fCheckCheckpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a\x16.google.protobuf.Empty\x12e\n" +
+	"\x0fCheckCheckpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a\x16.google.protobuf.Empty\x12\\\n" +
+	"\aPreDump\x12'.katacheckpoint.agent.v1.PreDumpRequest\x1a(.katacheckpoint.agent.v1.PreDumpResponse\x12e\n" +
 	"\n" +
 	"Checkpoint\x12*.katacheckpoint.agent.v1.CheckpointRequest\x1a+.katacheckpoint.agent.v1.CheckpointResponse\x12J\n" +
 	"\aDiscard\x12'.katacheckpoint.agent.v1.DiscardRequest\x1a\x16.google.protobuf.Empty\x12O\n" +
@@ -1823,7 +2121,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -1839,66 +2137,73 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*Connection)(nil),         // 11: katacheckpoint.agent.v1.Connection
 	(*Address)(nil),            // 12: katacheckpoint.agent.v1.Address
 	(*CheckpointRequest)(nil),  // 13: katacheckpoint.agent.v1.CheckpointRequest
-	(*CheckpointResponse)(nil), // 14: katacheckpoint.agent.v1.CheckpointResponse
-	(*DiscardRequest)(nil),     // 15: katacheckpoint.agent.v1.DiscardRequest
-	(*RestoreRequest)(nil),     // 16: katacheckpoint.agent.v1.RestoreRequest
-	(*Rights)(nil),             // 17: katacheckpoint.agent.v1.Rights
-	(*RestoreResponse)(nil),    // 18: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 19: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 20: katacheckpoint.agent.v1.ExecResponse
-	(*SignalRequest)(nil),      // 21: katacheckpoint.agent.v1.SignalRequest
-	nil,                        // 22: katacheckpoint.agent.v1.Rights.LimitsEntry
-	(*emptypb.Empty)(nil),      // 23: google.protobuf.Empty
+	(*PreDumpRequest)(nil),     // 14: katacheckpoint.agent.v1.PreDumpRequest
+	(*PreDumpResponse)(nil),    // 15: katacheckpoint.agent.v1.PreDumpResponse
+	(*FoldedFiles)(nil),        // 16: katacheckpoint.agent.v1.FoldedFiles
+	(*FoldedFile)(nil),         // 17: katacheckpoint.agent.v1.FoldedFile
+	(*CheckpointResponse)(nil), // 18: katacheckpoint.agent.v1.CheckpointResponse
+	(*DiscardRequest)(nil),     // 19: katacheckpoint.agent.v1.DiscardRequest
+	(*RestoreRequest)(nil),     // 20: katacheckpoint.agent.v1.RestoreRequest
+	(*Rights)(nil),             // 21: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 22: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 23: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 24: katacheckpoint.agent.v1.ExecResponse
+	(*SignalRequest)(nil),      // 25: katacheckpoint.agent.v1.SignalRequest
+	nil,                        // 26: katacheckpoint.agent.v1.Rights.LimitsEntry
+	(*emptypb.Empty)(nil),      // 27: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
 	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	17, // 1: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	7,  // 2: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 3: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 4: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	10, // 5: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	11, // 6: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
-	12, // 7: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
-	6,  // 8: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 9: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 10: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 11: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	17, // 12: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	11, // 13: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
-	12, // 14: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
-	22, // 15: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
-	10, // 16: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 17: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 18: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 19: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 20: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 21: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 22: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	13, // 23: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	13, // 24: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	15, // 25: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
-	16, // 26: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	16, // 27: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	19, // 28: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	21, // 29: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
-	1,  // 30: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 31: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	23, // 32: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	23, // 33: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	23, // 34: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	23, // 35: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	23, // 36: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	14, // 37: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	23, // 38: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	23, // 39: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	18, // 40: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	20, // 41: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	23, // 42: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
-	30, // [30:43] is the sub-list for method output_type
-	17, // [17:30] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	21, // 1: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	17, // 2: katacheckpoint.agent.v1.FoldedFiles.files:type_name -> katacheckpoint.agent.v1.FoldedFile
+	7,  // 3: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 4: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 5: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	10, // 6: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	11, // 7: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
+	12, // 8: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
+	6,  // 9: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	7,  // 10: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 11: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 12: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	21, // 13: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	11, // 14: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
+	12, // 15: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
+	26, // 16: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
+	10, // 17: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 18: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 19: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 20: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 21: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 22: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 23: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	13, // 24: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	14, // 25: katacheckpoint.agent.v1.Agent.PreDump:input_type -> katacheckpoint.agent.v1.PreDumpRequest
+	13, // 26: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	19, // 27: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	20, // 28: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	20, // 29: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	23, // 30: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	25, // 31: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
+	1,  // 32: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 33: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	27, // 34: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	27, // 35: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	27, // 36: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	27, // 37: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	27, // 38: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	15, // 39: katacheckpoint.agent.v1.Agent.PreDump:output_type -> katacheckpoint.agent.v1.PreDumpResponse
+	18, // 40: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	27, // 41: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	27, // 42: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	22, // 43: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	24, // 44: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	27, // 45: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
+	32, // [32:46] is the sub-list for method output_type
+	18, // [18:32] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_agent_proto_init() }
@@ -1912,7 +2217,7 @@ func file_internal_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

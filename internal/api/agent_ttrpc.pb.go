@@ -16,6 +16,7 @@ type AgentService interface {
 	Freeze(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	Thaw(context.Context, *ContainerRequest) (*emptypb.Empty, error)
 	CheckCheckpoint(context.Context, *CheckpointRequest) (*emptypb.Empty, error)
+	PreDump(context.Context, *PreDumpRequest) (*PreDumpResponse, error)
 	Checkpoint(context.Context, *CheckpointRequest) (*CheckpointResponse, error)
 	Discard(context.Context, *DiscardRequest) (*emptypb.Empty, error)
 	CheckRestore(context.Context, *RestoreRequest) (*emptypb.Empty, error)
@@ -75,6 +76,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.CheckCheckpoint(ctx, &req)
+			},
+			"PreDump": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PreDumpRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.PreDump(ctx, &req)
 			},
 			"Checkpoint": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CheckpointRequest
@@ -183,6 +191,14 @@ func (c *agentClient) Thaw(ctx context.Context, req *ContainerRequest) (*emptypb
 func (c *agentClient) CheckCheckpoint(ctx context.Context, req *CheckpointRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "CheckCheckpoint", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) PreDump(ctx context.Context, req *PreDumpRequest) (*PreDumpResponse, error) {
+	var resp PreDumpResponse
+	if err := c.client.Call(ctx, "katacheckpoint.agent.v1.Agent", "PreDump", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -39,6 +39,9 @@ const (
 	// token of AdoptRequest: it proves to the agent that it has the right mount.
 	MarkerName = ".exchange"
 
+	// FoldedName is the file with the message FoldedFiles in a directory of images.
+	FoldedName = "folded"
+
 	// LogSuffix is what the name of CRIU's log of a restore that failed has in
 	// addition to that of RestoreRequest's directory, beside which it is.
 	LogSuffix = ".log"

@@ -62,7 +62,12 @@ type Config struct {
 	// AfterCheckpointCRI is for containers that the CRI created.
 	AfterCheckpointCRI string
 	// Thaw is for containers that the CRI has not created.
-	Thaw          string
+	Thaw string
+	// PreDumps is how often the memory of a container is copied at most before a
+	// checkpoint freezes it.
+	PreDumps int
+	// PreDumpsCRI is for containers that the CRI created.
+	PreDumpsCRI   int
 	MaxImageFiles int
 	MaxImageBytes int64
 	// ReserveBytes stay free on a file system that images are written to.
@@ -115,6 +120,8 @@ type file struct {
 	AfterCheckpoint    string   `toml:"after_checkpoint"`
 	AfterCheckpointCRI string   `toml:"after_checkpoint_cri"`
 	Thaw               string   `toml:"thaw"`
+	PreDump            string   `toml:"pre_dump"`
+	PreDumpCRI         string   `toml:"pre_dump_cri"`
 	MaxImageFiles      int64    `toml:"max_image_files"`
 	MaxImageBytes      int64    `toml:"max_image_bytes"`
 	ReserveBytes       int64    `toml:"reserve_bytes"`
@@ -142,6 +149,8 @@ func defaults() file {
 		AfterCheckpoint:    annotations.Stop,
 		AfterCheckpointCRI: annotations.LeaveRunning,
 		Thaw:               annotations.AtResume,
+		PreDump:            annotations.PreDumpOff,
+		PreDumpCRI:         annotations.PreDumpOff,
 		MaxImageFiles:      65536,
 		MaxImageBytes:      256 << 30,
 		ReserveBytes:       1 << 30,
@@ -229,6 +238,14 @@ func parse(data []byte) (*Config, error) {
 		check(a.key, a.value == annotations.Stop || a.value == annotations.LeaveRunning, `"stop" or "leave-running"`)
 	}
 	check("thaw", f.Thaw == annotations.AfterDump || f.Thaw == annotations.AtResume, `"after-dump" or "at-resume"`)
+	for _, p := range []struct {
+		key, value string
+		to         *int
+	}{{"pre_dump", f.PreDump, &c.PreDumps}, {"pre_dump_cri", f.PreDumpCRI, &c.PreDumpsCRI}} {
+		n, err := annotations.PreDumps(p.value)
+		check(p.key, err == nil, fmt.Sprintf(`"off", "auto" or a number from "1" to "%d"`, annotations.MaxPreDumps))
+		*p.to = n
+	}
 	// A set has one file at least, CRIU's inventory; a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")

@@ -38,6 +38,7 @@ var (
 	SignalNotOurs   = add(1029, "signal-not-ours", "the agent was asked for a signal that Kata delivers")
 	ExecInvalid     = add(1030, "exec-invalid", "an exec describes no process")
 	ExecFailed      = add(1031, "exec-failed", "a program cannot be executed in a restored container")
+	PreDumpStored   = add(1032, "pre-dump-stored", "a container with pre-dumps is checkpointed by an engine that has read its files before")
 )
 
 // What a container has that no checkpoint could bring back.
@@ -84,6 +85,7 @@ var (
 	CheckpointLate  = add(2105, "checkpoint-timeout", "a checkpoint took longer than checkpoint_timeout")
 	NotStopped      = add(2106, "not-stopped", "an image set is complete, but its container was not stopped")
 	GuestWroteWrong = add(2107, "guest-wrote-wrong", "the guest has written something that no image set has")
+	PreDumpTooLarge = add(2108, "pre-dump-too-large", "the memory that pre-dumps have copied is in too many parts")
 )
 
 // A restore that is refused or fails.

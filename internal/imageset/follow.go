@@ -48,6 +48,8 @@ type Follower struct {
 	room      *budget.Room // the goroutine's until ended is closed
 	limits    Limits
 	skip      []string
+	// composed are put together from others.
+	composed map[string]Composition
 
 	once  sync.Once
 	stop  chan struct{}
@@ -104,6 +106,11 @@ func (f *Follower) Collect(ctx context.Context) ([]File, error) {
 			}
 		}
 	}
+	for name := range f.composed {
+		if !slices.Contains(names, name) {
+			return nil, errcode.GuestWroteWrong.Errorf("the guest has not written %s, which is to be put together", name)
+		}
+	}
 	var files []File
 	left := f.limits
 	for _, n := range names {
@@ -138,6 +145,9 @@ func (f *Follower) list() (*os.File, []string, error) {
 }
 
 func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left *Limits) (File, error) {
+	if c, ok := f.composed[name]; ok {
+		return f.compose(ctx, name, c, left)
+	}
 	src, st, err := openRegular(dir, name)
 	if err != nil {
 		return File{}, err

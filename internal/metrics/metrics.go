@@ -65,10 +65,14 @@ type Phase struct {
 	Seconds float64 `json:"seconds"`
 }
 
+// PreDump is the phase of all copies of a container's memory that are made while it
+// runs.
+const PreDump = "pre-dump"
+
 // phases are the names that phases have in metrics. Those of the guest come from
 // there, and somebody who owns the guest might send any.
 var phases = map[string]bool{
-	"prepare": true, "freeze": true, "copy images": true, "thaw": true, "sync": true, "commit": true, "stop": true,
+	"prepare": true, PreDump: true, "freeze": true, "copy images": true, "thaw": true, "sync": true, "commit": true, "stop": true,
 	"guest: inspect": true, "guest: criu dump": true, "guest: save /dev/shm": true, "guest: copy logs": true,
 	"guest: other":                    true,
 	"stage images":                    true,

@@ -125,11 +125,11 @@ func stateSize() (uint64, error) {
 func (a *Agent) Info(ctx context.Context, r *api.InfoRequest) (*api.InfoResponse, error) {
 	out := &api.InfoResponse{Protocol: api.ProtocolVersion, OldestProtocol: api.OldestProtocol, Version: version.Version, KernelRelease: kernelRelease(), BootId: bootID()}
 	if r.GetCheck() {
-		v, check, err := a.criu.inspect(ctx)
+		v, check, tracks, err := a.criu.inspect(ctx)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		out.CriuVersion, out.CriuCheck = v, text.Lines(check, text.MaxError)
+		out.CriuVersion, out.CriuCheck, out.PreDump = v, text.Lines(check, text.MaxError), tracks
 		if err != nil {
 			out.Problems = append(out.Problems, text.Lines(err.Error(), text.MaxError))
 		}

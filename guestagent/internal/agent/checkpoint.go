@@ -282,6 +282,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err := shareNamespace(opts, c.root().PID); err != nil {
 		return nil, err
 	}
+	if parents := r.GetParents(); len(parents) > 0 {
+		opts.TrackMem, opts.ParentImg = proto.Bool(true), proto.String(parentImages(parents[len(parents)-1]))
+	}
 	if opts.IrmapScanPaths, err = look.FileMounts(ctx); err != nil {
 		return nil, err
 	}
@@ -305,6 +308,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	mounts, err := inspect.Mounts(c.root().PID)
 	if err != nil {
 		return nil, fmt.Errorf("read the mounts of the container: %w", err)
+	}
+	if err := a.foldParents(ctx, c.ID, r); err != nil {
+		return nil, err
 	}
 	inImages := func(path string) bool { return inspect.InImages(path, mounts, out.GetExternals()) }
 	if err := mendImages(images, look.Names, look.Connections, inImages); err != nil {

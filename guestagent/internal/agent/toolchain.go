@@ -23,6 +23,8 @@ type toolchain struct {
 	version func() (uint32, error)
 	// check returns what `criu check` complained about.
 	check func() error
+	// tracks reports whether the kernel notes which pages are written.
+	tracks func() bool
 }
 
 func newToolchain(bundle string) *toolchain {
@@ -32,6 +34,11 @@ func newToolchain(bundle string) *toolchain {
 		ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
 		defer cancel()
 		return criu.Check(ctx)
+	})
+	t.tracks = sync.OnceValue(func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
+		defer cancel()
+		return criu.TracksMemory(ctx)
 	})
 	return t
 }
@@ -57,9 +64,9 @@ func load(bundle string) (uint32, error) {
 }
 
 // inspect returns what Info reports about CRIU: its version, the output of
-// `criu check`, and an error if no checkpoint can work. It waits no longer than
+// `criu check`, whether there are pre-dumps, and an error if no checkpoint can work. It waits no longer than
 // ctx; the check itself continues for the next caller.
-func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, err error) {
+func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, tracks bool, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -69,12 +76,14 @@ func (t *toolchain) inspect(ctx context.Context) (version uint32, check string, 
 		if e := t.check(); e != nil {
 			check = e.Error()
 			err = errcode.CRIUCheck.Errorf("CRIU cannot work in this guest: %w: give Kata a kernel with the options of configs/kernel", e)
+			return
 		}
+		tracks = t.tracks()
 	}()
 	select {
 	case <-done:
-		return version, check, err
+		return version, check, tracks, err
 	case <-ctx.Done():
-		return 0, "", ctx.Err()
+		return 0, "", false, ctx.Err()
 	}
 }

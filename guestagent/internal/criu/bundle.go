@@ -117,7 +117,7 @@ func Version() (uint32, error) {
 	if _, err := os.Stat(binary); err != nil {
 		return 0, fmt.Errorf("no CRIU in the guest: %w", err)
 	}
-	s, err := startService(binary, "")
+	s, err := startService(binary, "", false)
 	if err != nil {
 		return 0, err
 	}
@@ -137,6 +137,12 @@ func Check(ctx context.Context) error {
 		return fmt.Errorf("criu check: %w: %s", err, strings.TrimSpace(string(out)))
 	}
 	return nil
+}
+
+// TracksMemory reports whether the kernel notes which pages are written, without
+// which there is no pre-dump (`criu check --feature`).
+func TracksMemory(ctx context.Context) bool {
+	return Command(ctx, "criu", "check", "--feature", "mem_dirty_track").Run() == nil
 }
 
 // Running lists the processes in the guest that run the loaded CRIU, as opposed

@@ -90,6 +90,8 @@ type Op struct {
 	// pidNamespaceOf is a process whose PID namespace CRIU runs in; 0: the
 	// guest's root one.
 	pidNamespaceOf int
+	// forks: the work is done by a child of CRIU's.
+	forks bool
 }
 
 // NewOp creates the directory of an operation. The caller calls Close.
@@ -174,6 +176,15 @@ func (o *Op) Dump(ctx context.Context, opts *rpc.CriuOpts) error {
 	return o.run(ctx, dumping, waitGrace, &rpc.CriuReq{Type: rpc.CriuReqType_DUMP.Enum(), Opts: opts}, nil)
 }
 
+// PreDump copies the memory of processes that run, which it stops for a moment. An
+// error of CRIU's is an [*Error]. When ctx is done, CRIU is killed after
+// [StopGrace].
+func (o *Op) PreDump(ctx context.Context, opts *rpc.CriuOpts) error {
+	// CRIU forks for it (criu/cr-service.c, pre_dump_using_req).
+	o.forks = true
+	return o.run(ctx, "pre-dump", waitGrace, &rpc.CriuReq{Type: rpc.CriuReqType_SINGLE_PRE_DUMP.Enum(), Opts: opts}, nil)
+}
+
 // waitGrace waits for the end of a dump.
 func waitGrace(done <-chan struct{}) {
 	timer := time.NewTimer(StopGrace)
@@ -253,7 +264,7 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 				return err
 			}
 		}
-		s, err = startService(filepath.Join(o.dir, launcherName), o.job.Cgroup)
+		s, err = startService(filepath.Join(o.dir, launcherName), o.job.Cgroup, o.forks)
 		return err
 	})
 	if err != nil {

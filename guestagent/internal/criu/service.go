@@ -4,16 +4,22 @@ package criu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"syscall"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // serviceFD is CRIU's end of the socket. The next descriptor is a copy of ours. It
@@ -37,21 +43,25 @@ type service struct {
 	status error
 	// guarded: cmd is not CRIU, but the process that has started it (see guarded).
 	guarded bool
+	// group: CRIU leads a process group, with the child that does its work.
+	group bool
 	// answered: the response has come, after which CRIU exits on its own.
 	answered bool
 }
 
 // startService starts "PATH swrk FD" with the calling thread's namespaces, in a
-// cgroup, or in the caller's if that is empty. The caller calls close.
-func startService(path, cgroup string) (*service, error) {
+// cgroup, or in the caller's if that is empty, and in a process group of its own
+// if so requested. The caller calls close.
+func startService(path, cgroup string, group bool) (*service, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("start CRIU: %w", err)
 	}
 	socket, theirs := os.NewFile(uintptr(fds[0]), "criu"), os.NewFile(uintptr(fds[1]), "criu's end")
 	defer theirs.Close()
-	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{})}
+	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{}), group: group}
 	s.cmd.ExtraFiles = []*os.File{theirs, socket}
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: group}
 	if cgroup != "" {
 		// To move it there later takes an RCU grace period, 10 ms and more.
 		dir, err := os.Open(cgroup)
@@ -60,7 +70,7 @@ func startService(path, cgroup string) (*service, error) {
 			return nil, fmt.Errorf("start CRIU: %w", err)
 		}
 		defer dir.Close()
-		s.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+		s.cmd.SysProcAttr.UseCgroupFD, s.cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
 	}
 	if err := s.cmd.Start(); err != nil {
 		socket.Close()
@@ -76,6 +86,23 @@ func startService(path, cgroup string) (*service, error) {
 	return s, nil
 }
 
+// groupRuns reports whether a process of a group has not exited. The kernel has one
+// in the group until its parent has asked for its status.
+func groupRuns(leader int) bool {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	return slices.ContainsFunc(dirs, func(dir string) bool {
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			return false
+		}
+		if group, err := unix.Getpgid(pid); err != nil || group != leader {
+			return false
+		}
+		st, err := procfs.ReadStat(pid)
+		return err == nil && !st.Exited()
+	})
+}
+
 // pid is CRIU's in the PID namespace of the caller, if it is not guarded.
 func (s *service) pid() int { return s.cmd.Process.Pid }
 
@@ -86,7 +113,29 @@ func (s *service) close() error {
 		s.kill()
 	}
 	<-s.exited
-	return errclass.Join(s.socket.Close(), s.status)
+	var left error
+	if s.group {
+		left = endGroup(s.cmd.Process.Pid)
+	}
+	return errclass.Join(s.socket.Close(), s.status, left)
+}
+
+// groupTimeout bounds the end of a child that has been killed.
+const groupTimeout = 5 * time.Second
+
+// endGroup kills what a CRIU that has exited has left in its process group, and
+// waits until that has let go of what it dumps.
+func endGroup(leader int) error {
+	for deadline := time.Now().Add(groupTimeout); ; {
+		if err := unix.Kill(-leader, unix.SIGKILL); errors.Is(err, unix.ESRCH) || !groupRuns(leader) {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("a child of CRIU, in the process group %d, does not exit", leader)
+		}
+		timer := time.NewTimer(time.Millisecond)
+		<-timer.C
+	}
 }
 
 // kill kills CRIU, unless it has exited.

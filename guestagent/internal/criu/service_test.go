@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -95,7 +98,7 @@ func startImitation(t *testing.T, behaviour string) *service {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := startService(self, "")
+	s, err := startService(self, "", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,5 +230,28 @@ func TestAGuardExitsAsItsCRIU(t *testing.T) {
 		if (err == nil) != (status == 0) || s.cmd.ProcessState.ExitCode() != status {
 			t.Errorf("it %s: error %v, %s", behaviour, err, s.cmd.ProcessState)
 		}
+	}
+}
+
+// A CRIU that is killed does not leave the child that does its work.
+func TestEndGroup(t *testing.T) {
+	cmd := exec.Command("sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := endGroup(cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child)); err == nil && !strings.Contains(string(data), ") Z ") {
+		t.Errorf("the child is there: %s", data)
+	}
+	if err := endGroup(cmd.Process.Pid); err != nil {
+		t.Errorf("of no processes: %v", err)
 	}
 }

@@ -52,6 +52,12 @@ type Guest struct {
 	files     map[string]string
 	// Connections are those that its checkpoints keep.
 	Connections []*api.Connection
+	// Rounds are how many bytes its next pre-dumps say that they have copied.
+	Rounds []uint64
+	// Fold changes the description of folded files.
+	Fold func(*api.FoldedFiles)
+	// NoPreDump: its kernel does not note which pages are written.
+	NoPreDump bool
 	// Addresses are those of its network interfaces.
 	Addresses []*api.Address
 }
@@ -281,7 +287,7 @@ func (g *Guest) Info(_ context.Context, r *api.InfoRequest) (*api.InfoResponse, 
 	defer g.mu.Unlock()
 	out := &api.InfoResponse{Protocol: g.protocol, Version: "fake"}
 	if r.GetCheck() {
-		out.Problems = g.problems
+		out.Problems, out.PreDump = g.problems, !g.NoPreDump
 	}
 	return out, nil
 }
@@ -339,6 +345,35 @@ func (g *Guest) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (
 	return &emptypb.Empty{}, g.enter(ctx, "CheckCheckpoint", r.GetContainerId(), r)
 }
 
+// PreDump implements the agent: it writes two pages in each round.
+func (g *Guest) PreDump(ctx context.Context, r *api.PreDumpRequest) (*api.PreDumpResponse, error) {
+	dir := filepath.Join(g.Exchange(r.GetContainerId()), r.GetDirectory())
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	if err := g.enter(ctx, "PreDump", r.GetContainerId(), r); err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	size := uint64(8 << 20)
+	if len(g.Rounds) > 0 {
+		size, g.Rounds = g.Rounds[0], g.Rounds[1:]
+	}
+	return &api.PreDumpResponse{Bytes: size}, os.WriteFile(filepath.Join(dir, "pages-1.img"), []byte(strings.Repeat("a", 4096)+strings.Repeat("b", 4096)), 0o600)
+}
+
+// Folded is what the images of a checkpoint with parents have in pages-1.img.
+var Folded = strings.Repeat("b", 4096) + strings.Repeat("p", 4096)
+
+// folded describes it.
+func folded(parents []string) *api.FoldedFiles {
+	return &api.FoldedFiles{Files: []*api.FoldedFile{{
+		Name: "pages-1.img", SourceDirectories: []uint32{0, uint32(len(parents))}, SourceNames: []string{"pages-1.img", "pages-1.img"}, //nolint:gosec // few
+		PartSources: []uint32{0, 1}, PartOffsets: []uint64{4096, 0}, PartSizes: []uint64{4096, 4096},
+	}}}
+}
+
 // FailedLog is CRIU's log of a checkpoint or a restore that fails.
 const FailedLog = "Error: failed"
 
@@ -353,6 +388,19 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	for name, content := range g.files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			return nil, err
+		}
+	}
+	if parents := r.GetParents(); len(parents) > 0 {
+		f := folded(parents)
+		if g.Fold != nil {
+			g.Fold(f)
+		}
+		data, err := proto.Marshal(f)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, api.FoldedName), data, 0o600)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}

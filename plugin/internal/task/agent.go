@@ -87,15 +87,17 @@ func (s *Service) awaitAgent(ctx context.Context, c *container) error {
 // checkCRIU has the agent load CRIU and check whether it works in the guest.
 // The first time takes a second or more without KVM, which is better spent
 // before a container is frozen than while it is. Checkpoint reports what was
-// found.
-func (s *Service) checkCRIU(ctx context.Context) {
-	err := s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Info(ctx, &api.InfoRequest{Check: true})
+// found. It returns whether there can be pre-dumps.
+func (s *Service) checkCRIU(ctx context.Context) (canPreDump bool) {
+	var info *api.InfoResponse
+	err := s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) (err error) {
+		info, err = a.Info(ctx, &api.InfoRequest{Check: true})
 		return err
 	})
 	if err != nil {
 		log.G(ctx).WithError(err).Debug("failed to have the agent check CRIU")
 	}
+	return info.GetPreDump()
 }
 
 // ensureAgent connects to the agent, and restarts it if it has died.

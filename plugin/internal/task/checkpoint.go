@@ -51,6 +51,9 @@ type checkpointRequest struct {
 	report *metrics.Report
 	// hasOptions: the engine has sent options.
 	hasOptions bool
+	// isStored: the image set goes to where containerd stores it, and not to a
+	// directory that the options name.
+	isStored bool
 }
 
 // checkpoint writes an image set of a container into the directory that the
@@ -86,7 +89,7 @@ func (c *container) checkpointRequest(r *task.CheckpointTaskRequest) (*checkpoin
 	if err != nil {
 		return nil, err
 	}
-	req := &checkpointRequest{path: r.Path, work: opts.GetWorkPath(), hasOptions: opts != nil}
+	req := &checkpointRequest{path: r.Path, work: opts.GetWorkPath(), hasOptions: opts != nil, isStored: opts.GetImagePath() == ""}
 	if req.path == "" {
 		req.path = opts.GetImagePath()
 	}
@@ -112,6 +115,9 @@ type checkpointJob struct {
 	phases *phases
 	// images is the image set's name in the exchange directory.
 	images string
+	// rounds are the names of the pre-dumps in the exchange directory, of which
+	// parents are those that the dump is based on.
+	rounds, parents []string
 	// byEngine: an engine has paused the container for this checkpoint, and will
 	// resume it.
 	byEngine bool
@@ -170,25 +176,29 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	if err := j.preflight(ctx, before); err != nil {
 		return nil, err
 	}
+	if err := j.checkDeferred(before); err != nil {
+		return nil, err
+	}
 	var err error
-	if j.exchange, err = c.exchange.open(c.s.base, c.s.limits()); err != nil {
+	if j.exchange, err = c.exchange.open(c.s.base, j.exchangeLimits(before)); err != nil {
 		return nil, err
 	}
 	ctx, unbind := j.exchange.bind(ctx)
 	defer unbind()
 	j.phases.done(ctx, "prepare")
 	if !before.frozen() {
+		j.preDump(ctx, before)
 		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 			return nil, err
 		}
 		c.transition(checkpointingState{c: c, isFrozen: true, isPaused: before.paused()})
 		if err := c.freeze(ctx); err != nil {
-			return nil, err
+			return nil, errclass.Join(err, j.undoFreeze(ctx, before))
 		}
 		j.phases.done(ctx, "freeze")
 	}
 
-	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), c.s.limits(), imageset.DumpLogName, imageset.StatsName)
+	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), c.s.limits(), imageset.DumpLogName, imageset.StatsName, api.FoldedName)
 	defer images.Stop()
 	var out *api.CheckpointResponse
 	err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
@@ -207,6 +217,9 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		j.phases.done(ctx, "thaw")
 	}
 
+	if err := j.compose(images); err != nil {
+		return nil, err
+	}
 	files, err := images.Collect(ctx)
 	if err != nil {
 		return nil, j.explainFull(err)
@@ -250,7 +263,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 
 // request is the request to the agent.
 func (j *checkpointJob) request() *api.CheckpointRequest {
-	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop, Token: j.c.exchange.token, Rights: j.c.bounds}
+	return &api.CheckpointRequest{ContainerId: j.c.id, Directory: j.images, Options: j.options, Externals: j.c.externals, Stop: j.stop, Token: j.c.exchange.token, Rights: j.c.bounds, Parents: j.parents}
 }
 
 // openTarget opens the directory for the image set, and records what `delete`
@@ -281,12 +294,14 @@ func (j *checkpointJob) explainFull(err error) error {
 func (j *checkpointJob) clean(failed bool) (err error) {
 	switch {
 	case failed || j.stop:
-		err = remove.All(j.c.exchange.path(j.images))
+		for _, dir := range j.directories() {
+			err = errclass.Join(err, remove.All(j.c.exchange.path(dir)))
+		}
 		if j.exchange != nil {
 			j.exchange.close()
 		}
 	default:
-		go j.c.discardImages(j.images, j.exchange)
+		go j.c.discardImages(j.directories(), j.exchange)
 	}
 	if j.target == nil {
 		return err
@@ -312,7 +327,11 @@ func (c *container) leaveCheckpoint(ctx context.Context, before state, failed er
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
 	if before.paused() && !abandoned {
-		c.transition(c.pausedAgain(uctx, before))
+		next := c.pausedAgain(uctx, before, failed != nil)
+		c.transition(next)
+		if st, ok := next.(pausedState); ok && st.deferred {
+			c.freezeLater(st.by)
+		}
 		return
 	}
 	if c.isFrozen() {

@@ -39,6 +39,9 @@ type container struct {
 	// thawAt is the annotation's [annotations.AfterDump] or [annotations.AtResume],
 	// or empty.
 	thawAt string
+	// preDumps is how often its memory is copied at most before a checkpoint freezes
+	// it.
+	preDumps int
 	// rootIsFixed: nothing in it can write to its root file system.
 	rootIsFixed bool
 

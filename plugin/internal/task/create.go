@@ -136,6 +136,9 @@ func (c *container) prepare(ctx context.Context, r *task.CreateTaskRequest, spec
 	if c.thawAt, err = annotations.Thaw(c.annotations); err != nil {
 		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}
+	if err := c.choosePreDumps(); err != nil {
+		return errclass.Invalid(errcode.Annotation, "%w", err)
+	}
 	if _, err := annotations.Address(c.annotations); err != nil {
 		return errclass.Invalid(errcode.Annotation, "%w", err)
 	}

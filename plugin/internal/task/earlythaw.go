@@ -51,7 +51,7 @@ func (j *checkpointJob) thawsEarly(ctx context.Context, before state) bool {
 	switch {
 	case j.stop:
 		return false
-	case !isPaused, st.runs:
+	case !isPaused, st.runs && !st.deferred:
 		return true
 	case !j.byEngine, c.s.holdsOthers(c):
 		return false
@@ -81,13 +81,14 @@ func (s *Service) holdsOthers(c *container) bool {
 }
 
 // pausedAgain is the state of a container that was paused before a checkpoint,
-// after it. One whose processes ran before it is thawed if it is still frozen.
-func (c *container) pausedAgain(ctx context.Context, before state) state {
+// after it. One whose processes ran before it is thawed if it is still frozen,
+// unless its Pause was deferred.
+func (c *container) pausedAgain(ctx context.Context, before state, failed bool) state {
 	st, ok := before.(pausedState)
 	if !ok {
 		return before
 	}
-	if st.runs && c.isFrozen() {
+	if st.runs && !st.deferred && c.isFrozen() {
 		if err := c.thaw(ctx); err != nil {
 			// Its Resume tries again.
 			log.G(ctx).WithError(err).WithField("container", c.id).Error("failed to thaw container after checkpoint")
@@ -96,6 +97,7 @@ func (c *container) pausedAgain(ctx context.Context, before state) state {
 	} else {
 		st.runs = !c.isFrozen()
 	}
+	st.deferred = st.deferred && st.runs && failed
 	if st.by != nil {
 		st.by.seen.Store(true) // its checkpoint has been made
 	}

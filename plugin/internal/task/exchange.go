@@ -309,23 +309,25 @@ const (
 // closes the exchange directory. The guest removes them: its kernel would keep
 // the cached pages of files that the host removes until it is short of memory,
 // and each checkpoint would make the VM larger by its image set.
-func (c *container) discardImages(images string, open *openExchange) {
+func (c *container) discardImages(directories []string, open *openExchange) {
 	defer open.close()
 	if c.execGate.enter(open.ctx, discardWait) == nil {
 		c.execGate.leave()
 	}
 	ctx, cancel := context.WithTimeout(open.ctx, discardTimeout)
 	defer cancel()
-	err := c.s.agent.Notify(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images, Token: c.exchange.token})
-		return err
-	})
 	logger := log.G(ctx).WithField("container", c.id)
-	if err != nil {
-		logger.WithError(err).Debug("failed to have the guest remove stale images")
-	}
-	if err := remove.All(c.exchange.path(images)); err != nil {
-		logger.WithError(err).Warn("failed to remove stale images")
+	for _, images := range directories {
+		err := c.s.agent.Notify(ctx, func(ctx context.Context, a api.AgentService) error {
+			_, err := a.Discard(ctx, &api.DiscardRequest{ContainerId: c.id, Directory: images, Token: c.exchange.token})
+			return err
+		})
+		if err != nil {
+			logger.WithError(err).Debug("failed to have the guest remove stale images")
+		}
+		if err := remove.All(c.exchange.path(images)); err != nil {
+			logger.WithError(err).Warn("failed to remove stale images")
+		}
 	}
 }
 

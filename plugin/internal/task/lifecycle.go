@@ -52,7 +52,7 @@ var transitions = map[string][]string{
 	"creating":      {"creating", "created", "unmanaged", "stopped"},
 	"created":       {"running", "unmanaged", "stopped", "abandoned"},
 	"running":       {"paused", "checkpointing", "stopped"},
-	"paused":        {"running", "checkpointing", "stopped"},
+	"paused":        {"paused", "running", "checkpointing", "stopped"},
 	"checkpointing": {"checkpointing", "running", "paused", "stopped"},
 	"unmanaged":     {"stopped"},
 	// Kata may report the end of a container that is being abandoned.
@@ -261,7 +261,12 @@ func (s runningState) pause(ctx context.Context) error {
 	if err := c.s.ensureAgent(ctx); err != nil {
 		return fmt.Errorf("pause container %s: %w", c.id, err)
 	}
-	c.s.checkCRIU(ctx)
+	canPreDump := c.s.checkCRIU(ctx)
+	c.s.freezeDeferred(ctx, c)
+	if c.defersPause(ctx, canPreDump) {
+		c.deferPause(ctx, begin)
+		return nil
+	}
 	if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
 		return err
 	}
@@ -298,6 +303,9 @@ type pausedState struct {
 	// runs: the processes run although State reports the container as paused,
 	// until the engine resumes it.
 	runs bool
+	// deferred: it runs because its memory is copied first if a checkpoint follows
+	// soon. If none does, it is frozen.
+	deferred bool
 }
 
 func (pausedState) name() string { return "paused" }

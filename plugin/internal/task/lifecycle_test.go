@@ -35,7 +35,7 @@ func TestTransitions(t *testing.T) {
 		"creating":      "++xxx++x", // an exit is kept until Create has ended
 		"created":       "xx+xx+++",
 		"running":       "xxx++x+x",
-		"paused":        "xx+x+x+x",
+		"paused":        "xx+++x+x", // it is frozen later
 		"checkpointing": "xx+++x+x",
 		"unmanaged":     "xxxxxx+x",
 		"stopped":       ".......+",

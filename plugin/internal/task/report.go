@@ -4,6 +4,7 @@ package task
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"time"
 
@@ -29,8 +30,16 @@ func traceparent(ctx context.Context) string {
 	return value
 }
 
+// reported are the phases of a checkpoint, its pre-dumps as one.
 func reported(list []imageset.Phase) (out []metrics.Phase) {
 	for _, p := range list {
+		if strings.HasPrefix(p.Name, preDumpPhase) {
+			p.Name = metrics.PreDump
+			if last := len(out) - 1; last >= 0 && out[last].Name == metrics.PreDump {
+				out[last].Seconds += p.Duration.Seconds()
+				continue
+			}
+		}
 		out = append(out, metrics.Phase{Name: p.Name, Seconds: p.Duration.Seconds()})
 	}
 	return out

@@ -296,7 +296,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 		log.G(ctx).WithFields(log.Fields{"container": c.id, "phase": p.GetName(), "duration": time.Duration(p.GetNanoseconds())}).Info("restore") //nolint:gosec // a guest that lies spoils a log line
 	}
 	log.G(ctx).WithFields(log.Fields{"container": c.id, "duration": time.Since(begin)}).Info("restored container")
-	c.discardImages(restoreDir, open)
+	c.discardImages([]string{restoreDir}, open)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
 }

@@ -93,6 +93,8 @@ type Service struct {
 
 	// vmBundle is the bundle in which the VM's process is recorded, or nil.
 	vmBundle atomic.Pointer[string]
+	// noPreDump has it logged once why there are no pre-dumps.
+	noPreDump sync.Once
 	// restarting is held while the agent is being restarted.
 	restarting chan struct{}
 
