@@ -34,6 +34,7 @@ import (
 var (
 	kata = flag.String("kata", "", "`directory` with a real Kata to use instead of the stand-in")
 	way  = flag.String("way", "", "which Kata the stand-in imitates: go (default) or rust")
+	full = flag.Bool("full", false, "downtime: more sizes of memory and rates of writing")
 	cold = flag.Bool("cold", false, "checkpoints: do not fault in the machine's memory before a sample")
 )
 

@@ -29,6 +29,7 @@ const usage = `usage: workload PROGRAM [OPTION...]
   counter             count in memory, in a file and in /dev/shm
   files               keep files open: on a volume (also mapped), on the root file system, in /dev/shm, and an unlinked one
   memory              verify checksums of random memory
+  pulse               print the longest time between two looks at the clock, and write memory
   slots               count in a file of /dev/shm that other processes have mapped as well
   obedient            count, exit on SIGTERM, and obey commands in a file
   terminal            answer what is typed at the terminal
@@ -88,6 +89,14 @@ func Main(args []string, w io.Writer) error {
 		flags.IntVar(&m.shmMiB, "shm-mib", 16, "`MiB` of random data in /dev/shm")
 		flags.StringVar(&m.shm, "shm", "/dev/shm/random", "`file` of /dev/shm")
 		setup = func() (program, error) { return &m, m.fill() }
+	case "pulse":
+		p := pulse{}
+		flags.IntVar(&p.mib, "mib", 16, "`MiB` of memory")
+		flags.Float64Var(&p.percent, "percent", 0, "`percent` of the memory to write each second")
+		setup = func() (program, error) {
+			p.begin()
+			return &p, nil
+		}
 	case "slots":
 		l := slots{}
 		flags.StringVar(&l.shared, "shared", "/dev/shm/slots", "`file` of /dev/shm for all")
