@@ -126,6 +126,8 @@ var scenarios = []scenarioCase{
 	{name: "refused-without-agent", kind: kindRefusals, run: refusedWithoutAgent, core: onRust},
 	{name: "refused-no-room", kind: kindRefusals, run: refusedNoRoom, core: onGo},
 	{name: "refused-guest-bundle", kind: kindRefusals, run: refusedGuestBundle},
+	{name: "no-room-at-any-step", kind: kindRefusals, run: noRoomAtAnyStep, timeout: 8 * time.Minute},
+	{name: "few-descriptors", kind: kindRefusals, run: fewDescriptors, timeout: 8 * time.Minute},
 
 	{name: "ways-in", kind: kindAttacks, run: waysIn, core: onGo},
 	{name: "forged-images", kind: kindAttacks, run: forgedImages, core: onRust, timeout: 8 * time.Minute},
@@ -173,7 +175,11 @@ var scenarios = []scenarioCase{
 	{name: "verify-finds-damage", kind: kindOperator, run: verifyFindsDamage},
 	{name: "progress", kind: kindOperator, run: progressShown},
 
-	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts},
+	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts, timeout: 8 * time.Minute},
+	{name: "stuck-restores", kind: kindDeadlines, run: stuckRestores, timeout: 8 * time.Minute},
+	{name: "lost-virtiofsd", kind: kindDeadlines, run: lostVirtiofsd, timeout: 8 * time.Minute},
+	{name: "calls-during-restore", kind: kindDeadlines, run: callsDuringRestore},
+	{name: "clock-steps", kind: kindDeadlines, run: clockSteps},
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
 
 	{name: "containerd-2.1", kind: kindReleases, run: containerdRelease, core: onGo, containerd: "2.1"},
@@ -209,6 +215,7 @@ var scenarios = []scenarioCase{
 	{name: "app-python", kind: kindApps, run: appPython, timeout: 8 * time.Minute},
 	{name: "app-go", kind: kindApps, run: appGo, timeout: 8 * time.Minute},
 
+	{name: "out-of-memory", kind: kindKills, run: outOfMemory},
 	{name: "killed", kind: kindKills, run: killed, core: onRust, timeout: 30 * time.Minute},
 }
 

@@ -209,3 +209,13 @@ func (h *hostile) race(dir string) error {
 	}
 	return errors.New("the image set is still there")
 }
+
+// limitFiles sets the soft limit of open files of a process, as the guest's root.
+func limitFiles(pid int, files uint64) error {
+	var l unix.Rlimit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &l); err != nil {
+		return err
+	}
+	l.Cur = min(files, l.Max)
+	return unix.Prlimit(pid, unix.RLIMIT_NOFILE, &l, nil)
+}

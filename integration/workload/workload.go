@@ -43,6 +43,7 @@ const usage = `usage: workload PROGRAM [OPTION...]
   dial-agent          try to call the guest agent
   spy                 look for copies of the guest agent
   hostile             do in the guest's exchange directory what no agent does
+  limit               set how many files another process may open
   tree                use one of each kind of kernel object that processes hold
   idle                do nothing
   first-instruction   print the mounts and files that exist at the start`
@@ -153,6 +154,13 @@ func Main(args []string, w io.Writer) error {
 		return dialAgent(w, *port)
 	case "spy":
 		return spy(w)
+	case "limit":
+		pid := flags.Int("pid", 0, "`process` to limit")
+		files := flags.Uint64("files", 0, "`number` of files, its soft limit")
+		if err := flags.Parse(args); err != nil {
+			return err
+		}
+		return limitFiles(*pid, *files)
 	case "hostile":
 		h := hostile{}
 		flags.StringVar(&h.dir, "dir", "", "exchange `directory`")
