@@ -3,8 +3,6 @@
 package integration
 
 import (
-	"context"
-	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -38,9 +36,6 @@ func stuckParts(s *scenario) {
 	} {
 		k.stuck(t, limit)
 	}
-	for _, t := range []trial{{frozen, "shim"}, {frozen, "containerd"}} {
-		k.stuckCaller(t, limit)
-	}
 }
 
 // stuck stops a part during a checkpoint, and continues it when the checkpoint has
@@ -68,13 +63,6 @@ func (k *killer) stuck(t trial, limit time.Duration) {
 		k.Errorf("%s: the checkpoint was made", t)
 	}
 	proceed()
-	k.checkContinues(t, dir)
-	k.step("%s: %v", t, err)
-}
-
-// checkContinues checks that the container runs, and can be checkpointed.
-func (k *killer) checkContinues(t trial, dir string) {
-	k.Helper()
 	var status client.Status
 	if !k.eventually(answerTimeout, func() bool {
 		var err error
@@ -87,6 +75,7 @@ func (k *killer) checkContinues(t trial, dir string) {
 	k.check(k.requestCheckpoint(k.run, dir))
 	k.check(verify(dir, k.newDir()))
 	k.checkKeepsRunning(k.run)
+	k.step("%s: %v", t, err)
 }
 
 // stop stops a part, releases the operation, and returns what continues the part.
@@ -105,7 +94,14 @@ func (k *killer) stop(t trial) (proceed func()) {
 	default:
 		var pids []int
 		if t.victim == "virtiofsd" {
-			pids = k.virtiofsd()
+			var err error
+			pids, err = k.testbed.Pids(func(args []string) bool {
+				return strings.HasSuffix(filepath.Base(args[0]), "virtiofsd") && strings.Contains(strings.Join(args, " "), k.c.ID())
+			})
+			k.check(err)
+			if len(pids) == 0 {
+				k.Fatal("there is no virtiofsd")
+			}
 		} else {
 			pids = []int{k.pid(t.victim)}
 		}
@@ -121,167 +117,4 @@ func (k *killer) stop(t trial) (proceed func()) {
 		k.release(t)
 	}
 	return proceed
-}
-
-// stuckCaller: a shim or a containerd that is stopped during a checkpoint keeps
-// nobody waiting beyond the caller's deadline, and leaves the container running
-// once it continues.
-func (k *killer) stuckCaller(t trial, limit time.Duration) {
-	k.Helper()
-	dir := k.newDir()
-	k.arm(t)
-	ctx, cancel := context.WithTimeout(k.ctx, limit)
-	defer cancel()
-	answer := make(chan error, 1)
-	go func() { answer <- k.engine.CheckpointTo(ctx, k.run, dir, false) }()
-	k.reach(t, answer)
-	pid := k.testbed.Containerd.PID
-	if t.victim == "shim" {
-		pid = k.pid("shim")
-	}
-	k.check(syscall.Kill(pid, syscall.SIGSTOP))
-	k.release(t)
-	err := k.waitAnswer(t, answer)
-	if err == nil {
-		k.Errorf("%s: the checkpoint was made", t)
-	}
-	k.check(syscall.Kill(pid, syscall.SIGCONT))
-	k.checkContinues(t, dir)
-	k.step("%s: %v", t, err)
-}
-
-// stuckRestores: whatever part is stopped during a restore, the restore ends at its
-// deadline. Once the part continues, nothing is left of it, and the next one works.
-func stuckRestores(s *scenario) {
-	limit := paced(8 * time.Second).Round(time.Second)
-	k := &killer{scenario: s, c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--every", "500ms"}})}
-	k.ensureRunning()
-	k.whole = s.checkpoint(k.run, true)
-	s.waitExit(k.run, 137)
-	k.run = nil
-	s.configure("checkpoint_timeout", limit.String())
-	midway := point{operation: "restore", phase: "restore-devshm", guest: true, midway: true}
-	started := point{operation: "restore", phase: "start"}
-	for _, t := range []trial{
-		{midway, "criu"}, // which was stopped when it was reached
-		{midway, "agent"},
-		{started, "agent"},
-		{started, "virtiofsd"},
-		{started, "vm"},
-		{started, "kata"},
-	} {
-		k.arm(t)
-		answer := make(chan error, 1)
-		begin := time.Now()
-		go func() {
-			_, err := k.engine.Restore(k.ctx, k.c, k.whole)
-			answer <- err
-		}()
-		k.reach(t, answer)
-		ours := k.sockets()
-		proceed := k.stop(t)
-		if t.victim == "kata" || t.victim == "vm" {
-			// Nobody else can end the container.
-			k.afterLimit(begin, limit, proceed)
-			proceed = func() {}
-		}
-		err := k.waitAnswer(t, answer)
-		if took, most := time.Since(begin), limit+paced(answerTimeout); took > most {
-			k.Errorf("%s: the restore ended after %s", t, took)
-		}
-		if err == nil {
-			k.Errorf("%s: restored", t)
-		} else if t.victim != "kata" && !strings.Contains(err.Error(), "checkpoint_timeout of "+limit.String()+" has expired") {
-			k.Errorf("%s: the restore ended with: %v", t, err)
-		}
-		proceed()
-		k.checkTaskEnds(t, ours)
-		k.step("%s: %v", t, err)
-	}
-	k.run = s.restore(k.c, k.whole)
-	s.waitNumbers(k.run.Output, workload.Rounds, 2)
-}
-
-// afterLimit continues a part once an operation should have ended.
-func (k *killer) afterLimit(begin time.Time, limit time.Duration, proceed func()) {
-	k.Helper()
-	k.eventually(limit+paced(answerTimeout), func() bool { return time.Since(begin) > limit+paced(2*time.Second) })
-	proceed()
-}
-
-// lostVirtiofsd: virtiofsd dies, and with it all files of the guest. A checkpoint
-// or a restore in progress ends, at its deadline at the latest; an earlier image
-// set stays whole; the task can be ended and leaves nothing.
-func lostVirtiofsd(s *scenario) {
-	limit := paced(8 * time.Second).Round(time.Second)
-	s.configure("checkpoint_timeout", limit.String())
-	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--every", "500ms"}})}
-	k.whole = filepath.Join(k.targets, "whole")
-	s.check(os.Mkdir(k.whole, 0o700))
-	for _, t := range []trial{
-		{point{operation: "checkpoint", phase: "prepare"}, "virtiofsd"},
-		{point{operation: "checkpoint", phase: "freeze"}, "virtiofsd"},
-		{point{operation: "checkpoint", phase: "inspect", guest: true, midway: true}, "virtiofsd"},
-		{point{operation: "checkpoint", phase: "copy-images"}, "virtiofsd"},
-		{point{operation: "restore", phase: "adopt"}, "virtiofsd"},
-		{point{operation: "restore", phase: "start"}, "virtiofsd"},
-		{point{operation: "restore", phase: "restore-devshm", guest: true, midway: true}, "virtiofsd"},
-	} {
-		if t.operation == "checkpoint" {
-			k.ensureRunning()
-			if entries, err := os.ReadDir(k.whole); err == nil && len(entries) == 0 {
-				s.check(k.requestCheckpoint(k.run, k.whole))
-			}
-		}
-		k.arm(t)
-		answer := make(chan error, 1)
-		begin := time.Now()
-		go func() {
-			if t.operation == "checkpoint" {
-				answer <- k.requestCheckpoint(k.run, k.whole)
-				return
-			}
-			_, err := k.engine.Restore(k.ctx, k.c, k.whole)
-			answer <- err
-		}()
-		k.reach(t, answer)
-		ours := k.sockets()
-		for _, pid := range k.virtiofsd() {
-			k.check(syscall.Kill(pid, syscall.SIGKILL))
-		}
-		switch {
-		case t.midway:
-			k.shellInGuestOf(k.c.ID(), findAgent+findCRIU+"kill -CONT $criu")
-		case !t.guest:
-			k.release(t)
-		}
-		err := k.waitAnswer(t, answer)
-		if took, most := time.Since(begin), limit+paced(answerTimeout); took > most {
-			k.Errorf("%s: it ended after %s", t, took)
-		}
-		if err == nil && t.phase != "copy-images" { // which no longer needs it
-			k.Errorf("%s: it worked", t)
-		}
-		k.step("%s: %v", t, err)
-		if k.run != nil {
-			s.checkPrompt("SIGKILL", func() { _ = k.run.Kill(s.ctx, syscall.SIGKILL, client.WithKillAll) })
-		}
-		k.checkTaskEnds(t, ours)
-		k.checkWholeOrNothing(t, k.whole, true)
-	}
-	k.run = s.restore(k.c, k.whole)
-	s.waitNumbers(k.run.Output, workload.Rounds, 2)
-}
-
-// virtiofsd finds the processes of the container's virtiofsd.
-func (k *killer) virtiofsd() []int {
-	k.Helper()
-	pids, err := k.testbed.Pids(func(args []string) bool {
-		return strings.HasSuffix(filepath.Base(args[0]), "virtiofsd") && strings.Contains(strings.Join(args, " "), k.c.ID())
-	})
-	k.check(err)
-	if len(pids) == 0 {
-		k.Fatal("there is no virtiofsd")
-	}
-	return pids
 }
