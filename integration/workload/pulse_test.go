@@ -22,8 +22,8 @@ func TestLongest(t *testing.T) {
 // The longest gap is that since the last round, and memory is written meanwhile.
 func TestPulse(t *testing.T) {
 	p := &pulse{mib: 1, percent: 10000}
-	p.begin()
 	begin := time.Now()
+	p.begin()
 	var out bytes.Buffer
 	for deadline := begin.Add(10 * time.Second); p.longest.Load() == 0 && time.Now().Before(deadline); {
 	}
