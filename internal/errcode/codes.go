@@ -74,6 +74,12 @@ var (
 	MountCovered      = add(2028, "mount-covered", "the workload has mounted something over a mount of the container's")
 	NoProc            = add(2029, "no-proc", "a mount namespace has no proc file system at its place")
 	FileUnmounted     = add(2030, "file-unmounted", "the mount of an open file was unmounted")
+	SocketBusy        = add(2031, "socket-busy", "a socket has something that waits to be read, sent or accepted")
+	PendingSignal     = add(2032, "pending-signal", "a process has a SIGTRAP pending")
+	FileCovered       = add(2033, "file-covered", "a mount covers the one that an open file is on")
+	DescriptorKind    = add(2034, "descriptor-kind", "a process has a descriptor of a kind that CRIU does not know")
+	ForeignProcess    = add(2035, "foreign-process", "a process has a pidfd that is not of a process of its container")
+	FileTooLarge      = add(2036, "file-too-large", "a removed file that is open is too large for an image set")
 )
 
 // A checkpoint that fails.

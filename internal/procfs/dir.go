@@ -3,6 +3,7 @@
 package procfs
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -139,25 +140,54 @@ func (d *Dir) Stat() (Stat, error) {
 	return s, nil
 }
 
-// Identity returns what [NSPIDs] does, and the pid of the process that traces this
-// one with ptrace(2), or 0.
-func (d *Dir) Identity() (pids []int, tracer int, err error) {
-	data, err := d.ReadRecord("status")
+// TaskStatus is what a process's or a thread's status in /proc says of it.
+type TaskStatus struct {
+	// PIDs are its pids in each PID namespace, from that of /proc inwards.
+	PIDs []int
+	// Tracer is the pid of the process that traces it with ptrace(2), or 0.
+	Tracer int
+	// Threads is how many threads the process has.
+	Threads int
+	// Pending are the signals that are pending for the thread or for its process,
+	// bit 0 the first.
+	Pending uint64
+}
+
+// TaskStatus reads the status of the process, or that of a thread where name is
+// task/TID/status.
+func (d *Dir) TaskStatus(name string) (TaskStatus, error) {
+	data, err := d.ReadRecord(name)
 	if err != nil {
-		return nil, 0, err
+		return TaskStatus{}, err
 	}
-	value, err := statusField(data, d.pid, "NSpid")
-	if err == nil {
-		pids, err = parseNSPIDs(value, d.pid)
-	}
+	s, err := parseStatus(data, d.pid)
 	if err != nil {
-		return nil, 0, err
+		return TaskStatus{}, fmt.Errorf("parse %s: %w", path(d.pid, name), err)
 	}
-	if value, err = statusField(data, d.pid, "TracerPid"); err != nil {
-		return nil, 0, err
+	return s, nil
+}
+
+func parseStatus(data []byte, pid int) (s TaskStatus, err error) {
+	for line := range bytes.Lines(data) {
+		name, value, _ := bytes.Cut(line, []byte(":"))
+		switch string(name) {
+		case "NSpid":
+			s.PIDs, err = parseNSPIDs(string(value), pid)
+		case "TracerPid":
+			s.Tracer, err = strconv.Atoi(string(bytes.TrimSpace(value)))
+		case "Threads":
+			s.Threads, err = strconv.Atoi(string(bytes.TrimSpace(value)))
+		case "SigPnd", "ShdPnd":
+			var set uint64
+			set, err = strconv.ParseUint(string(bytes.TrimSpace(value)), 16, 64)
+			s.Pending |= set
+		}
+		if err != nil {
+			return TaskStatus{}, fmt.Errorf("%s: %w", name, err)
+		}
 	}
-	if tracer, err = strconv.Atoi(value); err != nil {
-		return nil, 0, fmt.Errorf("TracerPid of process %d: %w", d.pid, err)
+	if len(s.PIDs) == 0 {
+		return TaskStatus{}, errors.New("no NSpid")
 	}
-	return pids, tracer, nil
+	return s, nil
 }

@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -182,5 +184,29 @@ func TestStarted(t *testing.T) {
 	}
 	if _, err := Started(t.TempDir(), 1); err == nil {
 		t.Error("without procfs a process has started")
+	}
+}
+
+func TestTaskStatus(t *testing.T) {
+	dir, err := OpenDir(os.Getpid(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	for _, name := range []string{"status", "task/" + strconv.Itoa(os.Getpid()) + "/status"} {
+		s, err := dir.TaskStatus(name)
+		if err != nil || s.PIDs[0] != os.Getpid() || s.Threads < 2 || s.Tracer != 0 {
+			t.Errorf("%s: %+v, %v", name, s, err)
+		}
+	}
+	data := []byte("Name:\ta\nTracerPid:\t7\nNSpid:\t12\t3\nThreads:\t2\nSigPnd:\t0000000000000010\nShdPnd:\t0000000000000200\n")
+	s, err := parseStatus(data, 12)
+	if want := (TaskStatus{PIDs: []int{12, 3}, Tracer: 7, Threads: 2, Pending: 0x210}); err != nil || !reflect.DeepEqual(s, want) {
+		t.Errorf("%+v, %v", s, err)
+	}
+	for _, data := range []string{"", "NSpid:\n", "NSpid:\t1\nTracerPid:\tx\n", "NSpid:\t1\nSigPnd:\tg\n"} {
+		if s, err := parseStatus([]byte(data), 12); err == nil {
+			t.Errorf("%q: %+v", data, s)
+		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"github.com/containerd/errdefs"
@@ -32,80 +33,111 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
-// ghostLimit is the size in bytes of the largest unlinked file that an image
-// set may contain. CRIU's default, 1 MiB, is too small for many databases.
-const ghostLimit = 1 << 30
-
 // CheckCheckpoint implements the service.
 func (a *Agent) CheckCheckpoint(ctx context.Context, r *api.CheckpointRequest) (*emptypb.Empty, error) {
 	c, err := a.running(r.GetContainerId())
 	if err != nil {
 		return nil, errclass.ToRPC(err)
 	}
-	if _, _, err := a.inspect(ctx, c, r); err != nil {
-		return nil, errclass.ToRPC(c.explain(err))
+	// What is over in a moment is no reason to refuse a container that runs.
+	for end := time.Now().Add(passingWait); ; {
+		_, _, findings, err := a.findings(ctx, c, r)
+		if err == nil && inspect.Passing(findings) && time.Now().Before(end) {
+			select {
+			case <-ctx.Done():
+			case <-time.After(passingPause):
+				continue
+			}
+		}
+		if err == nil {
+			err = judge(ctx, c, findings)
+		}
+		if err != nil {
+			return nil, errclass.ToRPC(c.explain(err))
+		}
+		return &emptypb.Empty{}, nil
 	}
-	return &emptypb.Empty{}, nil
 }
+
+// For how long, and after which pauses, a container is looked at again where a
+// checkpoint would be possible in a moment.
+const (
+	passingWait  = 300 * time.Millisecond
+	passingPause = 20 * time.Millisecond
+)
 
 // inspect looks at a container's processes, and reports whether its IPC
 // namespace has to be dumped. Its error names everything that forbids a
 // checkpoint; what is only worth knowing is logged.
 func (a *Agent) inspect(ctx context.Context, c *container, r *api.CheckpointRequest) (_ *inspect.Container, ownIPC bool, _ error) {
-	pids, err := c.pids()
+	look, ownIPC, findings, err := a.findings(ctx, c, r)
 	if err != nil {
 		return nil, false, err
 	}
-	look, err := inspect.Look(ctx, c.root().PID, pids, c.Mounts)
-	if err != nil {
-		return nil, false, err
-	}
-	findings, err := look.Check(c.Stdio, r.GetOptions())
-	if err != nil {
-		return nil, false, err
-	}
-	mounts, err := look.CheckMounts(r.GetExternals())
-	if err != nil {
-		return nil, false, err
-	}
-	findings = append(findings, mounts...)
-	device, err := c.shm()
-	if err != nil {
-		return nil, false, err
-	}
-	findings = append(findings, look.CheckTerminals(c.Stdio)...)
-	if r.GetRights() != nil {
-		more, err := excesses(look, r.GetRights())
-		if err != nil {
-			return nil, false, err
-		}
-		findings = append(findings, more...)
-	}
-	shm, err := look.CheckShm(device)
-	if err != nil {
-		return nil, false, err
-	}
-	findings = append(findings, shm...)
-	names, err := look.CheckNames(ctx, r.GetExternals())
-	if err != nil {
-		return nil, false, err
-	}
-	findings = append(findings, names...)
-	others, err := a.otherProcesses(ctx, c.ID)
-	if err != nil {
-		return nil, false, err
-	}
-	ownIPC, more, err := look.CheckIPC(others)
-	if err != nil {
-		return nil, false, err
-	}
-	findings = append(findings, more...)
+	return look, ownIPC, judge(ctx, c, findings)
+}
+
+// judge logs what findings warn of, and returns an error with all that forbids a
+// checkpoint.
+func judge(ctx context.Context, c *container, findings []inspect.Finding) error {
 	for _, f := range findings {
 		if f.Class != inspect.Refused {
 			log.G(ctx).WithField("container", c.ID).Warn(f.String())
 		}
 	}
-	return look, ownIPC, inspect.Refusal(findings)
+	return inspect.Refusal(findings)
+}
+
+func (a *Agent) findings(ctx context.Context, c *container, r *api.CheckpointRequest) (_ *inspect.Container, ownIPC bool, _ []inspect.Finding, _ error) {
+	pids, err := c.pids()
+	if err != nil {
+		return nil, false, nil, err
+	}
+	look, err := inspect.Look(ctx, c.root().PID, pids, c.Mounts)
+	if err != nil {
+		return nil, false, nil, err
+	}
+	findings, err := look.Check(c.Stdio, r.GetOptions())
+	if err != nil {
+		return nil, false, nil, err
+	}
+	mounts, err := look.CheckMounts(r.GetExternals())
+	if err != nil {
+		return nil, false, nil, err
+	}
+	findings = append(findings, mounts...)
+	device, err := c.shm()
+	if err != nil {
+		return nil, false, nil, err
+	}
+	findings = append(findings, look.CheckTerminals(c.Stdio)...)
+	if r.GetRights() != nil {
+		more, err := excesses(look, r.GetRights())
+		if err != nil {
+			return nil, false, nil, err
+		}
+		findings = append(findings, more...)
+	}
+	shm, err := look.CheckShm(device)
+	if err != nil {
+		return nil, false, nil, err
+	}
+	findings = append(findings, shm...)
+	names, err := look.CheckNames(ctx, r.GetExternals())
+	if err != nil {
+		return nil, false, nil, err
+	}
+	findings = append(findings, names...)
+	others, err := a.otherProcesses(ctx, c.ID)
+	if err != nil {
+		return nil, false, nil, err
+	}
+	ownIPC, more, err := look.CheckIPC(others)
+	if err != nil {
+		return nil, false, nil, err
+	}
+	findings = append(findings, more...)
+	return look, ownIPC, findings, nil
 }
 
 // excesses are findings about processes that have more than their container.
@@ -406,7 +438,7 @@ func dumpOptions(op *criu.Op, c *container, o *api.CheckpointOptions, out *api.C
 	opts.LeaveRunning = proto.Bool(true)
 	// Without it CRIU waits forever for tasks that are already frozen.
 	opts.FreezeCgroup = proto.String(c.tree())
-	opts.GhostLimit = proto.Uint32(ghostLimit)
+	opts.GhostLimit = proto.Uint32(inspect.GhostLimit)
 	// For the dump alone, see mendImages.
 	opts.LinkRemap = proto.Bool(true)
 	applyOptions(opts, o)

@@ -60,8 +60,12 @@ const maxNetlinkGroups = 32
 // tells: each is looked at through a copy of its descriptor.
 func (c *Container) unusualSockets(o *api.CheckpointOptions) (findings []Finding) {
 	byProcess := make(map[*Process][]int)
-	for _, o := range c.sockets.owners {
+	unread := make(map[owner]bool)
+	for number, o := range c.sockets.owners {
 		byProcess[o.process] = append(byProcess[o.process], o.fd)
+		if c.sockets.unix[number].unread {
+			unread[o] = true
+		}
 	}
 	for _, p := range c.Processes {
 		fds := byProcess[p]
@@ -75,7 +79,7 @@ func (c *Container) unusualSockets(o *api.CheckpointOptions) (findings []Finding
 		slices.Sort(fds)
 		var bound []netip.AddrPort
 		for _, fd := range fds {
-			r, local := classifySocket(process, fd)
+			r, local := classifySocket(process, fd, unread[owner{p, fd}])
 			if r.class != Good {
 				findings = append(findings, c.finding(p, r))
 			} else if local.IsValid() {
@@ -94,8 +98,9 @@ func (c *Container) unusualSockets(o *api.CheckpointOptions) (findings []Finding
 }
 
 // classifySocket finds the rule for a socket that a process has open, and the
-// address that it is bound to, should a restore bind it again.
-func classifySocket(process, fd int) (r rule, local netip.AddrPort) {
+// address that it is bound to, should a restore bind it again. Of a unix socket
+// it is known whether there is something to read.
+func classifySocket(process, fd int, unread bool) (r rule, local netip.AddrPort) {
 	socket, err := unix.PidfdGetfd(process, fd, 0)
 	if err != nil {
 		return r, local // closed or exited meanwhile
@@ -114,6 +119,10 @@ func classifySocket(process, fd int) (r rule, local netip.AddrPort) {
 		r = rule{class: Unknown, what: fmt.Sprintf("has a socket of the address family %d open, which this version does not know", domain)}
 	case domain == unix.AF_NETLINK && netlinkGroups(socket) > maxNetlinkGroups:
 		r = rule{Refused, errcode.NetlinkGroups, fmt.Sprintf("listens on netlink multicast groups beyond the first %d, which CRIU cannot checkpoint", maxNetlinkGroups), "terminate it before the checkpoint"}
+	case domain == unix.AF_NETLINK && hasUnread(socket):
+		r = rule{Refused, errcode.SocketBusy, "has a netlink socket with messages that it has not read, which CRIU cannot checkpoint", readFirst}
+	case domain == unix.AF_UNIX && unread:
+		r = unreadMessages(socket)
 	case domain == unix.AF_INET, domain == unix.AF_INET6:
 		var anywhere bool
 		if local, anywhere = boundTo(socket, kind); anywhere {
@@ -125,8 +134,18 @@ func classifySocket(process, fd int) (r rule, local netip.AddrPort) {
 		if r, known = protocols[protocol]; !known {
 			r = unsupportedSocket(fmt.Sprintf("IP protocol %d", protocol))
 		}
+		if isUDP := protocol == unix.IPPROTO_UDP || protocol == unix.IPPROTO_UDPLITE; isUDP && corked(socket) {
+			r = rule{Refused, errcode.SocketBusy, "has a UDP socket that collects what it is to send (UDP_CORK), which CRIU cannot checkpoint", "repeat the checkpoint once it has sent that"}
+		}
 	}
 	return r, local
+}
+
+// corked reports whether UDP_CORK is set (linux/udp.h).
+func corked(socket int) bool {
+	const udpCork = 1
+	set, err := unix.GetsockoptInt(socket, unix.SOL_UDP, udpCork)
+	return err == nil && set != 0
 }
 
 // netlinkGroups is the highest multicast group that a netlink socket is a

@@ -22,9 +22,12 @@ func TestUnusualSockets(t *testing.T) {
 		prepare                func(int) error
 		refused                string
 	}{
-		"unix":                       {domain: unix.AF_UNIX, kind: unix.SOCK_STREAM},
-		"TCP":                        {domain: unix.AF_INET, kind: unix.SOCK_STREAM},
-		"UDP over IPv6":              {domain: unix.AF_INET6, kind: unix.SOCK_DGRAM},
+		"unix":          {domain: unix.AF_UNIX, kind: unix.SOCK_STREAM},
+		"TCP":           {domain: unix.AF_INET, kind: unix.SOCK_STREAM},
+		"UDP over IPv6": {domain: unix.AF_INET6, kind: unix.SOCK_DGRAM},
+		"UDP, corked": {domain: unix.AF_INET, kind: unix.SOCK_DGRAM, prepare: func(fd int) error {
+			return unix.SetsockoptInt(fd, unix.SOL_UDP, 1, 1) // UDP_CORK
+		}, refused: "UDP_CORK"},
 		"raw":                        {domain: unix.AF_INET, kind: unix.SOCK_RAW, protocol: unix.IPPROTO_SCTP},
 		"packet":                     {domain: unix.AF_PACKET, kind: unix.SOCK_RAW},
 		"netlink":                    {domain: unix.AF_NETLINK, kind: unix.SOCK_RAW, protocol: unix.NETLINK_ROUTE, prepare: join(32)},

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
@@ -84,6 +85,20 @@ func Refusal(findings []Finding) error {
 	return errclass.With(errdefs.ErrFailedPrecondition, errcode.Parse(strings.Join(texts, "; ")))
 }
 
+// Passing reports whether only such things forbid a checkpoint as are over in a
+// moment, if the programs run: what has arrived is read, and who has connected is
+// accepted.
+func Passing(findings []Finding) bool {
+	some := false
+	for _, f := range findings {
+		if f.Class == Refused && f.Code != errcode.SocketBusy {
+			return false
+		}
+		some = some || f.Class == Refused
+	}
+	return some
+}
+
 // Check compares what was read of a container with what CRIU can dump and
 // restore: CRIU itself would fail later, and with a message deep in its log.
 // Stdio is what the kata-agent gave to init. It returns each finding once for a
@@ -108,6 +123,9 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 			if r := c.procFile(f); r.class != Good {
 				out = append(out, c.finding(p, r))
 			}
+			if r := c.pidFile(f, members); r.class != Good {
+				out = append(out, c.finding(p, r))
+			}
 		}
 		for _, m := range p.Mappings {
 			// A ring may be mapped after its descriptor was closed or registered.
@@ -121,6 +139,9 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 		if p.Tracer != 0 {
 			out = append(out, c.finding(p, rule{Refused, errcode.Traced, "is traced by the process " + Name(p.Tracer) + ", and CRIU has to trace it itself", "detach the tracer"}))
 		}
+		if p.Trapped {
+			out = append(out, c.finding(p, trapped))
+		}
 		if p.Exec {
 			out = append(out, c.finding(p, execed))
 		}
@@ -132,6 +153,7 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 		return nil, err
 	}
 	out = append(out, external...)
+	out = append(out, c.waiting()...)
 	out = append(out, c.connected(o)...)
 	return distinct(out), nil
 }
@@ -156,17 +178,28 @@ type rule struct {
 // the kernel gives them: those that CRIU 4.2 can dump (criu/files.c,
 // dump_one_file), and those that it is known not to.
 var anonymous = map[string]rule{
-	"[eventfd]":   {},
-	"[eventpoll]": {},
-	"[signalfd]":  {},
-	"[timerfd]":   {},
-	"[pidfd]":     {},
-	"inotify":     {},
-	"[fanotify]":  {},
-	"bpf-map":     bpf("map"),
-	"bpf-prog":    bpf("program"),
-	"bpf_link":    bpf("link"),
-	"[io_uring]":  {Refused, errcode.IOUring, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring, or disable it in the guest (sysctl kernel.io_uring_disabled=2, see docs/limits.md)"},
+	"[eventfd]":          {},
+	"[eventpoll]":        {},
+	"[signalfd]":         {},
+	"[timerfd]":          {},
+	"[pidfd]":            {},
+	"inotify":            {},
+	"[fanotify]":         {},
+	"bpf-map":            bpf("map"),
+	"bpf-prog":           bpf("program"),
+	"bpf_link":           bpf("link"),
+	"[io_uring]":         {Refused, errcode.IOUring, "uses io_uring, which CRIU cannot checkpoint", "run the program without io_uring, or disable it in the guest (sysctl kernel.io_uring_disabled=2, see docs/limits.md)"},
+	"[perf_event]":       unsupported("a performance counter (perf_event_open)"),
+	"[userfaultfd]":      unsupported("a userfaultfd"),
+	"seccomp notify":     unsupported("a listener of seccomp notifications"),
+	"[landlock-ruleset]": unsupported("a ruleset of Landlock"),
+	"[fscontext]":        unsupported("a file system that is being mounted (fsopen)"),
+	"sync_file":          unsupported("a fence of a graphics driver (sync_file)"),
+}
+
+// unsupported is a descriptor of a kind that CRIU cannot dump.
+func unsupported(what string) rule {
+	return rule{Refused, errcode.DescriptorKind, "has " + what + " open, which CRIU cannot checkpoint", "close it before the checkpoint, or run the program without it"}
 }
 
 // bpf is an object of BPF. CRIU has support for maps only, and the guest bundle's
@@ -197,10 +230,17 @@ var execed = rule{class: Warning, what: "was started by an exec, which the image
 // copies what threads share from the main one (criu/cr-dump.c).
 var headless = rule{Refused, errcode.MainThreadGone, "runs on after its main thread has exited, which CRIU cannot checkpoint", "have the main thread wait for the others"}
 
+// trapped is a process with a pending SIGTRAP, which CRIU uses itself
+// (compel/src/lib/infect.c, compel_wait_task).
+var trapped = rule{Refused, errcode.PendingSignal, "has a SIGTRAP pending, which CRIU cannot checkpoint", "have it handle the signal before the checkpoint, or terminate it"}
+
 // classify finds the rule for a descriptor.
 func classify(p *Process, f File, stdio []*api.Stdio) rule {
 	if f.Name == "/dev/tty" && isStdio(p.Terminal, stdio) {
 		return controllingTTY
+	}
+	if strings.HasPrefix(f.Name, "pipe:") && f.Flags&unix.O_DIRECT != 0 {
+		return unsupported("a pipe in packet mode (O_DIRECT)")
 	}
 	kind, ok := strings.CutPrefix(f.Name, anonInode)
 	if !ok {
@@ -236,6 +276,44 @@ func (c *Container) procFile(f File) rule {
 	}
 	return rule{}
 }
+
+// pidFile finds the rule for a pidfd: CRIU restores one of a process of the image
+// set, or of none (criu/pidfd.c, dump_one_pidfd).
+func (c *Container) pidFile(f File, members map[int]bool) rule {
+	const closeIt = "close it before the checkpoint"
+	switch {
+	case f.Name != pidFD:
+		return rule{}
+	case f.Flags&pidFDThread != 0:
+		return rule{Refused, errcode.ForeignProcess, "has a pidfd of a thread (PIDFD_THREAD) open, which CRIU cannot checkpoint", closeIt}
+	case f.Target == -1 || members[f.Target]:
+		return rule{}
+	}
+	for _, p := range c.Execs {
+		if p.PID == f.Target {
+			return rule{Refused, errcode.ExecPeer, "has a pidfd open of " + c.ofExec(p), endExec}
+		}
+	}
+	if descends(f.Target, members) {
+		return rule{} // it was started since the processes were listed
+	}
+	return rule{Refused, errcode.ForeignProcess, "has a pidfd open of a process that is not in the container", closeIt}
+}
+
+// descends reports whether a process has an ancestor among others, or has exited.
+func descends(pid int, others map[int]bool) bool {
+	for pid > 1 {
+		stat, err := procfs.ReadStat(pid)
+		if err != nil || others[stat.Parent] {
+			return true
+		}
+		pid = stat.Parent
+	}
+	return false
+}
+
+// pidFDThread is PIDFD_THREAD of linux/pidfd.h.
+const pidFDThread = unix.O_EXCL
 
 // isStdio reports whether a terminal is one of the container's stdio.
 func isStdio(terminal uint64, stdio []*api.Stdio) bool {

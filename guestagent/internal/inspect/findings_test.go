@@ -405,6 +405,7 @@ func TestHostname(t *testing.T) {
 func TestAnonymousDescriptors(t *testing.T) {
 	for name, want := range map[string]Class{
 		"[eventfd]": Good, "inotify": Good, "[io_uring]": Refused, "bpf-map": Refused, "bpf-prog": Refused, "[something-new]": Unknown,
+		"[perf_event]": Refused, "[userfaultfd]": Refused, "[fscontext]": Refused,
 	} {
 		r := classify(&Process{}, File{Name: anonInode + name}, nil)
 		if r.class != want || want == Refused && r.advice == "" {

@@ -72,8 +72,10 @@ type Process struct {
 	// Session the PID of the session's leader, or 0 where that is not visible here.
 	Terminal uint64
 	Session  int
-	// Tracer is the PID of the process that traces it, or 0.
+	// Tracer is the PID of the process that traces it or one of its threads, or 0.
 	Tracer int
+	// Trapped: a SIGTRAP is pending for it or for one of its threads.
+	Trapped bool
 	// Headless: the main thread has exited, and others run.
 	Headless bool
 	// Namespaces are those of the kinds in [nested], as their links in /proc
@@ -94,9 +96,12 @@ type File struct {
 	// Name is what its link in /proc shows: a path, or a kind and a number.
 	Name string
 	// Flags are those of open, MountID is the mount that the file is on, and Inode
-	// its number there. They are read for paths only.
+	// its number there. They are read for paths, pipes and pidfds only.
 	Flags, MountID int
 	Inode          uint64
+	// Target is the PID of the process that a pidfd is of, -1 where that has been
+	// reaped, 0 where it is not visible here or the descriptor is another one.
+	Target int
 }
 
 // writable reports whether the descriptor was opened for writing.
@@ -184,7 +189,7 @@ func (c *Container) all() []*Process { return slices.Concat(c.Processes, c.Execs
 // Processes reads processes, without those that have exited.
 func Processes(ctx context.Context, pids []int) ([]*Process, error) {
 	out := make([]*Process, 0, len(pids))
-	r := reader{mapped: make(map[string]Mapping)}
+	r := reader{mapped: make(map[string]Mapping), pipes: make(map[File]File)}
 	for _, pid := range pids {
 		if err := ended(ctx); err != nil {
 			return nil, err
@@ -220,9 +225,12 @@ type reader struct {
 	dir *procfs.Dir
 	// mapped has what lines of maps say of a file.
 	mapped map[string]Mapping
+	// pipes have been read: processes have most of theirs from their parents, by
+	// the same number.
+	pipes map[File]File
 }
 
-// maxMapped bounds the files that a reader remembers.
+// maxMapped bounds the files and pipes that a reader remembers.
 const maxMapped = 10000
 
 func (r *reader) process(pid int) (*Process, error) {
@@ -237,7 +245,7 @@ func (r *reader) process(pid int) (*Process, error) {
 		return nil, err
 	}
 	p := &Process{PID: pid, Name: shown(stat.Name), Parent: stat.Parent, Terminal: stat.Terminal, Session: stat.Session}
-	if p.PIDs, p.Tracer, err = dir.Identity(); err != nil {
+	if err := p.readStatus(dir); err != nil {
 		return nil, err
 	}
 	if stat.Exited() {
@@ -253,13 +261,48 @@ func (r *reader) process(pid int) (*Process, error) {
 	}
 	p.mountNamespace, _ = dir.Link("ns/mnt")
 	p.rootDir, _ = dir.Link("root")
-	if p.Files, err = readFiles(dir); err != nil {
+	if p.Files, err = r.files(); err != nil {
 		return nil, err
 	}
 	if p.Mappings, err = r.mappings(); err != nil && !gone(err) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// sigTrap is the signal's bit in a set of signals.
+const sigTrap = 1 << (unix.SIGTRAP - 1)
+
+// readStatus reads what the kernel says of the process and its threads, of which
+// each has signals and a tracer of its own.
+func (p *Process) readStatus(dir *procfs.Dir) error {
+	s, err := dir.TaskStatus("status")
+	if err != nil {
+		return err
+	}
+	p.PIDs, p.Tracer, p.Trapped = s.PIDs, s.Tracer, s.Pending&sigTrap != 0
+	if s.Threads <= 1 {
+		return nil
+	}
+	threads, err := dir.Names("task")
+	if err != nil {
+		return err
+	}
+	for _, thread := range threads {
+		if thread == strconv.Itoa(p.PID) {
+			continue // the main thread, see above
+		}
+		s, err := dir.TaskStatus("task/" + thread + "/status")
+		if gone(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		p.Tracer = max(p.Tracer, s.Tracer)
+		p.Trapped = p.Trapped || s.Pending&sigTrap != 0
+	}
+	return nil
 }
 
 // links calls f with the number and the name of each descriptor of a process.
@@ -288,12 +331,20 @@ func links(dir *procfs.Dir, f func(fd int, name string) error) error {
 	return nil
 }
 
-func readFiles(dir *procfs.Dir) ([]File, error) {
+// pidFD is what the link of a pidfd in /proc shows.
+const pidFD = anonInode + "[pidfd]"
+
+func (r *reader) files() ([]File, error) {
 	var out []File
-	err := links(dir, func(fd int, name string) error {
+	err := links(r.dir, func(fd int, name string) error {
 		f := File{FD: fd, Name: name}
-		if strings.HasPrefix(name, "/") {
-			info, err := dir.ReadRecord("fdinfo/" + strconv.Itoa(fd))
+		pipe := strings.HasPrefix(name, "pipe:")
+		if known, ok := r.pipes[f]; ok {
+			out = append(out, known)
+			return nil
+		}
+		if pipe || strings.HasPrefix(name, "/") || name == pidFD {
+			info, err := r.dir.ReadRecord("fdinfo/" + strconv.Itoa(fd))
 			if gone(err) {
 				return nil
 			}
@@ -303,6 +354,9 @@ func readFiles(dir *procfs.Dir) ([]File, error) {
 			if err := f.parseInfo(info); err != nil {
 				return err
 			}
+		}
+		if pipe && len(r.pipes) < maxMapped {
+			r.pipes[File{FD: fd, Name: name}] = f
 		}
 		out = append(out, f)
 		return nil
@@ -326,6 +380,8 @@ func (f *File) parseInfo(info []byte) error {
 			f.MountID, err = strconv.Atoi(string(value))
 		case "ino":
 			f.Inode, err = strconv.ParseUint(string(value), 10, 64)
+		case "Pid":
+			f.Target, err = strconv.Atoi(string(value))
 		}
 		if err != nil {
 			return fmt.Errorf("fdinfo of descriptor %d: %w", f.FD, err)

@@ -150,7 +150,8 @@ func (c *Container) CheckMounts(marked []string) (findings []Finding, err error)
 	if err != nil {
 		return nil, err
 	}
-	return distinct(append(findings, detached...)), nil
+	findings = append(findings, detached...)
+	return distinct(append(findings, c.underCovered(spaces)...)), nil
 }
 
 // externals are the container's mounts that the image set does not contain.
@@ -260,6 +261,90 @@ func (c *Container) detached(spaces []mountNamespace) (findings []Finding, err e
 		}
 	}
 	return findings, nil
+}
+
+// hidden are the mounts of a mount namespace that no name leads to, because
+// another mount covers them or the one that they are on.
+func hidden(mounts []*mountinfo.Info) map[int]bool {
+	byID := make(map[int]*mountinfo.Info, len(mounts))
+	below := make(map[int][]*mountinfo.Info)
+	for _, m := range mounts {
+		byID[m.ID] = m
+		if m.Parent != m.ID {
+			below[m.Parent] = append(below[m.Parent], m)
+		}
+	}
+	out := make(map[int]bool)
+	for _, m := range mounts {
+		// A mount at the same point is on this one. One at the same point or above,
+		// on the mount that this one is on, was made later.
+		if slices.ContainsFunc(below[m.ID], func(o *mountinfo.Info) bool { return o.Mountpoint == m.Mountpoint }) {
+			out[m.ID] = true
+			continue
+		}
+		for at := m; at != nil; at = byID[at.Parent] {
+			if slices.ContainsFunc(below[at.Parent], func(o *mountinfo.Info) bool { return o.ID != at.ID && isBelow(at.Mountpoint, o.Mountpoint) }) {
+				out[m.ID] = true
+				break
+			}
+			if at.Parent == at.ID {
+				break
+			}
+		}
+	}
+	return out
+}
+
+// underCovered finds files that processes use on mounts that others cover: CRIU
+// opens files by their names (dump_one_reg_file in criu/files-reg.c). A working
+// directory is one of them.
+func (c *Container) underCovered(spaces []mountNamespace) (findings []Finding) {
+	covered := make(map[int]bool)
+	devices := make(map[string]bool)
+	for _, n := range spaces {
+		ids := hidden(n.mounts)
+		maps.Copy(covered, ids)
+		for _, m := range n.mounts {
+			if ids[m.ID] {
+				devices[device(m)] = true
+			}
+		}
+	}
+	if len(covered) == 0 {
+		return nil
+	}
+	const advice = "unmount what covers it before the checkpoint, or terminate the process"
+	for _, p := range c.Processes {
+		refuse := func(what string) {
+			findings = append(findings, c.finding(p, rule{Refused, errcode.FileCovered, what + " on a mount that another one covers, which CRIU cannot checkpoint", advice}))
+		}
+		for _, f := range p.Files {
+			if covered[f.MountID] && strings.HasPrefix(f.Name, "/") {
+				refuse("has the file " + f.Name + " open")
+			}
+		}
+		for _, m := range p.Mappings {
+			if devices[m.Device] && covered[mountOfLink(p, "map_files/"+m.Addresses)] {
+				refuse("has the file " + m.Path + " mapped")
+			}
+		}
+		for _, used := range [][2]string{{"cwd", "has its working directory"}, {"root", "has its root directory"}, {"exe", "runs a program"}} {
+			if covered[mountOfLink(p, used[0])] {
+				refuse(used[1])
+			}
+		}
+	}
+	return findings
+}
+
+// mountOfLink is the id of the mount that a link of a process in /proc leads to,
+// or 0.
+func mountOfLink(p *Process, link string) int {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, fmt.Sprintf("/proc/%d/%s", p.PID, link), unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st); err != nil {
+		return 0 // exited or unmapped meanwhile
+	}
+	return int(st.Mnt_id) //nolint:gosec // the kernel's are of 32 bits
 }
 
 // unnamed begin the names of what is on a mount of the kernel's own: memory above

@@ -376,6 +376,35 @@ func spaces(t *testing.T, c *Container) []mountNamespace {
 	return out
 }
 
+func TestFilesOnACoveredMountAreFound(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes mount namespaces")
+	}
+	for script, want := range map[string]string{
+		"exec 3>t/file":                                                     "",
+		"exec 3>t/file; mount -t tmpfs u t":                                 "t/file open on a mount that another one covers",
+		"exec 3>t/file; mount -t tmpfs u t; umount t":                       "",
+		"exec 3>t/file; mount --bind t t":                                   "t/file open on a mount that another one covers",
+		"mount -t tmpfs u t; exec 3>t/file":                                 "",
+		"exec 3>s/file; mount --bind . .":                                   "s/file open on a mount that another one covers",
+		"mkdir t/u; mount -t tmpfs u t/u; exec 3>t/u/f; mount -t tmpfs v t": "t/u/f open on a mount that another one covers",
+		"cd t; mount -t tmpfs u .":                                          "has its working directory on a mount that another one covers",
+		"cp /bin/sleep t; t/sleep 1000 & while [ $(readlink /proc/$!/exe) != $D/t/sleep ]; do :; done; mount -t tmpfs u t": "runs a program on a mount that another one covers",
+	} {
+		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd $D; mkdir s t; mount -t tmpfs s s; mount -t tmpfs t t; cd .; "+script+"; echo ready; read line; kill $! 2>/dev/null || true")
+		cmd.Env = append(os.Environ(), "D="+t.TempDir())
+		testproc.Ready(t, cmd)
+		c := look(t, append([]int{cmd.Process.Pid}, children(t, cmd.Process.Pid)...)...)
+		var texts []string
+		for _, f := range c.underCovered(spaces(t, c)) {
+			texts = append(texts, f.String())
+		}
+		if text := strings.Join(texts, "; "); want == "" && text != "" || !strings.Contains(text, want) {
+			t.Errorf("%s: findings %q, want %q", script, texts, want)
+		}
+	}
+}
+
 func TestFilesOnADetachedMountAreFound(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("makes mount namespaces")

@@ -151,6 +151,13 @@ func (s *nameSearch) stays(link, name string, own inode) bool {
 // reopen is the advice for a file that has lost its name.
 const reopen = "have it reopen the file before the checkpoint, or restart it"
 
+// GhostLimit is the size in bytes of the largest unlinked file that an image set
+// may contain. CRIU's default, 1 MiB, is too small for many databases.
+const GhostLimit = 1 << 30
+
+// blockSize is the unit of st_blocks.
+const blockSize = 512
+
 func readOnly(m *mountinfo.Info) bool {
 	return slices.Contains(strings.Split(m.Options, ","), "ro")
 }
@@ -167,6 +174,10 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFCHR, unix.S_IFBLK:
+		if mount == nil && st.Rdev != unix.Mkdev(memoryMajor, zeroMinor) {
+			s.refuse(p, errcode.Device, "unmap it before the checkpoint, or run the program without it", "has the device %s mapped, which CRIU cannot checkpoint", name)
+			return false, nil
+		}
 		if mount != nil && !restorableDevice(&st) {
 			s.refuse(p, errcode.Device, "close it before the checkpoint, or run the program without it", "has the device %s open, which CRIU cannot checkpoint", name)
 			return false, nil
@@ -185,6 +196,10 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	}
 	name = strings.TrimSuffix(name, deletedSuffix)
 	if st.Nlink == 0 {
+		if size := st.Blocks * blockSize; size > GhostLimit {
+			s.refuse(p, errcode.FileTooLarge, "have it close or truncate the file before the checkpoint", "has the file %s open, which was removed and has %d MiB, and an image set contains at most %d MiB of one", name, size>>20, GhostLimit>>20)
+			return false, nil
+		}
 		// CRIU has its content in the image set, and recreates it in the same
 		// directory (criu/files-reg.c, open_remap_ghost).
 		if mount != nil && readOnly(mount) && !saved {
@@ -229,6 +244,7 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 // It knows TUN as well, but only in a network namespace of the images.
 const (
 	memoryMajor  = 1
+	zeroMinor    = 5
 	consoleMajor = 4
 	ttyMajor     = 5
 	serialMajor  = 204

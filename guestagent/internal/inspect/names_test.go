@@ -311,6 +311,34 @@ func TestDevices(t *testing.T) {
 	}
 }
 
+// Memory of a device is in no image set, but for zeros.
+func TestMappedDevices(t *testing.T) {
+	for name, want := range map[string]int{"/dev/zero": 0, "/dev/null": 1} {
+		self := &Process{PID: os.Getpid(), PIDs: []int{os.Getpid()}, Name: "self"}
+		s := nameSearch{c: &Container{Root: self}}
+		if _, err := s.file(self, name, name, nil); err != nil || len(s.findings) != want {
+			t.Errorf("%s: %v, %v", name, s.findings, err)
+		}
+	}
+}
+
+func TestALargeFileThatWasRemoved(t *testing.T) {
+	f := create(t, filepath.Join(t.TempDir(), "file"))
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, GhostLimit-1<<20); err != nil {
+		t.Skipf("no room: %v", err)
+	}
+	must(t, os.Remove(f.Name()))
+	if _, findings := checkNames(t); len(findings) > 0 {
+		t.Errorf("findings %q", findings)
+	}
+	if err := unix.Fallocate(int(f.Fd()), 0, GhostLimit-1<<20, 2<<20); err != nil {
+		t.Skipf("no room: %v", err)
+	}
+	if _, findings := checkNames(t); len(findings) != 1 || !strings.Contains(findings[0], "which was removed and has 1025 MiB") {
+		t.Errorf("findings %q", findings)
+	}
+}
+
 func TestDevicesThatCRIUOpensAgain(t *testing.T) {
 	for _, tt := range []struct {
 		name         string

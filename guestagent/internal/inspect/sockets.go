@@ -63,6 +63,13 @@ type unixSocket struct {
 	datagram bool
 	// named: it is bound.
 	named bool
+	// pending are the inodes of those that wait to be accepted, 0 for one that has
+	// been closed again.
+	pending []uint32
+	// unread: it has messages to read. A listener has none.
+	unread bool
+	// unsent: what it has sent has not been read yet.
+	unsent bool
 }
 
 type owner struct {
@@ -208,10 +215,14 @@ func socketInode(name string) (uint32, bool) {
 
 // Of linux/unix_diag.h.
 const (
-	udiagShowName  = 1 // UDIAG_SHOW_NAME
-	udiagShowPeer  = 4 // UDIAG_SHOW_PEER
-	unixDiagName   = 0 // UNIX_DIAG_NAME
-	unixDiagPeer   = 2 // UNIX_DIAG_PEER: the inode of the other end
+	udiagShowName  = 1  // UDIAG_SHOW_NAME
+	udiagShowPeer  = 4  // UDIAG_SHOW_PEER
+	udiagShowIcons = 8  // UDIAG_SHOW_ICONS
+	udiagShowQueue = 16 // UDIAG_SHOW_RQLEN
+	unixDiagName   = 0  // UNIX_DIAG_NAME
+	unixDiagPeer   = 2  // UNIX_DIAG_PEER: the inode of the other end
+	unixDiagIcons  = 3  // UNIX_DIAG_ICONS: inodes
+	unixDiagQueue  = 4  // UNIX_DIAG_RQLEN: two sizes in bytes
 	unixDiagHeader = 16
 )
 
@@ -228,7 +239,7 @@ func unixSockets() (map[uint32]unixSocket, error) {
 	// show, cookie.
 	request := binary.NativeEndian.AppendUint32([]byte{unix.AF_UNIX, 0, 0, 0}, ^uint32(0))
 	request = binary.NativeEndian.AppendUint32(request, 0)
-	request = binary.NativeEndian.AppendUint32(request, udiagShowName|udiagShowPeer)
+	request = binary.NativeEndian.AppendUint32(request, udiagShowName|udiagShowPeer|udiagShowIcons|udiagShowQueue)
 	request = append(request, make([]byte, 8)...)
 	messages, err := conn.Execute(diag.Message{
 		Header: diag.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: diag.Request | diag.Dump},
@@ -248,8 +259,19 @@ func unixSockets() (map[uint32]unixSocket, error) {
 			return nil, err
 		}
 		s := unixSocket{datagram: m.Data[1] == unix.SOCK_DGRAM}
+		listens := m.Data[2] == unix.BPF_TCP_LISTEN
 		for attributes.Next() {
 			switch attributes.Type() {
+			case unixDiagIcons:
+				for icons := attributes.Bytes(); len(icons) >= 4; icons = icons[4:] {
+					s.pending = append(s.pending, binary.NativeEndian.Uint32(icons))
+				}
+			case unixDiagQueue:
+				// A listener's are the numbers of its connections.
+				if sizes := attributes.Bytes(); len(sizes) >= 8 && !listens {
+					s.unread = binary.NativeEndian.Uint32(sizes) > 0
+					s.unsent = binary.NativeEndian.Uint32(sizes[4:]) > 0
+				}
 			case unixDiagName:
 				s.named = true
 			case unixDiagPeer:

@@ -278,10 +278,10 @@ func processes(t *testing.T, pids ...int) []*Process {
 	return out
 }
 
-// look looks at the files of a process.
-func look(t *testing.T, pid int) *Container {
+// look looks at the files of processes, of which the first is the root.
+func look(t *testing.T, pids ...int) *Container {
 	t.Helper()
-	c, err := LookAtFiles(t.Context(), pid, []int{pid}, nil)
+	c, err := LookAtFiles(t.Context(), pids[0], pids, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
