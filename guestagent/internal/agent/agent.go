@@ -231,7 +231,7 @@ func (a *Agent) Freeze(ctx context.Context, r *api.ContainerRequest) (*emptypb.E
 	if a.turns.over(c.ID, r.GetTurn()) {
 		return nil, errclass.ToRPC(errclass.Precondition(errcode.Thawed, "freeze container %s: %w", c.ID, errThawed))
 	}
-	if err := cgroup.Freeze(ctx, c.tree()); err != nil {
+	if err := c.freeze(ctx); err != nil {
 		return nil, errclass.ToRPC(c.explain(err))
 	}
 	if err = c.writeOut(ctx); err == nil {

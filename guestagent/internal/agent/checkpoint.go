@@ -268,6 +268,9 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, err
 	}
+	if err := inspect.Refusal(look.Forking()); err != nil {
+		return nil, err
+	}
 	op, err := a.describe(ctx, c, look, ownIPC, r, out)
 	if err != nil {
 		return nil, err

@@ -260,3 +260,99 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 		})
 	}
 }
+
+// vforks starts a shell that runs a program of C's, which forks by vfork. The
+// child exits once the program's stdin has ended.
+func vforks(t *testing.T, rounds string) *exec.Cmd {
+	t.Helper()
+	source, program := filepath.Join(t.TempDir(), "vfork.c"), filepath.Join(t.TempDir(), "vfork")
+	const code = `
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+	for (long i = 0, n = argc > 1 ? atol(argv[1]) : 1; i < n; i++) {
+		char c;
+		if (!vfork()) {
+			if (!i && write(1, "ready\n", 6) < 0) _exit(1);
+			if (n > 1) { usleep(2000); execl("/bin/true", "true", (char *)0); }
+			if (read(0, &c, 1) < 0) _exit(1);
+			_exit(0);
+		}
+		while (wait(0) > 0);
+	}
+	return 0;
+}
+`
+	if err := os.WriteFile(source, []byte(code), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cc", "-w", "-o", program, source).CombinedOutput(); err != nil {
+		t.Skipf("needs a C compiler: %v: %s", err, out)
+	}
+	cmd := exec.Command(program, rounds)
+	testproc.Ready(t, cmd)
+	return cmd
+}
+
+// A container is not left frozen while one of its processes has just been made by
+// vfork, unless that lasts; then a checkpoint is refused.
+func TestFreezeWaitsForVfork(t *testing.T) {
+	cmd := vforks(t, "100000")
+	_, c := adopted(t, cmd.Process.Pid)
+	hits := 0
+	for range 30 {
+		if err := cgroup.Freeze(t.Context(), c.tree()); err != nil {
+			t.Fatal(err)
+		}
+		forking, err := c.forking()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if forking {
+			hits++
+		}
+		if err := errors.Join(cgroup.Thaw(c.tree()), c.freeze(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		if forking, err := c.forking(); err != nil || forking {
+			t.Errorf("it is frozen in a vfork (%v)", err)
+		}
+		if err := cgroup.Thaw(c.tree()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if hits == 0 {
+		t.Skip("no moment within a vfork was met")
+	}
+	t.Logf("%d of 30 moments were within a vfork", hits)
+}
+
+func TestLongVforkIsRefused(t *testing.T) {
+	cmd := vforks(t, "1")
+	child := 0
+	for child == 0 {
+		data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(cmd.Process.Pid), "task", strconv.Itoa(cmd.Process.Pid), "children"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		child, _ = strconv.Atoi(strings.TrimSpace(string(data)))
+	}
+	_, c := adopted(t, cmd.Process.Pid, child)
+	if err := c.freeze(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cgroup.Thaw(c.tree()) }()
+	if !isFrozen(t, c) {
+		t.Error("it is not frozen")
+	}
+	look, err := inspect.Look(t.Context(), cmd.Process.Pid, []int{cmd.Process.Pid, child}, c.Mounts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := inspect.Refusal(look.Forking()); err == nil || !strings.Contains(err.Error(), "vfork (pid ") || !strings.Contains(err.Error(), "repeat the checkpoint") {
+		t.Errorf("it is not refused: %v", err)
+	}
+}

@@ -146,6 +146,7 @@ func (c *Container) Check(stdio []*api.Stdio, o *api.CheckpointOptions) ([]Findi
 			out = append(out, c.finding(p, execed))
 		}
 	}
+	out = append(out, c.lost()...)
 	out = append(out, c.nestedNamespaces()...)
 	out = append(out, c.unusualSockets(o)...)
 	external, err := c.externalSockets(o.GetExternalUnixSockets())

@@ -187,10 +187,17 @@ func TestConnections(t *testing.T) {
 const connectMode = "connect"
 
 // TestMain makes this program one that has a TCP and a unix connection to
-// itself, where a test starts it as such.
+// itself, or what [holds] has, where a test starts it as such.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == connectMode {
 		if err := connectToItself(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if len(os.Args) == 3 && os.Args[1] == holdMode {
+		if err := hold(os.Args[2]); err != nil {
 			fmt.Println(err)
 			os.Exit(1)
 		}
