@@ -391,7 +391,7 @@ func TestFilesOnACoveredMountAreFound(t *testing.T) {
 		"cd t; mount -t tmpfs u .":                                          "has its working directory on a mount that another one covers",
 		"cp /bin/sleep t; t/sleep 1000 & while [ $(readlink /proc/$!/exe) != $D/t/sleep ]; do :; done; mount -t tmpfs u t": "runs a program on a mount that another one covers",
 	} {
-		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd $D; mkdir s t; mount -t tmpfs s s; mount -t tmpfs t t; cd .; "+script+"; echo ready; read line; kill $! 2>/dev/null || true")
+		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd $D; mkdir s t; mount -t tmpfs s s; mount -t tmpfs t t; cd .; "+script+"; echo ready; read line || kill $!")
 		cmd.Env = append(os.Environ(), "D="+t.TempDir())
 		testproc.Ready(t, cmd)
 		c := look(t, append([]int{cmd.Process.Pid}, children(t, cmd.Process.Pid)...)...)
