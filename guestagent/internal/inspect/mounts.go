@@ -328,10 +328,11 @@ func (c *Container) underCovered(spaces []mountNamespace) (findings []Finding) {
 				refuse("has the file " + m.Path + " mapped")
 			}
 		}
-		for _, used := range [][2]string{{"cwd", "has its working directory"}, {"root", "has its root directory"}, {"exe", "runs a program"}} {
-			if covered[mountOfLink(p, used[0])] {
-				refuse(used[1])
-			}
+		if covered[mountOfLink(p, "cwd")] {
+			refuse("has its working directory")
+		}
+		if p.rootDir != "/" && covered[mountOfLink(p, "root")] {
+			refuse("has its root directory")
 		}
 	}
 	return findings

@@ -389,7 +389,7 @@ func TestFilesOnACoveredMountAreFound(t *testing.T) {
 		"exec 3>s/file; mount --bind . .":                                   "s/file open on a mount that another one covers",
 		"mkdir t/u; mount -t tmpfs u t/u; exec 3>t/u/f; mount -t tmpfs v t": "t/u/f open on a mount that another one covers",
 		"cd t; mount -t tmpfs u .":                                          "has its working directory on a mount that another one covers",
-		"cp /bin/sleep t; t/sleep 1000 & while [ $(readlink /proc/$!/exe) != $D/t/sleep ]; do :; done; mount -t tmpfs u t": "runs a program on a mount that another one covers",
+		"cp /bin/sleep t; t/sleep 1000 & while [ $(readlink /proc/$!/exe) != $D/t/sleep ]; do :; done; mount -t tmpfs u t": "t/sleep mapped on a mount that another one covers",
 	} {
 		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd $D; mkdir s t; mount -t tmpfs s s; mount -t tmpfs t t; cd .; "+script+"; echo ready; read line || kill $!")
 		cmd.Env = append(os.Environ(), "D="+t.TempDir())
