@@ -307,7 +307,14 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		if r.GetStop() {
 			locked = inspect.Outside(kept)
 		}
+		// CRIU locks all of them for the time of the dump.
+		if c.KeepAlive, err = netlock.KeepAlive(kept); err != nil {
+			return nil, err
+		}
 		if err := a.lockNetwork(c, locked); err != nil {
+			return nil, err
+		}
+		if err := netlock.SetKeepAlive(kept, c.KeepAlive, false); err != nil {
 			return nil, err
 		}
 		op.Guard(socketsOf(kept))
@@ -348,13 +355,14 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 		return nil, err
 	}
 	inImages := func(path string) bool { return inspect.InImages(path, mounts, out.GetExternals()) }
-	if err := mendImages(images, look.Names, look.Connections, inImages); err != nil {
+	if err := mendImages(images, look.Names, look.Connections, c.KeepAlive, inImages); err != nil {
 		return nil, fmt.Errorf("mend the images: %w", err)
 	}
 	if r.GetStop() {
 		err = netlock.EnterRepair(kept)
 	} else if len(kept) > 0 {
-		err = a.noteUnlocked(c) // as CRIU has left it
+		// CRIU has unlocked them.
+		err = errclass.Join(netlock.SetKeepAlive(kept, c.KeepAlive, true), a.noteUnlocked(c))
 	}
 	if err != nil {
 		return nil, err

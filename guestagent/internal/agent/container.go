@@ -19,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
@@ -47,6 +48,9 @@ type container struct {
 	// NetworkLocked reports that its TCP connections may be locked, see
 	// [Agent.lockNetwork].
 	NetworkLocked bool `json:"networkLocked,omitempty"`
+	// KeepAlive are the connections whose keepalive is disabled while they are
+	// locked.
+	KeepAlive []netlock.Endpoints `json:"keepAlive,omitempty"`
 	// Mounts are those that the container was created with. Without them, in a
 	// record of an agent that did not note them, every mount counts as one of
 	// those.

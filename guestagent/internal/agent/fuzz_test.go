@@ -120,7 +120,7 @@ func FuzzMendImages(f *testing.F) {
 		}
 		names := inspect.Names{Files: map[string]string{name: now}}
 		list := []inspect.Connection{{Local: netip.MustParseAddrPort("192.0.2.1:80"), Remote: netip.MustParseAddrPort("192.0.2.2:99"), Ended: true}}
-		if mendImages(dir, names, list, notInImages) != nil {
+		if mendImages(dir, names, list, nil, notInImages) != nil {
 			return
 		}
 		after, err := readEntries(filepath.Join(dir, filesImage))

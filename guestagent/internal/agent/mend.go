@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
@@ -40,10 +41,11 @@ const remapsImage = "remap-fpath.img"
 //   - A listening socket is bound to the name that its file has now.
 //   - A connection that its peer outside has closed becomes a socket without one:
 //     it cannot be restored at another address, and there is nobody to talk to.
+//   - A connection whose keepalive was disabled for the dump has it enabled.
 //
 // Connections are those of the processes. InImages reports whether a path is in a
 // file system that the image set contains.
-func mendImages(images string, names inspect.Names, connections []inspect.Connection, inImages func(path string) bool) error {
+func mendImages(images string, names inspect.Names, connections []inspect.Connection, keepAlive []netlock.Endpoints, inImages func(path string) bool) error {
 	gone, err := linkRemaps(images)
 	if err != nil {
 		return err
@@ -64,6 +66,9 @@ func mendImages(images string, names inspect.Names, connections []inspect.Connec
 		}
 		if now := names.Sockets[f.GetUsk().GetIno()]; now != "" {
 			f.Usk.Name, f.Usk.Deleted, changed = append([]byte(now), 0), nil, true
+		}
+		if enableKeepAlive(f.GetIsk(), keepAlive) {
+			changed = true
 		}
 		if s := f.GetIsk(); s.GetProto() == unix.IPPROTO_TCP && s.GetState() == unix.BPF_TCP_CLOSE_WAIT && hasEnded(s, connections) {
 			s.State, s.SrcPort, s.DstPort, changed = proto.Uint32(unix.BPF_TCP_CLOSE), proto.Uint32(0), proto.Uint32(0), true

@@ -82,7 +82,7 @@ func TestAnExpiredPeriodicTimerGoesOn(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := mendImages(dir, inspect.Names{}, nil, notInImages); err != nil {
+			if err := mendImages(dir, inspect.Names{}, nil, nil, notInImages); err != nil {
 				t.Fatal(err)
 			}
 			entries := readImage[fdinfo.FileEntry](t, path)
@@ -115,7 +115,7 @@ func TestFilesAreOpenedByTheNamesThatTheyHave(t *testing.T) {
 	writeImage(t, filepath.Join(dir, filesImage), regEntry(1, "/d/a"), regEntry(2, "/d/link_remap.2"), regEntry(3, "/d/a"), regEntry(4, "/d/ghost"), regEntry(5, "/run/a"))
 	remaps := filepath.Join(dir, remapsImage)
 	writeImage(t, remaps, remapEntry(1, 2, remap_file_path.RemapType_LINKED), remapEntry(4, 9, remap_file_path.RemapType_GHOST), remapEntry(5, 6, remap_file_path.RemapType_LINKED))
-	if err := mendImages(dir, inspect.Names{Files: map[string]string{"/d/a": "/d/b", "/d/ghost": "/d/no", "/run/a": "/run/b"}}, nil, func(path string) bool { return path == "/run/a" }); err != nil {
+	if err := mendImages(dir, inspect.Names{Files: map[string]string{"/d/a": "/d/b", "/d/ghost": "/d/no", "/run/a": "/run/b"}}, nil, nil, func(path string) bool { return path == "/run/a" }); err != nil {
 		t.Fatal(err)
 	}
 	var have []string
@@ -135,7 +135,7 @@ func TestAFileWithoutAnotherNameIsAnError(t *testing.T) {
 	dir := t.TempDir()
 	writeImage(t, filepath.Join(dir, filesImage), regEntry(1, "/d/a"))
 	writeImage(t, filepath.Join(dir, remapsImage), remapEntry(1, 2, remap_file_path.RemapType_LINKED))
-	if err := mendImages(dir, inspect.Names{}, nil, notInImages); err == nil {
+	if err := mendImages(dir, inspect.Names{}, nil, nil, notInImages); err == nil {
 		t.Error("the image set would need a file that CRIU has removed")
 	}
 }
@@ -148,7 +148,7 @@ func TestAListenerIsBoundToTheNameThatItHas(t *testing.T) {
 		Peer: proto.Uint32(0), Fown: noOwner, Opts: someOptions,
 		Name: []byte("/run/s.tmp\x00"), Deleted: proto.Bool(true),
 	}})
-	if err := mendImages(dir, inspect.Names{Sockets: map[uint32]string{77: "/run/s"}}, nil, notInImages); err != nil {
+	if err := mendImages(dir, inspect.Names{Sockets: map[uint32]string{77: "/run/s"}}, nil, nil, notInImages); err != nil {
 		t.Fatal(err)
 	}
 	socket := readImage[fdinfo.FileEntry](t, path)[0].GetUsk()
@@ -169,7 +169,7 @@ func TestABrokenImageIsAnError(t *testing.T) {
 		if err := os.WriteFile(path, broken, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := mendImages(dir, inspect.Names{}, nil, notInImages); err == nil {
+		if err := mendImages(dir, inspect.Names{}, nil, nil, notInImages); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
@@ -279,7 +279,7 @@ func TestEndedConnectionIsClosed(t *testing.T) {
 	connection := func(peer string, ended bool) inspect.Connection {
 		return inspect.Connection{Local: local, Remote: netip.MustParseAddrPort(peer + ":5000"), Ended: ended}
 	}
-	if err := mendImages(dir, inspect.Names{}, []inspect.Connection{connection("10.0.0.1", true), connection("10.0.0.3", true), connection("10.0.0.4", false)}, notInImages); err != nil {
+	if err := mendImages(dir, inspect.Names{}, []inspect.Connection{connection("10.0.0.1", true), connection("10.0.0.3", true), connection("10.0.0.4", false)}, nil, notInImages); err != nil {
 		t.Fatal(err)
 	}
 	closed := make(map[uint32]bool)

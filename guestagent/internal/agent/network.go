@@ -9,10 +9,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	sk_inet "github.com/checkpoint-restore/go-criu/v7/crit/images/sk-inet"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
@@ -55,26 +57,49 @@ func (a *Agent) lockRestored(c *container, r *api.RestoreRequest, images string)
 	if r.GetOptions().GetTcpClose() {
 		return false, nil // their sockets come back unconnected
 	}
-	list, err := restoredConnections(images)
+	list, keepAlive, err := restoredConnections(images)
 	if err != nil || len(list) == 0 {
 		return false, err
 	}
+	c.KeepAlive = keepAlive
 	return true, a.lockNetwork(c, list)
 }
 
 // restoredConnections lists the TCP connections in CRIU's images, each end that is
-// there once, with the addresses that CRIU is going to use.
-func restoredConnections(images string) (out []inspect.Connection, err error) {
+// there once, with the addresses that CRIU is going to use. It disables their
+// keepalive in the images, and returns where it was enabled.
+func restoredConnections(images string) (out []inspect.Connection, keepAlive []netlock.Endpoints, err error) {
 	seen := make(map[endpoints]bool)
 	err = editImage(filepath.Join(images, filesImage), func(f *fdinfo.FileEntry) bool {
-		e, ok := endpointsOf(f.GetIsk())
-		if ok && f.GetIsk().GetProto() == unix.IPPROTO_TCP && e.remote.Port() != 0 && !seen[e] {
-			seen[e] = true
-			out = append(out, inspect.Connection{Local: e.local, Remote: e.remote})
+		s := f.GetIsk()
+		e, ok := endpointsOf(s)
+		if !ok || s.GetProto() != unix.IPPROTO_TCP || e.remote.Port() == 0 || seen[e] {
+			return false
 		}
-		return false
+		seen[e] = true
+		out = append(out, inspect.Connection{Local: e.local, Remote: e.remote})
+		if !s.GetOpts().GetSoKeepalive() {
+			return false
+		}
+		s.Opts.SoKeepalive = proto.Bool(false)
+		keepAlive = append(keepAlive, netlock.Endpoints{Local: e.local, Remote: e.remote})
+		return true
 	})
-	return out, err
+	return out, keepAlive, err
+}
+
+// enableKeepAlive enables the keepalive of a socket in an image if it is one of
+// some connections, and reports whether it is.
+func enableKeepAlive(s *sk_inet.InetSkEntry, some []netlock.Endpoints) bool {
+	if len(some) == 0 || s.GetProto() != unix.IPPROTO_TCP || s.GetDstPort() == 0 || s.GetOpts() == nil {
+		return false
+	}
+	e, ok := endpointsOf(s)
+	if !ok || !slices.Contains(some, netlock.Endpoints{Local: e.local, Remote: e.remote}) {
+		return false
+	}
+	s.Opts.SoKeepalive = proto.Bool(true)
+	return true
 }
 
 // endpoints are those of a connection, as they are on the wire.
@@ -100,26 +125,50 @@ func (a *Agent) unlockNetwork(ctx context.Context, c *container) error {
 	if !c.NetworkLocked {
 		return nil
 	}
-	pids, err := cgroup.Procs(c.tree(), true)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("list the processes of the container: %w", err)
-	}
-	processes, err := inspect.Processes(ctx, pids)
+	list, err := openConnections(ctx, c.tree())
 	if err != nil {
 		return err
 	}
-	list, err := inspect.Connections(processes)
-	if err != nil {
-		return err
-	}
-	if err := errclass.Join(netlock.LeaveRepair(list), netlock.Unlock(lockName(c.ID))); err != nil {
+	if err := errclass.Join(netlock.LeaveRepair(list), netlock.Unlock(lockName(c.ID)), netlock.SetKeepAlive(list, c.KeepAlive, true)); err != nil {
 		return err
 	}
 	return a.noteUnlocked(c)
 }
 
+// unlockRestored undoes lockRestored once the processes are restored, which are
+// frozen, in the cgroup tree.
+func (a *Agent) unlockRestored(ctx context.Context, c *container, tree string) error {
+	if err := netlock.Unlock(lockName(c.ID)); err != nil {
+		return err
+	}
+	if len(c.KeepAlive) > 0 {
+		list, err := openConnections(ctx, tree)
+		if err != nil {
+			return err
+		}
+		if err := netlock.SetKeepAlive(list, c.KeepAlive, true); err != nil {
+			return err
+		}
+	}
+	return a.noteUnlocked(c)
+}
+
+// openConnections lists the connections of the processes in a cgroup, if there
+// are any.
+func openConnections(ctx context.Context, tree string) ([]inspect.Connection, error) {
+	pids, err := cgroup.Procs(tree, true)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("list the processes of the container: %w", err)
+	}
+	processes, err := inspect.Processes(ctx, pids)
+	if err != nil {
+		return nil, err
+	}
+	return inspect.Connections(processes)
+}
+
 func (a *Agent) noteUnlocked(c *container) error {
-	c.NetworkLocked = false
+	c.NetworkLocked, c.KeepAlive = false, nil
 	return a.save(c)
 }
 

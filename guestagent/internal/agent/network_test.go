@@ -9,14 +9,18 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
 
+	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
@@ -147,7 +151,7 @@ func arrives(t *testing.T, from, to net.Conn) bool {
 func TestRestoredConnections(t *testing.T) {
 	dir := t.TempDir()
 	for i := range 2 {
-		list, err := restoredConnections(dir)
+		list, _, err := restoredConnections(dir)
 		if err != nil || len(list) != 0 {
 			t.Fatalf("%d: %v, %v", i, list, err)
 		}
@@ -166,9 +170,12 @@ func TestRestoredConnections(t *testing.T) {
 	if _, err := moves.apply(dir); err != nil {
 		t.Fatal(err)
 	}
-	list, err := restoredConnections(dir)
+	list, keepAlive, err := restoredConnections(dir)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if len(keepAlive) != 0 {
+		t.Errorf("keepalive have %v", keepAlive)
 	}
 	connection := func(local, remote string) inspect.Connection {
 		return inspect.Connection{Local: netip.MustParseAddrPort(local), Remote: netip.MustParseAddrPort(remote)}
@@ -176,5 +183,58 @@ func TestRestoredConnections(t *testing.T) {
 	want := []inspect.Connection{connection("10.0.0.3:80", "10.0.0.3:4000"), connection("10.0.0.3:4000", "10.0.0.3:80")}
 	if len(list) != 2 || list[0] != want[0] || list[1] != want[1] {
 		t.Errorf("%v, not %v", list, want)
+	}
+}
+
+// During a restore no keepalive probe is answered: CRIU gets sockets without it,
+// and they have it again once it is done. An image set that was made while it was
+// disabled has it.
+func TestKeepaliveIsDisabledInARestore(t *testing.T) {
+	inNetworkNamespace(t)
+	a := &Agent{dir: t.TempDir()}
+	if err := os.Mkdir(a.dir+"/containers", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	tcp := func(id uint32, local, remote string, on bool) *fdinfo.FileEntry {
+		e := socket{unix.SOCK_STREAM, unix.IPPROTO_TCP, local, remote, ""}.entry(id)
+		e.Isk.Opts.SoKeepalive = proto.Bool(on)
+		return e
+	}
+	writeFiles(t, dir, tcp(1, "10.0.0.2:80", "10.0.0.9:4000", true), tcp(2, "10.0.0.2:80", "10.0.0.9:4001", false), tcp(3, "10.0.0.2:80", "0.0.0.0:0", true))
+	check := func(when string, want ...bool) {
+		t.Helper()
+		for i, e := range readFiles(t, dir) {
+			if have := e.GetIsk().GetOpts().GetSoKeepalive(); have != want[i] {
+				t.Errorf("%s socket %d has keepalive: %t", when, i, have)
+			}
+		}
+	}
+	c := &container{ID: "c1"}
+	locked, err := a.lockRestored(c, &api.RestoreRequest{}, dir)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		t.Skipf("the kernel has no nf_tables: %v", err)
+	}
+	if err != nil || !locked {
+		t.Fatalf("locked: %t, %v", locked, err)
+	}
+	check("during a restore", false, false, true)
+	want := []netlock.Endpoints{{Local: netip.MustParseAddrPort("10.0.0.2:80"), Remote: netip.MustParseAddrPort("10.0.0.9:4000")}}
+	if again, err := a.load("c1"); err != nil || !slices.Equal(again.KeepAlive, want) {
+		t.Errorf("the record has %v (%v), not %v", again.KeepAlive, err, want)
+	}
+	if err := mendImages(dir, inspect.Names{}, nil, c.KeepAlive, notInImages); err != nil {
+		t.Fatal(err)
+	}
+	check("after a dump", true, false, true)
+	empty := t.TempDir()
+	if err := os.WriteFile(empty+"/cgroup.procs", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.unlockRestored(t.Context(), c, empty); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := a.load("c1"); err != nil || again.NetworkLocked || len(again.KeepAlive) != 0 {
+		t.Errorf("after the restore the record is %+v (%v)", again, err)
 	}
 }

@@ -22,7 +22,6 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
@@ -268,7 +267,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	}
 	ph.done("check the restored processes")
 	if locked {
-		if err := errclass.Join(netlock.Unlock(lockName(c.ID)), a.noteUnlocked(c)); err != nil {
+		if err := a.unlockRestored(ctx, c, tree); err != nil {
 			return nil, err
 		}
 	}

@@ -46,10 +46,14 @@ func setRepair(fd, mode int) error {
 func each(list []inspect.Connection, do func(fd int) error) error {
 	for _, c := range list {
 		if err := withSocket(c, do); err != nil {
-			return fmt.Errorf("the TCP connection from %s to %s: %w", c.Local, c.Remote, err)
+			return named(c, err)
 		}
 	}
 	return nil
+}
+
+func named(c inspect.Connection, err error) error {
+	return fmt.Errorf("the TCP connection from %s to %s: %w", c.Local, c.Remote, err)
 }
 
 func withSocket(c inspect.Connection, do func(fd int) error) error {
