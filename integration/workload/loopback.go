@@ -4,6 +4,7 @@ package workload
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,20 +12,28 @@ import (
 	"os/exec"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // loopback wraps a program with TCP connections to child processes over the
 // loopback interface, like those of a notebook server to its kernels. Each round
 // is an exchange over one of them followed by the program's round; the other one is
 // in use all the time. A third connection stays in the backlog of a listening
-// socket that nobody accepts from, and more are half closed.
+// socket that nobody accepts from, more are half closed, and nothing is ever said
+// over the last one, whose ends soon give up a peer that does not answer.
 type loopback struct {
 	program
 	caller, busy caller
 	failed       atomic.Pointer[error] // of the busy one
 	half         halfClosed
 	stuck        net.Listener
+	silent       [2]*net.TCPConn
 }
+
+// impatient is the keepalive of the silent connection. It is given up after two
+// seconds, which no checkpoint and no restore may take from it.
+var impatient = net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 1}
 
 // busyPause is between two exchanges over the busy connection.
 const busyPause = 5 * time.Millisecond
@@ -53,6 +62,9 @@ func (l *loopback) open() error {
 	if err := l.half.open(); err != nil {
 		return err
 	}
+	if err := l.openSilent(); err != nil {
+		return err
+	}
 	go func() {
 		for ticker := time.NewTicker(busyPause); ; <-ticker.C {
 			if err := l.busy.exchange(); err != nil {
@@ -61,6 +73,60 @@ func (l *loopback) open() error {
 			}
 		}
 	}()
+	return nil
+}
+
+// openSilent makes a connection of the process to itself.
+func (l *loopback) openSilent() error {
+	listener, err := net.Listen("tcp4", anyLoopback)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	here, err := net.Dial("tcp4", listener.Addr().String())
+	if err != nil {
+		return err
+	}
+	there, err := listener.Accept()
+	if err != nil {
+		return err
+	}
+	for i, c := range []net.Conn{here, there} {
+		l.silent[i] = c.(*net.TCPConn)
+		if err := l.silent[i].SetKeepAliveConfig(impatient); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkSilent checks that neither end has been given up, and that both still
+// send probes.
+func (l *loopback) checkSilent() error {
+	for _, c := range l.silent {
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return err
+		}
+		var failed error
+		err = raw.Control(func(fd uintptr) {
+			on, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE)
+			if err == nil && on == 0 {
+				err = errors.New("SO_KEEPALIVE is off")
+			}
+			n, _, rerr := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			if rerr == nil {
+				rerr = fmt.Errorf("%d bytes are there", n)
+			}
+			if !errors.Is(rerr, unix.EAGAIN) {
+				err = errors.Join(err, rerr)
+			}
+			failed = err
+		})
+		if err := errors.Join(err, failed); err != nil {
+			return fmt.Errorf("silent connection from %s to %s: %w", c.LocalAddr(), c.RemoteAddr(), err)
+		}
+	}
 	return nil
 }
 
@@ -98,6 +164,9 @@ func (l *loopback) round(w io.Writer) error {
 		return fmt.Errorf("loopback, all the time: %w", *err)
 	}
 	if err := l.half.check(); err != nil {
+		return err
+	}
+	if err := l.checkSilent(); err != nil {
 		return err
 	}
 	if err := l.caller.exchange(); err != nil {
