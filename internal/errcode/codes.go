@@ -80,6 +80,7 @@ var (
 	DescriptorKind    = add(2034, "descriptor-kind", "a process has a descriptor of a kind that CRIU does not know")
 	ForeignProcess    = add(2035, "foreign-process", "a process has a pidfd that is not of a process of its container")
 	FileTooLarge      = add(2036, "file-too-large", "a removed file that is open is too large for an image set")
+	MountSlave        = add(2037, "mount-slave", "a mount receives mounts from one that the container does not have")
 	ThreadApart       = add(2041, "thread-apart", "a thread of a process does not share what its threads have in common")
 	DeadlinePolicy    = add(2042, "deadline-policy", "a thread has the scheduling policy SCHED_DEADLINE")
 	PressureTrigger   = add(2043, "pressure-trigger", "a process waits for memory, CPU or IO pressure")

@@ -141,6 +141,7 @@ func (c *Container) CheckMounts(marked []string) (findings []Finding, err error)
 		return nil, err
 	}
 	findings = append(findings, covered(c.mounts.root, c.points, external)...)
+	findings = append(findings, slaves(c.mounts.root, nested, external)...)
 	spaces, err := c.mountNamespaces()
 	if err != nil {
 		return nil, err
@@ -185,6 +186,49 @@ func covered(mounts []*mountinfo.Info, points []Point, external []*api.External)
 			Advice: "unmount it before the checkpoint, or mount it elsewhere"})
 	}
 	return findings
+}
+
+// slaves finds mounts that are slaves of one that is in none of the container's
+// mount namespaces. CRIU makes a slave of the root of such a one, or of an external
+// mount, as long as that is a slave of the same one itself (resolve_shared_mounts
+// in criu/mount.c): a bind of the root no longer is one once the root is private.
+func slaves(root, nested []*mountinfo.Info, external []*api.External) (findings []Finding) {
+	type view struct {
+		device uint64
+		master string
+	}
+	peers, sources := make(map[string]bool), make(map[view][]string)
+	for i, m := range append(slices.Clone(root), nested...) {
+		peers[propagation(m, "shared")] = true
+		isSource := m.Mountpoint == "/" || slices.ContainsFunc(external, func(e *api.External) bool {
+			return !e.GetDevice() && e.GetDestination() == m.Mountpoint
+		})
+		if i < len(root) && isSource {
+			v := view{number(m), propagation(m, "master")}
+			sources[v] = append(sources[v], m.Root)
+		}
+	}
+	for _, m := range append(slices.Clone(root), nested...) {
+		master := propagation(m, "master")
+		if master == "" || peers[master] || slices.ContainsFunc(sources[view{number(m), master}], func(from string) bool { return isBelow(m.Root, from) }) {
+			continue
+		}
+		findings = append(findings, Finding{Class: Refused, Code: errcode.MountSlave,
+			What:   fmt.Sprintf("has a mount at %s that is a slave of one outside of the container, unlike the mount that it is a bind of, which CRIU cannot restore", shown(m.Mountpoint)),
+			Advice: "make it private before the checkpoint, as by mount --make-private"})
+	}
+	return findings
+}
+
+// propagation is the ID of the peer group that a mount is in ("shared"), or is a
+// slave of ("master"); empty: there is none.
+func propagation(m *mountinfo.Info, kind string) string {
+	for field := range strings.FieldsSeq(m.Optional) {
+		if id, ok := strings.CutPrefix(field, kind+":"); ok {
+			return id
+		}
+	}
+	return ""
 }
 
 // mountNamespace is one of the container's processes.

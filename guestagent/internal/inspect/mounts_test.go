@@ -316,6 +316,39 @@ func TestCoveredMountsAreFound(t *testing.T) {
 	}
 }
 
+// CRIU takes the propagation of a bind from the root or an external mount, if that
+// has the same.
+func TestSlavesOfMountsOutsideAreFound(t *testing.T) {
+	const root = "100 99 0:41 /c/rootfs / rw master:14 - virtiofs none rw\n"
+	var points []Point
+	for _, m := range parseMounts(t, changed) {
+		points = append(points, NewPoint(m))
+	}
+	for name, test := range map[string]struct {
+		root, others string
+		want         string
+	}{
+		"the root alone":              {root, "", ""},
+		"a bind of the root":          {root, "106 100 0:41 /c/rootfs/a /b rw master:14 - virtiofs none rw\n", ""},
+		"the root is private":         {"100 99 0:41 /c/rootfs / rw - virtiofs none rw\n", "106 100 0:41 /c/rootfs/a /b rw master:14 - virtiofs none rw\n", "/b"},
+		"the root has another master": {root, "106 100 0:41 /c/rootfs/a /b rw master:15 - virtiofs none rw\n", "/b"},
+		"a bind of an external mount": {root, "106 100 0:31 /x /b rw master:1 - tmpfs shm rw\n", ""},
+		"more than that shows":        {root, "106 100 0:41 /c /b rw master:14 - virtiofs none rw\n", "/b"},
+		"a slave of its own":          {root, "106 100 0:90 / /a rw shared:9 - tmpfs t rw\n107 100 0:90 / /b rw master:9 - tmpfs t rw\n", ""},
+		"shared, and a slave":         {root, "106 100 0:41 /c/rootfs/a /b rw shared:9 master:14 - virtiofs none rw\n", ""},
+		"a tmpfs with no master here": {root, "106 100 0:90 / /b rw master:77 - tmpfs t rw\n", "/b"},
+	} {
+		mounts := parseMounts(t, test.root+strings.SplitN(changed, "\n", 2)[1]+test.others)
+		// In a namespace of a process's own the same holds.
+		for i, nested := range []int{len(mounts), len(mounts) - strings.Count(test.others, "\n")} {
+			findings := slaves(mounts[:nested], mounts[nested:], Externals(Given(mounts, points), nil, nil))
+			if test.want == "" && len(findings) > 0 || test.want != "" && (len(findings) != 1 || findings[0].Class != Refused || !strings.Contains(findings[0].What, "a mount at "+test.want+" that is a slave")) {
+				t.Errorf("%s, %d: findings %v", name, i, findings)
+			}
+		}
+	}
+}
+
 func TestAProcFileSystemIsFound(t *testing.T) {
 	for name, test := range map[string]struct {
 		from, to string
