@@ -141,7 +141,7 @@ func forgedImages(s *scenario) {
 			s.Logf("with %s: %v", f.name, err)
 			for _, word := range f.words {
 				if !strings.Contains(err.Error(), word) {
-					s.Errorf("with %s the refusal does not say %q", f.name, word)
+					s.Errorf("with %s the refusal does not say %q: %v", f.name, word, err)
 				}
 			}
 		}

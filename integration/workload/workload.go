@@ -14,6 +14,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"runtime/debug"
 	"strings"
@@ -226,13 +227,17 @@ type idle struct{}
 
 func (idle) round(io.Writer) error { return nil }
 
-// boot prints the kernel's boot id, at the start and whenever it has changed.
+// boot prints the kernel's boot id, at the start and whenever it has changed. A
+// container whose /proc is unmounted later keeps the one that it has printed.
 type boot struct {
 	path, id string
 }
 
 func (b *boot) round(w io.Writer) error {
 	data, err := os.ReadFile(b.path)
+	if b.id != "" && errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}

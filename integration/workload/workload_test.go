@@ -154,6 +154,15 @@ func TestBootIsSaidOncePerBoot(t *testing.T) {
 	if out.String() != "boot a\nboot b\n" {
 		t.Errorf("printed %q", out.String())
 	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.round(&out); err != nil {
+		t.Errorf("without /proc: %v", err)
+	}
+	if err := (&boot{path: path}).round(&out); err == nil {
+		t.Error("it began without a boot id")
+	}
 }
 
 func TestTicks(t *testing.T) {
