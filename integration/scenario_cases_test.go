@@ -232,7 +232,7 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 		name: "volume covered", program: "mount -t tmpfs t /data", ready: "grep -q 'tmpfs /data ' /proc/mounts || grep -q ' /data tmpfs ' /proc/mounts", undo: "umount /data",
 		words: []string{"mounted something over its mount /data", "unmount it"},
 	}, refusedCase{
-		name: "volume moved", program: "mkdir -p /moved && mount --make-private / && mount --move /data /moved", ready: "grep -q ' /moved ' /proc/mounts", undo: "mount --move /moved /data",
+		name: "volume moved", program: "mkdir -p /moved && mount --move /data /moved", ready: "grep -q ' /moved ' /proc/mounts", undo: "mount --move /moved /data",
 		words: []string{"moved a volume to /moved", "move it back"},
 	}, refusedCase{
 		name: "file on a detached mount", program: "mkdir -p /gone && mount -t tmpfs t /gone && exec 3>/gone/file && umount -l /gone && exec sleep 1000", ready: "pidof sleep && ! grep -q ' /gone ' /proc/mounts",
@@ -248,6 +248,9 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 		},
 		changed: "/conf/app.conf",
 		words:   []string{"sleep (pid ", "/conf/app.conf", "replaced on the read-only mount /conf", "reopen the file"},
+	}, refusedCase{
+		name: "private root", program: "mount --make-private /", ready: "! grep -q ' / [^ ]* master:' /proc/self/mountinfo",
+		undo: "mount --make-private /b", words: []string{"a mount at /b that is a slave of one outside of the container", "make it private"},
 	})
 }
 
