@@ -45,6 +45,7 @@ var restoredCases = []caseProgram{
 	{args: "timerfd-periodic", skips: true},
 	{args: "backlog"},
 	{args: "loopback"},
+	{args: "socket-options"},
 	{args: "files ghost /home"},
 	{args: "files hardlink /home"},
 	{args: "files hardlink /run"},

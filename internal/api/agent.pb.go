@@ -822,6 +822,221 @@ func (x *Connection) GetRemote() string {
 	return ""
 }
 
+// Socket is an IP socket with options that CRIU does not restore.
+type Socket struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// pid is that of one of the processes that have it, in the container, and fd
+	// its descriptor there.
+	Pid           int32           `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Fd            int32           `protobuf:"varint,2,opt,name=fd,proto3" json:"fd,omitempty"`
+	Options       []*SocketOption `protobuf:"bytes,3,rep,name=options,proto3" json:"options,omitempty"`
+	Memberships   []*Membership   `protobuf:"bytes,4,rep,name=memberships,proto3" json:"memberships,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Socket) Reset() {
+	*x = Socket{}
+	mi := &file_internal_api_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Socket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Socket) ProtoMessage() {}
+
+func (x *Socket) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Socket.ProtoReflect.Descriptor instead.
+func (*Socket) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Socket) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Socket) GetFd() int32 {
+	if x != nil {
+		return x.Fd
+	}
+	return 0
+}
+
+func (x *Socket) GetOptions() []*SocketOption {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *Socket) GetMemberships() []*Membership {
+	if x != nil {
+		return x.Memberships
+	}
+	return nil
+}
+
+// SocketOption is an option in which a socket differs from a new one.
+type SocketOption struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// level and name are setsockopt's.
+	Level uint32 `protobuf:"varint,1,opt,name=level,proto3" json:"level,omitempty"`
+	Name  uint32 `protobuf:"varint,2,opt,name=name,proto3" json:"name,omitempty"`
+	// value is a number, and text a name: of a network interface or a congestion
+	// control.
+	Value         int32  `protobuf:"varint,3,opt,name=value,proto3" json:"value,omitempty"`
+	Text          string `protobuf:"bytes,4,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SocketOption) Reset() {
+	*x = SocketOption{}
+	mi := &file_internal_api_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SocketOption) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SocketOption) ProtoMessage() {}
+
+func (x *SocketOption) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SocketOption.ProtoReflect.Descriptor instead.
+func (*SocketOption) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SocketOption) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *SocketOption) GetName() uint32 {
+	if x != nil {
+		return x.Name
+	}
+	return 0
+}
+
+func (x *SocketOption) GetValue() int32 {
+	if x != nil {
+		return x.Value
+	}
+	return 0
+}
+
+func (x *SocketOption) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+// Membership is a multicast group that a socket has joined.
+type Membership struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// interface is the name of the network interface.
+	Interface string `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"`
+	// group and sources are IP addresses. Nothing is received from the sources if
+	// exclude is set, else nothing from others.
+	Group         string   `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
+	Exclude       bool     `protobuf:"varint,3,opt,name=exclude,proto3" json:"exclude,omitempty"`
+	Sources       []string `protobuf:"bytes,4,rep,name=sources,proto3" json:"sources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Membership) Reset() {
+	*x = Membership{}
+	mi := &file_internal_api_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Membership) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Membership) ProtoMessage() {}
+
+func (x *Membership) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Membership.ProtoReflect.Descriptor instead.
+func (*Membership) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Membership) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Membership) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *Membership) GetExclude() bool {
+	if x != nil {
+		return x.Exclude
+	}
+	return false
+}
+
+func (x *Membership) GetSources() []string {
+	if x != nil {
+		return x.Sources
+	}
+	return nil
+}
+
 // Address is one of a guest's network interfaces, other than loopback.
 type Address struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -834,7 +1049,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +1061,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +1074,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Address) GetInterface() string {
@@ -904,7 +1119,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1131,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1144,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CheckpointRequest) GetContainerId() string {
@@ -1004,7 +1219,7 @@ type PreDumpRequest struct {
 
 func (x *PreDumpRequest) Reset() {
 	*x = PreDumpRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1231,7 @@ func (x *PreDumpRequest) String() string {
 func (*PreDumpRequest) ProtoMessage() {}
 
 func (x *PreDumpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1244,7 @@ func (x *PreDumpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreDumpRequest.ProtoReflect.Descriptor instead.
 func (*PreDumpRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PreDumpRequest) GetContainerId() string {
@@ -1070,7 +1285,7 @@ type PreDumpResponse struct {
 
 func (x *PreDumpResponse) Reset() {
 	*x = PreDumpResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1297,7 @@ func (x *PreDumpResponse) String() string {
 func (*PreDumpResponse) ProtoMessage() {}
 
 func (x *PreDumpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1310,7 @@ func (x *PreDumpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreDumpResponse.ProtoReflect.Descriptor instead.
 func (*PreDumpResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PreDumpResponse) GetBytes() uint64 {
@@ -1117,7 +1332,7 @@ type FoldedFiles struct {
 
 func (x *FoldedFiles) Reset() {
 	*x = FoldedFiles{}
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1129,7 +1344,7 @@ func (x *FoldedFiles) String() string {
 func (*FoldedFiles) ProtoMessage() {}
 
 func (x *FoldedFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1142,7 +1357,7 @@ func (x *FoldedFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoldedFiles.ProtoReflect.Descriptor instead.
 func (*FoldedFiles) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *FoldedFiles) GetFiles() []*FoldedFile {
@@ -1174,7 +1389,7 @@ type FoldedFile struct {
 
 func (x *FoldedFile) Reset() {
 	*x = FoldedFile{}
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1401,7 @@ func (x *FoldedFile) String() string {
 func (*FoldedFile) ProtoMessage() {}
 
 func (x *FoldedFile) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1414,7 @@ func (x *FoldedFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoldedFile.ProtoReflect.Descriptor instead.
 func (*FoldedFile) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *FoldedFile) GetName() string {
@@ -1263,14 +1478,16 @@ type CheckpointResponse struct {
 	Connections []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
 	// addresses are those of the guest. A restore binds sockets that are bound to
 	// one of them to what the new guest has in place of it.
-	Addresses     []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Addresses []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// sockets have options that CRIU does not restore.
+	Sockets       []*Socket `protobuf:"bytes,12,rep,name=sockets,proto3" json:"sockets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1499,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1512,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CheckpointResponse) GetExternals() []*External {
@@ -1375,6 +1592,13 @@ func (x *CheckpointResponse) GetAddresses() []*Address {
 	return nil
 }
 
+func (x *CheckpointResponse) GetSockets() []*Socket {
+	if x != nil {
+		return x.Sockets
+	}
+	return nil
+}
+
 type DiscardRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -1387,7 +1611,7 @@ type DiscardRequest struct {
 
 func (x *DiscardRequest) Reset() {
 	*x = DiscardRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1623,7 @@ func (x *DiscardRequest) String() string {
 func (*DiscardRequest) ProtoMessage() {}
 
 func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1636,7 @@ func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
 func (*DiscardRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DiscardRequest) GetContainerId() string {
@@ -1454,15 +1678,17 @@ type RestoreRequest struct {
 	// own address only.
 	Connections []*Connection `protobuf:"bytes,10,rep,name=connections,proto3" json:"connections,omitempty"`
 	// addresses are those of the CheckpointResponse.
-	Addresses     []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
-	Token         string     `protobuf:"bytes,12,opt,name=token,proto3" json:"token,omitempty"`
+	Addresses []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Token     string     `protobuf:"bytes,12,opt,name=token,proto3" json:"token,omitempty"`
+	// sockets are those of the CheckpointResponse.
+	Sockets       []*Socket `protobuf:"bytes,13,rep,name=sockets,proto3" json:"sockets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[20]
+	mi := &file_internal_api_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1474,7 +1700,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[20]
+	mi := &file_internal_api_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1487,7 +1713,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RestoreRequest) GetContainerId() string {
@@ -1574,6 +1800,13 @@ func (x *RestoreRequest) GetToken() string {
 	return ""
 }
 
+func (x *RestoreRequest) GetSockets() []*Socket {
+	if x != nil {
+		return x.Sockets
+	}
+	return nil
+}
+
 // Rights bound what the processes of a container have: they are those of the
 // process in the container's spec.
 type Rights struct {
@@ -1601,7 +1834,7 @@ type Rights struct {
 
 func (x *Rights) Reset() {
 	*x = Rights{}
-	mi := &file_internal_api_agent_proto_msgTypes[21]
+	mi := &file_internal_api_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1846,7 @@ func (x *Rights) String() string {
 func (*Rights) ProtoMessage() {}
 
 func (x *Rights) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[21]
+	mi := &file_internal_api_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1859,7 @@ func (x *Rights) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rights.ProtoReflect.Descriptor instead.
 func (*Rights) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Rights) GetCapabilities() []string {
@@ -1710,7 +1943,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[22]
+	mi := &file_internal_api_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1722,7 +1955,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[22]
+	mi := &file_internal_api_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1735,7 +1968,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{22}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1767,7 +2000,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[23]
+	mi := &file_internal_api_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +2012,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[23]
+	mi := &file_internal_api_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +2025,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{23}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -1833,7 +2066,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[24]
+	mi := &file_internal_api_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +2078,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[24]
+	mi := &file_internal_api_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +2091,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{24}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -1882,7 +2115,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[25]
+	mi := &file_internal_api_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1894,7 +2127,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[25]
+	mi := &file_internal_api_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1907,7 +2140,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{25}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SignalRequest) GetContainerId() string {
@@ -1997,7 +2230,23 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"Connection\x12\x14\n" +
 	"\x05local\x18\x01 \x01(\tR\x05local\x12\x16\n" +
-	"\x06remote\x18\x02 \x01(\tR\x06remote\"A\n" +
+	"\x06remote\x18\x02 \x01(\tR\x06remote\"\xb2\x01\n" +
+	"\x06Socket\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x0e\n" +
+	"\x02fd\x18\x02 \x01(\x05R\x02fd\x12?\n" +
+	"\aoptions\x18\x03 \x03(\v2%.katacheckpoint.agent.v1.SocketOptionR\aoptions\x12E\n" +
+	"\vmemberships\x18\x04 \x03(\v2#.katacheckpoint.agent.v1.MembershipR\vmemberships\"b\n" +
+	"\fSocketOption\x12\x14\n" +
+	"\x05level\x18\x01 \x01(\rR\x05level\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\rR\x04name\x12\x14\n" +
+	"\x05value\x18\x03 \x01(\x05R\x05value\x12\x12\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\"t\n" +
+	"\n" +
+	"Membership\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x14\n" +
+	"\x05group\x18\x02 \x01(\tR\x05group\x12\x18\n" +
+	"\aexclude\x18\x03 \x01(\bR\aexclude\x12\x18\n" +
+	"\asources\x18\x04 \x03(\tR\asources\"A\n" +
 	"\aAddress\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xb5\x02\n" +
@@ -2027,7 +2276,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fpart_sources\x18\x04 \x03(\rR\vpartSources\x12!\n" +
 	"\fpart_offsets\x18\x05 \x03(\x04R\vpartOffsets\x12\x1d\n" +
 	"\n" +
-	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xbe\x04\n" +
+	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xf9\x04\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -2041,11 +2290,12 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x0ftcp_established\x18\t \x01(\bR\x0etcpEstablished\x12E\n" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
-	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\"g\n" +
+	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x129\n" +
+	"\asockets\x18\f \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\"g\n" +
 	"\x0eDiscardRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x14\n" +
-	"\x05token\x18\x03 \x01(\tR\x05token\"\xec\x04\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\"\xa7\x05\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -2060,7 +2310,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
 	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x12\x14\n" +
-	"\x05token\x18\f \x01(\tR\x05token\"\xfa\x02\n" +
+	"\x05token\x18\f \x01(\tR\x05token\x129\n" +
+	"\asockets\x18\r \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\"\xfa\x02\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -2121,7 +2372,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -2135,75 +2386,82 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*OpenFile)(nil),           // 9: katacheckpoint.agent.v1.OpenFile
 	(*Phase)(nil),              // 10: katacheckpoint.agent.v1.Phase
 	(*Connection)(nil),         // 11: katacheckpoint.agent.v1.Connection
-	(*Address)(nil),            // 12: katacheckpoint.agent.v1.Address
-	(*CheckpointRequest)(nil),  // 13: katacheckpoint.agent.v1.CheckpointRequest
-	(*PreDumpRequest)(nil),     // 14: katacheckpoint.agent.v1.PreDumpRequest
-	(*PreDumpResponse)(nil),    // 15: katacheckpoint.agent.v1.PreDumpResponse
-	(*FoldedFiles)(nil),        // 16: katacheckpoint.agent.v1.FoldedFiles
-	(*FoldedFile)(nil),         // 17: katacheckpoint.agent.v1.FoldedFile
-	(*CheckpointResponse)(nil), // 18: katacheckpoint.agent.v1.CheckpointResponse
-	(*DiscardRequest)(nil),     // 19: katacheckpoint.agent.v1.DiscardRequest
-	(*RestoreRequest)(nil),     // 20: katacheckpoint.agent.v1.RestoreRequest
-	(*Rights)(nil),             // 21: katacheckpoint.agent.v1.Rights
-	(*RestoreResponse)(nil),    // 22: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 23: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 24: katacheckpoint.agent.v1.ExecResponse
-	(*SignalRequest)(nil),      // 25: katacheckpoint.agent.v1.SignalRequest
-	nil,                        // 26: katacheckpoint.agent.v1.Rights.LimitsEntry
-	(*emptypb.Empty)(nil),      // 27: google.protobuf.Empty
+	(*Socket)(nil),             // 12: katacheckpoint.agent.v1.Socket
+	(*SocketOption)(nil),       // 13: katacheckpoint.agent.v1.SocketOption
+	(*Membership)(nil),         // 14: katacheckpoint.agent.v1.Membership
+	(*Address)(nil),            // 15: katacheckpoint.agent.v1.Address
+	(*CheckpointRequest)(nil),  // 16: katacheckpoint.agent.v1.CheckpointRequest
+	(*PreDumpRequest)(nil),     // 17: katacheckpoint.agent.v1.PreDumpRequest
+	(*PreDumpResponse)(nil),    // 18: katacheckpoint.agent.v1.PreDumpResponse
+	(*FoldedFiles)(nil),        // 19: katacheckpoint.agent.v1.FoldedFiles
+	(*FoldedFile)(nil),         // 20: katacheckpoint.agent.v1.FoldedFile
+	(*CheckpointResponse)(nil), // 21: katacheckpoint.agent.v1.CheckpointResponse
+	(*DiscardRequest)(nil),     // 22: katacheckpoint.agent.v1.DiscardRequest
+	(*RestoreRequest)(nil),     // 23: katacheckpoint.agent.v1.RestoreRequest
+	(*Rights)(nil),             // 24: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 25: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 26: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 27: katacheckpoint.agent.v1.ExecResponse
+	(*SignalRequest)(nil),      // 28: katacheckpoint.agent.v1.SignalRequest
+	nil,                        // 29: katacheckpoint.agent.v1.Rights.LimitsEntry
+	(*emptypb.Empty)(nil),      // 30: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
-	6,  // 0: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	21, // 1: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	17, // 2: katacheckpoint.agent.v1.FoldedFiles.files:type_name -> katacheckpoint.agent.v1.FoldedFile
-	7,  // 3: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 4: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 5: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	10, // 6: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	11, // 7: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
-	12, // 8: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
-	6,  // 9: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 10: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 11: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 12: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	21, // 13: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	11, // 14: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
-	12, // 15: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
-	26, // 16: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
-	10, // 17: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 18: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 19: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 20: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 21: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 22: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 23: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	13, // 24: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	14, // 25: katacheckpoint.agent.v1.Agent.PreDump:input_type -> katacheckpoint.agent.v1.PreDumpRequest
-	13, // 26: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	19, // 27: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
-	20, // 28: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	20, // 29: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	23, // 30: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	25, // 31: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
-	1,  // 32: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 33: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	27, // 34: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	27, // 35: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	27, // 36: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	27, // 37: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	27, // 38: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	15, // 39: katacheckpoint.agent.v1.Agent.PreDump:output_type -> katacheckpoint.agent.v1.PreDumpResponse
-	18, // 40: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	27, // 41: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	27, // 42: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	22, // 43: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	24, // 44: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	27, // 45: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
-	32, // [32:46] is the sub-list for method output_type
-	18, // [18:32] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	13, // 0: katacheckpoint.agent.v1.Socket.options:type_name -> katacheckpoint.agent.v1.SocketOption
+	14, // 1: katacheckpoint.agent.v1.Socket.memberships:type_name -> katacheckpoint.agent.v1.Membership
+	6,  // 2: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	24, // 3: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	20, // 4: katacheckpoint.agent.v1.FoldedFiles.files:type_name -> katacheckpoint.agent.v1.FoldedFile
+	7,  // 5: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 6: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 7: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	10, // 8: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	11, // 9: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
+	15, // 10: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
+	12, // 11: katacheckpoint.agent.v1.CheckpointResponse.sockets:type_name -> katacheckpoint.agent.v1.Socket
+	6,  // 12: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	7,  // 13: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 14: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 15: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	24, // 16: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	11, // 17: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
+	15, // 18: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
+	12, // 19: katacheckpoint.agent.v1.RestoreRequest.sockets:type_name -> katacheckpoint.agent.v1.Socket
+	29, // 20: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
+	10, // 21: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 22: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 23: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 24: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 25: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 26: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 27: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	16, // 28: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	17, // 29: katacheckpoint.agent.v1.Agent.PreDump:input_type -> katacheckpoint.agent.v1.PreDumpRequest
+	16, // 30: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	22, // 31: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	23, // 32: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	23, // 33: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	26, // 34: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	28, // 35: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
+	1,  // 36: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 37: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	30, // 38: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	30, // 39: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	30, // 40: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	30, // 41: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	30, // 42: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	18, // 43: katacheckpoint.agent.v1.Agent.PreDump:output_type -> katacheckpoint.agent.v1.PreDumpResponse
+	21, // 44: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	30, // 45: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	30, // 46: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	25, // 47: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	27, // 48: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	30, // 49: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
+	36, // [36:50] is the sub-list for method output_type
+	22, // [22:36] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_agent_proto_init() }
@@ -2217,7 +2475,7 @@ func file_internal_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,6 +21,8 @@ const (
 	maxConnections = 1 << 16
 	maxAddresses   = 4096
 	maxOpenFiles   = 1 << 16
+	maxSockets     = 1 << 16
+	maxSocketParts = 1024 // options, groups and sources, each
 	maxArgs        = 1 << 16
 	maxPhases      = 1024
 	maxFeatures    = 1024
@@ -131,6 +133,7 @@ func (m *Manifest) CheckRestore() error {
 		checkCount("external mounts", len(m.Externals), maxMounts), checkCount("descriptors", len(m.Stdio), 3),
 		checkCount("TCP connections", len(m.Connections), maxConnections), checkCount("addresses", len(m.Addresses), maxAddresses),
 		checkCount("open files", len(m.OpenFiles), maxOpenFiles), checkCount("CPU features", len(m.Guest.CPUFeatures), maxFeatures),
+		checkCount("sockets", len(m.Sockets), maxSockets),
 	); err != nil {
 		return err
 	}
@@ -162,6 +165,11 @@ func (m *Manifest) CheckRestore() error {
 	}
 	for _, a := range m.Addresses {
 		if err := a.check(); err != nil {
+			return err
+		}
+	}
+	for _, s := range m.Sockets {
+		if err := s.check(); err != nil {
 			return err
 		}
 	}

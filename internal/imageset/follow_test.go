@@ -53,7 +53,7 @@ func (f *following) append(t *testing.T, name, what string) {
 // copied waits until so much of a file is there.
 func (f *following) copied(t *testing.T, name string, size int) {
 	t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(2 * time.Minute)
 	for {
 		st, err := os.Stat(filepath.Join(f.to, name))
 		if err == nil && st.Size() == int64(size) {

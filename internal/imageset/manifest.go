@@ -60,6 +60,8 @@ type Manifest struct {
 	Connections []Connection `json:"connections,omitempty"`
 	// Addresses are those of the guest's network interfaces, without loopback.
 	Addresses []Address `json:"addresses,omitempty"`
+	// Sockets have options that CRIU does not restore.
+	Sockets []Socket `json:"sockets,omitempty"`
 	// Terminal: the container's process had one.
 	Terminal bool `json:"terminal,omitempty"`
 	// OpenFiles are files outside the image set that the processes held open.

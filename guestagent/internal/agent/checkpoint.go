@@ -26,6 +26,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/sockopt"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
@@ -401,6 +402,9 @@ func (a *Agent) describe(ctx context.Context, c *container, look *inspect.Contai
 			continue // whoever may configure the guest's network may choose any bytes
 		}
 		out.Addresses = append(out.Addresses, &api.Address{Interface: a.Interface, Address: a.Addr.WithZone("").String()})
+	}
+	if out.Sockets, err = sockopt.Read(look.Sockets()); err != nil {
+		return nil, err
 	}
 	hostname, err := inspect.Hostname(root)
 	if err != nil {

@@ -19,6 +19,7 @@ func checkRequest(r *api.RestoreRequest) error {
 	m := &imageset.Manifest{
 		Options: imageset.Options{EmptyNamespaces: r.GetOptions().GetEmptyNamespaces()},
 		Guest:   imageset.Guest{CPUFeatures: r.GetCpuFeatures()},
+		Sockets: imageset.NewSockets(r.GetSockets()),
 	}
 	for _, e := range r.GetExternals() {
 		m.Externals = append(m.Externals, imageset.External{Name: e.GetName(), Destination: e.GetDestination(), FSType: e.GetFstype()})

@@ -29,6 +29,7 @@ func TestRequestsAreChecked(t *testing.T) {
 	stdio := func(fd uint32, key string) *api.RestoreRequest {
 		return &api.RestoreRequest{Stdio: []*api.Stdio{{Fd: fd, Key: key}}}
 	}
+	sockets := func(list ...*api.Socket) *api.RestoreRequest { return &api.RestoreRequest{Sockets: list} }
 	for name, tc := range map[string]struct {
 		r  *api.RestoreRequest
 		ok bool
@@ -52,6 +53,13 @@ func TestRequestsAreChecked(t *testing.T) {
 		"a namespace that CRIU creates": {&api.RestoreRequest{Options: &api.CheckpointOptions{EmptyNamespaces: []string{"user"}}}, false},
 		"a connection without an end":   {&api.RestoreRequest{Connections: []*api.Connection{{Local: "192.0.2.1:80"}}}, false},
 		"an interface with a path":      {&api.RestoreRequest{Addresses: []*api.Address{{Interface: "../eth0", Address: "192.0.2.1"}}}, false},
+		"a socket":                      {sockets(&api.Socket{Pid: 1, Fd: 3, Options: []*api.SocketOption{{Level: 6, Name: 13, Text: "reno"}}, Memberships: []*api.Membership{{Interface: "eth0", Group: "232.0.0.1", Sources: []string{"192.0.2.1"}}}}), true},
+		"a socket of no process":        {sockets(&api.Socket{Fd: 3}), false},
+		"a negative descriptor":         {sockets(&api.Socket{Pid: 1, Fd: -1}), false},
+		"an option with a path":         {sockets(&api.Socket{Pid: 1, Options: []*api.SocketOption{{Text: "../x"}}}), false},
+		"a group that is none":          {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Interface: "eth0", Group: "192.0.2.1"}}}), false},
+		"a group on no interface":       {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Group: "232.0.0.1"}}}), false},
+		"a source of another family":    {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Interface: "eth0", Group: "232.0.0.1", Sources: []string{"2001:db8::1"}}}}), false},
 		"a relative file":               {&api.RestoreRequest{OpenFiles: []*api.OpenFile{{Path: []byte("etc")}}}, false},
 		"a feature that is a sentence":  {&api.RestoreRequest{CpuFeatures: []string{"avx\x1b[2J"}}, false},
 	} {

@@ -23,6 +23,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/sockopt"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
@@ -272,6 +273,13 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		}
 	}
 
+	if len(r.GetSockets()) > 0 {
+		if err := restoreSockets(ctx, c, r.GetSockets(), tree); err != nil {
+			return nil, err
+		}
+		ph.done("restore the options of sockets")
+	}
+
 	if c.Restored, err = restoredRoot(tree, c.Init.PID); err != nil {
 		return nil, err
 	}
@@ -282,6 +290,27 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
+}
+
+// restoreSockets sets the options of the restored processes' sockets that CRIU
+// has left out. What this guest lacks, such as a congestion control, is logged.
+func restoreSockets(ctx context.Context, c *container, sockets []*api.Socket, tree string) error {
+	pids, err := cgroup.Procs(tree, true)
+	if err != nil {
+		return fmt.Errorf("list the restored processes: %w", err)
+	}
+	processes := make(map[int]int, len(pids))
+	for _, pid := range pids {
+		inner, err := procfs.NSPIDs(pid)
+		if err != nil {
+			return err
+		}
+		processes[inner[len(inner)-1]] = pid
+	}
+	for _, err := range sockopt.Restore(sockets, processes) {
+		log.G(ctx).WithField("container", c.ID).WithError(err).Warn("a socket does not have all of its options")
+	}
+	return nil
 }
 
 // restoreFrozen has CRIU restore the processes. They are frozen, and have not

@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/sockopt"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
@@ -119,6 +120,20 @@ func readSockets(processes []*Process) (sockets, error) {
 		return a.FD - b.FD
 	})
 	return s, nil
+}
+
+// Sockets are those of the container's processes, each by one of its descriptors.
+func (c *Container) Sockets() (out []sockopt.Descriptor) {
+	seen := make(map[uint32]bool)
+	for _, p := range c.Processes {
+		for _, f := range p.Files {
+			if inode, ok := socketInode(f.Name); ok && !p.Exec && !seen[inode] {
+				seen[inode] = true
+				out = append(out, sockopt.Descriptor{PID: p.PID, Inner: p.PIDs[len(p.PIDs)-1], FD: f.FD})
+			}
+		}
+	}
+	return out
 }
 
 // readNamespace asks the kernel for the sockets of the calling thread's network

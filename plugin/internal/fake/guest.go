@@ -60,6 +60,8 @@ type Guest struct {
 	NoPreDump bool
 	// Addresses are those of its network interfaces.
 	Addresses []*api.Address
+	// Sockets are those of the container with options that CRIU does not restore.
+	Sockets []*api.Socket
 }
 
 // NewGuest makes a guest with a running agent for a sandbox. With rust, its
@@ -410,6 +412,7 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
 		OpenFiles: []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
 		Addresses: g.Addresses,
+		Sockets:   g.Sockets,
 		Phases:    []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
 
 		TcpEstablished: len(g.Connections) > 0, Connections: g.Connections,

@@ -435,6 +435,7 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		}
 		m.Addresses = append(m.Addresses, address)
 	}
+	m.Sockets = imageset.NewSockets(out.GetSockets())
 	return m, nil
 }
 

@@ -745,7 +745,12 @@ func imageSet(t *testing.T, options ...option) string {
 }
 
 func TestRestore(t *testing.T) {
+	sockets := []*api.Socket{{
+		Pid: 7, Fd: 3, Options: []*api.SocketOption{{Level: 6, Name: 18, Value: -1}, {Level: 6, Name: 13, Text: "reno"}},
+		Memberships: []*api.Membership{{Interface: "eth0", Group: "ff02::7", Exclude: true, Sources: []string{"2001:db8::1"}}},
+	}}
 	path := imageSet(t, func(h *harness) {
+		h.guest.Sockets = sockets
 		h.guest.Addresses = []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}}
 	})
 	h := newHarness(t)
@@ -796,6 +801,7 @@ func TestRestore(t *testing.T) {
 		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
 		OpenFiles: []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
 		Addresses: []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}},
+		Sockets:   sockets,
 		Rights:    &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
 	}
 	if !proto.Equal(got, want) {

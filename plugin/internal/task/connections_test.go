@@ -234,6 +234,17 @@ func TestAddressThatIsNone(t *testing.T) {
 	}
 }
 
+func TestSocketThatIsNone(t *testing.T) {
+	h := newHarness(t)
+	h.guest.Sockets = []*api.Socket{{Pid: 1, Memberships: []*api.Membership{{Interface: "eth0", Group: "everybody"}}}}
+	h.run(nil)
+	err := h.checkpoint(t.TempDir(), nil)
+	wantError(t, err, "a socket has joined the group")
+	if h.status() == "STOPPED" {
+		t.Error("stopped without an image set")
+	}
+}
+
 // The pod's sandbox has its address, and its VM, before its container is restored.
 func TestConnectionsOfAPodAreHeldBackFromItsSandboxOn(t *testing.T) {
 	path := sandboxNamespace(t)

@@ -327,6 +327,7 @@ func restoreRequest(c *container) *api.RestoreRequest {
 	for _, a := range m.Addresses {
 		r.Addresses = append(r.Addresses, &api.Address{Interface: a.Interface, Address: a.Address.String()})
 	}
+	r.Sockets = imageset.SocketMessages(m.Sockets)
 	for _, f := range m.OpenFiles {
 		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Bytes(), Size: f.Size, MayGrow: f.MayGrow})
 	}
