@@ -205,7 +205,7 @@ var scenarios = []scenarioCase{
 
 	{name: "app-postgresql", kind: kindApps, run: appPostgreSQL, core: onGo, timeout: 8 * time.Minute},
 	{name: "app-jvm", kind: kindApps, run: appJVM, core: onGo, timeout: 8 * time.Minute},
-	{name: "app-node", kind: kindApps, run: appNode, timeout: 8 * time.Minute},
+	{name: "app-node", kind: kindApps, run: appNode, core: onGo, timeout: 8 * time.Minute},
 	{name: "app-redis", kind: kindApps, run: appRedis, timeout: 8 * time.Minute},
 	{name: "app-nginx", kind: kindApps, run: appNginx, timeout: 8 * time.Minute},
 	{name: "app-bubblewrap", kind: kindApps, run: appBubblewrap, timeout: 8 * time.Minute},

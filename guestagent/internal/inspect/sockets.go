@@ -18,7 +18,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/sockopt"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
@@ -122,14 +121,21 @@ func readSockets(processes []*Process) (sockets, error) {
 	return s, nil
 }
 
+// Descriptor is one of a process.
+type Descriptor struct {
+	// PID is the process's in the guest's root PID namespace, and Inner in its own.
+	PID, Inner int
+	FD         int
+}
+
 // Sockets are those of the container's processes, each by one of its descriptors.
-func (c *Container) Sockets() (out []sockopt.Descriptor) {
+func (c *Container) Sockets() (out []Descriptor) {
 	seen := make(map[uint32]bool)
 	for _, p := range c.Processes {
 		for _, f := range p.Files {
 			if inode, ok := socketInode(f.Name); ok && !p.Exec && !seen[inode] {
 				seen[inode] = true
-				out = append(out, sockopt.Descriptor{PID: p.PID, Inner: p.PIDs[len(p.PIDs)-1], FD: f.FD})
+				out = append(out, Descriptor{PID: p.PID, Inner: p.PIDs[len(p.PIDs)-1], FD: f.FD})
 			}
 		}
 	}

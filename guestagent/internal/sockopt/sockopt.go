@@ -19,18 +19,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 )
-
-// Descriptor is one of a process.
-type Descriptor struct {
-	// PID is the process's in the calling process's PID namespace, and Inner in
-	// the container's.
-	PID, Inner int
-	FD         int
-}
 
 // kind is what the options of a new socket depend on.
 type kind struct{ domain, sort, protocol int }
@@ -50,7 +43,7 @@ func kindOf(fd int) (k kind, err error) {
 // Read returns the options of sockets, each given by one of its descriptors, that
 // CRIU does not restore. Sockets that have none are left out. It is called in the
 // sockets' network namespace.
-func Read(sockets []Descriptor) (out []*api.Socket, err error) {
+func Read(sockets []inspect.Descriptor) (out []*api.Socket, err error) {
 	r := &reader{fresh: make(map[kind]map[option]value)}
 	for _, d := range sockets {
 		err := withSocket(d, func(fd int) error {
@@ -87,9 +80,9 @@ func (r *reader) read(fd int) (*api.Socket, error) {
 	if !ok {
 		// Not everybody may make a socket of each kind, nor does the kernel have all
 		// that were made before a protocol was disabled.
-		if new, err := unix.Socket(k.domain, k.sort|unix.SOCK_CLOEXEC, k.protocol); err == nil {
-			fresh = values(new)
-			unix.Close(new)
+		if other, err := unix.Socket(k.domain, k.sort|unix.SOCK_CLOEXEC, k.protocol); err == nil {
+			fresh = values(other)
+			unix.Close(other)
 		}
 		r.fresh[k] = fresh
 	}
@@ -129,7 +122,7 @@ func Restore(sockets []*api.Socket, processes map[int]int) (failed []error) {
 			failed = append(failed, fmt.Errorf("process %d is not among the restored ones", s.GetPid()))
 			continue
 		}
-		err := withSocket(Descriptor{PID: pid, FD: int(s.GetFd())}, func(fd int) error { return restore(fd, s) })
+		err := withSocket(inspect.Descriptor{PID: pid, FD: int(s.GetFd())}, func(fd int) error { return restore(fd, s) })
 		if err != nil {
 			failed = append(failed, fmt.Errorf("descriptor %d of process %d in the container: %w", s.GetFd(), s.GetPid(), err))
 		}
@@ -167,7 +160,7 @@ func restore(fd int, s *api.Socket) (err error) {
 	return err
 }
 
-func withSocket(d Descriptor, do func(fd int) error) error {
+func withSocket(d inspect.Descriptor, do func(fd int) error) error {
 	process, err := pidfd.Open(d.PID)
 	if err != nil {
 		return err

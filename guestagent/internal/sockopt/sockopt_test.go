@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
@@ -53,7 +54,7 @@ func newSocket(t *testing.T, k kind) int {
 }
 
 // own is a descriptor of the test's.
-func own(fd int) Descriptor { return Descriptor{PID: os.Getpid(), Inner: 7, FD: fd} }
+func own(fd int) inspect.Descriptor { return inspect.Descriptor{PID: os.Getpid(), Inner: 7, FD: fd} }
 
 // restoreTo sets what was read of one socket at another one.
 func restoreTo(t *testing.T, fd int, sockets []*api.Socket) {
@@ -83,7 +84,7 @@ func TestOptionsComeBack(t *testing.T) {
 	changed := make(map[string]bool)
 	for name, k := range kinds {
 		plain := newSocket(t, k)
-		if list, err := Read([]Descriptor{own(plain)}); err != nil || len(list) > 0 {
+		if list, err := Read([]inspect.Descriptor{own(plain)}); err != nil || len(list) > 0 {
 			t.Errorf("%s: of a new socket: %v, %v", name, list, err)
 		}
 		for _, o := range options {
@@ -117,7 +118,7 @@ func TestOptionsComeBack(t *testing.T) {
 				continue // it cannot be set at a socket of this kind
 			}
 			changed[o.label] = true
-			list, err := Read([]Descriptor{own(plain), own(fd), own(plain)})
+			list, err := Read([]inspect.Descriptor{own(plain), own(fd), own(plain)})
 			if err != nil || len(list) != 1 || len(list[0].GetMemberships()) > 0 || list[0].GetPid() != 7 || list[0].GetFd() != int32(fd) {
 				t.Errorf("%s: %s: %v, %v", name, o.label, list, err)
 				continue
@@ -173,7 +174,7 @@ func TestMembershipsComeBack(t *testing.T) {
 					t.Fatalf("join %v: %v", m, err)
 				}
 			}
-			list, err := Read([]Descriptor{own(fd)})
+			list, err := Read([]inspect.Descriptor{own(fd)})
 			if err != nil || len(list) != 1 {
 				t.Fatalf("%v, %v", list, err)
 			}
@@ -196,7 +197,7 @@ func TestMembershipsComeBack(t *testing.T) {
 			check("at the dump", list[0])
 			again := newSocket(t, c.kind)
 			restoreTo(t, again, list)
-			restored, err := Read([]Descriptor{own(again)})
+			restored, err := Read([]inspect.Descriptor{own(again)})
 			if err != nil || len(restored) != 1 {
 				t.Fatalf("%v, %v", restored, err)
 			}
