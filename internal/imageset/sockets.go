@@ -38,7 +38,7 @@ type SocketMembership struct {
 	Sources []netip.Addr `json:"sources,omitempty"`
 }
 
-// NewSockets are those of messages. Addresses that are none become invalid ones,
+// NewSockets are those of messages. Texts without an address become invalid ones,
 // which [Manifest.CheckRestore] refuses.
 func NewSockets(messages []*api.Socket) []Socket {
 	var out []Socket

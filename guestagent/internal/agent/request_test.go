@@ -57,7 +57,7 @@ func TestRequestsAreChecked(t *testing.T) {
 		"a socket of no process":        {sockets(&api.Socket{Fd: 3}), false},
 		"a negative descriptor":         {sockets(&api.Socket{Pid: 1, Fd: -1}), false},
 		"an option with a path":         {sockets(&api.Socket{Pid: 1, Options: []*api.SocketOption{{Text: "../x"}}}), false},
-		"a group that is none":          {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Interface: "eth0", Group: "192.0.2.1"}}}), false},
+		"an invalid group":              {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Interface: "eth0", Group: "192.0.2.1"}}}), false},
 		"a group on no interface":       {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Group: "232.0.0.1"}}}), false},
 		"a source of another family":    {sockets(&api.Socket{Pid: 1, Memberships: []*api.Membership{{Interface: "eth0", Group: "232.0.0.1", Sources: []string{"2001:db8::1"}}}}), false},
 		"a relative file":               {&api.RestoreRequest{OpenFiles: []*api.OpenFile{{Path: []byte("etc")}}}, false},

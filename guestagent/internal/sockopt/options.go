@@ -41,7 +41,7 @@ type value struct {
 const tcpThinLinearTimeouts = 16
 
 // options are those that CRIU does not restore and that somebody may miss. What
-// the kernel changes by itself is not among them, such as TCP_QUICKACK and
+// the kernel changes on its own is not among them, such as TCP_QUICKACK and
 // TCP_WINDOW_CLAMP, nor is what only a privileged program may set.
 var options = []option{
 	{unix.SOL_SOCKET, unix.SO_TIMESTAMP, "SO_TIMESTAMP", number},
