@@ -69,7 +69,22 @@ func Start(ctx context.Context, c *config.Config, sandbox, shared string, ns *ne
 	if err := v.boot(ctx, apiSocket, virtiofs, cards); err != nil {
 		return nil, fmt.Errorf("boot the VM: %w", err)
 	}
+	if c.Way == way.Go {
+		go v.endWithVirtiofsd()
+	}
 	return v, nil
+}
+
+// endWithVirtiofsd ends a VM whose virtiofsd has exited, as Kata's Go shim does
+// (src/runtime/virtcontainers/clh.go, setupVirtiofsDaemon). The Rust shim only
+// logs it: what its guest asks of virtiofsd is never answered.
+func (v *VM) endWithVirtiofsd() {
+	select {
+	case <-v.vmm.gone:
+	case <-v.virtio.gone:
+		log.L.Warn("virtiofsd has exited, and the VM ends")
+		v.shutdown(context.Background())
+	}
 }
 
 func (v *VM) boot(ctx context.Context, apiSocket, virtiofs string, cards []network.Card) error {
@@ -225,19 +240,24 @@ func (v *VM) Stop(ctx context.Context) {
 	}
 	v.stopped = true
 	if v.vmm != nil {
-		if v.api != nil {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-			defer cancel()
-			if err := v.api.call(ctx, http.MethodPut, "vmm.shutdown", nil); err != nil {
-				log.L.WithError(err).Info("failed to shut down vmm")
-			}
-		}
-		v.vmm.end(5 * time.Second)
+		v.shutdown(ctx)
 	}
 	if v.virtio != nil {
 		// virtiofsd exits when its only client disconnects.
 		v.virtio.end(2 * time.Second)
 	}
+}
+
+// shutdown ends the VMM.
+func (v *VM) shutdown(ctx context.Context) {
+	if v.api != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := v.api.call(ctx, http.MethodPut, "vmm.shutdown", nil); err != nil {
+			log.L.WithError(err).Info("failed to shut down vmm")
+		}
+	}
+	v.vmm.end(5 * time.Second)
 }
 
 // RemoveFiles removes the VM's sockets.

@@ -93,6 +93,32 @@ func TestAVMMThatDiesIsNotWaitedFor(t *testing.T) {
 	}
 }
 
+func TestAVMEndsWithItsVirtiofsd(t *testing.T) {
+	vmm, err := start(exec.Command("/bin/sleep", "60"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer vmm.end(0)
+	virtiofsd, err := start(exec.Command("/bin/sleep", "60"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer virtiofsd.end(0)
+	v := &VM{vmm: vmm, virtio: virtiofsd}
+	go v.endWithVirtiofsd()
+	select {
+	case <-v.Gone():
+		t.Fatal("the VM has ended before its virtiofsd")
+	case <-time.After(50 * time.Millisecond):
+	}
+	virtiofsd.end(0)
+	select {
+	case <-v.Gone():
+	case <-time.After(20 * time.Second):
+		t.Error("the VM runs without its virtiofsd")
+	}
+}
+
 func TestAGrandchildDoesNotHideItsParentsEnd(t *testing.T) {
 	pidfile := filepath.Join(t.TempDir(), "pid")
 	p, err := start(exec.Command("/bin/sh", "-c", "sleep 60 & echo $! > "+pidfile))
