@@ -172,7 +172,9 @@ func noRoomAtAnyStep(s *scenario) {
 		})
 	}
 
-	s.check(s.engine.CheckpointTo(s.ctx, run, s.newDir(), true))
+	// The counter's files are those of its end.
+	dir = s.newDir()
+	s.check(s.engine.CheckpointTo(s.ctx, run, dir, true))
 	s.waitExit(run, 137)
 	for _, r := range []struct {
 		what string
