@@ -256,6 +256,8 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err != nil {
 		return nil, err
 	}
+	// Meanwhile.
+	may := readAllowed(c.Init.PID, r.GetRights())
 	if err := restoreFrozen(ctx, op, opts, tree); err != nil {
 		if e := copyOut(op.LogPath(), images+api.LogSuffix); e != nil && !errors.Is(e, fs.ErrNotExist) {
 			log.G(ctx).WithField("container", c.ID).WithError(e).Warn("failed to copy CRIU's log")
@@ -263,7 +265,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("criu restore")
-	if err := checkRestored(c.Init.PID, r.GetRights(), tree); err != nil {
+	if err := checkRestored(may, tree); err != nil {
 		return nil, err
 	}
 	ph.done("check the restored processes")
@@ -350,10 +352,26 @@ func killTree(ctx context.Context, tree string) error {
 	return cgroup.Kill(ctx, tree)
 }
 
+// readAllowed begins to read what the processes of a container may have, and
+// returns what waits for it.
+func readAllowed(placeholder int, rights *api.Rights) func() (*outcome.Container, error) {
+	var may *outcome.Container
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		may, err = outcome.Read(placeholder, rights)
+	}()
+	return func() (*outcome.Container, error) {
+		<-done
+		return may, err
+	}
+}
+
 // checkRestored checks that frozen processes have nothing that the container may
 // not have.
-func checkRestored(placeholder int, rights *api.Rights, tree string) error {
-	may, err := outcome.Read(placeholder, rights)
+func checkRestored(read func() (*outcome.Container, error), tree string) error {
+	may, err := read()
 	if err != nil {
 		return err
 	}
