@@ -147,6 +147,7 @@ var (
 	NoVM           = add(4015, "no-vm", "the VM has ended")
 	ShuttingDown   = add(4016, "shutting-down", "the shim is shutting down")
 	ExchangeLost   = add(4017, "exchange-lost", "a container's exchange directory cannot be used any longer")
+	FilesLost      = add(4018, "files-lost", "virtiofsd has exited, and with it the files of a VM are gone")
 )
 
 // The host.

@@ -37,6 +37,37 @@ func Wait(fd int, limit time.Duration) (exited bool, err error) {
 	}
 }
 
+// OpenFile returns a pidfd of a process for [WaitExit]; see [Open].
+func OpenFile(pid int) (*os.File, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return nil, os.ErrProcessDone
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("pidfd_open", err)
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// WaitExit waits until the process of a file of [OpenFile] has exited, or the file
+// is closed, which is an error. It occupies no thread meanwhile.
+func WaitExit(f *os.File) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = conn.Read(func(fd uintptr) bool {
+		exited, err := Wait(int(fd), 0)
+		failed = err
+		return exited || err != nil
+	})
+	if err == nil {
+		err = failed
+	}
+	return err
+}
+
 // Kill sends SIGKILL to a process. That it has exited is no error.
 func Kill(fd int) error {
 	err := Signal(fd, unix.SIGKILL)

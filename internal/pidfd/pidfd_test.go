@@ -12,6 +12,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+func TestWaitExit(t *testing.T) {
+	start := func() (*exec.Cmd, *os.File) {
+		t.Helper()
+		cmd := exec.Command("sleep", "infinity")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		})
+		f, err := OpenFile(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return cmd, f
+	}
+	cmd, f := start()
+	done := make(chan error, 1)
+	go func() { done <- WaitExit(f) }()
+	select {
+	case err := <-done:
+		t.Fatalf("it does not wait: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("after it was killed: %v", err)
+	}
+
+	_, f = start()
+	go func() { done <- WaitExit(f) }()
+	f.Close()
+	if err := <-done; err == nil {
+		t.Error("the process of a file that was closed has exited")
+	}
+}
+
 func TestWaitAndKill(t *testing.T) {
 	cmd := exec.Command("sleep", "infinity")
 	if err := cmd.Start(); err != nil {

@@ -200,6 +200,32 @@ func Cmdline(pid int) ([]string, error) {
 	return strings.Split(strings.TrimSuffix(string(data), "\x00"), "\x00"), nil
 }
 
+// Children returns the pids of the children of a process, at one moment.
+func Children(pid int) ([]int, error) {
+	tasks, err := os.ReadDir(path(pid, "task"))
+	if err != nil {
+		return nil, err
+	}
+	var out []int
+	for _, t := range tasks {
+		data, err := read(pid, filepath.Join("task", t.Name(), "children"))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the thread has exited, or the kernel lacks CONFIG_PROC_CHILDREN
+		}
+		if err != nil {
+			return nil, err
+		}
+		for field := range strings.FieldsSeq(string(data)) {
+			child, err := strconv.Atoi(field)
+			if err != nil {
+				return nil, fmt.Errorf("parse the children of process %d: %w", pid, err)
+			}
+			out = append(out, child)
+		}
+	}
+	return out, nil
+}
+
 // SameNamespace reports whether two processes are in the same namespace of a
 // kind, such as "mnt".
 func SameNamespace(a, b int, kind string) (bool, error) {

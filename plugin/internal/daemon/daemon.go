@@ -148,6 +148,7 @@ func newDaemon(ctx context.Context, i *manager.Invocation) (*daemon, error) {
 		EndKata:      func() error { return manager.EndKata(i.Bundle, r.Sandbox) },
 		ProtectShare: func() error { return manager.ProtectShare(i.Bundle, r.Sandbox) },
 		SetWritable:  func(dir string, writable bool) error { return manager.SetWritable(i.Bundle, r.Sandbox, dir, writable) },
+		Virtiofsd:    func() (*os.File, error) { return manager.Virtiofsd(i.Bundle, r.Sandbox) },
 	})
 	services, err := initPlugins(d.ctx)
 	if err != nil {

@@ -145,6 +145,42 @@ func ProtectShare(dir, sandbox string) error {
 	return withProcess(pid, func() bool { return procfs.WorksIn(pid, dir) }, func(fd int) error { return kata.Protect(fd, pid, sandbox) })
 }
 
+// Virtiofsd opens the process that serves the files of a sandbox's VM, a child of
+// the daemon of Kata's shim that was started in a bundle; see [pidfd.OpenFile]. It
+// returns nil if there is none, as where the VMM serves them itself.
+func Virtiofsd(dir, sandbox string) (*os.File, error) {
+	kata, err := kataPID(dir)
+	if err != nil || kata == 0 || !procfs.WorksIn(kata, dir) {
+		return nil, err
+	}
+	pids, err := procfs.Children(kata)
+	if err != nil {
+		return nil, err
+	}
+	// It has the path of the sandbox's share in its arguments.
+	is := func(pid int) bool {
+		args, err := procfs.Cmdline(pid)
+		return err == nil && len(args) > 0 && strings.Contains(filepath.Base(args[0]), "virtiofsd") && hasArgument(pid, sandbox)
+	}
+	for _, pid := range pids {
+		if !is(pid) {
+			continue
+		}
+		f, err := pidfd.OpenFile(pid)
+		if errors.Is(err, os.ErrProcessDone) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if is(pid) {
+			return f, nil
+		}
+		f.Close()
+	}
+	return nil, nil //nolint:nilnil // there may be none
+}
+
 // SetWritable sets whether the guest of the sandbox whose Kata shim was started
 // in a bundle can write to a directory of the host; see [kata.SetWritable].
 func SetWritable(bundle, sandbox, dir string, writable bool) error {

@@ -3,6 +3,7 @@
 package manager
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,7 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/testproc"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/bundle"
 )
 
@@ -56,5 +59,51 @@ func TestAnotherProcessWithTheVMsPidIsLeftAlone(t *testing.T) {
 	}
 	if err := endVM(dir, "", time.Now()); err != nil {
 		t.Errorf("of another time: %v", err)
+	}
+}
+
+// What serves the VM's files is the daemon's child with the sandbox in its
+// arguments, and nothing else.
+func TestVirtiofsd(t *testing.T) {
+	const serve = "(exec -a %s sh -c 'read line' virtiofsd --shared-dir=/run/kata-containers/shared/sandboxes/%s/ro) <&0 &\n"
+	for name, tc := range map[string]struct {
+		program, sandbox string
+		found            bool
+	}{
+		"its own":            {"/usr/libexec/virtiofsd", "sandbox1", true},
+		"of the testbed":     {"/opt/testbed-virtiofsd", "sandbox1", true},
+		"of another sandbox": {"/usr/libexec/virtiofsd", "sandbox2", false},
+		"another program":    {"/usr/bin/qemu", "sandbox1", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			kata := exec.Command("bash", "-c", fmt.Sprintf(serve, tc.program, tc.sandbox)+"until [ \"$(cat /proc/$!/comm)\" = sh ]; do :; done; echo; wait")
+			kata.Dir = dir
+			testproc.Ready(t, kata)
+			if err := os.WriteFile(filepath.Join(dir, "shim.pid"), fmt.Append(nil, kata.Process.Pid), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			children, err := procfs.Children(kata.Process.Pid)
+			if err != nil || len(children) != 1 {
+				t.Fatalf("children %v, %v", children, err)
+			}
+			f, err := Virtiofsd(dir, "sandbox1")
+			if err != nil || (f != nil) != tc.found {
+				t.Fatalf("found %v, %v", f, err)
+			}
+			if f == nil {
+				return
+			}
+			defer f.Close()
+			if err := syscall.Kill(children[0], syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			if err := pidfd.WaitExit(f); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if f, err := Virtiofsd(t.TempDir(), "sandbox1"); f != nil || err != nil {
+		t.Errorf("without a daemon: %v, %v", f, err)
 	}
 }

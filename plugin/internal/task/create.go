@@ -91,6 +91,7 @@ func (s *Service) create(ctx context.Context, r *task.CreateTaskRequest) (_ *tas
 			log.G(ctx).WithError(err).WithField("container", r.ID).Warn("failed to record the VM's process")
 		}
 		s.vmBundle.Store(&r.Bundle)
+		s.watchFiles()
 	}
 	created := time.Since(begin)
 	if c.source != nil {

@@ -4,6 +4,7 @@ package task
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
@@ -28,8 +29,11 @@ func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.De
 		c.forget(ctx)
 		return resp, nil
 	}
+	var answered atomic.Bool
+	c.s.endIfStuck(ctx, "Delete", answered.Load)
 	resp := &task.DeleteResponse{}
 	err := c.s.forward(ctx, "Delete", r, resp)
+	answered.Store(true)
 	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return resp, err
 	}

@@ -52,6 +52,8 @@ type harness struct {
 	// protected.
 	protected [][]string
 	share     *sharing
+	// virtiofsd is a pidfd of what serves the VM's files, or nil.
+	virtiofsd *os.File
 }
 
 // sharing is what the guest's mounts of its exchange directory are on the host.
@@ -136,6 +138,7 @@ func newHarness(t *testing.T, options ...option) *harness {
 		EndKata:      func() error { h.kata.Die(); return nil },
 		ProtectShare: func() error { h.protected = append(h.protected, h.kata.Calls()); return nil },
 		SetWritable:  h.share.set,
+		Virtiofsd:    func() (*os.File, error) { return h.virtiofsd, nil },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -55,8 +55,8 @@ func (s *Service) background(f func(context.Context)) bool {
 }
 
 // operation returns a context for a call that takes longer than a forwarded
-// one. It is done when the caller's is, when the service stops, and after
-// checkpoint_timeout. The caller must call the function at the end.
+// one. It is done when the caller's is, when the service stops, when the VM has lost
+// its files, and after checkpoint_timeout. The caller must call the function at the end.
 func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 	timeout := s.cfg.CheckpointTimeout
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -65,7 +65,7 @@ func (s *Service) operation(ctx context.Context) (context.Context, func()) {
 		return ctx, func() {}
 	}
 	s.idleTimer.Stop()
-	unhook := context.AfterFunc(s.base, func() { cancel(context.Cause(s.base)) })
+	unhook := context.AfterFunc(s.files, func() { cancel(context.Cause(s.files)) })
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, errcode.CheckpointLate.Errorf("checkpoint_timeout of %s has expired: %w", timeout, context.DeadlineExceeded))
 	return ctx, func() {
 		cancelTimeout()

@@ -16,6 +16,7 @@ package task
 import (
 	"context"
 	"fmt"
+	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -69,6 +70,9 @@ type Options struct {
 	// SetWritable sets whether the guest can write to a directory of the host that
 	// is mounted in one of its containers.
 	SetWritable func(dir string, writable bool) error
+	// Virtiofsd opens the process that serves the VM's files, see
+	// [pidfd.OpenFile], or returns nil if there is none.
+	Virtiofsd func() (*os.File, error)
 }
 
 // Service serves one sandbox.
@@ -87,6 +91,8 @@ type Service struct {
 	// setWritable is Options.SetWritable.
 	setWritable func(dir string, writable bool) error
 	metrics     metrics.Spool
+	// virtiofsd is Options.Virtiofsd.
+	virtiofsd func() (*os.File, error)
 	// hasAbandoned is set once a container has been abandoned.
 	hasAbandoned atomic.Bool
 	stops        stopat.Dir
@@ -102,6 +108,10 @@ type Service struct {
 	base       context.Context
 	cancel     context.CancelCauseFunc
 	operations inProgress
+	// files is done as well when the VM has lost its files, and with it all
+	// operations.
+	files     context.Context
+	loseFiles context.CancelCauseFunc
 	// idleTimer returns freed memory to the OS once no operation has run for
 	// idleDelay.
 	idleTimer *time.Timer
@@ -122,11 +132,12 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	}
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
-		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, setWritable: o.SetWritable, containers: make(map[string]*container),
+		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, setWritable: o.SetWritable, virtiofsd: o.Virtiofsd, containers: make(map[string]*container),
 		stops: stopat.FromEnv(), netgate: netgateState{held: make(map[string][]netgate.Connection)}, restarting: make(chan struct{}, 1),
 	}
 	s.metrics = metrics.Spool{Dir: o.Config.MetricsDir}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	s.files, s.loseFiles = context.WithCancelCause(s.base)
 	s.idleTimer = time.AfterFunc(idleDelay, debug.FreeOSMemory)
 	s.agent = guest.New(s.dialAgent, s.onAgentLost)
 	s.events.OnExit(s.onExit)

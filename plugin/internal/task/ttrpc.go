@@ -64,7 +64,7 @@ func (s *Service) bypasses(call *ttrpc.Request) bool {
 		return false
 	case call.Method == "Kill":
 		r := &task.KillRequest{}
-		return proto.Unmarshal(call.Payload, r) == nil && s.container(r.ID).forwardsKill(r)
+		return !s.filesLost() && proto.Unmarshal(call.Payload, r) == nil && s.container(r.ID).forwardsKill(r)
 	}
 	return slices.Contains(bypassing, call.Method)
 }
