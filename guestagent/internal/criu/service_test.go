@@ -20,6 +20,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/rpc"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // behaviourEnv is how this program behaves as a CRIU.
@@ -132,7 +134,19 @@ func endsWithItsContext(t *testing.T, isGuarded bool) {
 		default:
 		}
 	})
-	time.AfterFunc(200*time.Millisecond, cancel) // a guard has started it by then
+	go func() {
+		defer cancel()
+		// A guard starts it once it can kill it.
+		for begun := false; !begun; {
+			children, err := procfs.Children(s.cmd.Process.Pid)
+			begun = !s.guarded || err != nil || len(children) > 0
+			select {
+			case <-time.After(10 * time.Millisecond):
+			case <-s.exited:
+				return
+			}
+		}
+	}()
 	_, err := s.call(restoreRequest(), func(string) error { return nil })
 	<-s.exited
 	stop()
