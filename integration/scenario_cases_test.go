@@ -203,6 +203,10 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 		{name: "odd-socket vsock", words: []string{"odd-socket (pid ", "vsock", "close it"}},
 		{name: "odd-socket alg", words: []string{"odd-socket (pid ", "AF_ALG", "close it"}},
 		{name: "proc-files thread", words: []string{"proc-files (pid ", "/task/", "of a thread", "close it"}},
+		{name: "waiting accept", words: []string{"waiting (pid ", "has sent data to a unix socket that has not accepted its connection yet", "repeat the checkpoint"}},
+		{name: "waiting closed", words: []string{"waiting (pid ", "has not accepted a connection of a unix socket yet", "repeat the checkpoint"}},
+		{name: "waiting corked", words: []string{"waiting (pid ", "UDP_CORK", "repeat the checkpoint"}},
+		{name: "waiting trap", words: []string{"waiting (pid ", "SIGTRAP pending", "handle the signal"}},
 		{name: "odd-socket route-many", words: []string{"odd-socket (pid ", "multicast groups"}},
 	}
 	for i := range out {
@@ -238,6 +242,9 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 	}, refusedCase{
 		name: "file on a detached mount", program: "mkdir -p /gone && mount -t tmpfs t /gone && exec 3>/gone/file && umount -l /gone && exec sleep 1000", ready: "pidof sleep && ! grep -q ' /gone ' /proc/mounts",
 		words: []string{"sleep (pid ", "file /file open, whose mount was unmounted", "close it"},
+	}, refusedCase{
+		name: "file on a covered mount", program: "mkdir -p /twice && mount -t tmpfs t /twice && exec 3>/twice/file && mount -t tmpfs u /twice && exec sleep 1000", ready: "pidof sleep", undo: "umount /twice; umount /twice",
+		words: []string{"sleep (pid ", "file /twice/file open on a mount that another one covers", "unmount what covers it"},
 	}, refusedCase{
 		name: "overlay", program: "mount -t overlay -o lowerdir=/t/l,upperdir=/t/u,workdir=/t/w o /m", ready: "grep -q ' /m ' /proc/mounts", undo: "umount /m",
 		words: []string{"overlay", " /m,", "unmount it"},
