@@ -92,11 +92,16 @@ func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
 		out = append(out, seen[path])
 		return nil
 	}
+	seenByInit := make(map[string]bool)
+	for _, m := range c.mounts.root {
+		seenByInit[device(m)] = true
+	}
 	for _, p := range c.Processes {
 		nested := p.mountNamespace != c.Root.mountNamespace
 		for _, f := range p.Files {
+			// A process may have a file open of a mount namespace that it is not in.
 			m := c.mounts.mountOf(f)
-			if nested {
+			if m != nil && !c.mounts.inInit(m) {
 				m = c.mounts.inRoot(m)
 			}
 			if m == nil || skipped.ids[m.ID] || !c.mounts.answers(m) {
@@ -110,7 +115,7 @@ func (c *Container) OpenFiles(ctx context.Context) ([]*api.OpenFile, error) {
 			continue // which mount a mapping is on, the kernel does not say
 		}
 		for _, m := range p.Mappings {
-			if skipped.devices[m.Device] || !c.mounts.answers(c.mounts.deviceOf(m)) {
+			if skipped.devices[m.Device] || !seenByInit[m.Device] || !c.mounts.answers(c.mounts.deviceOf(m)) {
 				continue
 			}
 			if err := add(m.Path, fmt.Sprintf("/proc/%d/map_files/%s", p.PID, m.Addresses), false); err != nil {

@@ -165,6 +165,37 @@ func TestOpenFilesOfANestedNamespace(t *testing.T) {
 	}
 }
 
+// A process that is in the container's mount namespace may have got hold of a file
+// in another one.
+func TestOpenFilesOfAnothersNamespace(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes a mount namespace")
+	}
+	dir := t.TempDir()
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", "cd "+dir+" && mount -t tmpfs t . && cd "+dir+" && echo data >opened && echo data >mapped && echo ready && read line")
+	testproc.Ready(t, cmd)
+	inside := fmt.Sprintf("/proc/%d/cwd/", cmd.Process.Pid)
+	opened, err := os.Open(inside + "opened")
+	must(t, err)
+	defer opened.Close()
+	mapped, err := os.Open(inside + "mapped")
+	must(t, err)
+	memory, err := unix.Mmap(int(mapped.Fd()), 0, 5, unix.PROT_READ, unix.MAP_PRIVATE)
+	must(t, err, mapped.Close())
+	defer func() { _ = unix.Munmap(memory) }()
+	c := look(t, os.Getpid(), cmd.Process.Pid)
+	if !slices.ContainsFunc(c.Root.Files, func(f File) bool { return f.Name == dir+"/opened" }) {
+		t.Fatalf("it is not open: %+v", c.Root.Files)
+	}
+	files, err := c.OpenFiles(t.Context())
+	must(t, err)
+	for _, f := range files {
+		if strings.HasPrefix(string(f.GetPath()), dir) {
+			t.Errorf("%s is listed", f.GetPath())
+		}
+	}
+}
+
 // Names of files are bytes.
 func TestOpenFilesWithAnyName(t *testing.T) {
 	f := create(t, filepath.Join(t.TempDir(), "caf\xe9\n\x1b.txt"))

@@ -81,8 +81,8 @@ type Process struct {
 	// Namespaces are those of the kinds in [nested], as their links in /proc
 	// show them.
 	Namespaces map[string]string
-	// mountNamespace and rootDir are as its links in /proc show them.
-	mountNamespace, rootDir string
+	// mountNamespace, rootDir and workDir are as its links in /proc show them.
+	mountNamespace, rootDir, workDir string
 	// Files are the open descriptors.
 	Files []File
 	// Mappings are those of files. Neighbours of one file that only differ in
@@ -261,6 +261,7 @@ func (r *reader) process(pid int) (*Process, error) {
 	}
 	p.mountNamespace, _ = dir.Link("ns/mnt")
 	p.rootDir, _ = dir.Link("root")
+	p.workDir, _ = dir.Link("cwd")
 	if p.Files, err = r.files(); err != nil {
 		return nil, err
 	}

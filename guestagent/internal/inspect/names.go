@@ -83,6 +83,14 @@ func (c *Container) CheckNames(ctx context.Context, marked []string) ([]Finding,
 				return nil, err
 			}
 		}
+		if p.workDir != "/" {
+			key := File{Name: p.workDir, MountID: mountOfLink(p, "cwd")}
+			if m := c.mounts.ids[key.MountID]; !fine[key] && c.mounts.answers(m) && !generatedFS[m.FSType] && c.mounts.inInit(m) {
+				if fine[key], err = s.file(p, p.workDir, fmt.Sprintf("/proc/%d/cwd", p.PID), m); err != nil {
+					return nil, err
+				}
+			}
+		}
 		for _, m := range p.Mappings {
 			// All processes have the same libraries.
 			key := Mapping{Path: m.Path, Device: m.Device, Inode: m.Inode}
@@ -182,8 +190,13 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 			s.refuse(p, errcode.Device, "close it before the checkpoint, or run the program without it", "has the device %s open, which CRIU cannot checkpoint", name)
 			return false, nil
 		}
-		return true, nil
-	case unix.S_IFREG:
+		// CRIU opens memory devices as it does files.
+		if mount == nil || unix.Major(st.Rdev) != memoryMajor {
+			return true, nil
+		}
+	case unix.S_IFDIR:
+		return s.directory(p, name, link, &st)
+	case unix.S_IFREG, unix.S_IFIFO:
 	default:
 		return true, nil
 	}
@@ -236,6 +249,22 @@ func (s *nameSearch) file(p *Process, name, link string, mount *mountinfo.Info) 
 	default:
 		s.names.Files[name] = now
 	}
+	return false, nil
+}
+
+// directory looks at an open or working directory. CRIU recreates one that was
+// removed. To another that has lost its name it would make a link, which a
+// directory cannot have.
+func (s *nameSearch) directory(p *Process, name, link string, st *unix.Stat_t) (fine bool, _ error) {
+	own := inode{st.Dev, st.Ino}
+	if st.Nlink == 0 || strings.HasSuffix(name, deletedSuffix) {
+		return false, nil
+	}
+	there, err := s.lookUp(name)
+	if err != nil || there == own || !s.stays(link, name, own) {
+		return there == own, nil //nolint:nilerr // CRIU reports it
+	}
+	s.refuse(p, errcode.FileRenamed, "have it leave and close the directory before the checkpoint, or undo that", "uses the directory %s, which something else was mounted over, or which was renamed or replaced on the host", name)
 	return false, nil
 }
 

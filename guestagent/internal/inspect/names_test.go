@@ -98,6 +98,60 @@ func TestNamesOfOpenFiles(t *testing.T) {
 	}
 }
 
+// A pipe with a name is a file to CRIU, and so is a memory device.
+func TestNamesOfOtherFiles(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes a device")
+	}
+	dir := t.TempDir()
+	for name, mode := range map[string]uint32{"fifo": unix.S_IFIFO, "null": unix.S_IFCHR} {
+		path := filepath.Join(dir, name)
+		must(t, unix.Mknod(path, mode|0o600, int(unix.Mkdev(1, 3))))
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		must(t, err)
+		defer f.Close()
+		if names, findings := checkNames(t); len(names.Files)+len(findings) > 0 {
+			t.Errorf("%s as it was: %v, %q", name, names.Files, findings)
+		}
+		must(t, os.Link(path, path+".2"), os.Remove(path))
+		if names, findings := checkNames(t); names.Files[path] != path+".2" || len(findings) > 0 {
+			t.Errorf("another link of %s is left: %v, %q", name, names.Files, findings)
+		}
+		must(t, os.WriteFile(path, nil, 0o600))
+		if _, findings := checkNames(t); len(findings) != 1 || !strings.Contains(findings[0], "another file has taken its name") {
+			t.Errorf("%s replaced: %q", name, findings)
+		}
+		f.Close()
+	}
+}
+
+// A directory whose name leads elsewhere cannot be opened again, as a file could.
+func TestNamesOfDirectories(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes mount namespaces")
+	}
+	for script, want := range map[string]string{
+		"exec 3<d":                             "",
+		"exec 3<d; mv d e":                     "", // the kernel follows
+		"exec 3<d; rmdir d":                    "",
+		"exec 3<d; rmdir d; mkdir d":           "",
+		"exec 3<d; mount -t tmpfs t d":         "/d, which something else was mounted over",
+		"cd d":                                 "",
+		"cd d; mount -t tmpfs t $D/d":          "/d, which something else was mounted over",
+		"cd d; mount -t tmpfs t $D/d; cd $D/d": "",
+		"mount -t tmpfs t d; cd d":             "",
+	} {
+		cmd := exec.Command("unshare", "--mount", "sh", "-e", "-c", "cd $D; mkdir d; "+script+"; echo ready; read line")
+		cmd.Env = append(os.Environ(), "D="+t.TempDir())
+		testproc.Ready(t, cmd)
+		findings, err := look(t, cmd.Process.Pid).CheckNames(t.Context(), nil)
+		must(t, err)
+		if want == "" && len(findings) > 0 || want != "" && (len(findings) != 1 || !strings.Contains(findings[0].String(), want)) {
+			t.Errorf("%s: findings %v, want %q", script, findings, want)
+		}
+	}
+}
+
 // A file that is fine is looked at once; of one that is not, everybody is named
 // who has it open.
 func TestAFileThatManyHaveOpen(t *testing.T) {
