@@ -29,6 +29,11 @@ func (c *Container) lost() (out []Finding) {
 				out = append(out, c.finding(p, r))
 			}
 		}
+		for _, m := range p.Mappings {
+			if strings.HasPrefix(m.Path, secretMemory) {
+				out = append(out, c.finding(p, secret))
+			}
+		}
 	}
 	return out
 }
@@ -117,6 +122,15 @@ var (
 	unread    = rule{class: Warning, what: "has events of inotify that it has not read", advice: "it does not get them after a restore"}
 )
 
+// Rules for what CRIU refuses late.
+var (
+	secret     = unsupported("secret memory (memfd_secret)")
+	socketPath = unsupported("the file of a socket (with O_PATH)")
+)
+
+// secretMemory begins the name of memory of memfd_secret(2).
+const secretMemory = "/secretmem"
+
 // lostFile finds the rule for a descriptor whose kind CRIU can dump, but not what
 // the process has made of it.
 func (c *Container) lostFile(p *Process, f File) rule {
@@ -139,7 +153,16 @@ func (c *Container) lostFile(p *Process, f File) rule {
 		}
 		return rule{}
 	}
-	if !f.writable() {
+	switch {
+	case strings.HasPrefix(f.Name, secretMemory):
+		return secret
+	case f.Flags&unix.O_PATH != 0 && strings.HasPrefix(f.Name, "/"):
+		// CRIU takes it for a socket (criu/files.c, dump_one_file).
+		if st, err := lookAt(p, f); err == nil && st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+			return socketPath
+		}
+		return rule{}
+	case !f.writable():
 		return rule{}
 	}
 	inProc := strings.HasPrefix(f.Name, "/proc/pressure/")

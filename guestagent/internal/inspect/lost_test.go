@@ -35,6 +35,10 @@ var holds = map[string]func() error{
 	"a timerfd of an alarm":    func() error { return second(unix.TimerfdCreate(unix.CLOCK_BOOTTIME_ALARM, 0)) },
 	"a pressure file":          func() error { return second(unix.Open("/proc/pressure/cpu", unix.O_RDONLY, 0)) },
 	"a pressure trigger":       func() error { return second(unix.Open("/proc/pressure/cpu", unix.O_RDWR, 0)) },
+	"a socket":                 func() error { return socket(false) },
+	"a socket's path":          func() error { return socket(true) },
+	"memory":                   func() error { return second(unix.MemfdCreate("memory", 0)) },
+	"secret memory":            func() error { return second(unix.MemfdSecret(0)) },
 	"inotify":                  func() error { return watch(false) },
 	"inotify, unread":          func() error { return watch(true) },
 }
@@ -58,6 +62,17 @@ func eventSemaphore() error {
 	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
 	if err == nil && !strings.Contains(string(info), "eventfd-semaphore") {
 		err = errors.New("the kernel does not show it")
+	}
+	return err
+}
+
+func socket(path bool) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrUnix{Name: "socket"})
+	}
+	if err == nil && path {
+		_, err = unix.Open("socket", unix.O_PATH, 0)
 	}
 	return err
 }
@@ -109,6 +124,8 @@ func TestLost(t *testing.T) {
 		{Refused, "counts like a semaphore", "an eventfd", "an eventfd of semaphores"},
 		{Refused, "alarm clock", "a timerfd", "a timerfd of an alarm"},
 		{Refused, "waits for pressure by /proc/pressure/cpu", "a pressure file", "a pressure trigger"},
+		{Refused, "the file of a socket (with O_PATH)", "a socket", "a socket's path"},
+		{Refused, "secret memory", "memory", "secret memory"},
 		{Warning, "events of inotify that it has not read", "inotify", "inotify, unread"},
 	} {
 		t.Run(tc.lost, func(t *testing.T) {
