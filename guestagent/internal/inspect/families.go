@@ -137,8 +137,21 @@ func classifySocket(process, fd int, unread bool) (r rule, local netip.AddrPort)
 		if isUDP := protocol == unix.IPPROTO_UDP || protocol == unix.IPPROTO_UDPLITE; isUDP && corked(socket) {
 			r = rule{Refused, errcode.SocketBusy, "has a UDP socket that collects what it is to send (UDP_CORK), which CRIU cannot checkpoint", "repeat the checkpoint once it has sent that"}
 		}
+		if r.class == Good && protocol == unix.IPPROTO_TCP {
+			r = upperProtocol(unix.GetsockoptString(socket, unix.SOL_TCP, unix.TCP_ULP))
+		}
 	}
 	return r, local
+}
+
+// upperProtocol is the rule for a TCP socket with a protocol of the kernel's above
+// TCP, such as TLS, by the name that getsockopt has returned. CRIU restores the
+// connection without it: what the program then writes would be sent as it is.
+func upperProtocol(name string, err error) rule {
+	if err != nil || name == "" {
+		return rule{}
+	}
+	return unsupportedSocket(fmt.Sprintf("TCP with %q in the kernel (TCP_ULP)", name))
 }
 
 // corked reports whether UDP_CORK is set (linux/udp.h).

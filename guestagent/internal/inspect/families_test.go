@@ -10,6 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// No machine that runs this has to have a protocol above TCP in its kernel.
+func TestProtocolsAboveTCPAreRefused(t *testing.T) {
+	if r := upperProtocol("tls", nil); r.class != Refused || !strings.Contains(r.what, `TCP with "tls" in the kernel`) {
+		t.Errorf("TLS: %+v", r)
+	}
+	for name, err := range map[string]error{"": nil, "tls": unix.ENOPROTOOPT} {
+		if r := upperProtocol(name, err); r.class != Good {
+			t.Errorf("%q, %v: %+v", name, err, r)
+		}
+	}
+}
+
 // Sockets of this process are judged by what the kernel says about them.
 func TestUnusualSockets(t *testing.T) {
 	join := func(group int) func(int) error {
