@@ -258,7 +258,13 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	}
 	// Meanwhile.
 	may := readAllowed(c.Init.PID, r.GetRights())
-	if err := restoreFrozen(ctx, op, opts, tree); err != nil {
+	forbidPing, err := allowPing(images)
+	if err != nil {
+		return nil, err
+	}
+	err = restoreFrozen(ctx, op, opts, tree)
+	err = errclass.Join(err, forbidPing())
+	if err != nil {
 		if e := copyOut(op.LogPath(), images+api.LogSuffix); e != nil && !errors.Is(e, fs.ErrNotExist) {
 			log.G(ctx).WithField("container", c.ID).WithError(e).Warn("failed to copy CRIU's log")
 		}

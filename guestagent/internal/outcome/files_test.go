@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -135,6 +136,43 @@ func TestFilesOutsideOfTheContainer(t *testing.T) {
 	}
 	if k, pid = holder(t, "", caps(capability.CAP_NET_RAW), socket); k.files(pid) != nil || len(k.findings()) > 0 {
 		t.Errorf("a raw socket of a container that may have one: %q", k.findings())
+	}
+}
+
+// Whoever gives a pod the right to ping gives it to all of its containers.
+func TestPingSockets(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("makes a network namespace")
+	}
+	runtime.LockOSThread() // never unlocked: the thread exits with the test
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	allow := func(groups string) {
+		if err := os.WriteFile(PingGroups, []byte(groups), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	allow("0 0")
+	ping, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+	socket := open(t, ping, err)
+	for _, tc := range []struct {
+		groups string
+		caps   set
+		want   string
+	}{
+		{"1 0", 0, "has the descriptor 3 of the kind PING, for which the container lacks CAP_NET_RAW"},
+		{"1 0", caps(capability.CAP_NET_RAW), ""},
+		{"0 2147483647", 0, ""},
+	} {
+		allow(tc.groups)
+		k, pid := holder(t, "", tc.caps, socket)
+		if err := k.files(pid); err != nil {
+			t.Fatal(err)
+		}
+		if text := strings.Join(k.findings(), "; "); text != tc.want && !(tc.want != "" && strings.HasSuffix(text, tc.want)) {
+			t.Errorf("%+v: findings %q", tc, text)
+		}
 	}
 }
 
