@@ -192,7 +192,7 @@ type refusedCase struct {
 	words []string
 }
 
-func (s *scenario) refusedCases(volume string) []refusedCase {
+func (s *scenario) refusedCases(settings, data string) []refusedCase {
 	out := []refusedCase{
 		{name: "mqueue", undo: "rm /dev/mqueue/case", words: []string{"mqueue (pid ", "POSIX message queue /case", "communicate in another way"}},
 		{name: "mqueue removed", words: []string{"mqueue (pid ", "POSIX message queue /case", "communicate in another way"}},
@@ -217,7 +217,7 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 			name: "unshare " + option, program: "unshare " + option + " sleep 1000", ready: "pidof sleep", words: []string{"sleep (pid ", kind + " namespace of its own", "terminate it"},
 		})
 	}
-	conf, log := filepath.Join(volume, "app.conf"), filepath.Join(volume, "app.log")
+	conf, log := filepath.Join(settings, "app.conf"), filepath.Join(data, "app.log")
 	s.check(os.WriteFile(conf, []byte("old\n"), 0o644))
 	return append(out, refusedCase{
 		name: "own-address on the loopback interface", program: "ip addr add 10.77.0.1/32 dev lo && CASE=own exec " + casesDir + "own-address tcp 10.77.0.1", ready: "grep -q round /tmp/case",
@@ -266,14 +266,14 @@ func (s *scenario) refusedCases(volume string) []refusedCase {
 // is frozen, and the container keeps running. What its programs have mounted comes back
 // where CRIU can make it again.
 func casesRefused(s *scenario) {
-	volume := s.newDir()
+	settings, data := s.newDir(), s.newDir()
 	counting := counter("c")
-	counting.Mounts = []specs.Mount{s.casesMount(), bind(volume, "/conf", "ro"), bind(volume, "/data", "rw")}
+	counting.Mounts = []specs.Mount{s.casesMount(), bind(settings, "/conf", "ro"), bind(data, "/data", "rw")}
 	counting.Spec = []oci.SpecOpts{oci.WithPrivileged}
 	c := s.create(counting)
 	run := s.run(c)
 	s.shell(run, "mkdir /a /b /m /t && echo bound >/a/file && mount --bind /a /b && mount -t tmpfs t /t && mkdir /t/l /t/u /t/w && echo lower >/t/l/file")
-	for _, refused := range s.refusedCases(volume) {
+	for _, refused := range s.refusedCases(settings, data) {
 		s.Run(refused.name, func(t *testing.T) {
 			s.sub(t).checkCase(run, refused)
 		})
