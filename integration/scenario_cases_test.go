@@ -78,6 +78,7 @@ var restoredCases = []caseProgram{
 	{args: "odd-socket route"},
 	{args: "own-address tcp 127.0.0.1"},
 	{args: "own-address udp 127.0.0.1"},
+	{args: "thread-attributes"},
 	{args: "own-address nowhere 2001:db8::ff00:42:8329"},
 }
 
@@ -200,6 +201,10 @@ func (s *scenario) refusedCases(settings, data string) []refusedCase {
 		{name: "time-namespace own", undo: "killall -9 time-namespace", words: []string{"time-namespace (pid ", "time namespace of its own", "terminate it"}},
 		{name: "time-namespace children", undo: "killall -9 time-namespace", words: []string{"time-namespace (pid ", "has made a time namespace", "terminate it"}},
 		{name: "uring-mapped", words: []string{"uring-mapped (pid ", "io_uring", "without io_uring"}},
+		{name: "apart descriptors", words: []string{"apart (pid ", "a thread with file descriptors of its own", "terminate it"}},
+		{name: "apart directory", words: []string{"apart (pid ", "a thread with a working directory of its own", "terminate it"}},
+		{name: "apart deadline", words: []string{"apart (pid ", "SCHED_DEADLINE", "use another policy"}},
+		{name: "apart pressure", words: []string{"apart (pid ", "waits for pressure by /proc/pressure/memory", "close it"}},
 		{name: "odd-socket vsock", words: []string{"odd-socket (pid ", "vsock", "close it"}},
 		{name: "odd-socket alg", words: []string{"odd-socket (pid ", "AF_ALG", "close it"}},
 		{name: "proc-files thread", words: []string{"proc-files (pid ", "/task/", "of a thread", "close it"}},

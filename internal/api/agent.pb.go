@@ -716,6 +716,79 @@ func (x *OpenFile) GetMayGrow() bool {
 	return false
 }
 
+// Attribute is something of a thread that CRIU does not restore: what a system call
+// has given to it.
+type Attribute struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// pid and thread are PIDs in the container's PID namespace. thread is 0 for the
+	// main thread.
+	Pid    uint32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Thread uint32 `protobuf:"varint,2,opt,name=thread,proto3" json:"thread,omitempty"`
+	// name is in a table of the agent's, and value is as that says.
+	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Value         string `protobuf:"bytes,4,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Attribute) Reset() {
+	*x = Attribute{}
+	mi := &file_internal_api_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attribute) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attribute) ProtoMessage() {}
+
+func (x *Attribute) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_api_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attribute.ProtoReflect.Descriptor instead.
+func (*Attribute) Descriptor() ([]byte, []int) {
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Attribute) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Attribute) GetThread() uint32 {
+	if x != nil {
+		return x.Thread
+	}
+	return 0
+}
+
+func (x *Attribute) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Attribute) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 type Phase struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -726,7 +799,7 @@ type Phase struct {
 
 func (x *Phase) Reset() {
 	*x = Phase{}
-	mi := &file_internal_api_agent_proto_msgTypes[10]
+	mi := &file_internal_api_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +811,7 @@ func (x *Phase) String() string {
 func (*Phase) ProtoMessage() {}
 
 func (x *Phase) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[10]
+	mi := &file_internal_api_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +824,7 @@ func (x *Phase) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Phase.ProtoReflect.Descriptor instead.
 func (*Phase) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{10}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Phase) GetName() string {
@@ -780,7 +853,7 @@ type Connection struct {
 
 func (x *Connection) Reset() {
 	*x = Connection{}
-	mi := &file_internal_api_agent_proto_msgTypes[11]
+	mi := &file_internal_api_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +865,7 @@ func (x *Connection) String() string {
 func (*Connection) ProtoMessage() {}
 
 func (x *Connection) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[11]
+	mi := &file_internal_api_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +878,7 @@ func (x *Connection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Connection.ProtoReflect.Descriptor instead.
 func (*Connection) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{11}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Connection) GetLocal() string {
@@ -837,7 +910,7 @@ type Socket struct {
 
 func (x *Socket) Reset() {
 	*x = Socket{}
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -849,7 +922,7 @@ func (x *Socket) String() string {
 func (*Socket) ProtoMessage() {}
 
 func (x *Socket) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[12]
+	mi := &file_internal_api_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -862,7 +935,7 @@ func (x *Socket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Socket.ProtoReflect.Descriptor instead.
 func (*Socket) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{12}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Socket) GetPid() int32 {
@@ -909,7 +982,7 @@ type SocketOption struct {
 
 func (x *SocketOption) Reset() {
 	*x = SocketOption{}
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -921,7 +994,7 @@ func (x *SocketOption) String() string {
 func (*SocketOption) ProtoMessage() {}
 
 func (x *SocketOption) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[13]
+	mi := &file_internal_api_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -934,7 +1007,7 @@ func (x *SocketOption) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SocketOption.ProtoReflect.Descriptor instead.
 func (*SocketOption) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{13}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SocketOption) GetLevel() uint32 {
@@ -981,7 +1054,7 @@ type Membership struct {
 
 func (x *Membership) Reset() {
 	*x = Membership{}
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -993,7 +1066,7 @@ func (x *Membership) String() string {
 func (*Membership) ProtoMessage() {}
 
 func (x *Membership) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[14]
+	mi := &file_internal_api_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1006,7 +1079,7 @@ func (x *Membership) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Membership.ProtoReflect.Descriptor instead.
 func (*Membership) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{14}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Membership) GetInterface() string {
@@ -1049,7 +1122,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1134,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[15]
+	mi := &file_internal_api_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1147,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{15}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Address) GetInterface() string {
@@ -1119,7 +1192,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1131,7 +1204,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[16]
+	mi := &file_internal_api_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1144,7 +1217,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{16}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CheckpointRequest) GetContainerId() string {
@@ -1219,7 +1292,7 @@ type PreDumpRequest struct {
 
 func (x *PreDumpRequest) Reset() {
 	*x = PreDumpRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1231,7 +1304,7 @@ func (x *PreDumpRequest) String() string {
 func (*PreDumpRequest) ProtoMessage() {}
 
 func (x *PreDumpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[17]
+	mi := &file_internal_api_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1244,7 +1317,7 @@ func (x *PreDumpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreDumpRequest.ProtoReflect.Descriptor instead.
 func (*PreDumpRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{17}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PreDumpRequest) GetContainerId() string {
@@ -1285,7 +1358,7 @@ type PreDumpResponse struct {
 
 func (x *PreDumpResponse) Reset() {
 	*x = PreDumpResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1297,7 +1370,7 @@ func (x *PreDumpResponse) String() string {
 func (*PreDumpResponse) ProtoMessage() {}
 
 func (x *PreDumpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[18]
+	mi := &file_internal_api_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1310,7 +1383,7 @@ func (x *PreDumpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreDumpResponse.ProtoReflect.Descriptor instead.
 func (*PreDumpResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{18}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PreDumpResponse) GetBytes() uint64 {
@@ -1332,7 +1405,7 @@ type FoldedFiles struct {
 
 func (x *FoldedFiles) Reset() {
 	*x = FoldedFiles{}
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1417,7 @@ func (x *FoldedFiles) String() string {
 func (*FoldedFiles) ProtoMessage() {}
 
 func (x *FoldedFiles) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[19]
+	mi := &file_internal_api_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1430,7 @@ func (x *FoldedFiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoldedFiles.ProtoReflect.Descriptor instead.
 func (*FoldedFiles) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{19}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *FoldedFiles) GetFiles() []*FoldedFile {
@@ -1389,7 +1462,7 @@ type FoldedFile struct {
 
 func (x *FoldedFile) Reset() {
 	*x = FoldedFile{}
-	mi := &file_internal_api_agent_proto_msgTypes[20]
+	mi := &file_internal_api_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1401,7 +1474,7 @@ func (x *FoldedFile) String() string {
 func (*FoldedFile) ProtoMessage() {}
 
 func (x *FoldedFile) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[20]
+	mi := &file_internal_api_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1414,7 +1487,7 @@ func (x *FoldedFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoldedFile.ProtoReflect.Descriptor instead.
 func (*FoldedFile) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{20}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *FoldedFile) GetName() string {
@@ -1480,14 +1553,16 @@ type CheckpointResponse struct {
 	// one of them to what the new guest has in place of it.
 	Addresses []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	// sockets have options that CRIU does not restore.
-	Sockets       []*Socket `protobuf:"bytes,12,rep,name=sockets,proto3" json:"sockets,omitempty"`
+	Sockets []*Socket `protobuf:"bytes,12,rep,name=sockets,proto3" json:"sockets,omitempty"`
+	// attributes are set again by a restore.
+	Attributes    []*Attribute `protobuf:"bytes,13,rep,name=attributes,proto3" json:"attributes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CheckpointResponse) Reset() {
 	*x = CheckpointResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[21]
+	mi := &file_internal_api_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1499,7 +1574,7 @@ func (x *CheckpointResponse) String() string {
 func (*CheckpointResponse) ProtoMessage() {}
 
 func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[21]
+	mi := &file_internal_api_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1512,7 +1587,7 @@ func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
 func (*CheckpointResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{21}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CheckpointResponse) GetExternals() []*External {
@@ -1599,6 +1674,13 @@ func (x *CheckpointResponse) GetSockets() []*Socket {
 	return nil
 }
 
+func (x *CheckpointResponse) GetAttributes() []*Attribute {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
 type DiscardRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
@@ -1611,7 +1693,7 @@ type DiscardRequest struct {
 
 func (x *DiscardRequest) Reset() {
 	*x = DiscardRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[22]
+	mi := &file_internal_api_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1705,7 @@ func (x *DiscardRequest) String() string {
 func (*DiscardRequest) ProtoMessage() {}
 
 func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[22]
+	mi := &file_internal_api_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1718,7 @@ func (x *DiscardRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscardRequest.ProtoReflect.Descriptor instead.
 func (*DiscardRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{22}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DiscardRequest) GetContainerId() string {
@@ -1681,14 +1763,16 @@ type RestoreRequest struct {
 	Addresses []*Address `protobuf:"bytes,11,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	Token     string     `protobuf:"bytes,12,opt,name=token,proto3" json:"token,omitempty"`
 	// sockets are those of the CheckpointResponse.
-	Sockets       []*Socket `protobuf:"bytes,13,rep,name=sockets,proto3" json:"sockets,omitempty"`
+	Sockets []*Socket `protobuf:"bytes,13,rep,name=sockets,proto3" json:"sockets,omitempty"`
+	// attributes are those of the CheckpointResponse.
+	Attributes    []*Attribute `protobuf:"bytes,14,rep,name=attributes,proto3" json:"attributes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[23]
+	mi := &file_internal_api_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1700,7 +1784,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[23]
+	mi := &file_internal_api_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1713,7 +1797,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{23}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RestoreRequest) GetContainerId() string {
@@ -1807,6 +1891,13 @@ func (x *RestoreRequest) GetSockets() []*Socket {
 	return nil
 }
 
+func (x *RestoreRequest) GetAttributes() []*Attribute {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
 // Rights bound what the processes of a container have: they are those of the
 // process in the container's spec.
 type Rights struct {
@@ -1834,7 +1925,7 @@ type Rights struct {
 
 func (x *Rights) Reset() {
 	*x = Rights{}
-	mi := &file_internal_api_agent_proto_msgTypes[24]
+	mi := &file_internal_api_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +1937,7 @@ func (x *Rights) String() string {
 func (*Rights) ProtoMessage() {}
 
 func (x *Rights) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[24]
+	mi := &file_internal_api_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +1950,7 @@ func (x *Rights) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rights.ProtoReflect.Descriptor instead.
 func (*Rights) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{24}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Rights) GetCapabilities() []string {
@@ -1943,7 +2034,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[25]
+	mi := &file_internal_api_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2046,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[25]
+	mi := &file_internal_api_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2059,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{25}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -2000,7 +2091,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[26]
+	mi := &file_internal_api_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2012,7 +2103,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[26]
+	mi := &file_internal_api_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2025,7 +2116,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{26}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExecRequest) GetContainerId() string {
@@ -2066,7 +2157,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_internal_api_agent_proto_msgTypes[27]
+	mi := &file_internal_api_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2078,7 +2169,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[27]
+	mi := &file_internal_api_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2091,7 +2182,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{27}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExecResponse) GetPid() int32 {
@@ -2115,7 +2206,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_internal_api_agent_proto_msgTypes[28]
+	mi := &file_internal_api_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2127,7 +2218,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_api_agent_proto_msgTypes[28]
+	mi := &file_internal_api_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2140,7 +2231,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_internal_api_agent_proto_rawDescGZIP(), []int{28}
+	return file_internal_api_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SignalRequest) GetContainerId() string {
@@ -2223,7 +2314,12 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\bOpenFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\fR\x04path\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x19\n" +
-	"\bmay_grow\x18\x03 \x01(\bR\amayGrow\"=\n" +
+	"\bmay_grow\x18\x03 \x01(\bR\amayGrow\"_\n" +
+	"\tAttribute\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x16\n" +
+	"\x06thread\x18\x02 \x01(\rR\x06thread\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x04 \x01(\tR\x05value\"=\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vnanoseconds\x18\x02 \x01(\x04R\vnanoseconds\":\n" +
@@ -2276,7 +2372,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fpart_sources\x18\x04 \x03(\rR\vpartSources\x12!\n" +
 	"\fpart_offsets\x18\x05 \x03(\x04R\vpartOffsets\x12\x1d\n" +
 	"\n" +
-	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xf9\x04\n" +
+	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xbd\x05\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -2291,11 +2387,14 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\vconnections\x18\n" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
 	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x129\n" +
-	"\asockets\x18\f \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\"g\n" +
+	"\asockets\x18\f \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\x12B\n" +
+	"\n" +
+	"attributes\x18\r \x03(\v2\".katacheckpoint.agent.v1.AttributeR\n" +
+	"attributes\"g\n" +
 	"\x0eDiscardRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x14\n" +
-	"\x05token\x18\x03 \x01(\tR\x05token\"\xa7\x05\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\"\xeb\x05\n" +
 	"\x0eRestoreRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -2311,7 +2410,10 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	" \x03(\v2#.katacheckpoint.agent.v1.ConnectionR\vconnections\x12>\n" +
 	"\taddresses\x18\v \x03(\v2 .katacheckpoint.agent.v1.AddressR\taddresses\x12\x14\n" +
 	"\x05token\x18\f \x01(\tR\x05token\x129\n" +
-	"\asockets\x18\r \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\"\xfa\x02\n" +
+	"\asockets\x18\r \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\x12B\n" +
+	"\n" +
+	"attributes\x18\x0e \x03(\v2\".katacheckpoint.agent.v1.AttributeR\n" +
+	"attributes\"\xfa\x02\n" +
 	"\x06Rights\x12\"\n" +
 	"\fcapabilities\x18\x01 \x03(\tR\fcapabilities\x12 \n" +
 	"\fno_new_privs\x18\x02 \x01(\bR\n" +
@@ -2372,7 +2474,7 @@ func file_internal_api_agent_proto_rawDescGZIP() []byte {
 	return file_internal_api_agent_proto_rawDescData
 }
 
-var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_internal_api_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_internal_api_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),        // 0: katacheckpoint.agent.v1.InfoRequest
 	(*InfoResponse)(nil),       // 1: katacheckpoint.agent.v1.InfoResponse
@@ -2384,84 +2486,87 @@ var file_internal_api_agent_proto_goTypes = []any{
 	(*External)(nil),           // 7: katacheckpoint.agent.v1.External
 	(*Stdio)(nil),              // 8: katacheckpoint.agent.v1.Stdio
 	(*OpenFile)(nil),           // 9: katacheckpoint.agent.v1.OpenFile
-	(*Phase)(nil),              // 10: katacheckpoint.agent.v1.Phase
-	(*Connection)(nil),         // 11: katacheckpoint.agent.v1.Connection
-	(*Socket)(nil),             // 12: katacheckpoint.agent.v1.Socket
-	(*SocketOption)(nil),       // 13: katacheckpoint.agent.v1.SocketOption
-	(*Membership)(nil),         // 14: katacheckpoint.agent.v1.Membership
-	(*Address)(nil),            // 15: katacheckpoint.agent.v1.Address
-	(*CheckpointRequest)(nil),  // 16: katacheckpoint.agent.v1.CheckpointRequest
-	(*PreDumpRequest)(nil),     // 17: katacheckpoint.agent.v1.PreDumpRequest
-	(*PreDumpResponse)(nil),    // 18: katacheckpoint.agent.v1.PreDumpResponse
-	(*FoldedFiles)(nil),        // 19: katacheckpoint.agent.v1.FoldedFiles
-	(*FoldedFile)(nil),         // 20: katacheckpoint.agent.v1.FoldedFile
-	(*CheckpointResponse)(nil), // 21: katacheckpoint.agent.v1.CheckpointResponse
-	(*DiscardRequest)(nil),     // 22: katacheckpoint.agent.v1.DiscardRequest
-	(*RestoreRequest)(nil),     // 23: katacheckpoint.agent.v1.RestoreRequest
-	(*Rights)(nil),             // 24: katacheckpoint.agent.v1.Rights
-	(*RestoreResponse)(nil),    // 25: katacheckpoint.agent.v1.RestoreResponse
-	(*ExecRequest)(nil),        // 26: katacheckpoint.agent.v1.ExecRequest
-	(*ExecResponse)(nil),       // 27: katacheckpoint.agent.v1.ExecResponse
-	(*SignalRequest)(nil),      // 28: katacheckpoint.agent.v1.SignalRequest
-	nil,                        // 29: katacheckpoint.agent.v1.Rights.LimitsEntry
-	(*emptypb.Empty)(nil),      // 30: google.protobuf.Empty
+	(*Attribute)(nil),          // 10: katacheckpoint.agent.v1.Attribute
+	(*Phase)(nil),              // 11: katacheckpoint.agent.v1.Phase
+	(*Connection)(nil),         // 12: katacheckpoint.agent.v1.Connection
+	(*Socket)(nil),             // 13: katacheckpoint.agent.v1.Socket
+	(*SocketOption)(nil),       // 14: katacheckpoint.agent.v1.SocketOption
+	(*Membership)(nil),         // 15: katacheckpoint.agent.v1.Membership
+	(*Address)(nil),            // 16: katacheckpoint.agent.v1.Address
+	(*CheckpointRequest)(nil),  // 17: katacheckpoint.agent.v1.CheckpointRequest
+	(*PreDumpRequest)(nil),     // 18: katacheckpoint.agent.v1.PreDumpRequest
+	(*PreDumpResponse)(nil),    // 19: katacheckpoint.agent.v1.PreDumpResponse
+	(*FoldedFiles)(nil),        // 20: katacheckpoint.agent.v1.FoldedFiles
+	(*FoldedFile)(nil),         // 21: katacheckpoint.agent.v1.FoldedFile
+	(*CheckpointResponse)(nil), // 22: katacheckpoint.agent.v1.CheckpointResponse
+	(*DiscardRequest)(nil),     // 23: katacheckpoint.agent.v1.DiscardRequest
+	(*RestoreRequest)(nil),     // 24: katacheckpoint.agent.v1.RestoreRequest
+	(*Rights)(nil),             // 25: katacheckpoint.agent.v1.Rights
+	(*RestoreResponse)(nil),    // 26: katacheckpoint.agent.v1.RestoreResponse
+	(*ExecRequest)(nil),        // 27: katacheckpoint.agent.v1.ExecRequest
+	(*ExecResponse)(nil),       // 28: katacheckpoint.agent.v1.ExecResponse
+	(*SignalRequest)(nil),      // 29: katacheckpoint.agent.v1.SignalRequest
+	nil,                        // 30: katacheckpoint.agent.v1.Rights.LimitsEntry
+	(*emptypb.Empty)(nil),      // 31: google.protobuf.Empty
 }
 var file_internal_api_agent_proto_depIdxs = []int32{
-	13, // 0: katacheckpoint.agent.v1.Socket.options:type_name -> katacheckpoint.agent.v1.SocketOption
-	14, // 1: katacheckpoint.agent.v1.Socket.memberships:type_name -> katacheckpoint.agent.v1.Membership
+	14, // 0: katacheckpoint.agent.v1.Socket.options:type_name -> katacheckpoint.agent.v1.SocketOption
+	15, // 1: katacheckpoint.agent.v1.Socket.memberships:type_name -> katacheckpoint.agent.v1.Membership
 	6,  // 2: katacheckpoint.agent.v1.CheckpointRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	24, // 3: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	20, // 4: katacheckpoint.agent.v1.FoldedFiles.files:type_name -> katacheckpoint.agent.v1.FoldedFile
+	25, // 3: katacheckpoint.agent.v1.CheckpointRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	21, // 4: katacheckpoint.agent.v1.FoldedFiles.files:type_name -> katacheckpoint.agent.v1.FoldedFile
 	7,  // 5: katacheckpoint.agent.v1.CheckpointResponse.externals:type_name -> katacheckpoint.agent.v1.External
 	8,  // 6: katacheckpoint.agent.v1.CheckpointResponse.stdio:type_name -> katacheckpoint.agent.v1.Stdio
 	9,  // 7: katacheckpoint.agent.v1.CheckpointResponse.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	10, // 8: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	11, // 9: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
-	15, // 10: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
-	12, // 11: katacheckpoint.agent.v1.CheckpointResponse.sockets:type_name -> katacheckpoint.agent.v1.Socket
-	6,  // 12: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
-	7,  // 13: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
-	8,  // 14: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
-	9,  // 15: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
-	24, // 16: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
-	11, // 17: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
-	15, // 18: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
-	12, // 19: katacheckpoint.agent.v1.RestoreRequest.sockets:type_name -> katacheckpoint.agent.v1.Socket
-	29, // 20: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
-	10, // 21: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
-	0,  // 22: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
-	4,  // 23: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
-	2,  // 24: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	3,  // 25: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
-	2,  // 26: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	2,  // 27: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
-	16, // 28: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	17, // 29: katacheckpoint.agent.v1.Agent.PreDump:input_type -> katacheckpoint.agent.v1.PreDumpRequest
-	16, // 30: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
-	22, // 31: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
-	23, // 32: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	23, // 33: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
-	26, // 34: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
-	28, // 35: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
-	1,  // 36: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
-	5,  // 37: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
-	30, // 38: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
-	30, // 39: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
-	30, // 40: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
-	30, // 41: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
-	30, // 42: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
-	18, // 43: katacheckpoint.agent.v1.Agent.PreDump:output_type -> katacheckpoint.agent.v1.PreDumpResponse
-	21, // 44: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
-	30, // 45: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
-	30, // 46: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
-	25, // 47: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
-	27, // 48: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
-	30, // 49: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
-	36, // [36:50] is the sub-list for method output_type
-	22, // [22:36] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	11, // 8: katacheckpoint.agent.v1.CheckpointResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	12, // 9: katacheckpoint.agent.v1.CheckpointResponse.connections:type_name -> katacheckpoint.agent.v1.Connection
+	16, // 10: katacheckpoint.agent.v1.CheckpointResponse.addresses:type_name -> katacheckpoint.agent.v1.Address
+	13, // 11: katacheckpoint.agent.v1.CheckpointResponse.sockets:type_name -> katacheckpoint.agent.v1.Socket
+	10, // 12: katacheckpoint.agent.v1.CheckpointResponse.attributes:type_name -> katacheckpoint.agent.v1.Attribute
+	6,  // 13: katacheckpoint.agent.v1.RestoreRequest.options:type_name -> katacheckpoint.agent.v1.CheckpointOptions
+	7,  // 14: katacheckpoint.agent.v1.RestoreRequest.externals:type_name -> katacheckpoint.agent.v1.External
+	8,  // 15: katacheckpoint.agent.v1.RestoreRequest.stdio:type_name -> katacheckpoint.agent.v1.Stdio
+	9,  // 16: katacheckpoint.agent.v1.RestoreRequest.open_files:type_name -> katacheckpoint.agent.v1.OpenFile
+	25, // 17: katacheckpoint.agent.v1.RestoreRequest.rights:type_name -> katacheckpoint.agent.v1.Rights
+	12, // 18: katacheckpoint.agent.v1.RestoreRequest.connections:type_name -> katacheckpoint.agent.v1.Connection
+	16, // 19: katacheckpoint.agent.v1.RestoreRequest.addresses:type_name -> katacheckpoint.agent.v1.Address
+	13, // 20: katacheckpoint.agent.v1.RestoreRequest.sockets:type_name -> katacheckpoint.agent.v1.Socket
+	10, // 21: katacheckpoint.agent.v1.RestoreRequest.attributes:type_name -> katacheckpoint.agent.v1.Attribute
+	30, // 22: katacheckpoint.agent.v1.Rights.limits:type_name -> katacheckpoint.agent.v1.Rights.LimitsEntry
+	11, // 23: katacheckpoint.agent.v1.RestoreResponse.phases:type_name -> katacheckpoint.agent.v1.Phase
+	0,  // 24: katacheckpoint.agent.v1.Agent.Info:input_type -> katacheckpoint.agent.v1.InfoRequest
+	4,  // 25: katacheckpoint.agent.v1.Agent.Adopt:input_type -> katacheckpoint.agent.v1.AdoptRequest
+	2,  // 26: katacheckpoint.agent.v1.Agent.Forget:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	3,  // 27: katacheckpoint.agent.v1.Agent.Hold:input_type -> katacheckpoint.agent.v1.HoldRequest
+	2,  // 28: katacheckpoint.agent.v1.Agent.Freeze:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	2,  // 29: katacheckpoint.agent.v1.Agent.Thaw:input_type -> katacheckpoint.agent.v1.ContainerRequest
+	17, // 30: katacheckpoint.agent.v1.Agent.CheckCheckpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	18, // 31: katacheckpoint.agent.v1.Agent.PreDump:input_type -> katacheckpoint.agent.v1.PreDumpRequest
+	17, // 32: katacheckpoint.agent.v1.Agent.Checkpoint:input_type -> katacheckpoint.agent.v1.CheckpointRequest
+	23, // 33: katacheckpoint.agent.v1.Agent.Discard:input_type -> katacheckpoint.agent.v1.DiscardRequest
+	24, // 34: katacheckpoint.agent.v1.Agent.CheckRestore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	24, // 35: katacheckpoint.agent.v1.Agent.Restore:input_type -> katacheckpoint.agent.v1.RestoreRequest
+	27, // 36: katacheckpoint.agent.v1.Agent.Exec:input_type -> katacheckpoint.agent.v1.ExecRequest
+	29, // 37: katacheckpoint.agent.v1.Agent.Signal:input_type -> katacheckpoint.agent.v1.SignalRequest
+	1,  // 38: katacheckpoint.agent.v1.Agent.Info:output_type -> katacheckpoint.agent.v1.InfoResponse
+	5,  // 39: katacheckpoint.agent.v1.Agent.Adopt:output_type -> katacheckpoint.agent.v1.AdoptResponse
+	31, // 40: katacheckpoint.agent.v1.Agent.Forget:output_type -> google.protobuf.Empty
+	31, // 41: katacheckpoint.agent.v1.Agent.Hold:output_type -> google.protobuf.Empty
+	31, // 42: katacheckpoint.agent.v1.Agent.Freeze:output_type -> google.protobuf.Empty
+	31, // 43: katacheckpoint.agent.v1.Agent.Thaw:output_type -> google.protobuf.Empty
+	31, // 44: katacheckpoint.agent.v1.Agent.CheckCheckpoint:output_type -> google.protobuf.Empty
+	19, // 45: katacheckpoint.agent.v1.Agent.PreDump:output_type -> katacheckpoint.agent.v1.PreDumpResponse
+	22, // 46: katacheckpoint.agent.v1.Agent.Checkpoint:output_type -> katacheckpoint.agent.v1.CheckpointResponse
+	31, // 47: katacheckpoint.agent.v1.Agent.Discard:output_type -> google.protobuf.Empty
+	31, // 48: katacheckpoint.agent.v1.Agent.CheckRestore:output_type -> google.protobuf.Empty
+	26, // 49: katacheckpoint.agent.v1.Agent.Restore:output_type -> katacheckpoint.agent.v1.RestoreResponse
+	28, // 50: katacheckpoint.agent.v1.Agent.Exec:output_type -> katacheckpoint.agent.v1.ExecResponse
+	31, // 51: katacheckpoint.agent.v1.Agent.Signal:output_type -> google.protobuf.Empty
+	38, // [38:52] is the sub-list for method output_type
+	24, // [24:38] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_internal_api_agent_proto_init() }
@@ -2475,7 +2580,7 @@ func file_internal_api_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_api_agent_proto_rawDesc), len(file_internal_api_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

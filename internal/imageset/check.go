@@ -22,6 +22,7 @@ const (
 	maxAddresses   = 4096
 	maxOpenFiles   = 1 << 16
 	maxSockets     = 1 << 16
+	maxAttributes  = 1 << 15
 	maxSocketParts = 1024 // options, groups and sources, each
 	maxArgs        = 1 << 16
 	maxPhases      = 1024
@@ -39,6 +40,9 @@ var (
 	word     = regexp.MustCompile(`^[A-Za-z_]{1,64}$`)
 
 	fingerprint = regexp.MustCompile(`^SHA256:[A-Za-z0-9+/]{43}$`)
+
+	attributeName  = regexp.MustCompile(`^[a-z-]{1,64}$`)
+	attributeValue = regexp.MustCompile(`^[0-9a-f,-]+$`)
 
 	fsType = regexp.MustCompile(`^[a-z0-9_.-]{0,64}$`)
 )
@@ -133,7 +137,7 @@ func (m *Manifest) CheckRestore() error {
 		checkCount("external mounts", len(m.Externals), maxMounts), checkCount("descriptors", len(m.Stdio), 3),
 		checkCount("TCP connections", len(m.Connections), maxConnections), checkCount("addresses", len(m.Addresses), maxAddresses),
 		checkCount("open files", len(m.OpenFiles), maxOpenFiles), checkCount("CPU features", len(m.Guest.CPUFeatures), maxFeatures),
-		checkCount("sockets", len(m.Sockets), maxSockets),
+		checkCount("sockets", len(m.Sockets), maxSockets), checkCount("attributes", len(m.Attributes), maxAttributes),
 	); err != nil {
 		return err
 	}
@@ -166,6 +170,11 @@ func (m *Manifest) CheckRestore() error {
 	for _, a := range m.Addresses {
 		if err := a.check(); err != nil {
 			return err
+		}
+	}
+	for _, a := range m.Attributes {
+		if !attributeName.MatchString(a.Name) || !attributeValue.MatchString(a.Value) || len(a.Value) > maxPath {
+			return fmt.Errorf("attribute %.80q of process %d has an invalid name or value, %.80q", a.Name, a.PID, a.Value)
 		}
 	}
 	for _, s := range m.Sockets {

@@ -62,6 +62,8 @@ type Manifest struct {
 	Addresses []Address `json:"addresses,omitempty"`
 	// Sockets have options that CRIU does not restore.
 	Sockets []Socket `json:"sockets,omitempty"`
+	// Attributes are what CRIU does not restore of threads.
+	Attributes []Attribute `json:"attributes,omitempty"`
 	// Terminal: the container's process had one.
 	Terminal bool `json:"terminal,omitempty"`
 	// OpenFiles are files outside the image set that the processes held open.
@@ -178,6 +180,18 @@ func (a Address) check() error {
 		return fmt.Errorf("network interface %s has an invalid address, %q", a.Interface, a.Address)
 	}
 	return nil
+}
+
+// Attribute is something of a thread that is set again after CRIU has restored it:
+// what a system call has given to it.
+type Attribute struct {
+	// PID and Thread are in the container's PID namespace. Thread is 0 for the main
+	// thread.
+	PID    uint32 `json:"pid"`
+	Thread uint32 `json:"thread,omitempty"`
+	// Name is in a table of the agent's, and Value is as that says.
+	Name  string `json:"name"`
+	Value string `json:"value"`
 }
 
 // OpenFile is a file by its path in the container and its size in bytes.

@@ -403,6 +403,9 @@ func (a *Agent) describe(ctx context.Context, c *container, look *inspect.Contai
 		}
 		out.Addresses = append(out.Addresses, &api.Address{Interface: a.Interface, Address: a.Addr.WithZone("").String()})
 	}
+	if out.Attributes, err = readAttributes(ctx, c, look); err != nil {
+		return nil, err
+	}
 	if out.Sockets, err = sockopt.Read(look.Sockets()); err != nil {
 		return nil, err
 	}

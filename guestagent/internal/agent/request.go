@@ -39,6 +39,9 @@ func checkRequest(r *api.RestoreRequest) error {
 	for _, f := range r.GetOpenFiles() {
 		m.OpenFiles = append(m.OpenFiles, imageset.NewOpenFile(f.GetPath(), f.GetSize(), f.GetMayGrow()))
 	}
+	for _, a := range r.GetAttributes() {
+		m.Attributes = append(m.Attributes, imageset.Attribute{PID: a.GetPid(), Thread: a.GetThread(), Name: a.GetName(), Value: a.GetValue()})
+	}
 	if err := m.CheckRestore(); err != nil {
 		return errclass.Invalid(errcode.BadAgentRequest, "the request is invalid: %w", err)
 	}

@@ -281,6 +281,9 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		}
 	}
 
+	if err := applyAttributes(ctx, c, r, tree); err != nil {
+		return nil, err
+	}
 	if len(r.GetSockets()) > 0 {
 		if err := restoreSockets(ctx, c, r.GetSockets(), tree); err != nil {
 			return nil, err

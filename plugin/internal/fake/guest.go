@@ -408,12 +408,13 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	}
 	return &api.CheckpointResponse{
 		CriuVersion: 40201, KernelRelease: "6.1", Hostname: "host",
-		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
-		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
-		OpenFiles: []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
-		Addresses: g.Addresses,
-		Sockets:   g.Sockets,
-		Phases:    []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
+		Externals:  []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
+		Stdio:      []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
+		OpenFiles:  []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
+		Addresses:  g.Addresses,
+		Sockets:    g.Sockets,
+		Attributes: []*api.Attribute{{Pid: 1, Name: "cpus", Value: "0"}},
+		Phases:     []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
 
 		TcpEstablished: len(g.Connections) > 0, Connections: g.Connections,
 	}, nil

@@ -36,6 +36,10 @@ var maxLists = map[protoreflect.Name]int{
 	"open_files":   1 << 16,
 	"connections":  1 << 16,
 	"addresses":    4096,
+	"sockets":      1 << 16,
+	"memberships":  1024,
+	"sources":      1024,
+	"attributes":   1 << 15,
 	"cpu_features": 1024,
 }
 

@@ -37,6 +37,8 @@ func TestAnswers(t *testing.T) {
 		"a checkpoint": {method: "Checkpoint", answer: &api.CheckpointResponse{
 			KernelRelease: "6.1.0-1-amd64", Hostname: "any\x01thing", CpuFeatures: slices.Repeat([]string{"fpu"}, 200),
 			OpenFiles: slices.Repeat([]*api.OpenFile{{Path: []byte("/data/a\nb\xff"), Size: 5}}, 10000), Externals: []*api.External{{Name: "m0", Destination: "/data"}},
+			Sockets:    slices.Repeat([]*api.Socket{{Pid: 1, Memberships: slices.Repeat([]*api.Membership{{Sources: slices.Repeat([]string{"10.0.0.1"}, 65)}}, 65)}}, 65),
+			Attributes: slices.Repeat([]*api.Attribute{{Pid: 1, Name: "cpus", Value: "0"}}, 10000),
 		}},
 		"problems of two lines":    {method: "Info", answer: &api.InfoResponse{Version: "1.0", Problems: []string{"one\ntwo — three"}}},
 		"a field of a newer agent": {method: "Exec", raw: []byte{0xa2, 0x06, 3, 'n', 'e', 'w'}},

@@ -436,6 +436,9 @@ func (j *checkpointJob) manifest(out *api.CheckpointResponse, files []imageset.F
 		m.Addresses = append(m.Addresses, address)
 	}
 	m.Sockets = imageset.NewSockets(out.GetSockets())
+	for _, a := range out.GetAttributes() {
+		m.Attributes = append(m.Attributes, imageset.Attribute{PID: a.GetPid(), Thread: a.GetThread(), Name: a.GetName(), Value: a.GetValue()})
+	}
 	return m, nil
 }
 

@@ -796,13 +796,14 @@ func TestRestore(t *testing.T) {
 	got := h.guest.Request("Restore").(*api.RestoreRequest)
 	want := &api.RestoreRequest{
 		ContainerId: "c1", Token: h.service.container("c1").exchange.token, Directory: restoreDir, CriuVersion: 40201,
-		Options:   &api.CheckpointOptions{FileLocks: true},
-		Externals: []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
-		Stdio:     []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
-		OpenFiles: []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
-		Addresses: []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}},
-		Sockets:   sockets,
-		Rights:    &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
+		Options:    &api.CheckpointOptions{FileLocks: true},
+		Externals:  []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
+		Stdio:      []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
+		OpenFiles:  []*api.OpenFile{{Path: []byte("/data/f"), Size: 5}},
+		Addresses:  []*api.Address{{Interface: "eth0", Address: "192.0.2.2"}, {Interface: "eth0", Address: "2001:db8::2"}},
+		Sockets:    sockets,
+		Attributes: []*api.Attribute{{Pid: 1, Name: "cpus", Value: "0"}},
+		Rights:     &api.Rights{Capabilities: []string{"CAP_CHOWN"}, NoNewPrivs: true, Uid: 1000},
 	}
 	if !proto.Equal(got, want) {
 		t.Errorf("restore %v, want %v", got, want)

@@ -328,6 +328,9 @@ func restoreRequest(c *container) *api.RestoreRequest {
 		r.Addresses = append(r.Addresses, &api.Address{Interface: a.Interface, Address: a.Address.String()})
 	}
 	r.Sockets = imageset.SocketMessages(m.Sockets)
+	for _, a := range m.Attributes {
+		r.Attributes = append(r.Attributes, &api.Attribute{Pid: a.PID, Thread: a.Thread, Name: a.Name, Value: a.Value})
+	}
 	for _, f := range m.OpenFiles {
 		r.OpenFiles = append(r.OpenFiles, &api.OpenFile{Path: f.Bytes(), Size: f.Size, MayGrow: f.MayGrow})
 	}
