@@ -87,6 +87,7 @@ var (
 	EventSemaphore    = add(2044, "event-semaphore", "a process has an eventfd that counts like a semaphore")
 	AlarmTimer        = add(2045, "alarm-timer", "a process has a timer of an alarm clock")
 	ForkPending       = add(2046, "fork-pending", "a process waits for a child that has not executed a program yet")
+	OwnCgroup         = add(2047, "own-cgroup", "a process is in a cgroup that the workload has made")
 )
 
 // A checkpoint that fails.

@@ -138,7 +138,11 @@ func (a *Agent) findings(ctx context.Context, c *container, r *api.CheckpointReq
 		return nil, false, nil, err
 	}
 	findings = append(findings, more...)
-	return look, ownIPC, findings, nil
+	cgroups, err := ownCgroups(c, look)
+	if err != nil {
+		return nil, false, nil, err
+	}
+	return look, ownIPC, append(findings, cgroups...), nil
 }
 
 // excesses are findings about processes that have more than their container.
