@@ -40,19 +40,29 @@ func NewAddress(iface string, addr netip.Addr) Address {
 // others may reach: those of interfaces that are up, the loopback interface
 // excepted. They are in the kernel's order.
 func Addresses() ([]Address, error) {
+	out, _, err := interfaces()
+	return out, err
+}
+
+// interfaces is Addresses, and the names of those interfaces that somebody in the
+// guest has made, by their indices, whether or not they have an address.
+func interfaces() (out []Address, made map[int]string, err error) {
 	links, err := netlink.LinkList()
 	if err != nil {
-		return nil, fmt.Errorf("list network interfaces: %w", err)
+		return nil, nil, fmt.Errorf("list network interfaces: %w", err)
 	}
-	var out []Address
+	made = make(map[int]string)
 	for _, link := range links {
 		l := link.Attrs()
+		if link.Type() != "device" {
+			made[l.Index] = l.Name
+		}
 		if l.Flags&net.FlagLoopback != 0 || l.Flags&net.FlagUp == 0 {
 			continue
 		}
 		list, err := netlink.AddrList(link, netlink.FAMILY_ALL)
 		if err != nil {
-			return nil, fmt.Errorf("list the addresses of %s: %w", l.Name, err)
+			return nil, nil, fmt.Errorf("list the addresses of %s: %w", l.Name, err)
 		}
 		for _, a := range list {
 			if addr, ok := netip.AddrFromSlice(a.IP); ok {
@@ -62,7 +72,7 @@ func Addresses() ([]Address, error) {
 			}
 		}
 	}
-	return out, nil
+	return out, made, nil
 }
 
 // boundTo returns the local end of a socket that is not a TCP connection, which
@@ -139,6 +149,36 @@ func (c *Container) ownAddress(p *Process, bound []netip.AddrPort, stays bool) (
 		out = append(out, c.finding(p, r))
 	}
 	return out
+}
+
+// onMadeInterface is about sockets of a process that are bound to interfaces that
+// somebody has made in the guest, by their names. Stays is as for [Container.ownAddress].
+func (c *Container) onMadeInterface(p *Process, names []string, stays bool) (out []Finding) {
+	for _, name := range names {
+		r := rule{Refused, errcode.ForeignAddress, "has a socket that is bound to the network interface " + name + ", which a restored container does not have",
+			"close it before the checkpoint, or create the container with the annotation kata-checkpoint.dev/address: stays, and restore it where that interface exists"}
+		if stays {
+			r.class, r.advice = Warning, "it can be restored only where that interface exists"
+		}
+		out = append(out, c.finding(p, r))
+	}
+	return out
+}
+
+// boundInterface is the index of the interface that a socket is bound to, or 0.
+func boundInterface(socket, domain int) int {
+	if domain == unix.AF_PACKET {
+		name, err := unix.Getsockname(socket)
+		if a, ok := name.(*unix.SockaddrLinklayer); ok && err == nil {
+			return a.Ifindex
+		}
+		return 0
+	}
+	index, err := unix.GetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_BINDTOIFINDEX)
+	if err != nil {
+		return 0
+	}
+	return index
 }
 
 // first names the first of some addresses, and how many more there are.

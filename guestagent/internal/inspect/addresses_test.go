@@ -280,3 +280,52 @@ func TestConnectionFromTheOwnAddressIsNoBoundSocket(t *testing.T) {
 		return nil
 	})
 }
+
+// A restore binds a socket to the interface of the same name or index.
+func TestSocketsOnAnInterfaceThatIsLost(t *testing.T) {
+	device := func(name string) func(fd, index int) error {
+		return func(fd, _ int) error { return unix.BindToDevice(fd, name) }
+	}
+	free := func(_, _ int) error { return nil }
+	for name, tc := range map[string]struct {
+		domain, kind int
+		bind         func(fd, index int) error
+		refused      bool
+	}{
+		"UDP":                 {unix.AF_INET, unix.SOCK_DGRAM, free, false},
+		"UDP on lo":           {unix.AF_INET, unix.SOCK_DGRAM, device("lo"), false},
+		"UDP on it":           {unix.AF_INET, unix.SOCK_DGRAM, device("down"), true},
+		"TCP over IPv6 on it": {unix.AF_INET6, unix.SOCK_STREAM, device("down"), true},
+		"packets":             {unix.AF_PACKET, unix.SOCK_RAW, free, false},
+		"packets on lo":       {unix.AF_PACKET, unix.SOCK_RAW, func(fd, _ int) error { return unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: 1}) }, false},
+		"packets on it":       {unix.AF_PACKET, unix.SOCK_RAW, func(fd, index int) error { return unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: index}) }, true},
+	} {
+		inGuest(t, func() error {
+			link, err := netlink.LinkByName("down")
+			if err != nil {
+				return err
+			}
+			fd, err := unix.Socket(tc.domain, tc.kind|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			if err := tc.bind(fd, link.Attrs().Index); err != nil {
+				return err
+			}
+			self := &Process{PID: os.Getpid(), PIDs: []int{os.Getpid()}, Name: "test"}
+			c := &Container{Root: self, Processes: []*Process{self}, sockets: sockets{owners: map[uint32]owner{1: {self, fd}}}}
+			if c.Addresses, c.made, err = interfaces(); err != nil {
+				return err
+			}
+			err = Refusal(c.unusualSockets(nil))
+			if tc.refused != (err != nil) || err != nil && !strings.Contains(err.Error(), "bound to the network interface down, which a restored container does not have") {
+				t.Errorf("%s: %v", name, err)
+			}
+			if err := Refusal(c.unusualSockets(&api.CheckpointOptions{AddressStays: true})); err != nil {
+				t.Errorf("%s, which stays: %v", name, err)
+			}
+			return nil
+		})
+	}
+}

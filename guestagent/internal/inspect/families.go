@@ -78,8 +78,12 @@ func (c *Container) unusualSockets(o *api.CheckpointOptions) (findings []Finding
 		}
 		slices.Sort(fds)
 		var bound []netip.AddrPort
+		var made []string
 		for _, fd := range fds {
-			r, local := classifySocket(process, fd, unread[owner{p, fd}])
+			r, local, index := classifySocket(process, fd, unread[owner{p, fd}])
+			if name := c.made[index]; name != "" {
+				made = append(made, name)
+			}
 			if r.class != Good {
 				findings = append(findings, c.finding(p, r))
 			} else if local.IsValid() {
@@ -93,27 +97,32 @@ func (c *Container) unusualSockets(o *api.CheckpointOptions) (findings []Finding
 			}
 		}
 		findings = append(findings, c.ownAddress(p, bound, o.GetAddressStays())...)
+		findings = append(findings, c.onMadeInterface(p, made, o.GetAddressStays())...)
 	}
 	return findings
 }
 
-// classifySocket finds the rule for a socket that a process has open, and the
-// address that it is bound to, should a restore bind it again. Of a unix socket
-// it is known whether there is something to read.
-func classifySocket(process, fd int, unread bool) (r rule, local netip.AddrPort) {
+// classifySocket finds the rule for a socket that a process has open, the address
+// that it is bound to, should a restore bind it again, and the index of the
+// interface that it is bound to, or 0. Of a unix socket it is known whether there
+// is something to read.
+func classifySocket(process, fd int, unread bool) (r rule, local netip.AddrPort, index int) {
 	socket, err := unix.PidfdGetfd(process, fd, 0)
 	if err != nil {
-		return r, local // closed or exited meanwhile
+		return r, local, 0 // closed or exited meanwhile
 	}
 	defer unix.Close(socket)
 	var option [3]int
 	for i, name := range []int{unix.SO_DOMAIN, unix.SO_TYPE, unix.SO_PROTOCOL} {
 		if option[i], err = unix.GetsockoptInt(socket, unix.SOL_SOCKET, name); err != nil {
-			return r, local // another file has the number by now
+			return r, local, 0 // another file has the number by now
 		}
 	}
 	domain, kind, protocol := option[0], option[1], option[2]
 	r, known := families[domain]
+	if domain == unix.AF_PACKET || domain == unix.AF_INET || domain == unix.AF_INET6 {
+		index = boundInterface(socket, domain)
+	}
 	switch {
 	case !known:
 		r = rule{class: Unknown, what: fmt.Sprintf("has a socket of the address family %d open, which this version does not know", domain)}
@@ -141,7 +150,7 @@ func classifySocket(process, fd int, unread bool) (r rule, local netip.AddrPort)
 			r = upperProtocol(unix.GetsockoptString(socket, unix.SOL_TCP, unix.TCP_ULP))
 		}
 	}
-	return r, local
+	return r, local, index
 }
 
 // upperProtocol is the rule for a TCP socket with a protocol of the kernel's above

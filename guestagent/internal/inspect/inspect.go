@@ -49,6 +49,9 @@ type Container struct {
 	// Addresses are the guest's, in whose network namespace they are.
 	Addresses []Address
 
+	// made are the names of the network interfaces that somebody in the guest has
+	// made, by their indices.
+	made    map[int]string
 	sockets sockets
 	mounts  *mountTable
 	// points are the mount points that it was created with, nil if they are not
@@ -138,7 +141,7 @@ func Look(ctx context.Context, root int, pids []int, points []Point) (*Container
 		return nil, err
 	}
 	c.Connections = c.sockets.connections
-	if c.Addresses, err = Addresses(); err != nil {
+	if c.Addresses, c.made, err = interfaces(); err != nil {
 		return nil, err
 	}
 	return c, nil
