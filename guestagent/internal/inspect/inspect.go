@@ -343,9 +343,11 @@ func (r *reader) files() ([]File, error) {
 	err := links(r.dir, func(fd int, name string) error {
 		f := File{FD: fd, Name: name}
 		pipe := strings.HasPrefix(name, "pipe:")
-		if known, ok := r.pipes[f]; ok {
-			out = append(out, known)
-			return nil
+		if pipe {
+			if known, ok := r.pipes[f]; ok {
+				out = append(out, known)
+				return nil
+			}
 		}
 		if pipe || strings.HasPrefix(name, "/") || name == pidFD {
 			info, err := r.dir.ReadRecord("fdinfo/" + strconv.Itoa(fd))
