@@ -79,6 +79,8 @@ var restoredCases = []caseProgram{
 	{args: "own-address tcp 127.0.0.1"},
 	{args: "own-address udp 127.0.0.1"},
 	{args: "thread-attributes"},
+	{args: "locked-map /home"},
+	{args: "locked-map /run"},
 	{args: "own-address nowhere 2001:db8::ff00:42:8329"},
 }
 

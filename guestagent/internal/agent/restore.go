@@ -281,6 +281,9 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		}
 	}
 
+	if err := relockFiles(ctx, c, images, tree); err != nil {
+		return nil, err
+	}
 	if err := applyAttributes(ctx, c, r, tree); err != nil {
 		return nil, err
 	}
