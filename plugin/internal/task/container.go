@@ -3,6 +3,7 @@
 package task
 
 import (
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -64,6 +65,7 @@ type container struct {
 
 	// stateCache holds Kata's last response to State by exec ID.
 	stateCache sync.Map
+	ending     ending
 	// runningAt is when Kata last reported init as running.
 	runningAt atomic.Pointer[time.Time]
 	// execs holds the execs into a restored container by exec ID.
@@ -117,6 +119,13 @@ func (s *Service) requireContainer(id string) (*container, error) {
 		return c, nil
 	}
 	return nil, errclass.NotFound(errcode.NoContainer, "container %s does not exist", id)
+}
+
+// all returns the containers.
+func (s *Service) all() []*container {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Collect(maps.Values(s.containers))
 }
 
 func (s *Service) add(c *container) {

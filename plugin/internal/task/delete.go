@@ -4,7 +4,6 @@ package task
 
 import (
 	"context"
-	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
@@ -29,11 +28,10 @@ func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.De
 		c.forget(ctx)
 		return resp, nil
 	}
-	var answered atomic.Bool
-	c.s.endIfStuck(ctx, "Delete", answered.Load)
 	resp := &task.DeleteResponse{}
+	answered := ask(&c.ending.deletion)
 	err := c.s.forward(ctx, "Delete", r, resp)
-	answered.Store(true)
+	answered()
 	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return resp, err
 	}

@@ -4,6 +4,8 @@ package task
 
 import (
 	"context"
+	"slices"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -49,6 +51,7 @@ func (s *Service) watchFiles() {
 		}
 		log.L.WithError(errFilesLost).Error("the VM cannot continue")
 		s.loseFiles(errFilesLost)
+		s.endIfStuck(ctx)
 	})
 }
 
@@ -67,32 +70,51 @@ func (s *Service) vmEnds(ctx context.Context) bool {
 	return true
 }
 
-// filesLost reports whether the VM has lost its files.
-func (s *Service) filesLost() bool { return s.files.Err() != nil && s.base.Err() == nil }
-
-// endIfStuck ends a VM that has lost its files if what Kata was asked for is not
-// done in time: nothing else can end it then.
-func (s *Service) endIfStuck(ctx context.Context, what string, done func() bool) {
-	if !s.filesLost() {
-		return
-	}
-	s.background(func(base context.Context) {
-		select {
-		case <-time.After(stuckGrace):
-		case <-base.Done():
-			return
-		}
-		if done() {
-			return
-		}
-		log.G(ctx).WithError(errFilesLost).WithField("call", what).Warn("ending the VM")
-		if err := s.endKata(); err != nil {
-			log.G(ctx).WithError(err).Error("failed to end a VM that has lost its files")
-		}
-	})
+// ending is when the end of a container was asked for.
+type ending struct {
+	// kill is of the last SIGKILL, deletion of a Delete that Kata has not answered.
+	kill, deletion atomic.Pointer[time.Time]
 }
 
-// ends reports whether a Kill is the end of the container.
-func ends(r *task.KillRequest) bool {
+// ask notes a request, and returns what notes its answer.
+func ask(request *atomic.Pointer[time.Time]) (answered func()) {
+	now := time.Now()
+	request.Store(&now)
+	return func() { request.Store(nil) }
+}
+
+// stuck reports whether Kata has had the time to do what it was asked to, and has
+// not done it.
+func (c *container) stuck(limit time.Time) bool {
+	before := func(at *time.Time) bool { return at != nil && at.Before(limit) }
+	return before(c.ending.deletion.Load()) || before(c.ending.kill.Load()) && !hasStopped(c.current())
+}
+
+// endIfStuck ends a VM that has lost its files once Kata cannot end or delete one
+// of its containers: nothing else can.
+func (s *Service) endIfStuck(ctx context.Context) {
+	lost := time.Now()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		limit := time.Now().Add(-stuckGrace)
+		if limit.Before(lost) || !slices.ContainsFunc(s.all(), func(c *container) bool { return c.stuck(limit) }) {
+			continue
+		}
+		log.L.WithError(errFilesLost).Warn("Kata ends no container in the VM: ending the VM")
+		if err := s.endKata(); err != nil {
+			log.L.WithError(err).Error("failed to end a VM that has lost its files")
+		}
+		return
+	}
+}
+
+// isEnd reports whether a Kill is the end of a container.
+func isEnd(r *task.KillRequest) bool {
 	return r.Signal == uint32(syscall.SIGKILL) && r.ExecID == ""
 }

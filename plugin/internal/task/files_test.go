@@ -86,6 +86,29 @@ func TestAVMThatHasLostItsFiles(t *testing.T) {
 	}
 }
 
+// A container may be killed before anybody knows that the files are lost, and then
+// nobody asks again.
+func TestAKillBeforeTheFilesAreLost(t *testing.T) {
+	t.Parallel()
+	serves, die := withVirtiofsd(t)
+	h := newHarness(t, serves)
+	h.run(nil)
+	h.kata.Before("Kill", func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	go func() {
+		_, _ = h.task.Kill(context.Background(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true})
+	}()
+	eventually(t, "Kata is asked", func() bool { return h.kata.Called("Kill c1") })
+	die()
+	select {
+	case <-h.down.Done():
+	case <-time.After(waitLimit):
+		t.Error("a container that cannot be killed keeps its VM")
+	}
+}
+
 // A VM takes its virtiofsd with it.
 func TestAVirtiofsdThatEndsWithItsVM(t *testing.T) {
 	t.Parallel()

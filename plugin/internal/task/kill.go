@@ -19,8 +19,8 @@ import (
 // kill forwards the signal, except where the container's state has to deal with
 // it: Kata would report no exit of a container that was never started.
 func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, error) {
-	if ends(r) {
-		c.s.endIfStuck(ctx, "Kill", func() bool { return hasStopped(c.current()) })
+	if isEnd(r) {
+		ask(&c.ending.kill)
 	}
 	if c.forwardsKill(r) {
 		return c.s.forwardEmpty(ctx, "Kill", r)

@@ -64,7 +64,14 @@ func (s *Service) bypasses(call *ttrpc.Request) bool {
 		return false
 	case call.Method == "Kill":
 		r := &task.KillRequest{}
-		return !s.filesLost() && proto.Unmarshal(call.Payload, r) == nil && s.container(r.ID).forwardsKill(r)
+		if proto.Unmarshal(call.Payload, r) != nil {
+			return false
+		}
+		c := s.container(r.ID)
+		if c != nil && isEnd(r) {
+			ask(&c.ending.kill)
+		}
+		return c.forwardsKill(r)
 	}
 	return slices.Contains(bypassing, call.Method)
 }
