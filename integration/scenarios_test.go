@@ -114,6 +114,7 @@ var scenarios = []scenarioCase{
 
 	{name: "cases", kind: kindCases, run: casesRestored, core: onGo},
 	{name: "cases-refused", kind: kindCases, run: casesRefused, core: onRust},
+	{name: "mounts-changed", kind: kindCases, run: mountsChanged, timeout: 8 * time.Minute},
 	{name: "serves-files", kind: kindCases, run: servesFiles, core: onGo},
 	{name: "cases-in-a-pod", kind: kindCases, run: casesInAPod},
 
