@@ -1,39 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package relock takes POSIX locks of restored processes again that CRIU has lost.
+// Package relock sets POSIX file locks of restored processes again. Such a lock
+// ends when its process closes any descriptor of the file. CRIU sets the locks, and
+// then maps files by descriptors that it closes (criu/cr-restore.c,
+// restore_one_alive_task): a process that maps a file on which it has a lock, as
+// SQLite does with the index of a write-ahead log, comes back without the lock.
 //
-// CRIU 4.2 restores the locks of a process before it opens the files that the
-// process has mapped (criu/cr-restore.c), and closes those again in the process.
-// That releases all of its POSIX locks on them (fcntl(2)): those of SQLite's
-// write-ahead log, for example. Such a lock belongs to the process, and nobody else
-// can take it, so that the process is made to: it is stopped by ptrace, executes
-// fcntl, and gets its registers back.
+// Nobody but the process can set its locks. So it is stopped, with all of its
+// threads, and made to call fcntl, before it executes an instruction of its own.
 //
-// Written for x86-64 and Linux 6.18.
+// Written against Linux 6.18 and CRIU 4.2.
 package relock
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// Lock is a POSIX lock of a process.
+// Lock is a POSIX lock.
 type Lock struct {
-	// FD is a descriptor of the file.
 	FD int
 	// Type is F_RDLCK or F_WRLCK.
 	Type int16
-	// Start and Length are in bytes; a length of 0 is to the end of the file.
+	// Start and Len are in bytes; a length of 0 is up to the end of the file.
 	Start, Length int64
 }
 
@@ -76,185 +75,251 @@ func has(fdinfo string, l Lock) bool {
 	return false
 }
 
-// Stopped are the threads of a process that ptrace has stopped.
-type stopped struct {
-	pid     int
-	threads []int
-}
-
-// Process makes a process take locks. It is frozen, and run has it thawed while it
+// Process has a process set locks. It is frozen, and run has it thawed while it
 // calls a function: its threads are stopped then.
 func Process(pid int, locks []Lock, run func(while func() error) error) error {
-	done := make(chan error, 1)
-	go func() {
-		// A tracer is a thread. It ends with the goroutine.
-		runtime.LockOSThread()
-		done <- process(pid, locks, run)
-	}()
-	return <-done
+	return thread.Do(func() error { return set(pid, locks, run) }) // ptrace belongs to a thread
 }
 
-func process(pid int, locks []Lock, run func(while func() error) error) (err error) {
-	s := &stopped{pid: pid}
+func set(pid int, locks []Lock, run func(while func() error) error) (err error) {
+	threads, err := stopAll(pid)
 	defer func() {
-		for _, tid := range s.threads {
-			if e := unix.PtraceDetach(tid); e != nil && err == nil {
-				err = fmt.Errorf("detach from thread %d: %w", tid, e)
+		for _, tid := range threads {
+			if e := unix.PtraceDetach(tid); e != nil && !errors.Is(e, unix.ESRCH) {
+				err = errclass.Join(err, os.NewSyscallError("ptrace", e))
 			}
 		}
 	}()
-	if err := s.stop(); err != nil {
+	if err != nil {
 		return err
 	}
-	return run(func() error {
+	return run(func() (err error) {
+		p, err := open(pid)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errclass.Join(err, p.close()) }()
 		for _, l := range locks {
-			if err := s.lock(l); err != nil {
-				return fmt.Errorf("lock descriptor %d: %w", l.FD, err)
+			if err := p.set(l); err != nil {
+				return fmt.Errorf("lock %d bytes from %d on of descriptor %d: %w", l.Length, l.Start, l.FD, err)
 			}
 		}
 		return nil
 	})
 }
 
-// stop stops all threads. No new one is made: they are frozen.
-func (s *stopped) stop() error {
-	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", s.pid))
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		tid, err := strconv.Atoi(e.Name())
+// stopAll stops the threads of a process by ptrace, and returns those that it has
+// seized. If this process exits, they are killed.
+func stopAll(pid int) (threads []int, err error) {
+	seized := make(map[int]bool)
+	for again := true; again; {
+		again = false // until no thread is new
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 		if err != nil {
-			continue
+			return threads, err
 		}
-		if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, unix.PTRACE_O_TRACESYSGOOD, 0, 0); errno != 0 {
-			return fmt.Errorf("trace thread %d: %w", tid, errno)
-		}
-		s.threads = append(s.threads, tid)
-		if err := unix.PtraceInterrupt(tid); err != nil {
-			return fmt.Errorf("stop thread %d: %w", tid, err)
-		}
-		if _, err := wait(tid); err != nil {
-			return err
+		for _, e := range entries {
+			tid, err := strconv.Atoi(e.Name())
+			if err != nil || seized[tid] {
+				continue
+			}
+			if _, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, unix.PTRACE_O_EXITKILL|unix.PTRACE_O_TRACESYSGOOD, 0, 0); e != 0 {
+				if e == unix.ESRCH {
+					continue // it has exited
+				}
+				return threads, os.NewSyscallError("ptrace", e)
+			}
+			seized[tid], again = true, true
+			threads = append(threads, tid)
+			if err := unix.PtraceInterrupt(tid); err != nil {
+				return threads, os.NewSyscallError("ptrace", err)
+			}
+			if _, err := waitStop(tid); err != nil {
+				return threads, err
+			}
 		}
 	}
-	return nil
+	return threads, nil
 }
 
-func wait(tid int) (unix.WaitStatus, error) {
-	var status unix.WaitStatus
+// waitStop waits until a traced thread has stopped.
+func waitStop(tid int) (ws unix.WaitStatus, err error) {
 	for {
-		_, err := unix.Wait4(tid, &status, unix.WALL, nil)
+		_, err := unix.Wait4(tid, &ws, unix.WALL, nil)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		if err == nil && !status.Stopped() {
-			err = errors.New("it has exited")
-		}
 		if err != nil {
-			return status, fmt.Errorf("wait for thread %d: %w", tid, err)
+			return ws, os.NewSyscallError("wait4", err)
 		}
-		return status, nil
+		if !ws.Stopped() {
+			return ws, errors.New("it has exited")
+		}
+		return ws, nil
 	}
 }
 
-const (
-	// syscallStop is the signal of a stop at a system call (PTRACE_O_TRACESYSGOOD).
-	syscallStop = unix.SIGTRAP | 0x80
-	// redZone is what a program may use below its stack pointer, and more.
-	redZone = 1024
-	// codeSegment is CS of a program with 64 bits.
-	codeSegment = 0x33
-)
+// process is one whose threads are stopped. Its first one executes calls.
+type process struct {
+	pid int
+	mem *os.File
+	// call is the address of an instruction that enters the kernel, and buffer that
+	// of memory for a struct flock, whose content is saved.
+	call, buffer uint64
+	saved        []byte
+	mask         uint64
+	state        registers
+}
 
-// syscallCode is the instruction, padded to a word.
-var syscallCode = []byte{0x0f, 0x05}
+// flock is struct flock of 64-bit machines (asm-generic/fcntl.h).
+type flock struct {
+	Type   int16
+	Whence int16
+	_      int32
+	Start  int64
+	Len    int64
+	PID    int32
+	_      int32
+}
 
-// lock executes fcntl in the main thread.
-func (s *stopped) lock(l Lock) (err error) {
-	var regs unix.PtraceRegs
-	if err := unix.PtraceGetRegs(s.pid, &regs); err != nil {
+func open(pid int) (p *process, err error) {
+	p = &process{pid: pid}
+	if p.mem, err = os.OpenFile(fmt.Sprintf("/proc/%d/mem", pid), os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
+	if err := p.prepare(); err != nil {
+		return nil, errclass.Join(err, p.mem.Close())
+	}
+	return p, nil
+}
+
+func (p *process) prepare() error {
+	if err := p.findMemory(); err != nil {
 		return err
 	}
-	if regs.Cs != codeSegment {
-		return errors.New("the program does not have 64 bits")
-	}
-	var flock [32]byte                                       // struct flock
-	binary.LittleEndian.PutUint16(flock[0:], uint16(l.Type)) //nolint:gosec // small
-	binary.LittleEndian.PutUint16(flock[2:], unix.SEEK_SET)
-	binary.LittleEndian.PutUint64(flock[8:], uint64(l.Start))   //nolint:gosec // bits
-	binary.LittleEndian.PutUint64(flock[16:], uint64(l.Length)) //nolint:gosec // bits
-	at := (uintptr(regs.Rsp) - redZone) &^ 15
-	var mask uint64
-	if err := sigmask(unix.PTRACE_GETSIGMASK, s.pid, &mask); err != nil {
+	p.saved = make([]byte, binary.Size(flock{}))
+	if _, err := p.mem.ReadAt(p.saved, int64(p.buffer)); err != nil { //nolint:gosec // an address in user space
 		return err
 	}
-	// Signals that are pending come later.
+	if err := p.state.read(p.pid); err != nil {
+		return err
+	}
+	p.state.settle()
+	// Signals that are pending wait until it runs on its own.
+	if err := p.signalMask(unix.PTRACE_GETSIGMASK, &p.mask); err != nil {
+		return err
+	}
 	all := ^uint64(0)
-	code, stack := make([]byte, len(syscallCode)), make([]byte, len(flock))
-	if _, err := unix.PtracePeekText(s.pid, uintptr(regs.Rip), code); err != nil {
+	return p.signalMask(unix.PTRACE_SETSIGMASK, &all)
+}
+
+// close leaves the process as it was.
+func (p *process) close() error {
+	err := errclass.Join(p.signalMask(unix.PTRACE_SETSIGMASK, &p.mask), p.state.write(p.pid))
+	_, werr := p.mem.WriteAt(p.saved, int64(p.buffer)) //nolint:gosec // an address in user space
+	return errclass.Join(err, werr, p.mem.Close())
+}
+
+// findMemory looks for the instruction in the vDSO, which every process has, and
+// for memory that is its own.
+func (p *process) findMemory() error {
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", p.pid))
+	if err != nil {
 		return err
 	}
-	if _, err := unix.PtracePeekData(s.pid, at, stack); err != nil {
+	for line := range strings.Lines(string(maps)) {
+		fields := strings.Fields(line)
+		if len(fields) < 5 {
+			continue
+		}
+		from, to, _ := strings.Cut(fields[0], "-")
+		start, err := strconv.ParseUint(from, 16, 64)
+		if err != nil {
+			return err
+		}
+		end, err := strconv.ParseUint(to, 16, 64)
+		if err != nil {
+			return err
+		}
+		switch {
+		case len(fields) == 6 && fields[5] == "[vdso]":
+			code := make([]byte, end-start)
+			if _, err := p.mem.ReadAt(code, int64(start)); err != nil { //nolint:gosec // an address in user space
+				return err
+			}
+			if i := bytes.Index(code, enterKernel); i >= 0 {
+				p.call = start + uint64(i) //nolint:gosec // not negative
+			}
+		case p.buffer == 0 && fields[1] == "rw-p" && (len(fields) == 5 || fields[5] == "[heap]" || fields[5] == "[stack]"):
+			p.buffer = start
+		}
+	}
+	if p.call == 0 || p.buffer == 0 {
+		return errors.New("it has no vDSO, or no memory of its own")
+	}
+	return nil
+}
+
+func (p *process) signalMask(request int, mask *uint64) error {
+	if e := ptraceMask(request, p.pid, mask); e != 0 {
+		return os.NewSyscallError("ptrace", e)
+	}
+	return nil
+}
+
+// set has the process call fcntl(FD, F_SETLK, &lock).
+func (p *process) set(l Lock) error {
+	var data bytes.Buffer
+	if err := binary.Write(&data, binary.NativeEndian, flock{Type: l.Type, Whence: unix.SEEK_SET, Start: l.Start, Len: l.Length}); err != nil {
 		return err
 	}
-	defer func() {
-		_, a := unix.PtracePokeText(s.pid, uintptr(regs.Rip), code)
-		_, b := unix.PtracePokeData(s.pid, at, stack)
-		err = errclass.Join(err, a, b, unix.PtraceSetRegs(s.pid, &regs), sigmask(unix.PTRACE_SETSIGMASK, s.pid, &mask))
-	}()
-	if err := sigmask(unix.PTRACE_SETSIGMASK, s.pid, &all); err != nil {
+	if _, err := p.mem.WriteAt(data.Bytes(), int64(p.buffer)); err != nil { //nolint:gosec // an address in user space
 		return err
 	}
-	if _, err := unix.PtracePokeText(s.pid, uintptr(regs.Rip), syscallCode); err != nil {
-		return err
-	}
-	if _, err := unix.PtracePokeData(s.pid, at, flock[:]); err != nil {
-		return err
-	}
-	call := regs
-	call.Rax, call.Orig_rax = unix.SYS_FCNTL, ^uint64(0)
-	call.Rdi, call.Rsi, call.Rdx = uint64(l.FD), unix.F_SETLK, uint64(at) //nolint:gosec // a descriptor
-	if err := unix.PtraceSetRegs(s.pid, &call); err != nil {
+	regs := p.state
+	regs.prepareCall(p.call, unix.SYS_FCNTL, uint64(l.FD), unix.F_SETLK, p.buffer) //nolint:gosec // a descriptor
+	if err := regs.write(p.pid); err != nil {
 		return err
 	}
 	for range 2 { // into the call, and out of it
-		if err := s.toSyscall(); err != nil {
+		if err := p.runToCall(); err != nil {
 			return err
 		}
 	}
-	if err := unix.PtraceGetRegs(s.pid, &call); err != nil {
+	if err := regs.read(p.pid); err != nil {
 		return err
 	}
-	if result := int64(call.Rax); result < 0 { //nolint:gosec // an errno
-		return unix.Errno(-result)
+	if e := regs.result(); e < 0 {
+		return os.NewSyscallError("fcntl", unix.Errno(-e))
 	}
 	return nil
 }
 
-// maxStops bounds the stops on the way to a system call.
+// maxStops bounds what a process can stop for besides its call.
 const maxStops = 100
 
-func (s *stopped) toSyscall() error {
+// runToCall lets the first thread run until it is at the beginning or the end of
+// a call.
+func (p *process) runToCall() error {
+	signal := 0
 	for range maxStops {
-		if err := unix.PtraceSyscall(s.pid, 0); err != nil {
-			return err
+		if err := unix.PtraceSyscall(p.pid, signal); err != nil {
+			return os.NewSyscallError("ptrace", err)
 		}
-		status, err := wait(s.pid)
+		ws, err := waitStop(p.pid)
 		if err != nil {
 			return err
 		}
-		if status.StopSignal() == syscallStop {
+		const syscallStop = unix.SIGTRAP | 0x80
+		switch signal = 0; {
+		case ws.StopSignal() == syscallStop:
 			return nil
+		case ws.TrapCause() == unix.PTRACE_EVENT_STOP, ws>>16 != 0:
+			// Of a process that job control has stopped, and that is again when it
+			// is let go.
+		default:
+			signal = int(ws.StopSignal()) // SIGSTOP, which no mask blocks
 		}
 	}
-	return errors.New("it does not come to its system call")
-}
-
-func sigmask(request, tid int, mask *uint64) error {
-	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, uintptr(request), uintptr(tid), unsafe.Sizeof(*mask), uintptr(unsafe.Pointer(mask)), 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return nil
+	return errors.New("it does not come to its call")
 }
