@@ -248,7 +248,7 @@ func (p *process) findMemory() error {
 				return err
 			}
 			if i := bytes.Index(code, enterKernel); i >= 0 {
-				p.call = start + uint64(i) //nolint:gosec // not negative
+				p.call = start + uint64(i)
 			}
 		case p.buffer == 0 && fields[1] == "rw-p" && (len(fields) == 5 || fields[5] == "[heap]" || fields[5] == "[stack]"):
 			p.buffer = start

@@ -49,7 +49,7 @@ func child(path string) error {
 					fmt.Println("failed: a register has changed")
 				}
 				if n%1000000 == 0 {
-					time.Sleep(time.Millisecond)
+					_ = unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
 				}
 			}
 		}()
