@@ -3,6 +3,8 @@
 package integration
 
 import (
+	"context"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -11,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
@@ -94,14 +97,7 @@ func (k *killer) stop(t trial) (proceed func()) {
 	default:
 		var pids []int
 		if t.victim == "virtiofsd" {
-			var err error
-			pids, err = k.testbed.Pids(func(args []string) bool {
-				return strings.HasSuffix(filepath.Base(args[0]), "virtiofsd") && strings.Contains(strings.Join(args, " "), k.c.ID())
-			})
-			k.check(err)
-			if len(pids) == 0 {
-				k.Fatal("there is no virtiofsd")
-			}
+			pids = k.virtiofsd()
 		} else {
 			pids = []int{k.pid(t.victim)}
 		}
@@ -117,4 +113,81 @@ func (k *killer) stop(t trial) (proceed func()) {
 		k.release(t)
 	}
 	return proceed
+}
+
+// lostVirtiofsd: virtiofsd dies, and with it all files of the guest. A checkpoint
+// or a restore in progress ends, long before its deadline; an earlier image set
+// stays whole; the task can be ended and leaves nothing.
+func lostVirtiofsd(s *scenario) {
+	k := &killer{scenario: s, targets: s.newDir(), c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--every", "500ms"}})}
+	k.whole = filepath.Join(k.targets, "whole")
+	s.check(os.Mkdir(k.whole, 0o700))
+	for _, t := range []trial{
+		{point{operation: "checkpoint", phase: "freeze"}, "virtiofsd"},
+		{point{operation: "checkpoint", phase: "inspect", guest: true, midway: true}, "virtiofsd"},
+		{point{operation: "checkpoint", phase: "copy-images"}, "virtiofsd"},
+		{point{operation: "restore", phase: "start"}, "virtiofsd"},
+		{point{operation: "restore", phase: "restore-devshm", guest: true, midway: true}, "virtiofsd"},
+	} {
+		if t.operation == "checkpoint" {
+			k.ensureRunning()
+			if entries, err := os.ReadDir(k.whole); err == nil && len(entries) == 0 {
+				s.check(k.requestCheckpoint(k.run, k.whole))
+			}
+		}
+		k.arm(t)
+		answer := make(chan error, 1)
+		go func() {
+			if t.operation == "checkpoint" {
+				answer <- k.requestCheckpoint(k.run, k.whole)
+				return
+			}
+			_, err := k.engine.Restore(k.ctx, k.c, k.whole)
+			answer <- err
+		}()
+		k.reach(t, answer)
+		ours := k.sockets()
+		for _, pid := range k.virtiofsd() {
+			k.check(syscall.Kill(pid, syscall.SIGKILL))
+		}
+		switch {
+		case t.midway:
+			// Where the VM has not ended meanwhile.
+			ctx, cancel := context.WithTimeout(s.ctx, paced(2*time.Second))
+			_, _, _ = s.testbed.GuestExec(ctx, k.c.ID(), findAgent+findCRIU+"kill -CONT $criu")
+			cancel()
+		case !t.guest:
+			k.release(t)
+		}
+		err := k.waitAnswer(t, answer)
+		switch {
+		case t.phase == "copy-images": // which no longer needs it
+		case err == nil:
+			k.Errorf("%s: it worked", t)
+		case s.testbed.Way == testbed.Rust && !strings.Contains(err.Error(), "virtiofsd has exited"):
+			// With Kata's Go shim the VM ends, too.
+			k.Errorf("%s: it ended with: %v", t, err)
+		}
+		k.step("%s: %v", t, err)
+		if k.run != nil {
+			s.checkPrompt("SIGKILL", func() { _ = k.run.Kill(s.ctx, syscall.SIGKILL, client.WithKillAll) })
+		}
+		k.checkTaskEnds(t, ours)
+		k.checkWholeOrNothing(t, k.whole, true)
+	}
+	k.run = s.restore(k.c, k.whole)
+	s.waitNumbers(k.run.Output, workload.Rounds, 2)
+}
+
+// virtiofsd finds the processes of the container's virtiofsd.
+func (k *killer) virtiofsd() []int {
+	k.Helper()
+	pids, err := k.testbed.Pids(func(args []string) bool {
+		return strings.HasSuffix(filepath.Base(args[0]), "virtiofsd") && strings.Contains(strings.Join(args, " "), k.c.ID())
+	})
+	k.check(err)
+	if len(pids) == 0 {
+		k.Fatal("there is no virtiofsd")
+	}
+	return pids
 }

@@ -177,6 +177,7 @@ var scenarios = []scenarioCase{
 	{name: "progress", kind: kindOperator, run: progressShown},
 
 	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts},
+	{name: "lost-virtiofsd", kind: kindDeadlines, run: lostVirtiofsd, timeout: 8 * time.Minute},
 	{name: "calls-during-restore", kind: kindDeadlines, run: callsDuringRestore},
 	{name: "clock-steps", kind: kindDeadlines, run: clockSteps},
 	{name: "deadline", kind: kindDeadlines, run: deadline, core: onGo},
