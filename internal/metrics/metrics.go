@@ -78,7 +78,7 @@ var phases = map[string]bool{
 	"stage images":                    true,
 	"guest: wait for the placeholder": true, "guest: restore /dev/shm": true, "guest: readdress sockets": true,
 	"guest: mount the exec helper": true, "guest: make a PID namespace": true, "guest: criu restore": true,
-	"guest: check the restored processes": true,
+	"guest: check the restored processes": true, "guest: restore the options of sockets": true,
 }
 
 // PhaseName is a phase's name in metrics.

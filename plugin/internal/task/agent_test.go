@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 )
@@ -62,6 +63,16 @@ func TestPauseNamesItsTimeout(t *testing.T) {
 		<-ctx.Done()
 		return ctx.Err()
 	})
+	_, err := h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
+	wantError(t, err, "freeze_timeout of 300ms has expired")
+	h.wantStatus("RUNNING")
+}
+
+// The agent's clock may be ahead: it says first that the time is up.
+func TestPauseNamesItsTimeoutWhoeverSaysItFirst(t *testing.T) {
+	h := newHarness(t, withConfig(func(c *config.Config) { c.FreezeTimeout = 300 * time.Millisecond }))
+	h.run(nil)
+	h.guest.Before("Freeze", func(context.Context) error { return errgrpc.ToGRPC(context.DeadlineExceeded) })
 	_, err := h.task.Pause(t.Context(), &task.PauseRequest{ID: "c1"})
 	wantError(t, err, "freeze_timeout of 300ms has expired")
 	h.wantStatus("RUNNING")

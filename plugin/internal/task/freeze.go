@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/plugin/internal/guest"
 )
@@ -38,9 +39,17 @@ func (s *Service) freezeContext(ctx context.Context) (context.Context, context.C
 	return context.WithTimeoutCause(ctx, s.cfg.FreezeTimeout, errcode.FreezeTimeout.Errorf("freeze_timeout of %s has expired: %w", s.cfg.FreezeTimeout, context.DeadlineExceeded))
 }
 
+// clockMargin is how much earlier than here a deadline that ttrpc has passed on may
+// expire in the guest.
+const clockMargin = time.Second
+
 // withCause replaces the error of a call by the cause for which its context has
-// ended.
+// ended. The agent has the same deadline, and may say first that it has expired.
 func withCause(ctx context.Context, err error) error {
+	deadline, ok := ctx.Deadline()
+	if err != nil && ok && errdefs.IsDeadlineExceeded(errclass.FromRPC(err)) && time.Until(deadline) < clockMargin {
+		<-ctx.Done()
+	}
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
