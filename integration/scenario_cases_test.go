@@ -242,9 +242,6 @@ func (s *scenario) refusedCases(settings, data string) []refusedCase {
 		changed: "/data/app.log",
 		words:   []string{"sleep (pid ", "/data/app.log", "another file has taken its name", "reopen the file"},
 	}, refusedCase{
-		name: "cgroup of its own", program: "mount -o remount,rw /sys/fs/cgroup && mkdir /sys/fs/cgroup/own && sh -c 'echo $$ >/sys/fs/cgroup/own/cgroup.procs && exec sleep 1000'", ready: "grep -q sleep /proc/$(cat /sys/fs/cgroup/own/cgroup.procs)/comm 2>/dev/null",
-		undo: "for i in $(seq 50); do rmdir /sys/fs/cgroup/own && break; sleep 0.1; done", words: []string{"sleep (pid ", "in a cgroup of its own, /own", "move it to the container's own cgroup"},
-	}, refusedCase{
 		name: "no /proc", program: "mkdir -p /shared && mount -t tmpfs t /shared && mount --make-shared /shared && umount -l /proc && exec sleep 1000", ready: "[ ! -e /proc/1 ]",
 		undo: "mount -t proc proc /proc; umount /shared", words: []string{"unmounted, moved or covered its /proc", "mount a proc file system there"},
 	}, refusedCase{
