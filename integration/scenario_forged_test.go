@@ -177,7 +177,7 @@ const guestShm = "/run/kata-containers/sandbox/shm"
 
 // forgeMountNamespace has the processes be in the mount namespace that CRIU itself
 // is in, for which no mounts are in the images. The files that they have open and
-// mapped are below root, where the guest has them.
+// mapped are below root, where the guest has them, but for its own /dev and /proc.
 func forgeMountNamespace(root string) func(string) error {
 	return func(dir string) error {
 		var own uint32
@@ -199,7 +199,7 @@ func forgeMountNamespace(root string) func(string) error {
 			r := f.GetReg()
 			if inShm, ok := strings.CutPrefix(r.GetName(), "/dev/shm/"); ok {
 				r.Name = proto.String(filepath.Join(guestShm, inShm)) // a round was in progress
-			} else if r != nil && !strings.HasPrefix(r.GetName(), "/dev/") {
+			} else if r != nil && !strings.HasPrefix(r.GetName(), "/dev/") && !strings.HasPrefix(r.GetName(), "/proc/") {
 				r.Name = proto.String(filepath.Join(root, r.GetName()))
 			}
 			return true
