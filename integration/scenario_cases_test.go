@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 )
 
 // casesDir is where containers have the programs of integration/cases.
@@ -345,6 +347,59 @@ func casesInAPod(s *scenario) {
 		if one.succeeds(run, "touch /x") || !one.succeeds(run, "touch /run/x") {
 			one.Error("the root file system was read-only, and is writable after the restore, or /run is not")
 		}
+	})
+	// The specs of nerdctl and of the CRI have no tmpfs at /run, unlike ctr's, and
+	// CRIU makes its links there.
+	s.Run("no tmpfs at /run", func(t *testing.T) {
+		one := s.sub(t)
+		one.cycleCase(pod, "watch", caseProgram{args: "watch /home /etc/passwd /run"}, oci.WithoutRunMount)
+	})
+	s.Run("SIGTERM blocked", func(t *testing.T) {
+		one := s.sub(t)
+		program := caseProgram{args: "stop-signal blocked"}
+		run := one.cycleCase(pod, "blocked", program)
+		one.check(run.Kill(s.ctx, syscall.SIGTERM))
+		one.waitLine(run.Output, 0, program.args+": SIGTERM is pending")
+		rounds, _ := program.parse(run.Output.Lines())
+		if !one.eventually(caseTimeout, func() bool {
+			now, _ := program.parse(run.Output.Lines())
+			return len(now) > len(rounds)+2
+		}) {
+			one.Fatal("the container does not run after a SIGTERM that its init blocks")
+		}
+		one.check(run.Kill(s.ctx, syscall.SIGKILL))
+		one.waitExit(run, 137)
+	})
+	s.Run("SIGTERM by default", func(t *testing.T) {
+		one := s.sub(t)
+		run := one.cycleCase(pod, "default", caseProgram{args: "stop-signal default"})
+		one.check(run.Kill(s.ctx, syscall.SIGTERM))
+		one.waitExit(run, 137) // by the SIGKILL into which Kata turns it
+	})
+	s.Run("mount point that the new container lacks", func(t *testing.T) {
+		one := s.sub(t)
+		made := engine.Container{ID: "made", Args: []string{"sh", "-c", "mkdir /made && mount -t tmpfs made /made && i=0; while :; do i=$((i+1)); echo $i >/made/round; echo round $i; sleep 0.1; done"}, Spec: []oci.SpecOpts{oci.WithPrivileged}}
+		first := pod.create(made)
+		run := one.run(first)
+		one.waitNumbers(run.Output, workload.Rounds, 3)
+		dir := one.checkpoint(run, true)
+		one.waitExit(run, 137)
+		made.ID = "lacking"
+		lacking := pod.create(made)
+		_, err := s.engine.Restore(s.ctx, lacking, dir)
+		if err == nil {
+			one.Fatal("a container is restored that lacks a mount point")
+		}
+		one.step("refused: %v", err)
+		for _, part := range []string{"mounted something at /made,", "root file system of the checkpoint", errcode.NoMountPoint.String()} {
+			if !strings.Contains(err.Error(), part) {
+				one.Errorf("the refusal lacks %q: %v", part, err)
+			}
+		}
+		one.remove(lacking)
+		again := one.restore(first, dir) // which has the directory
+		rounds := one.waitNumbers(again.Output, workload.Rounds, 3)
+		one.checkConsecutive(1, append(one.printedNumbers(run.Output, workload.Rounds), rounds...))
 	})
 	s.Run("log that has grown", func(t *testing.T) {
 		one := s.sub(t)

@@ -127,6 +127,7 @@ var (
 	RestoreFailed    = add(3021, "restore-failed", "CRIU has failed to restore a container")
 	RootfsDiff       = add(3022, "rootfs-diff", "the changes of the root file system cannot be applied")
 	Placeholder      = add(3023, "placeholder", "the process below which a container is restored does not run")
+	NoMountPoint     = add(3024, "no-mount-point", "the new container lacks what the old one had mounted something on")
 )
 
 // The guest, its kernel and Kata.

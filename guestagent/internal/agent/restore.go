@@ -28,6 +28,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
@@ -114,16 +115,19 @@ func (a *Agent) checkRestore(c *container, r *api.RestoreRequest) error {
 	if lost := missing(want, there); len(lost) > 0 {
 		return errcode.MountsLacking.Errorf("the new container has no mount at %s: create it with the mounts of the old one", strings.Join(lost, ", "))
 	}
-	return c.checkOpenFiles(r.GetOpenFiles())
-}
-
-// checkOpenFiles refuses an image set with open files that differ now.
-func (c *container) checkOpenFiles(files []*api.OpenFile) error {
 	tree, err := inspect.Tree(c.Init.PID, c.Mounts)
 	if err != nil {
 		return err
 	}
 	defer tree.Close()
+	if err := checkMountPoints(images, tree); err != nil {
+		return err
+	}
+	return c.checkOpenFiles(tree, r.GetOpenFiles())
+}
+
+// checkOpenFiles refuses an image set with open files that differ now.
+func (c *container) checkOpenFiles(tree *inside.Tree, files []*api.OpenFile) error {
 	changed, err := inspect.ChangedFiles(tree, files)
 	if err != nil {
 		return err
