@@ -88,10 +88,7 @@ func (s *scenario) checkPageCache(run *engine.Run, limit int) int {
 // checkCosts prints what the checkpoint in a directory took.
 func (s *scenario) checkCosts(dir string, guest, host int64) {
 	s.Helper()
-	data, err := os.ReadFile(filepath.Join(dir, imageset.ManifestName))
-	s.check(err)
-	var m imageset.Manifest
-	s.check(json.Unmarshal(data, &m))
+	m := s.readManifest(dir)
 	var frozen, writing time.Duration
 	for _, phase := range m.Phases {
 		s.Logf("%8.0f ms  %s", float64(phase.Duration)/float64(time.Millisecond), phase.Name)
@@ -109,6 +106,15 @@ func (s *scenario) checkCosts(dir string, guest, host int64) {
 	if guest > 2*m.Bytes() || host > 2*m.Bytes() {
 		s.Errorf("of an image set of %d bytes, the guest wrote %d and the host %d", m.Bytes(), guest, host)
 	}
+}
+
+// readManifest reads the manifest of an image set.
+func (s *scenario) readManifest(dir string) (m imageset.Manifest) {
+	s.Helper()
+	data, err := os.ReadFile(filepath.Join(dir, imageset.ManifestName))
+	s.check(err)
+	s.check(json.Unmarshal(data, &m))
+	return m
 }
 
 // bytesWritten gives how many bytes a container's processes of a program have

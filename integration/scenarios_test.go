@@ -147,6 +147,7 @@ var scenarios = []scenarioCase{
 	{name: "tcp-established", kind: kindNetworks, run: tcpEstablished, core: onGo},
 
 	{name: "work-path", kind: kindEngines, run: workPath},
+	{name: "reflinks", kind: kindEngines, run: reflinks},
 	{name: "annotation-leave-running", kind: kindEngines, run: annotationLeaveRunning, core: onGo},
 	{name: "nerdctl-default-stops", kind: kindEngines, run: nerdctlDefaultStops},
 	{name: "nerdctl-life", kind: kindEngines, run: nerdctlLife, core: onRust, cri: true, timeout: 8 * time.Minute},

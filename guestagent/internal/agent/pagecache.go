@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// dropEvery is the interval at which what CRIU has written is dropped from the
+	// page cache.
+	dropEvery = 500 * time.Millisecond
+	// dropFrom is the size in bytes of files for which that is worth a request to
+	// the host.
+	dropFrom = 1 << 20
+)
+
+// pageCache drops images from the guest's page cache. Nothing in the guest reads
+// them again, and a page that the guest has once used remains allocated on the
+// host.
+type pageCache struct {
+	images string
+	sizes  map[string]int64 // of what was dropped
+}
+
+// drop drops the large images whose size has changed since the last call. Others
+// may write or remove them meanwhile.
+func (p *pageCache) drop() {
+	found, err := filepath.Glob(filepath.Join(p.images, "pages-*.img"))
+	if err != nil {
+		return
+	}
+	for _, path := range found {
+		st, err := os.Lstat(path)
+		if err != nil || !st.Mode().IsRegular() || st.Size() < dropFrom || st.Size() == p.sizes[path] {
+			continue
+		}
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != nil {
+			continue
+		}
+		if unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) == nil {
+			p.sizes[path] = st.Size()
+		}
+		unix.Close(fd)
+	}
+}
+
+// dropImages drops all large images of a directory.
+func dropImages(images string) {
+	p := &pageCache{images, make(map[string]int64)}
+	p.drop()
+}
+
+// dropBehind drops what is written to a directory of images, until the returned
+// function is called. That does not wait.
+func dropBehind(images string) (end func()) {
+	done := make(chan struct{})
+	go func() {
+		p := &pageCache{images, make(map[string]int64)}
+		tick := time.NewTicker(dropEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				p.drop()
+			case <-done:
+				p.drop()
+				return
+			}
+		}
+	}()
+	return func() { close(done) }
+}
