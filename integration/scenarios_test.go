@@ -135,6 +135,7 @@ var scenarios = []scenarioCase{
 	{name: "hostile-guest", kind: kindAttacks, run: hostileGuest, core: onRust, timeout: 8 * time.Minute},
 
 	{name: "pod-shared-pid", kind: kindSandboxes, run: podSharedPID},
+	{name: "many-at-once", kind: kindSandboxes, run: manyAtOnce, timeout: 8 * time.Minute},
 	{name: "pod-shm-two-restores", kind: kindSandboxes, run: podShmTwoRestores, core: onGo},
 
 	{name: "network", kind: kindNetworks, run: networked, core: onGo},
