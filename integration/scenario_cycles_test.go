@@ -48,14 +48,14 @@ func threeCycles(s *scenario) {
 	s.remove(c)
 }
 
-// thirtyCycles: a container of a pod that is checkpointed and restored thirty
+// fiftyCycles: a container of a pod that is checkpointed and restored fifty
 // times in the same VM keeps counting. What lives as long as the pod, the
 // shim and the agent, needs no more memory, threads or anything else for the
 // last ten times than for the ten before, and neither the image set nor the
-// time grows. The first ten are for what is there for good once it is needed:
+// time grows. Those before are for what is there for good once it is needed:
 // caches, a heap of the size that it works with.
-func thirtyCycles(s *scenario) {
-	const tenth, all = 10, 30
+func fiftyCycles(s *scenario) {
+	const tenth, all = 10, 50
 	pod := s.startPod()
 	// A huge page that the kernel gives to a restored heap is in the next image
 	// set as a whole, be it ever so empty.

@@ -119,7 +119,7 @@ var scenarios = []scenarioCase{
 	{name: "cases-in-a-pod", kind: kindCases, run: casesInAPod},
 
 	{name: "three-cycles", kind: kindCycles, run: threeCycles, core: onRust},
-	{name: "thirty-cycles", kind: kindCycles, run: thirtyCycles, timeout: 8 * time.Minute},
+	{name: "fifty-cycles", kind: kindCycles, run: fiftyCycles, timeout: 15 * time.Minute},
 
 	{name: "broken-images", kind: kindDamage, run: brokenImages, core: onGo},
 
