@@ -315,16 +315,22 @@ func externals(dir string) (string, error) {
 
 // bareDump returns the duration of a bare dump with CRIU options.
 func (s *bench) bareDump(ctx context.Context, id, options string) (time.Duration, error) {
-	out, status, err := s.bed.GuestExec(ctx, id, fmt.Sprintf(bareScript, bareVolume, options))
+	return s.timed(ctx, id, "dump", fmt.Sprintf(bareScript, bareVolume, options))
+}
+
+// timed runs a script in the guest of a container that prints the times in seconds
+// at which something of CRIU began and ended.
+func (s *bench) timed(ctx context.Context, id, what, script string) (time.Duration, error) {
+	out, status, err := s.bed.GuestExec(ctx, id, script)
 	if err != nil {
 		return 0, err
 	}
 	if status != 0 {
-		return 0, fmt.Errorf("bare criu dump: status %d:\n%s", status, out)
+		return 0, fmt.Errorf("bare criu %s: status %d:\n%s", what, status, out)
 	}
 	var start, end float64
 	if _, err := fmt.Sscan(string(out), &start, &end); err != nil {
-		return 0, fmt.Errorf("bare criu dump: %w: %q", err, out)
+		return 0, fmt.Errorf("bare criu %s: %w: %q", what, err, out)
 	}
 	return time.Duration((end - start) * float64(time.Second)), nil
 }
