@@ -64,6 +64,37 @@ func TestKillEndsARestore(t *testing.T) {
 	}
 }
 
+// An agent that answers nothing, not even once its time is up, keeps no restore from
+// ending, and nothing of it is left.
+func TestARestoreEndsThoughTheAgentHangs(t *testing.T) {
+	for _, method := range []string{"Adopt", "CheckRestore", "Restore"} {
+		t.Run(method, func(t *testing.T) {
+			path := imageSet(t)
+			h := newHarness(t, withConfig(func(c *config.Config) { c.CheckpointTimeout = time.Second }))
+			h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+			hung := make(chan struct{})
+			t.Cleanup(func() { close(hung) })
+			h.guest.Before(method, func(context.Context) error {
+				<-hung
+				return nil
+			})
+			begin := time.Now()
+			_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+			wantError(t, err, "c1", "checkpoint_timeout of 1s has expired")
+			if took := time.Since(begin); took > cleanupTimeout {
+				t.Errorf("the restore ended after %s", took)
+			}
+			h.wantStatus("STOPPED")
+			if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil {
+				t.Fatal(err)
+			}
+			if exists(h.exchange()) {
+				t.Error("the exchange directory is left")
+			}
+		})
+	}
+}
+
 func execRequest(t *testing.T, id string) *task.ExecProcessRequest {
 	t.Helper()
 	spec, err := json.Marshal(specs.Process{Args: []string{"id"}, Cwd: "/"})
