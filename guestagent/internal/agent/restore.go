@@ -299,16 +299,27 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		ph.done("restore the options of sockets")
 	}
 
-	if c.Restored, err = restoredRoot(tree, c.Init.PID); err != nil {
-		return nil, err
-	}
-	if err := a.save(c); err != nil {
-		return nil, err
-	}
-	if err := cgroup.Thaw(tree); err != nil {
+	if err := a.letRun(ctx, c, tree); err != nil {
 		return nil, err
 	}
 	return &api.RestoreResponse{Pid: int32(c.Restored.PID), Phases: ph.list}, nil //nolint:gosec // a pid
+}
+
+// letRun lets restored processes run, unless the restore was given up meanwhile:
+// who did so believes that there are none, and may restore them elsewhere.
+func (a *Agent) letRun(ctx context.Context, c *container, tree string) (err error) {
+	if c.Restored, err = restoredRoot(tree, c.Init.PID); err != nil {
+		return err
+	}
+	if err = a.save(c); err == nil {
+		var thawed error
+		err = errclass.Join(a.ops.complete(ctx, func() { thawed = cgroup.Thaw(tree) }), thawed)
+	}
+	if err != nil {
+		c.Restored = nil
+		err = errclass.Join(err, a.save(c))
+	}
+	return err
 }
 
 // restoreSockets sets the options of the restored processes' sockets that CRIU
