@@ -280,9 +280,9 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 			open.close()
 		}
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, adviseFull(err))
-		kerr := c.killAndWait(uctx)
-		if kerr == nil {
-			kerr = c.source.once.cancel() // nothing is left of it: it may be tried again
+		kerr := c.endRestore(uctx)
+		if kerr != nil {
+			c.collectEnd()
 		}
 		return nil, errclass.Join(err, kerr)
 	}
@@ -299,6 +299,42 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 	c.discardImages([]string{restoreDir}, open)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
+}
+
+// endRestore ends what a failed restore has left.
+func (c *container) endRestore(ctx context.Context) error {
+	if err := c.killAndWait(ctx); err != nil {
+		return err
+	}
+	return c.source.once.cancel() // nothing is left of it: it may be tried again
+}
+
+// collectEnd ends what a failed restore has left, as soon as Kata can: a VM that did
+// not answer may have restored processes in it, which run once it continues.
+func (c *container) collectEnd() {
+	c.s.background(func(ctx context.Context) {
+		for pause := firstThawPause; ; pause = min(2*pause, lastThawPause) {
+			timer := time.NewTimer(pause)
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
+				return
+			}
+			err := c.do(ctx, func(st state) error {
+				if _, ok := st.(createdState); !ok {
+					return nil // somebody else was first
+				}
+				uctx, cancel := cleanupContext(ctx)
+				defer cancel()
+				return c.endRestore(uctx)
+			})
+			if err == nil {
+				return
+			}
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to end a container that was not restored, trying again")
+		}
+	})
 }
 
 func restoreRequest(c *container) *api.RestoreRequest {

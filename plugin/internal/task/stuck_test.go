@@ -5,6 +5,7 @@ package task
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -92,6 +93,29 @@ func TestARestoreEndsThoughTheAgentHangs(t *testing.T) {
 				t.Error("the exchange directory is left")
 			}
 		})
+	}
+}
+
+// Kata may not end at once what a failed restore has left, and nobody else may ask
+// for it.
+func TestAnEndThatIsOwedIsPaid(t *testing.T) {
+	path := imageSet(t)
+	h := newHarness(t)
+	h.create(nil, func(r *task.CreateTaskRequest) { r.Checkpoint = path })
+	h.guest.Before("Restore", func(context.Context) error { return errors.New("no") })
+	var kills atomic.Int32
+	h.kata.Before("Kill", func(context.Context) error {
+		if kills.Add(1) <= 2 {
+			return errors.New("the VM does not answer")
+		}
+		return nil
+	})
+	_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+	wantError(t, err, "restore container c1", "kill container c1: the VM does not answer")
+	h.wantStatus("CREATED")
+	eventually(t, "the container has stopped", func() bool { return h.status() == "STOPPED" })
+	if n := kills.Load(); n != 3 {
+		t.Errorf("Kata was asked %d times", n)
 	}
 }
 
