@@ -105,6 +105,7 @@ var findingCodes = map[string]errcode.Code{
 	"kata.shared_fs":           errcode.CheckSharedFS,
 	"kata.sandbox_bind_mounts": errcode.CheckSandboxBindMounts,
 	"kata.guest_hook_path":     errcode.CheckGuestHookPath,
+	"kata.initrd":              errcode.CheckInitrd,
 	"kata.kernel":              errcode.CheckKernel,
 	"bundle":                   errcode.CheckBundle,
 	"bundle.port":              errcode.CheckPort,

@@ -15,14 +15,17 @@ import (
 	"time"
 
 	cgroup2 "github.com/containerd/cgroups/v3/cgroup2/stats"
+	containers "github.com/containerd/containerd/api/services/containers/v1"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	tasks "github.com/containerd/containerd/api/services/tasks/v1"
 	versionservice "github.com/containerd/containerd/api/services/version/v1"
+	"golang.org/x/sys/unix"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/guestinitrd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
@@ -36,8 +39,12 @@ type node struct {
 	plugins []*introspection.Plugin
 	// dump is what containerd prints of its configuration.
 	dump string
+	// noServer: it does not say which process it is.
+	noServer bool
 	// memory is that of the container abcdef.
 	memory *cgroup2.MemoryStat
+	// guest is what its runtime does with the container of --guest.
+	guest *guest
 }
 
 const pid = 4711
@@ -51,7 +58,10 @@ type introspector struct {
 	*node
 }
 
-func (i introspector) Server(context.Context, *emptypb.Empty) (*introspection.ServerResponse, error) {
+func (i introspector) Server(ctx context.Context, r *emptypb.Empty) (*introspection.ServerResponse, error) {
+	if i.noServer {
+		return i.UnimplementedIntrospectionServer.Server(ctx, r)
+	}
 	return &introspection.ServerResponse{Pid: pid}, nil
 }
 
@@ -125,6 +135,7 @@ func newNode(t *testing.T) *node {
 		Containerd: n.path("containerd.sock"),
 		Proc:       n.path("proc"),
 	}
+	n.guest = &guest{node: n, answer: goodAnswer(), fails: map[string]bool{}}
 	n.dump = fmt.Sprintf(`
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
 runtime_type = 'io.containerd.runc.v2'
@@ -194,7 +205,8 @@ func (n *node) serve() {
 		s := grpc.NewServer()
 		versionservice.RegisterVersionServer(s, versioner{node: n})
 		introspection.RegisterIntrospectionServer(s, introspector{node: n})
-		tasks.RegisterTasksServer(s, &metrics{memory: n.memory})
+		tasks.RegisterTasksServer(s, &metrics{memory: n.memory, guest: n.guest})
+		containers.RegisterContainersServer(s, n.guest)
 		go func() { _ = s.Serve(l) }()
 		n.t.Cleanup(s.Stop)
 	}
@@ -219,17 +231,44 @@ func TestAllIsWell(t *testing.T) {
 	}
 }
 
-// Each fault is found, on its own, under the name and with the level that it
-// should have, and nothing else is.
-func TestEachFault(t *testing.T) {
-	const rustShim = `Kata Containers containerd shim (Rust): id: io.containerd.kata.v2, version: 4.1.0, commit: 1`
-	for name, c := range map[string]struct {
-		fault func(*node)
-		check string
-		level Level
-		// text and cure are parts of what it says.
-		text, cure string
-	}{
+// hostFault is something that is wrong with a node, and the finding of it.
+type hostFault struct {
+	fault func(*node)
+	check string
+	level Level
+	// text and cure are parts of what it says.
+	text, cure string
+}
+
+const rustShim = `Kata Containers containerd shim (Rust): id: io.containerd.kata.v2, version: 4.1.0, commit: 1`
+
+// statfs has the node's file systems changed.
+func (n *node) statfs(change func(*unix.Statfs_t) error) {
+	n.host.statfs = func(path string, st *unix.Statfs_t) error {
+		if err := unix.Statfs(path, st); err != nil {
+			return err
+		}
+		return change(st)
+	}
+}
+
+// inInitrd lets the node's guests have the agent in an initrd of a release.
+func (n *node) inInitrd(release string) {
+	n.t.Helper()
+	n.write("kata/config.d/60.toml", fmt.Sprintf("[hypervisor.clh]\nimage = \"\"\ninitrd = %q\nguest_hook_path = %q\n", n.path("kata/initrd"), guestinitrd.HookPath), 0o644)
+	n.write("kata/initrd.kata", "070701", 0o644)
+	if release == "" {
+		n.write("kata/initrd", "070701", 0o644)
+		return
+	}
+	_, err := guestinitrd.Append(&guestinitrd.Options{Base: n.path("kata/initrd.kata"), Bundle: n.path("guest"), Version: release, Out: n.path("kata/initrd")})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func hostFaults() map[string]hostFault {
+	return map[string]hostFault{
 		"no containerd": {
 			func(n *node) { n.write("no-containerd", "", 0o644); n.t.Setenv("PATH", n.path("bin")) },
 			"containerd", Error, "does not run", "--address",
@@ -320,7 +359,74 @@ func TestEachFault(t *testing.T) {
 			"state_dir", Warning, "can be read by others", "chmod 700",
 		},
 		"state in memory": {func(n *node) { n.host.Config.StateDir = "/dev/shm/kata-checkpoint" }, "state_dir", Warning, "in memory", "disk"},
-	} {
+		"state on a disk that does not answer": {
+			func(n *node) { n.statfs(func(*unix.Statfs_t) error { return unix.EIO }) }, "state_dir", Error, "input/output error", "disk",
+		},
+		"state that is read-only": {
+			func(n *node) { n.statfs(func(st *unix.Statfs_t) error { st.Flags |= unix.ST_RDONLY; return nil }) },
+			"state_dir", Error, "is read-only", "can be written",
+		},
+		"state without room": {
+			func(n *node) { n.statfs(func(st *unix.Statfs_t) error { st.Bavail = 1; return nil }) },
+			"state_dir.space", Warning, "0 MiB left", "make room",
+		},
+		"a socket that is none": {
+			func(n *node) {
+				n.host.Containerd = n.path("100%.sock")
+				n.write("100%.sock", "", 0o600)
+				n.write("no-containerd", "", 0o644)
+				n.t.Setenv("PATH", n.path("bin"))
+			},
+			"containerd", Error, "is not a socket", "--address",
+		},
+		"a containerd that does not answer": {
+			func(n *node) {
+				n.write("containerd.sock", "", 0o600)
+				n.write("no-containerd", "", 0o644)
+				n.t.Setenv("PATH", n.path("bin"))
+			},
+			"containerd", Error, "does not answer", "--address",
+		},
+		"a containerd that does not say who it is": {
+			func(n *node) { n.noServer = true; n.t.Setenv("PATH", n.path("bin")) },
+			"containerd", Warning, "which process it is", "log",
+		},
+		"a containerd in another PID namespace": {
+			func(n *node) { n.remove(fmt.Sprintf("proc/%d/environ", pid)); n.t.Setenv("PATH", n.path("bin")) },
+			"containerd", Warning, "environment of containerd cannot be read", "as root",
+		},
+		"a configuration that containerd does not take": {
+			func(n *node) { n.plugins, n.dump = nil, "[plugins" },
+			"containerd.config", Warning, "cannot be read", "config dump",
+		},
+		"no configuration at Kata's places": {
+			func(n *node) { n.host.Config.KataConfigPath, n.host.defaults = "", []string{n.path("none.toml")} },
+			"kata.config", Error, "there is no configuration of Kata", "kata_config_path",
+		},
+		"a kernel configuration that cannot be read": {
+			func(n *node) { n.remove("kata/config-6.18.35-202"); n.write("kata/config-6.18.35-202/x", "", 0o644) },
+			"kata.kernel", Error, "is a directory", "guest-kernel",
+		},
+		"an agent for another machine": {
+			func(n *node) { n.write("guest/bin/kata-checkpoint-agent", "#!/bin/false\n", 0o755) },
+			"bundle", Error, "the agent does not run", "install",
+		},
+		"a port that cannot be read": {func(n *node) { n.write("guest/agent.json", "{", 0o644) }, "bundle.port", Error, "agent.json", "install"},
+		"no initrd": {
+			func(n *node) {
+				n.write("kata/config.d/60.toml", fmt.Sprintf("[hypervisor.clh]\nguest_hook_path = %q\n", guestinitrd.HookPath), 0o644)
+			},
+			"kata.initrd", Error, "no initrd is set", "guest-initrd",
+		},
+		"an initrd without the agent":        {func(n *node) { n.inInitrd("") }, "kata.initrd", Error, "no agent of kata-checkpoint", "guest-initrd --initrd"},
+		"an initrd with the agent of before": {func(n *node) { n.inInitrd("v0.0.1") }, "kata.initrd", Warning, "v0.0.1", "guest-initrd"},
+	}
+}
+
+// Each fault is found, on its own, under the name and with the level that it
+// should have, and nothing else is.
+func TestEachFault(t *testing.T) {
+	for name, c := range hostFaults() {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
 			c.fault(n)
@@ -336,6 +442,19 @@ func TestEachFault(t *testing.T) {
 				t.Errorf("the worst is %s", findings.Worst())
 			}
 		})
+	}
+}
+
+// With the agent in the initrd nothing is shared with the guest, and nothing is
+// amiss.
+func TestInitrd(t *testing.T) {
+	n := newNode(t)
+	n.inInitrd(version.Version)
+	n.write("kata/config.d/50.toml", "", 0o644)
+	findings := n.run()
+	i := slices.IndexFunc(findings, func(f Finding) bool { return f.Check == "kata.initrd" })
+	if findings.Worst() != OK || i < 0 || !strings.Contains(findings[i].Text, version.Version) {
+		t.Errorf("got %+v", findings)
 	}
 }
 

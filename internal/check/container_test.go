@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -28,6 +29,7 @@ import (
 type metrics struct {
 	tasks.UnimplementedTasksServer
 	memory *cgroup2.MemoryStat
+	guest  *guest
 }
 
 func (m *metrics) Metrics(_ context.Context, r *tasks.MetricsRequest) (*tasks.MetricsResponse, error) {
@@ -45,17 +47,25 @@ type shim struct {
 }
 
 func (s *shim) Check(_ context.Context, r *api.CheckRequest) (*api.CheckResponse, error) {
-	if r.GetContainerId() != "abcdef" {
+	if id := r.GetContainerId(); id != "abcdef" && !strings.HasPrefix(id, guestNamespace) {
 		return nil, status.Error(codes.NotFound, "no such container")
 	}
 	return s.answer, s.err
 }
 
 // container makes a container of namespace ns, whose shim answers.
-func (n *node) container(id string, s *shim) {
+func (n *node) container(id string, s *shim) { n.containerIn("ns", id, s) }
+
+func (n *node) containerIn(namespace, id string, s *shim) {
 	n.t.Helper()
-	socket := n.path(id + ".sock")
-	n.write("run/io.containerd.runtime.v2.task/ns/"+id+"/bootstrap.json", fmt.Sprintf(`{"version":2,"address":"unix://%s","protocol":"ttrpc"}`, socket), 0o644)
+	// A socket's path is limited to 107 bytes, and those of tests are long.
+	dir, err := os.MkdirTemp("", "check-")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s")
+	n.write("run/io.containerd.runtime.v2.task/"+namespace+"/"+id+"/bootstrap.json", fmt.Sprintf(`{"version":2,"address":"unix://%s","protocol":"ttrpc"}`, socket), 0o644)
 	if s == nil {
 		return
 	}
@@ -72,16 +82,21 @@ func (n *node) container(id string, s *shim) {
 	n.t.Cleanup(func() { server.Close() })
 }
 
-func TestContainer(t *testing.T) {
-	good := func() *api.CheckResponse {
-		return &api.CheckResponse{State: "running", AgentVersion: version.Version, ShimVersion: version.Version, CriuVersion: 40201, KernelRelease: "6.18.35"}
-	}
-	for name, c := range map[string]struct {
-		id, namespace string
-		change        func(*node, *shim)
-		level         Level
-		words         []string
-	}{
+// goodAnswer is that of the shim of a container that can be checkpointed.
+func goodAnswer() *api.CheckResponse {
+	return &api.CheckResponse{State: "running", AgentVersion: version.Version, ShimVersion: version.Version, CriuVersion: 40201, KernelRelease: "6.18.35"}
+}
+
+// containerFault is something about a container, and what is said of it.
+type containerFault struct {
+	id, namespace string
+	change        func(*node, *shim)
+	level         Level
+	words         []string
+}
+
+func containerFaults() map[string]containerFault {
+	return map[string]containerFault{
 		"all is well":                {"abcdef", "", func(*node, *shim) {}, OK, []string{"abcdef in namespace ns is running", "CRIU 4.2.1, Linux 6.18.35", "can be checkpointed now, and keeps running", "about 24.0 MiB"}},
 		"by the beginning of its ID": {"abc", "ns", func(*node, *shim) {}, OK, []string{"abcdef in namespace ns"}},
 		"it is stopped by it":        {"abcdef", "", func(_ *node, s *shim) { s.answer.Stops = true }, OK, []string{"is stopped by it"}},
@@ -98,16 +113,25 @@ func TestContainer(t *testing.T) {
 		"several":              {"a", "", func(n *node, _ *shim) { n.container("ab", nil) }, Error, []string{"several containers", "ab in ns"}},
 		"one has that very ID": {"abcdef", "", func(n *node, _ *shim) { n.container("abcdef0", nil) }, OK, []string{"abcdef in namespace ns is running"}},
 		"no room":              {"abcdef", "", func(n *node, _ *shim) { n.host.Config.ReserveBytes = 1 << 62; n.memory.Anon = 1 << 60 }, Error, []string{"stay free (reserve_bytes)"}},
-	} {
+	}
+}
+
+// checkContainer checks a container after what a test has changed.
+func (n *node) checkContainer(c containerFault) Findings {
+	n.t.Helper()
+	n.host.Config.StateDir = n.dir
+	n.dump = fmt.Sprintf("state = %q\n", n.path("run")) + n.dump
+	s := &shim{answer: goodAnswer()}
+	n.container("abcdef", s)
+	c.change(n, s)
+	n.serve()
+	return n.host.Container(n.t.Context(), c.namespace, c.id)
+}
+
+func TestContainer(t *testing.T) {
+	for name, c := range containerFaults() {
 		t.Run(name, func(t *testing.T) {
-			n := newNode(t)
-			n.host.Config.StateDir = n.dir
-			n.dump = fmt.Sprintf("state = %q\n", n.path("run")) + n.dump
-			s := &shim{answer: good()}
-			n.container("abcdef", s)
-			c.change(n, s)
-			n.serve()
-			f := n.host.Container(t.Context(), c.namespace, c.id)
+			f := newNode(t).checkContainer(c)
 			var text strings.Builder
 			for _, finding := range f {
 				fmt.Fprintln(&text, finding.Text, finding.Cure)

@@ -19,6 +19,7 @@ import (
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	versionservice "github.com/containerd/containerd/api/services/version/v1"
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -47,6 +48,23 @@ type Host struct {
 	Containerd string
 	// Proc is where procfs is mounted, /proc if it is empty.
 	Proc string
+
+	// statfs is statfs(2), defaults are where Kata's shim looks for its
+	// configuration, and probeDir is where the container of --guest has its
+	// files; tests replace them.
+	statfs   func(path string, st *unix.Statfs_t) error
+	defaults []string
+	probeDir string
+}
+
+// space returns what statfs(2) says of a file system.
+func (h *Host) space(path string) (st unix.Statfs_t, err error) {
+	if h.statfs != nil {
+		err = h.statfs(path, &st)
+	} else {
+		err = unix.Statfs(path, &st)
+	}
+	return st, err
 }
 
 func (h *Host) proc(elem ...string) string {

@@ -99,8 +99,8 @@ func (h *Host) stateDir(f *Findings) {
 	if st, err := os.Stat(dir); err == nil && st.Mode()&0o066 != 0 {
 		f.warn(check, "chmod 700 "+dir, "%s can be read by others: it holds the memory of containers", dir)
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(at, &st); err != nil {
+	st, err := h.space(at)
+	if err != nil {
 		f.fail(check, "set state_dir in config.toml to a directory on a disk", "%s: %v", at, err)
 		return
 	}
@@ -147,8 +147,8 @@ func reflinks(dir string) bool {
 // room looks whether state_dir has room for the images of a container.
 func (h *Host) room(bytes uint64, f *Findings) {
 	at := h.Config.StateDir
-	var st unix.Statfs_t
-	if err := unix.Statfs(at, &st); err != nil {
+	st, err := h.space(at)
+	if err != nil {
 		return // the shim makes it
 	}
 	free := st.Bavail * uint64(st.Bsize) //nolint:gosec // a block's size

@@ -56,7 +56,7 @@ func (h *Host) Guest(ctx context.Context) (f Findings) {
 		containers: containers.NewContainersClient(conn), tasks: tasks.NewTasksClient(conn),
 		id: fmt.Sprintf("kata-checkpoint-check-%d", os.Getpid()), state: cmp.Or(d.state, defaultState),
 	}
-	if p.dir, err = os.MkdirTemp("/var/tmp", "kata-checkpoint-check-"); err != nil {
+	if p.dir, err = os.MkdirTemp(cmp.Or(h.probeDir, "/var/tmp"), "kata-checkpoint-check-"); err != nil {
 		f.fail(check, "run this as root", "%v", err)
 		return f
 	}

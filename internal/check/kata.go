@@ -17,7 +17,9 @@ import (
 
 	"golang.org/x/mod/semver"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/guestinitrd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/kataconfig"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/version"
 )
 
 const minKata = "4.1.0"
@@ -89,13 +91,17 @@ func (h *Host) kataConfigs(d *daemon, shim kataconfig.Shim, f *Findings) []strin
 	if len(paths) > 0 {
 		return slices.Sorted(maps.Keys(paths))
 	}
-	for _, path := range shim.Defaults() {
+	defaults := h.defaults
+	if defaults == nil {
+		defaults = shim.Defaults()
+	}
+	for _, path := range defaults {
 		if _, err := os.Stat(path); err == nil {
 			return []string{path}
 		}
 	}
 	f.fail("kata.config", "set kata_config_path in config.toml to Kata's configuration.toml",
-		"there is no configuration of Kata at any of its own paths (%s), and neither config.toml nor a runtime handler names one", strings.Join(shim.Defaults(), ", "))
+		"there is no configuration of Kata at any of its own paths (%s), and neither config.toml nor a runtime handler names one", strings.Join(defaults, ", "))
 	return nil
 }
 
@@ -119,6 +125,17 @@ func (h *Host) kataConfig(path string, shim kataconfig.Shim, f *Findings) {
 	} else {
 		f.ok("kata.shared_fs", "%s", c.SharedFS)
 	}
+	if filepath.Clean(c.GuestHookPath) == guestinitrd.HookPath {
+		initrd(c, dropIn, f)
+	} else {
+		h.sharedBundle(c, shim, dropIn, f)
+	}
+	h.kernel(c, f)
+}
+
+// sharedBundle looks whether guests get the agent from the guest bundle that is
+// shared with them.
+func (h *Host) sharedBundle(c *kataconfig.Config, shim kataconfig.Shim, dropIn string, f *Findings) {
 	bundle := h.Config.GuestBundle
 	if !slices.ContainsFunc(c.SandboxBindMounts, func(m string) bool { return filepath.Clean(strings.TrimSuffix(m, ":ro")) == filepath.Clean(bundle) }) {
 		f.fail("kata.sandbox_bind_mounts", fmt.Sprintf("kata-checkpoint install, or sandbox_bind_mounts = %s in %s", quoteList(append(slices.Clone(c.SandboxBindMounts), bundle)), dropIn),
@@ -132,7 +149,25 @@ func (h *Host) kataConfig(path string, shim kataconfig.Shim, f *Findings) {
 	} else {
 		f.ok("kata.guest_hook_path", "%s", want)
 	}
-	h.kernel(c, f)
+}
+
+// initrd looks whether guests have the agent in their initrd.
+func initrd(c *kataconfig.Config, dropIn string, f *Findings) {
+	const check = "kata.initrd"
+	const again = "kata-checkpoint guest-initrd"
+	if c.Initrd == "" {
+		f.fail(check, again+", and initrd = the file that it makes in "+dropIn, "%s: guest_hook_path is where an initrd of ours has the agent, and no initrd is set", c.Path)
+		return
+	}
+	r, err := guestinitrd.Read(c.Initrd)
+	switch {
+	case err != nil:
+		f.fail(check, again+" --initrd FILE, and initrd = the file that it makes in "+dropIn, "%s: %v: no agent starts in the guest", c.Initrd, err)
+	case r.Version != version.Version:
+		f.warn(check, again, "%s has the agent %s, this is %s: adjacent minor releases work together, others may not", c.Initrd, r.Version, version.Version)
+	default:
+		f.ok(check, "%s with the agent %s", c.Initrd, r.Version)
+	}
 }
 
 func describe(c *kataconfig.Config) string {

@@ -95,7 +95,7 @@ func Command() *cobra.Command {
 	wrapHelp(root)
 	root.AddGroup(&cobra.Group{ID: everydayGroup, Title: "Checkpoints:"}, &cobra.Group{ID: nodeGroup, Title: "The node:"})
 	root.AddCommand(createCommand(), restoreCommand(), podCommand(), lsCommand(), inspectCommand(), diffCommand(), verifyCommand(), rmCommand(), keepCommand(), pruneCommand(), exportCommand(), importCommand(), trustCommand())
-	for _, c := range []*cobra.Command{checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand(), explainCommand()} {
+	for _, c := range []*cobra.Command{checkCommand(), installCommand(), uninstallCommand(), guestKernelCommand(), guestInitrdCommand(), explainCommand()} {
 		c.GroupID = nodeGroup
 		root.AddCommand(c)
 	}

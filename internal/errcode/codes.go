@@ -182,6 +182,7 @@ var (
 	KernelBase       = add(6024, "kernel-base", "the configuration of Kata's kernel is not found")
 	KernelImpossible = add(6025, "kernel-impossible", "kernel sources cannot have an option that CRIU needs")
 	KernelBuild      = add(6026, "kernel-build", "the build of a kernel has failed")
+	InitrdBase       = add(6031, "initrd-base", "Kata's initrd is not found, or the file is none")
 )
 
 // What `kata-checkpoint check` finds. A finding that is about an error with a
@@ -205,6 +206,7 @@ var (
 	CheckCRIU                = add(7016, "check-criu", "the CRI finds no CRIU on the host")
 	CheckStateDir            = add(7017, "check-state-dir", "the directory in which images are transferred cannot be used, or not well")
 	CheckStateDirSpace       = add(7018, "check-state-dir-space", "the directory in which images are transferred has little space")
+	CheckInitrd              = add(7019, "check-initrd", "the guest's initrd has no agent, or one of another release")
 	CheckGuest               = add(7021, "check-guest", "no guest can be looked at")
 	CheckGuestStart          = add(7022, "check-guest-start", "no container starts")
 	CheckGuestAgent          = add(7023, "check-guest-agent", "the shim of the check's container does not answer")

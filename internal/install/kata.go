@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/guestinitrd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/kataconfig"
 )
 
@@ -126,7 +127,9 @@ func (k *kata) entries(o *Options, bundle string, p *Plan) ([]*entry, error) {
 		resolved = k.config
 	}
 	want := k.shim.HookPath(bundle)
-	if hooks := k.loaded.GuestHookPath; hooks != "" && filepath.Clean(hooks) != want {
+	// An initrd of ours has the agent, and its hook.
+	inInitrd := filepath.Clean(k.loaded.GuestHookPath) == guestinitrd.HookPath
+	if hooks := k.loaded.GuestHookPath; hooks != "" && !inInitrd && filepath.Clean(hooks) != want {
 		return nil, errcode.ForeignHooks.Errorf("%s has guest_hook_path = %q, which a drop-in would replace: put these hooks into %s/hooks of the release and remove the setting", k.base, hooks, "guest-bundle")
 	}
 	if fsys := k.loaded.SharedFS; fsys != "virtio-fs" && fsys != "virtio-fs-nydus" {
@@ -141,6 +144,9 @@ func (k *kata) entries(o *Options, bundle string, p *Plan) ([]*entry, error) {
 	fmt.Fprintf(&b, "[hypervisor.%s]\n", k.loaded.Hypervisor)
 	if kernel != "" {
 		fmt.Fprintf(&b, "kernel = %s\n", strconv.Quote(kernel))
+	}
+	if inInitrd {
+		return append(entries, &entry{path: filepath.Dir(resolved) + "/config.d/" + dropInName, mode: 0o644, data: []byte(b.String())}), nil
 	}
 	fmt.Fprintf(&b, "guest_hook_path = %s\n\n[runtime]\n", strconv.Quote(want))
 	mounts := slices.DeleteFunc(slices.Clone(k.loaded.SandboxBindMounts), func(m string) bool { return m == bundle })

@@ -85,6 +85,7 @@ type Config struct {
 
 	SharedFS          string
 	Kernel            string
+	Initrd            string
 	KernelParams      string
 	GuestHookPath     string
 	SandboxBindMounts []string
@@ -177,6 +178,7 @@ func (c *Config) settings(tree map[string]any) error {
 		"hypervisor": {
 			{"shared_fs", &c.SharedFS},
 			{"kernel", &c.Kernel},
+			{"initrd", &c.Initrd},
 			{"kernel_params", &c.KernelParams},
 			{"guest_hook_path", &c.GuestHookPath},
 		},
