@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -163,6 +164,15 @@ func setUpMounts(dir string, job Job) error {
 	if err := unix.Mount("", "/", "", unix.MS_SLAVE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("make mounts slave: %w", err)
 	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	if onInitramfs(string(mounts)) {
+		if err := rootOnTop(dir); err != nil {
+			return fmt.Errorf("make a root above the initramfs: %w", err)
+		}
+	}
 	if len(job.Mounts) == 0 {
 		return nil
 	}
@@ -183,6 +193,37 @@ func setUpMounts(dir string, job Job) error {
 		}
 	}
 	return nil
+}
+
+// onInitramfs reports whether the root directory is the initramfs, as with
+// Kata's own initrd.
+func onInitramfs(mounts string) bool {
+	for line := range strings.Lines(mounts) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[1] == "/" {
+			return fields[2] == "rootfs"
+		}
+	}
+	return false
+}
+
+// rootOnTop gives this process, in a mount namespace of its own, a copy of its
+// mounts for a root: CRIU pivots out of the root that it has, which nobody can if
+// that is the initramfs (pivot_root(2), EINVAL).
+func rootOnTop(dir string) error {
+	at := filepath.Join(dir, "root")
+	if err := os.Mkdir(at, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("/", at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("bind: %w", err)
+	}
+	if err := unix.Chdir(at); err != nil {
+		return err
+	}
+	if err := unix.Mount(at, "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move: %w", err)
+	}
+	return unix.Chroot(".")
 }
 
 // showNamespaces covers the directories in /proc with the namespaces of some

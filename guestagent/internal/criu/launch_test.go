@@ -87,3 +87,72 @@ func TestShowNamespaces(t *testing.T) {
 		t.Error("others see it, too")
 	}
 }
+
+func TestOnInitramfs(t *testing.T) {
+	for mounts, want := range map[string]bool{
+		"rootfs / rootfs rw 0 0\nproc /proc proc rw 0 0\n":            true,
+		"proc /proc proc rw 0 0\nnone / rootfs rw,size=100k 0 0\n":    true,
+		"/dev/pmem0p1 / ext4 ro 0 0\nrootfs /old rootfs rw 0 0\n":     false,
+		"root / overlay rw,lowerdir=/ 0 0\ntmpfs /run tmpfs rw 0 0\n": false,
+		"": false,
+	} {
+		if got := onInitramfs(mounts); got != want {
+			t.Errorf("%t for %q", got, mounts)
+		}
+	}
+}
+
+// The root that CRIU gets is another mount, with all that is mounted in the
+// first one, and it can be pivoted out of.
+func TestRootOnTop(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mounts: only as root")
+	}
+	dir := t.TempDir()
+	own, err := os.Readlink("/proc/thread-self/ns/mnt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = thread.Do(func() error {
+		if err := setUpMounts(dir, Job{}); err != nil {
+			return err
+		}
+		inner := filepath.Join(dir, "inner")
+		if err := errors.Join(os.Mkdir(inner, 0o700), unix.Mount("tmpfs", inner, "tmpfs", 0, ""), os.WriteFile(filepath.Join(inner, "file"), nil, 0o600)); err != nil {
+			return err
+		}
+		var before, after unix.Statx_t
+		if err := unix.Statx(unix.AT_FDCWD, "/", 0, unix.STATX_MNT_ID, &before); err != nil {
+			return err
+		}
+		if err := rootOnTop(dir); err != nil {
+			return err
+		}
+		if err := unix.Statx(unix.AT_FDCWD, "/", 0, unix.STATX_MNT_ID, &after); err != nil {
+			return err
+		}
+		if before.Mnt_id == after.Mnt_id {
+			t.Error("the root is the same mount")
+		}
+		if _, err := os.Stat(filepath.Join(inner, "file")); err != nil {
+			t.Errorf("what was mounted: %v", err)
+		}
+		// As CRIU does.
+		if err := errors.Join(os.Mkdir(filepath.Join(inner, "old"), 0o700), unix.Chdir(inner)); err != nil {
+			return err
+		}
+		if err := unix.PivotRoot(".", "old"); err != nil {
+			t.Errorf("pivot: %v", err)
+		}
+		if _, err := os.Stat("/file"); err != nil {
+			t.Errorf("the new root: %v", err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now, err := os.Readlink("/proc/thread-self/ns/mnt"); err != nil || now != own {
+		t.Errorf("this test runs in %s, %v", now, err)
+	}
+}
