@@ -167,6 +167,7 @@ var scenarios = []scenarioCase{
 	{name: "install-twice-and-uninstall", kind: kindOperator, run: installTwiceAndUninstall, core: onGo},
 	{name: "upgrade-running", kind: kindOperator, run: upgradeRunning, core: onRust, timeout: 8 * time.Minute},
 	{name: "deb-install-remove", kind: kindOperator, run: debInstallRemove},
+	{name: "initrd", kind: kindOperator, run: agentInInitrd},
 	{name: "check-container", kind: kindOperator, run: checkContainer},
 	{name: "metrics", kind: kindOperator, run: metricsServed, cri: true},
 	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},

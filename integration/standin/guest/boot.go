@@ -5,6 +5,7 @@ package guest
 import (
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -50,6 +51,21 @@ func Boot() error {
 		return fmt.Errorf("boot: set the host name: %w", err)
 	}
 	return bringUp("lo")
+}
+
+// inInitramfs reports whether the guest's root is the initramfs, out of which
+// nobody can pivot (src/agent/src/sandbox.rs, no_pivot_root).
+func inInitramfs() bool {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[1] == "/" {
+			return fields[2] == "rootfs"
+		}
+	}
+	return false
 }
 
 func bringUp(name string) error {

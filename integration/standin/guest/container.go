@@ -108,8 +108,11 @@ func (c *container) runcCreate(t *theirs) error {
 	pidFile, logFile := filepath.Join(c.bundle, "pid"), filepath.Join(c.bundle, "runc.log")
 	defer os.Remove(pidFile)
 	defer os.Remove(logFile)
-	cmd := c.runc("--log", logFile, "create", "--bundle", c.bundle, "--pid-file", pidFile,
-		"--preserve-fds", strconv.Itoa(len(t.leaked)), c.id)
+	args := []string{"--log", logFile, "create", "--bundle", c.bundle, "--pid-file", pidFile, "--preserve-fds", strconv.Itoa(len(t.leaked))}
+	if inInitramfs() {
+		args = append(args, "--no-pivot")
+	}
+	cmd := c.runc(append(args, c.id)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = t.stdio[0], t.stdio[1], t.stdio[2]
 	cmd.ExtraFiles = t.leaked
 	status, err := c.reaper.start(cmd)
