@@ -370,7 +370,7 @@ func hostFaults() map[string]hostFault {
 			func(n *node) { n.statfs(func(st *unix.Statfs_t) error { st.Bavail = 1; return nil }) },
 			"state_dir.space", Warning, "0 MiB left", "make room",
 		},
-		"a socket that is none": {
+		"a file where a socket should be": {
 			func(n *node) {
 				n.host.Containerd = n.path("100%.sock")
 				n.write("100%.sock", "", 0o600)

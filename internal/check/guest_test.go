@@ -109,18 +109,18 @@ func guestFaults() map[string]guestFault {
 		}
 	}
 	return map[string]guestFault{
-		"no container":                  {fails("create container"), "guest.start", Error, "create container has failed", "create container"},
-		"no task":                       {fails("create"), "guest.start", Error, "no container starts", "create delete container"},
-		"no start":                      {fails("start"), "guest.start", Error, "start has failed", removed},
-		"a shim that does not answer":   {func(n *node) { n.guest.answer = nil }, "guest.agent", Error, "the shim does not answer", removed},
-		"a kernel that lacks an option": {func(n *node) { n.guest.answer.Reasons = []string{"an option is missing"} }, "guest.criu", Error, "an option is missing", removed},
-		"no pause":                      {fails("pause"), "guest.checkpoint", Error, "pause has failed", removed},
-		"no checkpoint":                 {fails("checkpoint"), "guest.checkpoint", Error, "checkpoint has failed", "checkpoint resume " + removed},
-		"no resume":                     {fails("resume"), "guest.checkpoint", Error, "resume has failed", removed},
-		"a container that does not go":  {fails("delete"), "guest.remove", Warning, "was not removed", "kill wait delete"},
-		"a container that stays known":  {fails("delete container"), "guest.remove", Warning, "was not removed", removed},
-		"no place for its root":         {func(n *node) { n.host.probeDir = n.path("none") }, "guest", Error, "no such file", ""},
-		"a socket that is none":         {func(n *node) { n.host.Containerd = n.path("100%.sock") }, "guest", Error, "is not a socket", ""},
+		"no container":                    {fails("create container"), "guest.start", Error, "create container has failed", "create container"},
+		"no task":                         {fails("create"), "guest.start", Error, "no container starts", "create delete container"},
+		"no start":                        {fails("start"), "guest.start", Error, "start has failed", removed},
+		"a shim that does not answer":     {func(n *node) { n.guest.answer = nil }, "guest.agent", Error, "the shim does not answer", removed},
+		"a kernel that lacks an option":   {func(n *node) { n.guest.answer.Reasons = []string{"an option is missing"} }, "guest.criu", Error, "an option is missing", removed},
+		"no pause":                        {fails("pause"), "guest.checkpoint", Error, "pause has failed", removed},
+		"no checkpoint":                   {fails("checkpoint"), "guest.checkpoint", Error, "checkpoint has failed", "checkpoint resume " + removed},
+		"no resume":                       {fails("resume"), "guest.checkpoint", Error, "resume has failed", removed},
+		"a container that does not go":    {fails("delete"), "guest.remove", Warning, "was not removed", "kill wait delete"},
+		"a container that stays known":    {fails("delete container"), "guest.remove", Warning, "was not removed", removed},
+		"no place for its root":           {func(n *node) { n.host.probeDir = n.path("none") }, "guest", Error, "no such file", ""},
+		"a file where a socket should be": {func(n *node) { n.host.Containerd = n.path("100%.sock") }, "guest", Error, "is not a socket", ""},
 	}
 }
 

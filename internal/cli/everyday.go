@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"strconv"
 	"strings"
@@ -86,7 +85,7 @@ func (e *everyday) context(cmd *cobra.Command) (context.Context, context.CancelF
 	if e.timeout <= 0 {
 		return context.WithCancel(cmd.Context())
 	}
-	return context.WithTimeoutCause(cmd.Context(), e.timeout, fmt.Errorf("it takes longer than --timeout %s: nothing has changed", e.timeout))
+	return context.WithTimeoutCause(cmd.Context(), e.timeout, errcode.CommandTimeout.Errorf("it takes longer than --timeout %s: nothing has changed", e.timeout))
 }
 
 // display shows progress.

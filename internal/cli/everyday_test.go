@@ -15,6 +15,7 @@ import (
 	"filippo.io/age"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/teststore"
@@ -70,12 +71,16 @@ func (o *operator) run(args ...string) (status int, stdout, stderr string) {
 	return status, out.String(), errs.String()
 }
 
-// want runs the command and checks its exit status and what it says.
+// want runs the command and checks its exit status and what it says. An error has
+// a code of its own.
 func (o *operator) want(status int, what []string, args ...string) string {
 	o.Helper()
 	got, stdout, stderr := o.run(args...)
 	if got != status {
 		o.Errorf("%v: status %d, want %d: %s%s", args, got, status, stdout, stderr)
+	}
+	if _, code := errcode.Split(strings.TrimSpace(stderr)); strings.Contains(stderr, "kata-checkpoint: ") && status == exitError && (code == 0 || code >= errcode.Failed) {
+		o.Errorf("%v: an error without a code of its own: %s", args, stderr)
 	}
 	for _, w := range what {
 		if !strings.Contains(stdout+stderr, w) {
@@ -242,6 +247,43 @@ func TestExportAndImport(t *testing.T) {
 	entries, err := os.ReadDir(o.store.Dir())
 	if err != nil || len(entries) != 4 {
 		t.Errorf("there is %v (%v)", entries, err)
+	}
+}
+
+// What is most often wrong has a code of its own.
+func TestEverydayErrors(t *testing.T) {
+	o := newOperator(t)
+	o.add("a", 1)
+	o.add("pinned", 1)
+	o.want(0, nil, "keep", "pinned")
+	o.write("broken.pub", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
+	for code, commands := range map[errcode.Code][][]string{
+		errcode.Usage: {
+			{"ls", "--colour"}, {"create"}, {"export", "a", o.path("x"), "--compress", "lzma"},
+		},
+		errcode.NoCheckpoint:   {{"inspect", "none"}, {"rm", "none"}, {"export", "none", o.path("x")}, {"diff", "a", "none"}},
+		errcode.CheckpointName: {{"import", o.path("config.toml"), "../x"}},
+		errcode.Kept:           {{"rm", "pinned"}},
+		errcode.AgeKey: {
+			{"export", "a", o.path("x"), "--recipient", "somebody"}, {"export", "a", o.path("x"), "--recipient", "age1x"},
+			{"import", o.path("x"), "b", "--identity", o.path("none")}, {"import", o.path("x"), "b", "--identity", o.path("config.toml")},
+		},
+		errcode.TrustedKey: {
+			{"trust", "remove", "abc"}, {"trust", "add", o.path("broken.pub")}, {"trust", "add", o.path("config.toml")},
+			{"trust", "add", o.path("none")},
+		},
+		errcode.NoArchive: {{"import", o.path("none"), "b"}},
+		errcode.NoEngine: {
+			{"create", "c", "x", "--address", o.path("none")}, {"pod", "c", "x", "--address", o.path("none")}, {"restore", "a", "--address", o.path("none")},
+		},
+	} {
+		for _, args := range commands {
+			t.Run(strings.Join(args[:min(2, len(args))], " "), func(t *testing.T) {
+				inner := *o
+				inner.T = t
+				inner.want(exitError, []string{code.String()}, args...)
+			})
+		}
 	}
 }
 

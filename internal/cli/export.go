@@ -127,14 +127,14 @@ func parseRecipients(args []string) (out []age.Recipient, err error) {
 		if !strings.HasPrefix(arg, "age1") {
 			f, err := os.Open(arg)
 			if err != nil {
-				return nil, fmt.Errorf("recipient %s: it is neither a key that begins with age1 nor a file with one: %w", arg, err)
+				return nil, errcode.AgeKey.Errorf("recipient %s: it is neither a key that begins with age1 nor a file with one: %w", arg, err)
 			}
 			defer f.Close()
 			text = f
 		}
 		list, err := age.ParseRecipients(text)
 		if err != nil {
-			return nil, fmt.Errorf("recipient %s: %w", arg, err)
+			return nil, errcode.AgeKey.Errorf("recipient %s: %w", arg, err)
 		}
 		out = append(out, list...)
 	}
@@ -145,12 +145,12 @@ func parseIdentities(files []string) (out []age.Identity, err error) {
 	for _, path := range files {
 		f, err := os.Open(path)
 		if err != nil {
-			return nil, fmt.Errorf("identity: %w", err)
+			return nil, errcode.AgeKey.Errorf("identity: %w", err)
 		}
 		defer f.Close()
 		list, err := age.ParseIdentities(f)
 		if err != nil {
-			return nil, fmt.Errorf("identity %s: %w", path, err)
+			return nil, errcode.AgeKey.Errorf("identity %s: %w", path, err)
 		}
 		out = append(out, list...)
 	}
@@ -191,7 +191,7 @@ With --identity an archive that is encrypted with age is decrypted.`,
 			if args[0] != "-" {
 				f, err := os.Open(args[0])
 				if err != nil {
-					return err
+					return errcode.NoArchive.Errorf("the archive to import: %w", err)
 				}
 				defer f.Close()
 				if st, err := f.Stat(); err == nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/store"
 )
@@ -103,7 +104,7 @@ prune has to keep are removed with --force only.`,
 			}
 			for _, c := range list {
 				if c.Keep && !force {
-					return fmt.Errorf("checkpoint %s is to be kept: give --force, or kata-checkpoint keep --undo %[1]s", c.Name)
+					return errcode.Kept.Errorf("checkpoint %s is to be kept: give --force, or kata-checkpoint keep --undo %[1]s", c.Name)
 				}
 			}
 			removed := []string{}

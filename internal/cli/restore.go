@@ -182,7 +182,7 @@ func (r *restorer) into(ctx context.Context, c *store.Checkpoint, namespace, ref
 		return nil, fmt.Errorf("%w; where the container of the checkpoint is gone, restore it into another one (--container) or a new one (--new)", err)
 	}
 	if found.Kind == engine.CRI {
-		return nil, fmt.Errorf("container %s is one of a pod, which the CRI alone starts: create a pod with the annotations that kata-checkpoint restore %s prints", found, c.Name)
+		return nil, errcode.PodContainer.Errorf("container %s is one of a pod, which the CRI alone starts: create a pod with the annotations that kata-checkpoint restore %s prints", found, c.Name)
 	}
 	if err := found.Restore(ctx, c, o, bar); err != nil {
 		return nil, err

@@ -3,8 +3,6 @@
 package cli
 
 import (
-	"errors"
-	"fmt"
 	"io"
 	"os"
 	"strings"
@@ -12,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/signing"
 )
 
@@ -110,7 +109,7 @@ become processes in pods of this node.`,
 			if args[0] != "-" {
 				f, err := os.Open(args[0])
 				if err != nil {
-					return err
+					return errcode.TrustedKey.Errorf("the keys to trust: %w", err)
 				}
 				defer f.Close()
 				in = f
@@ -121,7 +120,7 @@ become processes in pods of this node.`,
 			}
 			keys, err := signing.ParsePublic(string(data))
 			if err != nil {
-				return fmt.Errorf("%s has %w: give a file with Ed25519 public keys in PEM", args[0], err)
+				return errcode.TrustedKey.Errorf("%s has %w: give a file with Ed25519 public keys in PEM", args[0], err)
 			}
 			added := []trustedKey{}
 			for _, k := range keys {
@@ -165,13 +164,13 @@ of it. This node's own key and those in config.toml are not changed.`,
 			}
 			switch {
 			case len(found) == 0:
-				return fmt.Errorf("no key in %s has a fingerprint that begins with %s: kata-checkpoint trust list has the keys, and those of config.toml are removed there", cfg.TrustedKeysDir(), want)
+				return errcode.TrustedKey.Errorf("no key in %s has a fingerprint that begins with %s: kata-checkpoint trust list has the keys, and those of config.toml are removed there", cfg.TrustedKeysDir(), want)
 			case len(found) > 1:
-				return fmt.Errorf("%d keys have fingerprints that begin with %s: give more of it", len(found), want)
+				return errcode.TrustedKey.Errorf("%d keys have fingerprints that begin with %s: give more of it", len(found), want)
 			}
 			for _, k := range files {
 				if k.File == found[0].File && !k.Key.Equal(found[0].Key) {
-					return errors.New(found[0].File + " has other keys, too: remove it by hand")
+					return errcode.TrustedKey.Errorf("%s has other keys, too: remove it by hand", found[0].File)
 				}
 			}
 			if err := os.Remove(found[0].File); err != nil {

@@ -184,7 +184,7 @@ func Load(path string) (*Config, error) {
 	}
 	keys, err := signing.ReadDir(c.TrustedKeysDir())
 	if err != nil {
-		return nil, fmt.Errorf("keys that this node trusts: %w", err)
+		return nil, errcode.TrustedKey.Errorf("keys that this node trusts: %w", err)
 	}
 	for _, k := range keys {
 		c.TrustedKeys = append(c.TrustedKeys, k.Key)

@@ -5,13 +5,13 @@ package engine
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"strings"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
@@ -29,12 +29,12 @@ func (n *Node) docker(ctx context.Context, method, path string, into any) error 
 	}
 	resp, err := (&http.Client{Transport: transport}).Do(r)
 	if err != nil {
-		return fmt.Errorf("ask Docker at %s: %w", n.DockerSocket, err)
+		return errcode.NoEngine.Errorf("ask Docker at %s: %w", n.DockerSocket, err)
 	}
 	defer resp.Body.Close()
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return fmt.Errorf("ask Docker at %s: %w", n.DockerSocket, err)
+		return errcode.NoEngine.Errorf("ask Docker at %s: %w", n.DockerSocket, err)
 	}
 	if resp.StatusCode >= http.StatusMultipleChoices {
 		var failed struct {
@@ -43,7 +43,7 @@ func (n *Node) docker(ctx context.Context, method, path string, into any) error 
 		if json.Unmarshal(data, &failed) != nil || failed.Message == "" {
 			failed.Message = resp.Status
 		}
-		return fmt.Errorf("docker: %s", text.Line(failed.Message, text.MaxError))
+		return errcode.NoEngine.Errorf("docker: %s", text.Line(failed.Message, text.MaxError))
 	}
 	if into == nil {
 		return nil

@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -55,17 +56,27 @@ type Node struct {
 	DockerSocket string
 	// Guard, if it is set, sees to it that a container is resumed if this process
 	// is killed before it calls release.
-	Guard  func(namespace, id string) (release func(), err error)
-	client *client.Client
+	Guard   func(namespace, id string) (release func(), err error)
+	address string
+	client  *client.Client
 }
 
 // Dial connects to containerd. The caller closes the node.
 func Dial(cfg *config.Config, address, docker string) (*Node, error) {
 	c, err := client.New(address)
 	if err != nil {
-		return nil, fmt.Errorf("connect to containerd at %s: %w: name its socket with --address, and run this as root", address, err)
+		return nil, errcode.NoEngine.Errorf("connect to containerd at %s: %w: name its socket with --address, and run this as root", address, err)
 	}
-	return &Node{Config: cfg, DockerSocket: docker, client: c}, nil
+	return &Node{Config: cfg, DockerSocket: docker, address: address, client: c}, nil
+}
+
+// listens is an error where containerd has no socket, for which the client would
+// wait.
+func (n *Node) listens() error {
+	if _, err := os.Stat(n.address); err != nil {
+		return errcode.NoEngine.Errorf("containerd does not run: %w: start it, or name its socket with --address", err)
+	}
+	return nil
 }
 
 // Close ends the connection.
@@ -173,11 +184,14 @@ func (c *Container) calledBy(ref string) bool {
 
 // list returns all containers, sandboxes included.
 func (n *Node) list(ctx context.Context, namespace string) ([]*Container, error) {
+	if err := n.listens(); err != nil {
+		return nil, err
+	}
 	spaces := []string{namespace}
 	if namespace == "" {
 		var err error
 		if spaces, err = n.client.NamespaceService().List(ctx); err != nil {
-			return nil, fmt.Errorf("list containerd's namespaces: %w", err)
+			return nil, errcode.NoEngine.Errorf("list containerd's namespaces: %w", err)
 		}
 		slices.Sort(spaces)
 	}
@@ -186,12 +200,12 @@ func (n *Node) list(ctx context.Context, namespace string) ([]*Container, error)
 		in := namespaces.WithNamespace(ctx, space)
 		list, err := n.client.Containers(in)
 		if err != nil {
-			return nil, fmt.Errorf("list the containers in containerd's namespace %s: %w", space, err)
+			return nil, errcode.NoEngine.Errorf("list the containers in containerd's namespace %s: %w", space, err)
 		}
 		for _, c := range list {
 			info, err := c.Info(in, client.WithoutRefreshedMetadata)
 			if err != nil {
-				return nil, fmt.Errorf("list the containers in containerd's namespace %s: %w", space, err)
+				return nil, errcode.NoEngine.Errorf("list the containers in containerd's namespace %s: %w", space, err)
 			}
 			if found := n.describe(space, c, info); found != nil {
 				out = append(out, found)

@@ -28,6 +28,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/progress"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/remove"
@@ -75,7 +76,7 @@ func (c *Container) clear(ctx context.Context, log string) (string, error) {
 		return "", err
 	}
 	if err == nil && status.Status != client.Stopped {
-		return "", fmt.Errorf("the container is %s, and only one that does not run can continue from a checkpoint: stop it first, or restore into another one (--container or --new)", status.Status)
+		return "", errcode.ContainerRuns.Errorf("the container is %s, and only one that does not run can continue from a checkpoint: stop it first, or restore into another one (--container or --new)", status.Status)
 	}
 	if log == "" {
 		log = c.formerLog(ctx)
@@ -211,7 +212,7 @@ func (*uriIO) Close() error { return nil }
 // with the same specification, image and files.
 func (n *Node) RestoreNew(ctx context.Context, from *store.Checkpoint, id string, o RestoreOptions, bar progress.Bar) (*Container, error) {
 	if from.Engine != string(Containerd) {
-		return nil, fmt.Errorf("checkpoint %s is of a container of %s, which makes its own containers: create one there, and restore into it with --container", from.Name, from.Engine)
+		return nil, errcode.ForeignEngine.Errorf("checkpoint %s is of a container of %s, which makes its own containers: create one there, and restore into it with --container", from.Name, from.Engine)
 	}
 	data, err := os.ReadFile(from.File(store.SpecName))
 	if err != nil {
@@ -228,11 +229,14 @@ func (n *Node) RestoreNew(ctx context.Context, from *store.Checkpoint, id string
 	c := &Container{node: n, Namespace: from.Namespace, ID: id, Kind: Containerd, spec: spec}
 	ctx = c.in(ctx)
 	if from.Image == "" {
-		return nil, fmt.Errorf("checkpoint %s does not name the image of its container: create a container, and restore into it with --container", from.Name)
+		return nil, errcode.NoImage.Errorf("checkpoint %s does not name the image of its container: create a container, and restore into it with --container", from.Name)
+	}
+	if err := n.listens(); err != nil {
+		return nil, err
 	}
 	image, err := n.client.GetImage(ctx, from.Image)
 	if err != nil {
-		return nil, fmt.Errorf("restore %s: image %s: %w: pull it first (ctr -n %s image pull)", id, from.Image, err, from.Namespace)
+		return nil, errcode.NoImage.Errorf("restore %s: image %s: %w: pull it first (ctr -n %s image pull)", id, from.Image, err, from.Namespace)
 	}
 	if c.c, err = n.client.NewContainer(ctx, id, client.WithImage(image), client.WithNewSnapshot(id, image),
 		client.WithRuntime(from.Runtime, nil), client.WithSpec(spec)); err != nil {
@@ -286,11 +290,11 @@ func Annotations(list []*store.Checkpoint, archive func(*store.Checkpoint) strin
 	out := map[string]string{}
 	for _, c := range list {
 		if c.Pod == nil {
-			return nil, fmt.Errorf("checkpoint %s is not of a container of a pod", c.Name)
+			return nil, errcode.PodContainer.Errorf("checkpoint %s is not of a container of a pod", c.Name)
 		}
 		key := annotations.RestorePrefix + c.ContainerName
 		if out[key] != "" {
-			return nil, fmt.Errorf("two checkpoints are of a container with the name %s: restore them one by one", c.ContainerName)
+			return nil, errcode.PodContainer.Errorf("two checkpoints are of a container with the name %s: restore them one by one", c.ContainerName)
 		}
 		out[key] = archive(c)
 	}

@@ -100,7 +100,7 @@ func Write(ctx context.Context, w io.Writer, c *store.Checkpoint, compression Co
 		w = z
 	case None:
 	default:
-		return fmt.Errorf("unknown compression %q: use zstd, gzip or none", compression)
+		return errcode.Usage.Errorf("unknown compression %q: use zstd, gzip or none", compression)
 	}
 	t := tar.NewWriter(w)
 	closers = append(closers, t)

@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/text"
 )
 
@@ -50,17 +51,17 @@ func Connect(o Options) (*Cluster, error) {
 	loader := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides)
 	config, err := loader.ClientConfig()
 	if err != nil {
-		return nil, fmt.Errorf("kubeconfig: %w", err)
+		return nil, errcode.Kubeconfig.Errorf("kubeconfig: %w", err)
 	}
 	c := &Cluster{}
 	if c.Namespace, _, err = loader.Namespace(); err != nil {
-		return nil, fmt.Errorf("kubeconfig: %w", err)
+		return nil, errcode.Kubeconfig.Errorf("kubeconfig: %w", err)
 	}
 	if c.client, err = rest.HTTPClientFor(config); err != nil {
-		return nil, fmt.Errorf("kubeconfig: %w", err)
+		return nil, errcode.Kubeconfig.Errorf("kubeconfig: %w", err)
 	}
 	if c.base, _, err = rest.DefaultServerUrlFor(config); err != nil {
-		return nil, fmt.Errorf("kubeconfig: %w", err)
+		return nil, errcode.Kubeconfig.Errorf("kubeconfig: %w", err)
 	}
 	return c, nil
 }
@@ -85,7 +86,7 @@ type Archive struct {
 func (c *Cluster) Checkpoint(ctx context.Context, pod, container string, timeout time.Duration) (made []Archive, _ error) {
 	for _, name := range []string{c.Namespace, pod, container} {
 		if strings.Contains(name, "/") {
-			return nil, fmt.Errorf("%q is not a name: give the namespace with --namespace", name)
+			return nil, errcode.Usage.Errorf("%q is not a name: give the namespace with --namespace", name)
 		}
 	}
 	var p struct {
@@ -96,10 +97,10 @@ func (c *Cluster) Checkpoint(ctx context.Context, pod, container string, timeout
 		Status struct{ Phase string }
 	}
 	if err := c.call(ctx, http.MethodGet, path.Join("/api/v1/namespaces", c.Namespace, "pods", pod), nil, &p); err != nil {
-		return nil, fmt.Errorf("pod %s/%s: %w", c.Namespace, pod, err)
+		return nil, errcode.NoPod.Errorf("pod %s/%s: %w", c.Namespace, pod, err)
 	}
 	if p.Spec.NodeName == "" || p.Status.Phase != "Running" {
-		return nil, fmt.Errorf("pod %s/%s is %s, and only one that runs can be checkpointed", c.Namespace, pod, strings.ToLower(text.Line(p.Status.Phase, text.MaxName)))
+		return nil, errcode.NoPod.Errorf("pod %s/%s is %s, and only one that runs can be checkpointed", c.Namespace, pod, strings.ToLower(text.Line(p.Status.Phase, text.MaxName)))
 	}
 	var names []string
 	for _, k := range p.Spec.Containers {
@@ -108,7 +109,7 @@ func (c *Cluster) Checkpoint(ctx context.Context, pod, container string, timeout
 		}
 	}
 	if len(names) == 0 {
-		return nil, fmt.Errorf("pod %s/%s has no container %s", c.Namespace, pod, container)
+		return nil, errcode.NoPod.Errorf("pod %s/%s has no container %s", c.Namespace, pod, container)
 	}
 	for _, name := range names {
 		var answer struct{ Items []string }
@@ -118,7 +119,7 @@ func (c *Cluster) Checkpoint(ctx context.Context, pod, container string, timeout
 			err = errors.New("the kubelet names no archive")
 		}
 		if err != nil {
-			return made, fmt.Errorf("checkpoint container %s of pod %s/%s on node %s: %w", name, c.Namespace, pod, p.Spec.NodeName, explain(err))
+			return made, errcode.Kubelet.Errorf("checkpoint container %s of pod %s/%s on node %s: %w", name, c.Namespace, pod, p.Spec.NodeName, explain(err))
 		}
 		for _, archive := range answer.Items {
 			archive = text.Line(archive, text.MaxError)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/kubelet"
 )
 
@@ -91,7 +92,11 @@ func TestCheckpoint(t *testing.T) {
 	for want, args := range map[string][2]string{
 		`pods "other" not found`: {"other", ""}, "is pending": {"waits", ""}, "has no container db": {"web", "db"}, "--namespace": {"shop/web", ""},
 	} {
-		if _, err := c.Checkpoint(t.Context(), args[0], args[1], time.Second); err == nil || !strings.Contains(err.Error(), want) {
+		code := errcode.NoPod
+		if strings.Contains(args[0], "/") {
+			code = errcode.Usage
+		}
+		if _, err := c.Checkpoint(t.Context(), args[0], args[1], time.Second); errcode.Of(err) != code || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %v, want %q", args, err, want)
 		}
 	}
@@ -118,7 +123,7 @@ func TestRefused(t *testing.T) {
 			answer(w)
 		})
 		made, err := c.Checkpoint(t.Context(), "web", "", time.Second)
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "container log of pod shop/web on node n1") || strings.Contains(err.Error(), "\x1b") {
+		if errcode.Of(err) != errcode.Kubelet || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "container log of pod shop/web on node n1") || strings.Contains(err.Error(), "\x1b") {
 			t.Errorf("%v, want %q", err, want)
 		}
 		if len(made) != 1 || made[0].Value != "app.tar" {
@@ -128,7 +133,7 @@ func TestRefused(t *testing.T) {
 }
 
 func TestKubeconfig(t *testing.T) {
-	if _, err := kubelet.Connect(kubelet.Options{Kubeconfig: filepath.Join(t.TempDir(), "none")}); err == nil || !strings.Contains(err.Error(), "kubeconfig: ") {
+	if _, err := kubelet.Connect(kubelet.Options{Kubeconfig: filepath.Join(t.TempDir(), "none")}); errcode.Of(err) != errcode.Kubeconfig || !strings.Contains(err.Error(), "kubeconfig: ") {
 		t.Errorf("%v", err)
 	}
 }

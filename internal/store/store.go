@@ -376,7 +376,7 @@ func open(path, name string) *Checkpoint {
 	})
 	r, err := readRecord(c.File(RecordName))
 	if err != nil {
-		c.Damage = fmt.Errorf("its record cannot be read: %w", err)
+		c.Damage = errcode.Record.Errorf("its record cannot be read: %w", err)
 		return c
 	}
 	r.Name = name // it may have been renamed
