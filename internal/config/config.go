@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -86,6 +87,9 @@ type Config struct {
 	NRIRuntimeHandlers []string
 	// MetricsAddress is where kata-checkpoint-nri serves /metrics; empty: nowhere.
 	MetricsAddress string
+	// TracesEndpoint is the URL of a collector to which kata-checkpoint-nri
+	// exports spans by OTLP over HTTP; empty: that of its environment.
+	TracesEndpoint string
 	// MetricsDir is the spool, see package metrics.
 	MetricsDir string
 	// BundleInUse is the directory that GuestBundle, a symbolic link, led to when
@@ -132,6 +136,7 @@ type file struct {
 	RequireSignature   bool     `toml:"require_signature"`
 	NRIRuntimeHandlers []string `toml:"nri_runtime_handlers"`
 	MetricsAddress     string   `toml:"metrics_address"`
+	TracesEndpoint     string   `toml:"traces_endpoint"`
 	MetricsDir         string   `toml:"metrics_dir"`
 }
 
@@ -219,6 +224,7 @@ func parse(data []byte) (*Config, error) {
 		RequireSignature:   f.RequireSignature,
 		NRIRuntimeHandlers: f.NRIRuntimeHandlers,
 		MetricsAddress:     f.MetricsAddress,
+		TracesEndpoint:     f.TracesEndpoint,
 		MetricsDir:         f.MetricsDir,
 	}
 	var errs []error
@@ -259,6 +265,7 @@ func parse(data []byte) (*Config, error) {
 	}
 	check("nri_runtime_handlers", len(f.NRIRuntimeHandlers) > 0, "a list of one or more runtime handlers")
 	check("metrics_address", validAddress(f.MetricsAddress), `empty, "HOST:PORT", or "unix:" and an absolute path`)
+	check("traces_endpoint", validURL(f.TracesEndpoint), `empty, or a URL such as "http://127.0.0.1:4318"`)
 	check("metrics_dir", filepath.IsAbs(f.MetricsDir), "an absolute path")
 	for _, t := range []struct {
 		key, value string
@@ -294,6 +301,12 @@ func validAddress(address string) bool {
 	}
 	_, port, err := net.SplitHostPort(address)
 	return address == "" || err == nil && port != ""
+}
+
+// validURL reports whether a collector can be at a URL.
+func validURL(text string) bool {
+	u, err := url.Parse(text)
+	return text == "" || err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
 }
 
 // explain adds key and line, which the decoder's messages lack.

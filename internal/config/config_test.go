@@ -95,6 +95,8 @@ func TestParse(t *testing.T) {
 		"agent neither":                 {in: "guest_agent = 'no'", err: []string{"guest_agent"}},
 		"port 0":                        {in: "agent_port = 0", err: []string{"agent_port"}},
 		"port VMADDR_PORT_ANY":          {in: "agent_port = 4294967295", err: []string{"agent_port"}},
+		"a collector without a scheme":  {in: "traces_endpoint = '127.0.0.1:4318'", err: []string{"traces_endpoint"}},
+		"a collector without a host":    {in: "traces_endpoint = 'http://'", err: []string{"traces_endpoint"}},
 		"negative port":                 {in: "agent_port = -1", err: []string{"agent_port"}},
 		"after neither":                 {in: "after_checkpoint = 'exit'", err: []string{"after_checkpoint"}},
 		"no files":                      {in: "max_image_files = 0", err: []string{"max_image_files"}},

@@ -229,7 +229,7 @@ var (
 	Kept             = add(8007, "kept", "a checkpoint is to be kept")
 	ContainerRuns    = add(8008, "container-runs", "a container that is to continue from a checkpoint still runs")
 	PodContainer     = add(8009, "pod-container", "a container of a pod is restored in another way than others, or the other way round")
-	ForeignEngine    = add(8010, "foreign-engine", "a container of another engine cannot be made anew")
+	ForeignEngine    = add(8010, "foreign-engine", "a container of another engine cannot be created again by us")
 	NoImage          = add(8011, "no-image", "the image of a container is not on the node, or not known")
 	AgeKey           = add(8012, "age-key", "a key of age for an archive cannot be used")
 	TrustedKey       = add(8013, "trusted-key", "a key for image sets cannot be added or removed")

@@ -54,6 +54,9 @@ type Exporter struct {
 	// stored are the directories whose sizes are figures, by their names.
 	stored   map[string]string
 	registry *prometheus.Registry
+	// spans exports what has been reported with a trace; nil: nothing is.
+	spans    *spans
+	endpoint string
 	now      func() time.Time
 
 	// mu is held while the spool is read, so that no report is counted twice.
@@ -77,6 +80,7 @@ func New(cfg *config.Config) *Exporter {
 		spool:    metrics.Spool{Dir: cfg.MetricsDir},
 		stored:   map[string]string{"restore_dir": cfg.RestoreDir, "state_dir": cfg.StateDir},
 		registry: prometheus.NewRegistry(),
+		endpoint: cfg.TracesEndpoint,
 		now:      time.Now,
 
 		operations: map[string]*prometheus.CounterVec{
@@ -143,6 +147,12 @@ func (e *Exporter) Serve(ctx context.Context, address string) error {
 	if err := e.spool.Open(); err != nil {
 		return err
 	}
+	var err error
+	if e.spans, err = newSpans(ctx, e.endpoint); err != nil {
+		// The figures are as good without them.
+		log.G(ctx).Error("no spans are exported: " + errcode.Text(err))
+	}
+	defer e.spans.close(ctx)
 	listener, err := listen(ctx, address)
 	if err != nil {
 		return fmt.Errorf("metrics_address %s: %w", address, err)
@@ -217,6 +227,7 @@ func (e *Exporter) read(ctx context.Context) {
 	e.invalid.Add(float64(content.Invalid))
 	for i := range content.Done {
 		e.count(&content.Done[i])
+		e.spans.report(ctx, &content.Done[i])
 	}
 	running := map[string]int{}
 	oldest := map[string]float64{}

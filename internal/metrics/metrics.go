@@ -69,13 +69,17 @@ type Phase struct {
 // runs.
 const PreDump = "pre-dump"
 
+// StageImages is the first phase of a restore. It is over when the operation
+// begins: it is part of Create, and the operation of Start.
+const StageImages = "stage images"
+
 // phases are the names that phases have in metrics. Those of the guest come from
 // there, and somebody who owns the guest might send any.
 var phases = map[string]bool{
 	"prepare": true, PreDump: true, "freeze": true, "copy images": true, "thaw": true, "sync": true, "commit": true, "stop": true,
 	"guest: inspect": true, "guest: criu dump": true, "guest: save /dev/shm": true, "guest: copy logs": true,
 	"guest: other":                    true,
-	"stage images":                    true,
+	StageImages:                       true,
 	"guest: wait for the placeholder": true, "guest: restore /dev/shm": true, "guest: readdress sockets": true,
 	"guest: mount the exec helper": true, "guest: make a PID namespace": true, "guest: criu restore": true,
 	"guest: check the restored processes": true, "guest: restore the options of sockets": true,

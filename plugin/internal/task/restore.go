@@ -234,7 +234,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 	begin := time.Now()
 	measured := c.s.metrics.Begin(metrics.Restore)
 	report := c.newReport(ctx)
-	report.Phases = []metrics.Phase{{Name: "stage images", Seconds: c.source.staged.Seconds()}}
+	report.Phases = []metrics.Phase{{Name: metrics.StageImages, Seconds: c.source.staged.Seconds()}}
 	defer func() {
 		report.Seconds = (c.source.staged + measured.Elapsed()).Seconds()
 		measured.End(*report, err)
