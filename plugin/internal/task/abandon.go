@@ -93,12 +93,15 @@ func (c *container) abandon(ctx context.Context) {
 func (c *container) stopPlaceholder(ctx context.Context, r *task.StartRequest) {
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
-	err := c.s.down.callNative(uctx, "Start", r, &task.StartResponse{})
-	if err == nil {
-		err = c.killAndWait(uctx)
-	}
-	if err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to stop placeholder")
+	logger := log.G(ctx).WithField("container", c.id)
+	if err := c.s.down.callNative(uctx, "Start", r, &task.StartResponse{}); err != nil {
+		logger.WithError(err).Warn("failed to stop placeholder")
 		c.abandon(ctx)
+		return
+	}
+	c.source.begun = true
+	if err := c.endRestore(uctx); err != nil {
+		logger.WithError(err).Warn("failed to stop placeholder, trying again")
+		c.collectEnd()
 	}
 }

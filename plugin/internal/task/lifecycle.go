@@ -231,8 +231,14 @@ func (s createdState) checkpoint(context.Context, *checkpointRequest) error {
 	return errclass.Precondition(errcode.NotStarted, "container %s has not been started: only a running container can be checkpointed", s.c.id)
 }
 
-// kill abandons the container: Kata would not report its end.
+// kill abandons the container: Kata would not report its end. Where a restore has
+// failed and Kata has not ended what is left of it, that is ended.
 func (s createdState) kill(ctx context.Context) (bool, error) {
+	if source := s.c.source; source != nil && source.begun {
+		uctx, cancel := cleanupContext(ctx)
+		defer cancel()
+		return true, s.c.endRestore(uctx)
+	}
 	s.c.abandon(ctx)
 	return true, nil
 }

@@ -38,6 +38,8 @@ type source struct {
 	staged time.Duration
 	// once, if not nil, is the record that it is restored, which happens once.
 	once *onceRecord
+	// begun is set once Kata has started the placeholder.
+	begun bool
 }
 
 // prepareRestore stages the image set and replaces the container's process by
@@ -255,6 +257,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
 		return nil, err
 	}
+	c.source.begun = true
 	c.s.stops.Wait(ctx, "restore", "start")
 	// From the Start on there is a placeholder, which is ended if the caller has
 	// given up.
