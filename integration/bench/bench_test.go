@@ -48,8 +48,11 @@ type bench struct {
 // run brings a testbed up for a benchmark's parts, and fails the benchmark
 // afterwards for the bounds that they missed: results of a part that fails
 // itself are not printed.
-func run(b *testing.B, parts func(*bench) error) {
-	s, err := up(b)
+func run(b *testing.B, parts func(*bench) error) { runOn(b, testbed.Options{}, parts) }
+
+// runOn is run on a testbed with options.
+func runOn(b *testing.B, o testbed.Options, parts func(*bench) error) {
+	s, err := up(b, o)
 	if err == nil {
 		err = parts(s)
 	}
@@ -62,7 +65,7 @@ func run(b *testing.B, parts func(*bench) error) {
 }
 
 // up starts a testbed that ends with the benchmark.
-func up(b *testing.B) (*bench, error) {
+func up(b *testing.B, o testbed.Options) (*bench, error) {
 	_ = log.SetLevel("error") // the libraries' messages would be between the results
 	p, err := parts.Find()
 	if err != nil {
@@ -73,7 +76,8 @@ func up(b *testing.B) (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	bed, release, err := testbed.UpAlone(ctx, testbed.Options{Dir: p.Build("bench"), Kata: *kata, Way: testbed.Way(*way)})
+	o.Dir, o.Kata, o.Way = p.Build("bench"), *kata, testbed.Way(*way)
+	bed, release, err := testbed.UpAlone(ctx, o)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -16,8 +17,10 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/stats"
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 
+	"github.com/kata-checkpoint/kata-checkpoint/integration/cri"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
+	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 )
@@ -152,6 +155,128 @@ func (s *bench) downtime(ctx context.Context, run *engine.Run, with string, mib 
 		d.frozen = append(d.frozen, frozen)
 	}
 	return nil
+}
+
+// BenchmarkDowntimeCRI measures the same of a pod's container, which the CRI
+// checkpoints into an archive. The engine's time is that of packing it, too.
+func BenchmarkDowntimeCRI(b *testing.B) {
+	sizes, percents := []int{16, 256}, []int{5}
+	if *full {
+		sizes, percents = []int{16, 256, 1024}, []int{0, 5, 20}
+	}
+	runOn(b, testbed.Options{CRI: true}, func(s *bench) error {
+		client, err := cri.Dial(s.bed.Address, testbed.Handler, filepath.Join(s.bed.Dir, "log/pods"))
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		if err := client.Ready(b.Context()); err != nil {
+			return err
+		}
+		for _, mib := range sizes {
+			for _, percent := range percents {
+				var plain downtime
+				for _, m := range []podMode{{name: "plain"}, {name: "thaw", readOnly: true}, {name: "predump", preDump: true}, {name: "both", readOnly: true, preDump: true}} {
+					b.Run(fmt.Sprintf("%dMiB/%dpercent/%s", mib, percent, m.name), func(b *testing.B) {
+						d, err := s.podDowntimes(b, client, m, mib, percent)
+						if err != nil {
+							b.Fatal(err)
+						}
+						if m.name == "plain" {
+							plain = d
+						} else if len(plain.gap) > 0 {
+							b.ReportMetric(ratio(d.gap, plain.gap), "gap/plain-gap")
+						}
+					})
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// podMode is a way to have a pod's container checkpointed.
+type podMode struct {
+	name string
+	// readOnly is the root file system, so that the container is thawed early.
+	readOnly, preDump bool
+}
+
+// podDowntimes measures checkpoints of a pod's container in one mode.
+func (s *bench) podDowntimes(b *testing.B, client *cri.Client, m podMode, mib, percent int) (d downtime, err error) {
+	ctx := b.Context()
+	name := fmt.Sprintf("%s-%d-%d", m.name, mib, percent)
+	spec := cri.ContainerSpec{
+		Name: "c", Image: parts.WorkloadImageName, ReadOnlyRoot: m.readOnly,
+		Args: []string{workload.Path, "pulse", "--mib", strconv.Itoa(mib), "--percent", strconv.Itoa(percent)},
+	}
+	if m.preDump {
+		spec.Annotations = map[string]string{annotations.PreDumpKey: annotations.PreDumpAuto}
+	}
+	pod, err := client.RunPod(ctx, cri.PodSpec{Name: name, Namespace: "bench", UID: name})
+	if err != nil {
+		return d, err
+	}
+	defer func() { err = errors.Join(err, pod.Remove(context.WithoutCancel(ctx))) }()
+	c, err := pod.Run(ctx, spec)
+	if err != nil {
+		return d, err
+	}
+	const few = 3
+	more := func(at int) error {
+		return c.Wait(ctx, func(lines []string) (bool, error) { return len(lines) >= at+few, nil })
+	}
+	once := func(d *downtime) error {
+		if err := s.warm(3*mib + spareMiB); err != nil {
+			return err
+		}
+		before, err := c.Lines()
+		if err != nil {
+			return err
+		}
+		if err := more(len(before)); err != nil { // what was before is behind it
+			return err
+		}
+		if before, err = c.Lines(); err != nil {
+			return err
+		}
+		archive := filepath.Join(s.bed.Dir, "tmp", name+".tar")
+		defer os.Remove(archive)
+		begin := time.Now()
+		if err := c.Checkpoint(ctx, archive); err != nil {
+			return err
+		}
+		wall := time.Since(begin)
+		after, err := c.Lines()
+		if err != nil {
+			return err
+		}
+		if err := more(len(after)); err != nil {
+			return err
+		}
+		if after, err = c.Lines(); err != nil {
+			return err
+		}
+		gap, err := workload.Longest(after[len(before):])
+		if err != nil {
+			return err
+		}
+		d.gap, d.wall = append(d.gap, gap), append(d.wall, wall)
+		return nil
+	}
+	// The first one loads CRIU into the guest, and is not counted.
+	if err := once(&downtime{}); err != nil {
+		return d, err
+	}
+	for b.Loop() {
+		if err := once(&d); err != nil {
+			return d, err
+		}
+	}
+	b.ReportMetric(float64(median(d.wall)), "ns/op")
+	b.ReportMetric(milliseconds(median(d.gap)), "gap-ms")
+	b.ReportMetric(milliseconds(slices.Max(d.gap)), "longest-gap-ms")
+	return d, nil
 }
 
 // more waits until a workload has completed more rounds.
