@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
 )
@@ -60,7 +61,8 @@ func readMounts(images string) (namespaces [][]*mnt.MntEntry, err error) {
 
 // mountPoints returns the mount points that CRIU has to find in the new
 // container: those of mounts that it makes on the root file system or on an
-// external mount. What is on another mount comes with that.
+// external mount. What is on another mount comes with that, and what is in
+// /dev/shm is restored before.
 func mountPoints(namespaces [][]*mnt.MntEntry) []string {
 	var root *mnt.MntEntry // that of init
 	points := make(map[string]bool)
@@ -78,7 +80,7 @@ func mountPoints(namespaces [][]*mnt.MntEntry) []string {
 				continue
 			}
 			onRoot := parent.GetMountpoint() == "/" && parent.GetRootDev() == root.GetRootDev() && parent.GetRoot() == root.GetRoot()
-			if onRoot || isExternal(parent) {
+			if onRoot || isExternal(parent) && parent.GetMountpoint() != inspect.ShmDir {
 				points[m.GetMountpoint()] = true
 			}
 		}

@@ -55,11 +55,13 @@ func TestMountPointsThatTheNewContainerLacks(t *testing.T) {
 	volume.ExtKey = proto.String("volume")
 	other := mountEntry(4, 2, 8, name("other volume")) // another check's concern
 	other.ExtMount = proto.Bool(true)
+	shm := mountEntry(17, 2, 9, "/dev/shm")
+	shm.ExtKey = proto.String("shm")
 	bound := mountEntry(7, 2, 7, name("there"))
 	bound.Root = proto.String("/elsewhere")
 	images := t.TempDir()
 	writeMounts(t, filepath.Join(images, "mountpoints-9.img"),
-		mountEntry(2, 1, 7, "/"), volume, other,
+		mountEntry(2, 1, 7, "/"), volume, other, shm, mountEntry(18, 17, 30, "/dev/shm/comes with the image set"),
 		mountEntry(5, 2, 20, name("there")),
 		mountEntry(6, 5, 21, name("there/on what is made")),
 		bound, mountEntry(8, 7, 22, name("there/on what is bound")),
