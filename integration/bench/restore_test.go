@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -74,11 +75,15 @@ func (s *bench) restores(b *testing.B, id, dir string, volume []specs.Mount, mib
 		if err != nil {
 			return err
 		}
-		_, d, err := s.firstLine(ctx, container)
+		run, d, err := s.firstLine(ctx, container)
 		if err != nil {
 			return err
 		}
 		cold = append(cold, d)
+		// The first Pause loads CRIU into the guest.
+		if err := errors.Join(run.Pause(ctx), run.Resume(ctx)); err != nil {
+			return err
+		}
 		if d, err = s.bareRestore(ctx, "cold", mib); err != nil {
 			return err
 		}
