@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -83,7 +82,7 @@ func mountsChanged(s *scenario) {
 
 func (s *scenario) checkMounts(pod *pod, id string, c mountsCase) {
 	program := caseProgram{args: c.name}
-	script := fmt.Sprintf("%s || { echo '%[3]s: SETUP'; exit 2; }; i=0; while :; do i=$((i+1)); if %[2]s; then echo \"%[3]s: round $i\"; else echo '%[3]s: FAIL'; fi; sleep 0.2; done", c.setup, c.check, c.name)
+	script := fmt.Sprintf("%s || { echo '%[3]s: SETUP'; exit 2; }; i=0; while :; do i=$((i+1)); if %[2]s; then echo \"%[3]s: round $i\"; else echo '%[3]s: FAIL'; fi; sleep 1; done", c.setup, c.check, c.name)
 	container := engine.Container{ID: id, Args: []string{"sh", "-c", script}, Mounts: []specs.Mount{bind(s.newDir(), "/data", "rw")}, Spec: []oci.SpecOpts{oci.WithPrivileged}}
 	created := pod.create(container)
 	run := s.run(created)
@@ -100,23 +99,23 @@ func (s *scenario) checkMounts(pod *pod, id string, c mountsCase) {
 		}) {
 			s.Errorf("after the refusal there is %q", run.Output.Lines())
 		}
+		s.remove(created)
 		return
 	}
 	runs := []*engine.Run{run}
-	var last client.Container
 	for cycle := range 2 {
 		dir := s.checkpoint(run, true)
 		s.waitExit(run, 137)
 		s.remove(created)
 		container.ID = fmt.Sprintf("%s-%d", id, cycle)
 		created = pod.create(container)
-		last = created
 		run = s.restore(created, dir)
 		runs = append(runs, run)
 		s.waitRounds(run, []caseProgram{program})
 	}
 	program.checkRuns(s.T, runs)
 	if have := s.shell(run, c.then); c.want != "" && (len(have) != 1 || have[0] != c.want) {
-		s.Errorf("%s: in %s there is %q, not %q", c.name, last.ID(), have, c.want)
+		s.Errorf("%s: in %s there is %q, not %q", c.name, created.ID(), have, c.want)
 	}
+	s.remove(created) // the next one has the VM for itself
 }
