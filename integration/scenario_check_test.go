@@ -6,9 +6,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/parts"
@@ -16,7 +19,7 @@ import (
 )
 
 // finding is a line of `kata-checkpoint check`.
-type finding struct{ Check, Level, Text, Cure string }
+type finding struct{ Check, Level, Text, Cure, Code string }
 
 // checkCommand runs `kata-checkpoint check`, and returns its findings and exit
 // status.
@@ -92,4 +95,46 @@ func checkGood(s *scenario) {
 		}
 	}
 	s.step("checked")
+}
+
+// checkEachFault: `kata-checkpoint check --guest` finds what is wrong in a guest,
+// under the name of the finding, with a cure and a code, and leaves nothing. The
+// tests of package check provoke every finding.
+func checkEachFault(s *scenario) {
+	bundle := s.guestBundle()
+	expect := func(what, check string, words ...string) {
+		s.Helper()
+		findings, status := s.checkCommand("--guest")
+		i := slices.IndexFunc(findings, func(f finding) bool { return f.Check == check && f.Level == "error" })
+		if status != 2 || i < 0 || findings[i].Cure == "" || findings[i].Code == "" {
+			s.Errorf("%s: status %d, %+v", what, status, findings)
+			return
+		}
+		for _, w := range words {
+			if !strings.Contains(findings[i].Text, w) {
+				s.Errorf("%s: the finding says nothing of %q: %s", what, w, findings[i].Text)
+			}
+		}
+		s.Logf("%s: %s", what, findings[i].Text)
+		s.step("%s", what)
+	}
+	s.check(bundle.replace("criu", func(string) error { return nil }))
+	expect("no CRIU", "guest.criu", "no CRIU")
+	s.check(bundle.putBack())
+	s.check(bundle.replace("criu", func(to string) error {
+		return makeCRIU(to, map[string]any{"major": 4, "minor": 2, "check": "Error: this kernel has no map_files"})
+	}))
+	expect("a kernel that CRIU does not take", "guest.criu", "no map_files")
+	s.check(bundle.putBack())
+
+	state, err := os.MkdirTemp("/var/tmp", "kata-checkpoint-state-")
+	s.check(err)
+	s.check(syscall.Mount("tmpfs", state, "tmpfs", 0, "size=1m"))
+	s.afterContainers(func() error { return errors.Join(syscall.Unmount(state, 0), os.Remove(state)) })
+	s.configure("state_dir", state)
+	expect("no room", "guest.checkpoint", "no space left")
+	s.configure("state_dir", filepath.Join(s.testbed.Dir, "state"))
+	s.configure("agent_port", 10749)
+	s.configure("agent_timeout", "1s")
+	expect("no agent", "guest.start", "agent")
 }

@@ -455,6 +455,25 @@ func TestKernel(t *testing.T) {
 	}
 }
 
+// Where the guests have the agent in their initrd, their hook and their mounts stay
+// as they are.
+func TestAgentInInitrd(t *testing.T) {
+	n := newNode(t)
+	n.write(kataDir+"/config.d/60-initrd.toml", "[hypervisor.clh]\nimage = \"\"\ninitrd = \"/i\"\nguest_hook_path = \"/opt/kata-checkpoint/guest/hooks\"\n", 0o644)
+	p := n.plan()
+	if err := p.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	text := n.read(kataDir + "/config.d/" + dropInName)
+	if !strings.Contains(text, "[hypervisor.clh]\n") || strings.Contains(text, "guest_hook_path") || strings.Contains(text, "sandbox_bind_mounts") {
+		t.Errorf("the drop-in is %s", text)
+	}
+	loaded, err := kataconfig.Load(filepath.Join(n.root, kataDir, "configuration-clh.toml"), kataconfig.Go)
+	if err != nil || loaded.GuestHookPath != "/opt/kata-checkpoint/guest/hooks" || loaded.Initrd != "/i" {
+		t.Errorf("Kata reads %+v, %v", loaded, err)
+	}
+}
+
 func TestNoKernel(t *testing.T) {
 	n := newNode(t)
 	n.write(kataDir+"/config.d/10.toml", "[hypervisor.clh]\nkernel = ''\n", 0o644)
