@@ -34,13 +34,19 @@ func (s *scenario) killContainerd() {
 // running.
 func (s *scenario) startContainerd(runs ...*engine.Run) {
 	s.Helper()
-	s.check(s.testbed.StartContainerd(s.ctx))
-	s.check(s.engine.Reconnect())
-	s.events.Rejoin(s.ctx, s.engine)
+	s.startContainerdWith()
 	for _, run := range runs {
 		s.check(run.Rejoin(s.ctx))
 	}
 	s.step("started containerd again")
+}
+
+// startContainerdWith starts containerd again, with more in its environment.
+func (s *scenario) startContainerdWith(env ...string) {
+	s.Helper()
+	s.check(s.testbed.StartContainerd(s.ctx, env...))
+	s.check(s.engine.Reconnect())
+	s.events.Rejoin(s.ctx, s.engine)
 }
 
 // containerdKilledIdle: containers of a pod keep running while containerd is

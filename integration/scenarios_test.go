@@ -170,6 +170,7 @@ var scenarios = []scenarioCase{
 	{name: "initrd", kind: kindOperator, run: agentInInitrd},
 	{name: "check-container", kind: kindOperator, run: checkContainer},
 	{name: "metrics", kind: kindOperator, run: metricsServed, cri: true},
+	{name: "traces", kind: kindOperator, run: traced, cri: true},
 	{name: "check-each-fault", kind: kindOperator, run: checkEachFault},
 	{name: "check-good", kind: kindOperator, run: checkGood, cri: true},
 

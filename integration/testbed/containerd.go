@@ -238,7 +238,8 @@ func (t *Testbed) KillContainerd(ctx context.Context) error {
 
 // StartContainerd starts or restarts containerd as a daemon and returns when it
 // serves. By then it has loaded the tasks of the previous one.
-func (t *Testbed) StartContainerd(ctx context.Context) error {
+// env is added to its environment.
+func (t *Testbed) StartContainerd(ctx context.Context, env ...string) error {
 	out, err := os.OpenFile(filepath.Join(t.logDir(), "containerd"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return fmt.Errorf("containerd: %w", err)
@@ -250,6 +251,7 @@ func (t *Testbed) StartContainerd(ctx context.Context) error {
 	// /tmp.
 	cmd.Env = append(os.Environ(), "PATH="+t.Path, "KATA_CHECKPOINT_CONFIG="+t.OwnConfig(), ownerEnv+"="+t.Dir,
 		"KATA_CHECKPOINT_STOP_DIR="+t.StopDir(), "TMPDIR="+filepath.Join(t.Dir, "tmp"), "XDG_RUNTIME_DIR=")
+	cmd.Env = append(cmd.Env, env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start containerd: %w", err)
