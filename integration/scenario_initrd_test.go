@@ -11,13 +11,15 @@ import (
 	"strings"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/guestinitrd"
 )
 
 // agentInInitrd: guests boot an initrd to which `kata-checkpoint guest-initrd`
 // has appended the agent, and nothing is shared with them for it. A container is
 // checkpointed and restored in another VM: in a guest whose root is on top of
-// the initramfs, and in one whose root is the initramfs itself, as with Kata's
-// own initrd.
+// the initramfs, in one whose root is the initramfs itself, as with Kata's own
+// initrd, and in one that starts the agent itself, without a hook, as an image
+// with a service for it does.
 func agentInInitrd(s *scenario) {
 	o := s.operator()
 	kata, err := os.ReadFile(s.testbed.KataConfig())
@@ -45,14 +47,17 @@ func agentInInitrd(s *scenario) {
 	dropIn := filepath.Join(filepath.Dir(s.testbed.KataConfig()), "config.d/60-initrd.toml")
 	s.check(os.MkdirAll(filepath.Dir(dropIn), 0o755))
 	s.afterContainers(func() error { return os.RemoveAll(filepath.Dir(dropIn)) })
-	for _, root := range []string{"overlay", "initramfs"} {
-		text := "[" + string(hypervisor[1]) + "]" + lines + "kernel_params = \"" + setting("kernel_params") + " testbed.root=" + root + "\"\n[runtime]\nsandbox_bind_mounts = []\n"
+	for name, param := range map[string]string{"overlay": "testbed.root=overlay", "initramfs": "testbed.root=initramfs", "service": "testbed.agent=service"} {
+		text := "[" + string(hypervisor[1]) + "]" + lines + "kernel_params = \"" + setting("kernel_params") + " " + param + "\"\n[runtime]\nsandbox_bind_mounts = []\n"
+		if name == "service" {
+			text = strings.ReplaceAll(text, guestinitrd.HookPath, "")
+		}
 		s.check(os.WriteFile(dropIn, []byte(text), 0o644))
 		findings, _ := s.checkCommand()
-		if i := slices.IndexFunc(findings, func(f finding) bool { return f.Check == "kata.initrd" }); i < 0 || findings[i].Level != "ok" {
+		if i := slices.IndexFunc(findings, func(f finding) bool { return f.Check == "kata.initrd" }); name != "service" && (i < 0 || findings[i].Level != "ok") {
 			s.Errorf("check says %+v", findings)
 		}
-		c := s.create(counter(root))
+		c := s.create(counter(name))
 		first := s.run(c)
 		s.waitNumbers(first.Output, workload.Ticks, 3)
 		dir := s.checkpoint(first, true)
@@ -63,6 +68,6 @@ func agentInInitrd(s *scenario) {
 		s.checkOtherVM(first, restored)
 		s.checkExecIn(c)
 		s.remove(c)
-		s.step("a root on %s", root)
+		s.step("tried: %s", name)
 	}
 }
