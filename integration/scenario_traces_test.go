@@ -3,7 +3,6 @@
 package integration
 
 import (
-	"context"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -78,12 +77,12 @@ func traced(s *scenario) {
 	s.check(s.testbed.KillNRI(s.ctx))
 	s.check(s.testbed.StartNRI(s.ctx))
 	s.check(s.testbed.KillContainerd(s.ctx))
-	s.Cleanup(func() {
-		if err := s.testbed.KillContainerd(context.WithoutCancel(s.ctx)); err != nil {
+	defer func() { // a cleanup's context has ended
+		if err := s.testbed.KillContainerd(s.ctx); err != nil {
 			s.Error(err)
 		}
 		s.startContainerd()
-	})
+	}()
 	s.startContainerdWith("OTEL_EXPORTER_OTLP_ENDPOINT="+server.URL, "OTEL_BSP_SCHEDULE_DELAY=500")
 
 	container := s.create(counter("c"))
