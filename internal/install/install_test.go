@@ -19,6 +19,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/check"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/guestinitrd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/kataconfig"
 )
 
@@ -461,8 +462,29 @@ func TestAgentInInitrd(t *testing.T) {
 	n := newNode(t)
 	n.write(kataDir+"/config.d/60-initrd.toml", "[hypervisor.clh]\nimage = \"\"\ninitrd = \"/i\"\nguest_hook_path = \"/opt/kata-checkpoint/guest/hooks\"\n", 0o644)
 	p := n.plan()
+	due := func() bool {
+		return strings.Contains(strings.Join(n.plan().Todo, "\n"), "run kata-checkpoint guest-initrd")
+	}
+	if !due() {
+		t.Errorf("nothing is said of an initrd without the agent: %v", p.Todo)
+	}
 	if err := p.Apply(); err != nil {
 		t.Fatal(err)
+	}
+	for _, name := range []string{
+		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
+		"hooks/prestart/kata-checkpoint-agent-hook",
+	} {
+		n.write("/bundle/"+name, "", 0o755)
+	}
+	n.write("/kata.img", "070701", 0o644)
+	if _, err := guestinitrd.Append(&guestinitrd.Options{
+		Base: filepath.Join(n.root, "kata.img"), Bundle: filepath.Join(n.root, "bundle"), Version: n.o.Version, Out: filepath.Join(n.root, "i"),
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if due() {
+		t.Error("the initrd has the agent")
 	}
 	text := n.read(kataDir + "/config.d/" + dropInName)
 	if !strings.Contains(text, "[hypervisor.clh]\n") || strings.Contains(text, "guest_hook_path") || strings.Contains(text, "sandbox_bind_mounts") {

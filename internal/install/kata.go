@@ -146,6 +146,9 @@ func (k *kata) entries(o *Options, bundle string, p *Plan) ([]*entry, error) {
 		fmt.Fprintf(&b, "kernel = %s\n", strconv.Quote(kernel))
 	}
 	if inInitrd {
+		if r, err := guestinitrd.Read(o.at(k.loaded.Initrd)); err != nil || r.Version != o.Version {
+			p.todof("run kata-checkpoint guest-initrd: the initrd that Kata boots, %q, does not have the agent of this release", k.loaded.Initrd)
+		}
 		return append(entries, &entry{path: filepath.Dir(resolved) + "/config.d/" + dropInName, mode: 0o644, data: []byte(b.String())}), nil
 	}
 	fmt.Fprintf(&b, "guest_hook_path = %s\n\n[runtime]\n", strconv.Quote(want))
