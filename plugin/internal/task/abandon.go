@@ -99,7 +99,6 @@ func (c *container) stopPlaceholder(ctx context.Context, r *task.StartRequest) {
 		c.abandon(ctx)
 		return
 	}
-	c.source.begun = true
 	if err := c.endRestore(uctx); err != nil {
 		logger.WithError(err).Warn("failed to stop placeholder, trying again")
 		c.collectEnd()

@@ -44,10 +44,12 @@ func (s *Service) freezeContext(ctx context.Context) (context.Context, context.C
 const clockMargin = time.Second
 
 // withCause replaces the error of a call by the cause for which its context has
-// ended. The agent has the same deadline, and may say first that it has expired.
+// ended. The other side has the same deadline, and it or the call may say first that
+// it has expired.
 func withCause(ctx context.Context, err error) error {
 	deadline, ok := ctx.Deadline()
-	if err != nil && ok && errdefs.IsDeadlineExceeded(errclass.FromRPC(err)) && time.Until(deadline) < clockMargin {
+	late := errors.Is(err, context.DeadlineExceeded) || err != nil && errdefs.IsDeadlineExceeded(errclass.FromRPC(err))
+	if late && ok && time.Until(deadline) < clockMargin {
 		<-ctx.Done()
 	}
 	if err != nil && ctx.Err() != nil {

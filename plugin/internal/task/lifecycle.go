@@ -231,12 +231,16 @@ func (s createdState) checkpoint(context.Context, *checkpointRequest) error {
 	return errclass.Precondition(errcode.NotStarted, "container %s has not been started: only a running container can be checkpointed", s.c.id)
 }
 
-// kill abandons the container: Kata would not report its end. Where a restore has
-// failed and Kata has not ended what is left of it, that is ended.
+// kill abandons the container: Kata would not report its end. That is not so if Kata
+// has started it after all: it answered its Start too late, or has not ended what a
+// failed restore has left.
 func (s createdState) kill(ctx context.Context) (bool, error) {
-	if source := s.c.source; source != nil && source.begun {
-		uctx, cancel := cleanupContext(ctx)
-		defer cancel()
+	uctx, cancel := cleanupContext(ctx)
+	defer cancel()
+	switch st, err := s.c.s.down.state(uctx, s.c.id); {
+	case uctx.Err() != nil:
+		return true, fmt.Errorf("kill container %s: %w", s.c.id, err)
+	case err == nil && st.GetStatus() != statusCreated:
 		return true, s.c.endRestore(uctx)
 	}
 	s.c.abandon(ctx)

@@ -38,8 +38,6 @@ type source struct {
 	staged time.Duration
 	// once, if not nil, is the record that it is restored, which happens once.
 	once *onceRecord
-	// begun is set once Kata has started the placeholder.
-	begun bool
 }
 
 // prepareRestore stages the image set and replaces the container's process by
@@ -255,9 +253,8 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 	}
 	resp := &task.StartResponse{}
 	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
-		return nil, err
+		return nil, withCause(ctx, err)
 	}
-	c.source.begun = true
 	c.s.stops.Wait(ctx, "restore", "start")
 	// From the Start on there is a placeholder, which is ended if the caller has
 	// given up.
@@ -306,7 +303,7 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 
 // endRestore ends what a failed restore has left.
 func (c *container) endRestore(ctx context.Context) error {
-	if err := c.killAndWait(ctx); err != nil {
+	if err := c.killAndWait(ctx); err != nil || c.source == nil {
 		return err
 	}
 	return c.source.once.cancel() // nothing is left of it: it may be tried again

@@ -55,7 +55,7 @@ func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.
 	}
 	resp := &task.StartResponse{}
 	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
-		return nil, err
+		return nil, withCause(ctx, err)
 	}
 	c.transition(runningState{c: c})
 	return resp, nil

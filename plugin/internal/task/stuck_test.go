@@ -131,6 +131,48 @@ func TestAnEndThatIsOwedIsPaid(t *testing.T) {
 	}
 }
 
+// A container that Kata starts after the deadline of its Start runs. A SIGKILL ends
+// it like any other, in Kata.
+func TestKillAfterAStartThatTookTooLong(t *testing.T) {
+	for name, restore := range map[string]bool{"a restore": true, "another": false} {
+		t.Run(name, func(t *testing.T) {
+			path := imageSet(t)
+			h := newHarness(t, withConfig(func(c *config.Config) { c.CheckpointTimeout = time.Second }))
+			h.create(nil, func(r *task.CreateTaskRequest) {
+				if restore {
+					r.Checkpoint = path
+				}
+			})
+			continues := make(chan struct{})
+			h.kata.Before("Start", func(context.Context) error {
+				<-continues
+				return nil
+			})
+			_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+			wantError(t, err, "checkpoint_timeout of 1s has expired")
+			close(continues)
+			kata := func() string {
+				st, err := h.service.down.state(t.Context(), "c1")
+				if err != nil {
+					t.Fatal(err)
+				}
+				return st.GetStatus().String()
+			}
+			eventually(t, "Kata has started it", func() bool { return kata() == "RUNNING" })
+			if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
+				t.Fatal(err)
+			}
+			if h.kata.Called("Delete c1") {
+				t.Error("Kata was to delete a container that ran")
+			}
+			h.wantStatus("STOPPED")
+			if now := kata(); now != "STOPPED" {
+				t.Errorf("in Kata it is %s", now)
+			}
+		})
+	}
+}
+
 func execRequest(t *testing.T, id string) *task.ExecProcessRequest {
 	t.Helper()
 	spec, err := json.Marshal(specs.Process{Args: []string{"id"}, Cwd: "/"})
