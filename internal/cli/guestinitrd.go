@@ -17,6 +17,7 @@ import (
 
 func guestInitrdCommand() *cobra.Command {
 	o := &guestinitrd.Options{Version: version.Version}
+	var asJSON bool
 	c := &cobra.Command{
 		Use:   "guest-initrd",
 		Short: "Append the agent to an initrd of Kata's",
@@ -48,6 +49,9 @@ a bundle gets the new one in place of it.`,
 			if err != nil {
 				return err
 			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), madeInitrd{o.Out, o.Base, r.Version, st.Size(), st.Size() - r.Base, guestinitrd.HookPath})
+			}
 			p := &printer{w: cmd.OutOrStdout()}
 			p.line("%s is %s with the agent %s", o.Out, o.Base, r.Version)
 			p.line("%.1f MiB, of which %.1f MiB are new", mebibytes(st.Size()), mebibytes(st.Size()-r.Base))
@@ -66,7 +70,19 @@ a bundle gets the new one in place of it.`,
 	flags.StringVar(&o.Base, "initrd", "", "Kata's initrd, a `file` (default: kata-containers-initrd.img below Kata's share/kata-containers)")
 	flags.StringVar(&o.Bundle, "bundle", filepath.Join(install.DefaultDir, "guest"), "`directory` of the guest bundle")
 	flags.StringVar(&o.Out, "out", filepath.Join(install.DefaultDir, "share", guestinitrd.Name), "`file` to write")
+	flags.BoolVar(&asJSON, "json", false, "print JSON: an object with initrd, of, version, bytes, added and guest_hook_path")
 	return c
+}
+
+// madeInitrd is what guest-initrd answers.
+type madeInitrd struct {
+	Initrd  string `json:"initrd"`
+	Of      string `json:"of"`
+	Version string `json:"version"`
+	// Bytes is its size, and Added how much of it is new.
+	Bytes         int64  `json:"bytes"`
+	Added         int64  `json:"added"`
+	GuestHookPath string `json:"guest_hook_path"`
 }
 
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
