@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
@@ -66,6 +67,14 @@ func (k *killer) stuck(t trial, limit time.Duration) {
 		k.Errorf("%s: the checkpoint was made", t)
 	}
 	proceed()
+	k.checkContinues(t, dir)
+	k.step("%s: %v", t, err)
+}
+
+// checkContinues checks that the container runs, though nobody has asked for it,
+// and that the next checkpoint is made.
+func (k *killer) checkContinues(t trial, dir string) {
+	k.Helper()
 	var status client.Status
 	if !k.eventually(answerTimeout, func() bool {
 		var err error
@@ -78,7 +87,6 @@ func (k *killer) stuck(t trial, limit time.Duration) {
 	k.check(k.requestCheckpoint(k.run, dir))
 	k.check(verify(dir, k.newDir()))
 	k.checkKeepsRunning(k.run)
-	k.step("%s: %v", t, err)
 }
 
 // stop stops a part, releases the operation, and returns what continues the part.
@@ -113,6 +121,134 @@ func (k *killer) stop(t trial) (proceed func()) {
 		k.release(t)
 	}
 	return proceed
+}
+
+// stuckRestores: whatever part is stopped during a restore, the container's calls
+// are answered meanwhile, and the restore ends at its deadline, or when the
+// container is killed. Once the part continues, nothing is left of it, and the next
+// restore works.
+func stuckRestores(s *scenario) {
+	limit := paced(15 * time.Second).Round(time.Second)
+	k := &killer{scenario: s, c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--every", "500ms"}})}
+	k.ensureRunning()
+	k.whole = s.checkpoint(k.run, true)
+	s.waitExit(k.run, 137)
+	k.run = nil
+	s.configure("checkpoint_timeout", limit.String())
+	started := point{operation: "restore", phase: "start"}
+	devshm := point{operation: "restore", phase: "restore-devshm", guest: true}
+	midway := devshm
+	midway.midway = true
+	for _, t := range []trial{
+		{midway, "criu"}, // which was stopped when it was reached
+		{midway, "agent"},
+		{started, "virtiofsd"},
+		{point{operation: "restore", phase: "criu-restore", guest: true}, "vm"},
+	} {
+		k.stuckRestore(t, limit, false)
+	}
+	for _, t := range []trial{{devshm, "agent"}, {midway, "agent"}, {started, "virtiofsd"}} {
+		k.stuckRestore(t, limit, true)
+	}
+	k.stuckRestoreCaller(trial{started, "shim"}, limit)
+	k.run = s.restore(k.c, k.whole)
+	s.waitNumbers(k.run.Output, workload.Rounds, 2)
+}
+
+// beginRestore begins a restore and returns when it has come to the trial's point,
+// with the task and where Start's answer will come.
+func (k *killer) beginRestore(ctx context.Context, t trial) (*engine.Run, <-chan error) {
+	k.Helper()
+	k.arm(t)
+	run, err := k.engine.PrepareRestore(ctx, k.c, k.whole)
+	k.check(err)
+	k.checkStatus(run, client.Created)
+	answer := make(chan error, 1)
+	go func() { answer <- run.Start(ctx) }()
+	k.reach(t, answer)
+	return run, answer
+}
+
+// stuckRestore stops a part during a restore, which then is to end at its deadline
+// or by a SIGKILL, and continues the part.
+func (k *killer) stuckRestore(t trial, limit time.Duration, killed bool) {
+	k.Helper()
+	run, answer := k.beginRestore(k.ctx, t)
+	begin := time.Now()
+	ours := k.sockets()
+	proceed := k.stop(t)
+	k.checkPrompt("an exec", func() {
+		_, err := k.engine.Exec(k.ctx, run, engine.Command{ID: "early", Args: []string{"true"}})
+		if err == nil || !strings.Contains(err.Error(), "is being restored") {
+			k.Errorf("%s: an exec: %v", t, err)
+		}
+	})
+	k.checkPrompt("state", func() { k.checkStatus(run, client.Created) })
+	paused := make(chan error, 1) // which may wait for the restore's end
+	go func() { paused <- run.Pause(k.ctx) }()
+	end, want := limit, "checkpoint_timeout of "+limit.String()+" has expired"
+	kill := make(chan error, 1)
+	if killed {
+		begin, end, want = time.Now(), 0, "was killed"
+		go func() { kill <- run.Kill(k.ctx, syscall.SIGKILL, client.WithKillAll) }()
+	} else {
+		kill <- nil
+	}
+	err := k.waitAnswer(t, answer)
+	// Processes that wait for virtiofsd or for a CRIU that is stopped cannot end.
+	kerr := k.waitAnswer(t, kill)
+	if kerr != nil && t.victim == "agent" && !t.midway {
+		k.Errorf("%s: SIGKILL: %v", t, kerr)
+	}
+	// What Kata does not do in time has a limit of its own, for the restore and for
+	// the SIGKILL.
+	if took, most := time.Since(begin), end+20*time.Second+paced(2*time.Second); took > most {
+		k.Errorf("%s: the restore ended after %s", t, took)
+	}
+	if err == nil || !strings.Contains(err.Error(), want) {
+		k.Errorf("%s: the restore ended with: %v", t, err)
+	}
+	if err := k.waitAnswer(t, paused); err == nil {
+		k.Errorf("%s: it was paused", t)
+	}
+	proceed()
+	k.run = run
+	k.endStuck(t, ours)
+	if lines := run.Output.Lines(); len(lines) > 0 {
+		k.Errorf("%s: what was not restored has printed %q", t, lines)
+	}
+	k.step("%s, killed %t: %v; %v", t, killed, err, kerr)
+}
+
+// stuckRestoreCaller is [killer.stuckRestore] for what answers the engine's calls:
+// only the engine itself ends its wait.
+func (k *killer) stuckRestoreCaller(t trial, limit time.Duration) {
+	k.Helper()
+	ctx, cancel := context.WithTimeout(k.ctx, paced(time.Minute))
+	defer cancel()
+	run, answer := k.beginRestore(ctx, t)
+	ours := k.sockets()
+	proceed := k.stop(t)
+	poll(k.ctx, limit, func() bool { return len(answer) > 0 })
+	cancel()
+	proceed()
+	err := k.waitAnswer(t, answer)
+	if err == nil {
+		k.Errorf("%s: restored", t)
+	}
+	k.run = run
+	k.endStuck(t, ours)
+	k.step("%s: %v", t, err)
+}
+
+// endStuck ends the task of a restore that has failed, as an engine does, and
+// checks that nothing is left.
+func (k *killer) endStuck(t trial, sockets []string) {
+	k.Helper()
+	if err := k.run.Kill(k.ctx, syscall.SIGKILL, client.WithKillAll); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) {
+		k.Errorf("%s: SIGKILL afterwards: %v", t, err)
+	}
+	k.checkTaskEnds(t, sockets)
 }
 
 // lostVirtiofsd: virtiofsd dies, and with it all files of the guest. A checkpoint

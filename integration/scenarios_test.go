@@ -181,7 +181,8 @@ var scenarios = []scenarioCase{
 	{name: "verify-finds-damage", kind: kindOperator, run: verifyFindsDamage},
 	{name: "progress", kind: kindOperator, run: progressShown},
 
-	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts},
+	{name: "stuck-parts", kind: kindDeadlines, run: stuckParts, timeout: 8 * time.Minute},
+	{name: "stuck-restores", kind: kindDeadlines, run: stuckRestores, timeout: 8 * time.Minute},
 	{name: "lost-virtiofsd", kind: kindDeadlines, run: lostVirtiofsd, timeout: 8 * time.Minute},
 	{name: "calls-during-restore", kind: kindDeadlines, run: callsDuringRestore},
 	{name: "clock-steps", kind: kindDeadlines, run: clockSteps},

@@ -137,10 +137,30 @@ func (e *Engine) RestoreImage(ctx context.Context, id string, image client.Image
 // start --checkpoint` and `docker start --checkpoint` do: the directory goes
 // into containerd's content store as an archive, which containerd unpacks for
 // the runtime.
-func (e *Engine) Restore(ctx context.Context, container client.Container, dir string) (*Run, error) {
+func (e *Engine) Restore(ctx context.Context, container client.Container, dir string) (run *Run, err error) {
+	err = e.withCheckpoint(ctx, container, dir, func(ctx context.Context, opt client.NewTaskOpts) error {
+		run, err = e.Start(ctx, container, opt)
+		return err
+	})
+	return run, err
+}
+
+// PrepareRestore creates the task of a restore and does not start it, which is the
+// caller's to do, and so is its deletion.
+func (e *Engine) PrepareRestore(ctx context.Context, container client.Container, dir string) (run *Run, err error) {
+	err = e.withCheckpoint(ctx, container, dir, func(ctx context.Context, opt client.NewTaskOpts) error {
+		run, err = e.prepare(ctx, container, opt)
+		return err
+	})
+	return run, err
+}
+
+// withCheckpoint calls a function with the option that makes a new task a restore
+// from a directory.
+func (e *Engine) withCheckpoint(ctx context.Context, container client.Container, dir string, f func(context.Context, client.NewTaskOpts) error) error {
 	leased, done, err := e.Client.WithLease(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("restore %s: %w", container.ID(), err)
+		return fmt.Errorf("restore %s: %w", container.ID(), err)
 	}
 	// A lease that is not deleted expires after a day.
 	defer func() { _ = done(context.WithoutCancel(ctx)) }()
@@ -149,9 +169,9 @@ func (e *Engine) Restore(ctx context.Context, container client.Container, dir st
 		checkpoint, err = e.store(leased, dir)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("restore %s: %w", container.ID(), err)
+		return fmt.Errorf("restore %s: %w", container.ID(), err)
 	}
-	return e.Start(leased, container, func(_ context.Context, _ *client.Client, i *client.TaskInfo) error {
+	return f(leased, func(_ context.Context, _ *client.Client, i *client.TaskInfo) error {
 		i.Checkpoint = checkpoint
 		return nil
 	})

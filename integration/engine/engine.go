@@ -108,6 +108,23 @@ type Run struct {
 
 // Start runs the container. Options make it a restore.
 func (e *Engine) Start(ctx context.Context, container client.Container, opts ...client.NewTaskOpts) (*Run, error) {
+	run, err := e.prepare(ctx, container, opts...)
+	if run == nil {
+		return nil, err
+	}
+	if err == nil {
+		err = run.Start(ctx)
+	}
+	if err != nil {
+		_, deleted := run.Delete(ctx, client.WithProcessKill)
+		return nil, errors.Join(fmt.Errorf("start task %s: %w", container.ID(), err), deleted)
+	}
+	return run, nil
+}
+
+// prepare creates the container's task. If it returns an error with the task, the
+// task is to be deleted.
+func (e *Engine) prepare(ctx context.Context, container client.Container, opts ...client.NewTaskOpts) (*Run, error) {
 	if err := os.MkdirAll(e.FIFOs, 0o700); err != nil {
 		return nil, fmt.Errorf("start %s: %w", container.ID(), err)
 	}
@@ -118,14 +135,8 @@ func (e *Engine) Start(ctx context.Context, container client.Container, opts ...
 	}
 	run.Task = task
 	// Before Start, as every engine does, so that no exit is missed.
-	if run.exited, err = task.Wait(context.WithoutCancel(ctx)); err == nil {
-		err = task.Start(ctx)
-	}
-	if err != nil {
-		_, deleted := task.Delete(ctx, client.WithProcessKill)
-		return nil, errors.Join(fmt.Errorf("start task %s: %w", container.ID(), err), deleted)
-	}
-	return run, nil
+	run.exited, err = task.Wait(context.WithoutCancel(ctx))
+	return run, err
 }
 
 func (e *Engine) streams(stdout io.Writer) cio.Creator {
