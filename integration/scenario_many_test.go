@@ -120,7 +120,7 @@ func (s *scenario) checkpointAll(runs []*engine.Run) time.Duration {
 	begin := time.Now()
 	var all sync.WaitGroup
 	for i, run := range runs {
-		all.Go(func() { errs[i] = s.engine.CheckpointTo(s.ctx, run, sets[i], false) })
+		all.Go(func() { errs[i] = s.requestCheckpoint(run, sets[i]) })
 	}
 	all.Wait()
 	took := time.Since(begin)
