@@ -36,7 +36,7 @@ var mountsCases = []mountsCase{
 		setup: "mount --make-rshared / && mkdir /run/x && { unshare -m --propagation slave sleep 4321 & slave=$!; } && until grep -q sleep /proc/$slave/comm; do sleep 0.1; done",
 		check: "mount -t tmpfs t /run/x && grep -q ' /run/x ' /proc/$slave/mounts && umount /run/x && ! grep -q ' /run/x ' /proc/$slave/mounts",
 		// What a slave mounts is not seen by its master.
-		then: "mkdir -p /run/y && nsenter -t $(pgrep -f 'sleep 4321') -m mount -t tmpfs t /run/y; grep -c ' /run/y ' /proc/self/mounts || true", want: "0",
+		then: "for p in /proc/[0-9]*; do [ \"$(tr '\\0' ' ' <$p/cmdline)\" = 'sleep 4321 ' ] && slave=$p; done 2>/dev/null; mkdir -p /run/y && nsenter -t ${slave#/proc/} -m mount -t tmpfs t /run/y && grep -q ' /run/y ' $slave/mounts && { grep -c ' /run/y ' /proc/self/mounts || true; }", want: "0",
 	},
 	{
 		name:  "/run covered",
