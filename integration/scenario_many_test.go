@@ -33,9 +33,9 @@ const (
 )
 
 // manyAtOnce: all containers of a pod are checkpointed at the same time. That takes
-// at most twice as long as one after the other, State and Kill of the pod's other containers
-// are answered meanwhile, and neither the shim nor the agent grows with the memory
-// of the containers. The same for several pods.
+// at most twice as long as one after the other, State and Kill of the pod's other
+// containers are answered meanwhile, and neither the shim nor the agent grows with
+// the memory of the containers. The same for several pods.
 func manyAtOnce(s *scenario) {
 	const containers = 8
 	pod := s.startPod()
