@@ -254,6 +254,12 @@ func (k *killer) checkSurvives(t trial, err error) {
 		}
 		k.checkNamesLog(err)
 	}
+	if t.victim == "agent" { // the thaw that it owed is tried until another one does it
+		k.eventually(settleTimeout, func() bool {
+			status, err := k.run.Status(k.ctx)
+			return err == nil && status.Status == client.Running
+		})
+	}
 	k.checkKeepsRunning(k.run)
 	if t.midway { // elsewhere the next trial sees to it
 		if err := k.requestCheckpoint(k.run, k.whole); err != nil {
