@@ -343,9 +343,8 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	// Both write files of their own and only read what is frozen.
 	shm := make(chan error, 1)
 	go func() { shm <- saveShm(ctx, c, filepath.Join(images, imageset.DevShmName)) }()
-	dropped := dropBehind(images)
+	defer dropBehind(images, dropBehindFrom)()
 	err = op.Dump(ctx, opts)
-	dropped()
 	ph.done("criu dump")
 	// A caller that has given up meanwhile gets no image set, even if CRIU has
 	// finished it.

@@ -14,8 +14,11 @@ const (
 	// dropEvery is the interval at which what CRIU has written is dropped from the
 	// page cache.
 	dropEvery = 500 * time.Millisecond
-	// dropFrom is the size in bytes of files for which that is worth a request to
-	// the host.
+	// dropBehindFrom is how much of a file is dropped at once, in bytes, while CRIU
+	// writes it: the guest's processor has other work then.
+	dropBehindFrom = 256 << 20
+	// dropFrom is the size in bytes of files for which it is worth a request to the
+	// host afterwards.
 	dropFrom = 1 << 20
 )
 
@@ -27,16 +30,16 @@ type pageCache struct {
 	sizes  map[string]int64 // of what was dropped
 }
 
-// drop drops the large images whose size has changed since the last call. Others
-// may write or remove them meanwhile.
-func (p *pageCache) drop() {
+// drop drops the images that have grown by at least so many bytes since the last
+// time. Others may write or remove them meanwhile.
+func (p *pageCache) drop(atLeast int64) {
 	found, err := filepath.Glob(filepath.Join(p.images, "pages-*.img"))
 	if err != nil {
 		return
 	}
 	for _, path := range found {
 		st, err := os.Lstat(path)
-		if err != nil || !st.Mode().IsRegular() || st.Size() < dropFrom || st.Size() == p.sizes[path] {
+		if err != nil || !st.Mode().IsRegular() || st.Size()-p.sizes[path] < atLeast {
 			continue
 		}
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -53,12 +56,12 @@ func (p *pageCache) drop() {
 // dropImages drops all large images of a directory.
 func dropImages(images string) {
 	p := &pageCache{images, make(map[string]int64)}
-	p.drop()
+	p.drop(dropFrom)
 }
 
-// dropBehind drops what is written to a directory of images, until the returned
-// function is called. That does not wait.
-func dropBehind(images string) (end func()) {
+// dropBehind drops what is written to a directory of images, in pieces of so many
+// bytes. The returned function, which does not wait, ends that, and drops the rest.
+func dropBehind(images string, piece int64) (end func()) {
 	done := make(chan struct{})
 	go func() {
 		p := &pageCache{images, make(map[string]int64)}
@@ -67,9 +70,9 @@ func dropBehind(images string) (end func()) {
 		for {
 			select {
 			case <-tick.C:
-				p.drop()
+				p.drop(piece)
 			case <-done:
-				p.drop()
+				p.drop(dropFrom)
 				return
 			}
 		}

@@ -62,7 +62,7 @@ func TestImagesAreDroppedFromThePageCache(t *testing.T) {
 		}
 	}
 	pages, small, other := filepath.Join(dir, "pages-1.img"), filepath.Join(dir, "pages-2.img"), filepath.Join(dir, "files.img")
-	end := dropBehind(dir)
+	end := dropBehind(dir, 2*dropFrom)
 	write(pages, 2*dropFrom)
 	write(small, dropFrom-1)
 	write(other, 2*dropFrom)

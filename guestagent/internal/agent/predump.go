@@ -72,7 +72,7 @@ func (a *Agent) preDump(ctx context.Context, c *container, parent, images string
 		opts.ParentImg = proto.String(parentImages(parent))
 	}
 	ph.done("prepare pre-dump")
-	defer dropBehind(images)()
+	defer dropBehind(images, dropBehindFrom)()
 	if err := op.PreDump(ctx, opts); err != nil {
 		return err
 	}
