@@ -95,7 +95,9 @@ type InfoResponse struct {
 	OldestProtocol uint32 `protobuf:"varint,8,opt,name=oldest_protocol,json=oldestProtocol,proto3" json:"oldest_protocol,omitempty"`
 	// pre_dump: PreDump works, because the kernel notes which pages are written.
 	// It is false without check, and from an agent that does not know PreDump.
-	PreDump       bool `protobuf:"varint,9,opt,name=pre_dump,json=preDump,proto3" json:"pre_dump,omitempty"`
+	PreDump bool `protobuf:"varint,9,opt,name=pre_dump,json=preDump,proto3" json:"pre_dump,omitempty"`
+	// processors is how many the guest has; 0: the agent does not know this field.
+	Processors    uint32 `protobuf:"varint,10,opt,name=processors,proto3" json:"processors,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -191,6 +193,13 @@ func (x *InfoResponse) GetPreDump() bool {
 		return x.PreDump
 	}
 	return false
+}
+
+func (x *InfoResponse) GetProcessors() uint32 {
+	if x != nil {
+		return x.Processors
+	}
+	return 0
 }
 
 type ContainerRequest struct {
@@ -2268,7 +2277,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x18internal/api/agent.proto\x12\x17katacheckpoint.agent.v1\x1a\x1bgoogle/protobuf/empty.proto\"#\n" +
 	"\vInfoRequest\x12\x14\n" +
-	"\x05check\x18\x01 \x01(\bR\x05check\"\xa6\x02\n" +
+	"\x05check\x18\x01 \x01(\bR\x05check\"\xc6\x02\n" +
 	"\fInfoResponse\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12!\n" +
@@ -2279,7 +2288,11 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\aboot_id\x18\x06 \x01(\tR\x06bootId\x12\x1a\n" +
 	"\bproblems\x18\a \x03(\tR\bproblems\x12'\n" +
 	"\x0foldest_protocol\x18\b \x01(\rR\x0eoldestProtocol\x12\x19\n" +
-	"\bpre_dump\x18\t \x01(\bR\apreDump\"_\n" +
+	"\bpre_dump\x18\t \x01(\bR\apreDump\x12\x1e\n" +
+	"\n" +
+	"processors\x18\n" +
+	" \x01(\rR\n" +
+	"processors\"_\n" +
 	"\x10ContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x12\n" +

@@ -76,7 +76,7 @@ const StageImages = "stage images"
 // phases are the names that phases have in metrics. Those of the guest come from
 // there, and somebody who owns the guest might send any.
 var phases = map[string]bool{
-	"prepare": true, PreDump: true, "freeze": true, "copy images": true, "thaw": true, "sync": true, "commit": true, "stop": true,
+	"prepare": true, "wait for other dumps": true, PreDump: true, "freeze": true, "copy images": true, "thaw": true, "sync": true, "commit": true, "stop": true,
 	"guest: inspect": true, "guest: criu dump": true, "guest: save /dev/shm": true, "guest: copy logs": true,
 	"guest: other":                    true,
 	StageImages:                       true,

@@ -25,6 +25,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -121,9 +122,25 @@ func stateSize() (uint64, error) {
 	return min(maxState, info.Totalram*uint64(info.Unit)/2), nil
 }
 
+// processors is how many processors are online. Go's own count is of the
+// program's start, and Kata adds processors to a VM that runs.
+func processors() uint32 {
+	data, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	n := uint32(0)
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, "cpu"); ok && !strings.HasPrefix(rest, " ") {
+			n++
+		}
+	}
+	return n
+}
+
 // Info implements the service.
 func (a *Agent) Info(ctx context.Context, r *api.InfoRequest) (*api.InfoResponse, error) {
-	out := &api.InfoResponse{Protocol: api.ProtocolVersion, OldestProtocol: api.OldestProtocol, Version: version.Version, KernelRelease: kernelRelease(), BootId: bootID()}
+	out := &api.InfoResponse{Protocol: api.ProtocolVersion, OldestProtocol: api.OldestProtocol, Version: version.Version, KernelRelease: kernelRelease(), BootId: bootID(), Processors: processors()}
 	if r.GetCheck() {
 		v, check, tracks, err := a.criu.inspect(ctx)
 		if ctx.Err() != nil {

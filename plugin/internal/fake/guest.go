@@ -287,7 +287,7 @@ func (g *Guest) runBefore(ctx context.Context, method string) error {
 func (g *Guest) Info(_ context.Context, r *api.InfoRequest) (*api.InfoResponse, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	out := &api.InfoResponse{Protocol: g.protocol, Version: "fake"}
+	out := &api.InfoResponse{Protocol: g.protocol, Version: "fake", Processors: 1}
 	if r.GetCheck() {
 		out.Problems, out.PreDump = g.problems, !g.NoPreDump
 	}

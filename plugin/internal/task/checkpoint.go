@@ -121,6 +121,8 @@ type checkpointJob struct {
 	// byEngine: an engine has paused the container for this checkpoint, and will
 	// resume it.
 	byEngine bool
+	// processors is how many the guest has, or 0 if its agent does not say so.
+	processors uint32
 	// key signs the image set.
 	key    *signing.Key
 	target *imageset.Target
@@ -186,6 +188,11 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 	ctx, unbind := j.exchange.bind(ctx)
 	defer unbind()
 	j.phases.done(ctx, "prepare")
+	endTurn, waited := c.s.dumps.begin(ctx, j.processors)
+	defer endTurn()
+	if waited {
+		j.phases.done(ctx, "wait for other dumps")
+	}
 	if !before.frozen() {
 		j.preDump(ctx, before)
 		if err := c.execGate.close(ctx, c.s.cfg.ExecWaitTimeout); err != nil {
@@ -205,6 +212,7 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		out, err = a.Checkpoint(ctx, j.request())
 		return err
 	})
+	endTurn()
 	if err != nil {
 		return nil, j.keepLog(ctx, err)
 	}
@@ -378,6 +386,7 @@ func (j *checkpointJob) preflight(ctx context.Context, before state) error {
 	if err != nil {
 		return err
 	}
+	j.processors = info.GetProcessors()
 	if p := info.GetProblems(); len(p) > 0 {
 		return errclass.With(errdefs.ErrFailedPrecondition, errcode.Parse(strings.Join(p, "; ")))
 	}

@@ -190,6 +190,14 @@ const (
 	smallRound = 1 << 20
 )
 
+// quarter returns at most a quarter of the time that the caller allows.
+func quarter(ctx context.Context, most time.Duration) time.Duration {
+	if deadline, ok := ctx.Deadline(); ok {
+		return min(most, time.Until(deadline)/4)
+	}
+	return most
+}
+
 // preDump copies the memory of a container whose Pause was deferred while it runs.
 // A round that fails is no failure of the checkpoint. Nothing is based on it then:
 // it may have made the kernel forget what was written before.
@@ -198,10 +206,7 @@ func (j *checkpointJob) preDump(ctx context.Context, before state) {
 	if st, ok := before.(pausedState); !ok || !st.deferred {
 		return
 	}
-	limit := preDumpBudget
-	if deadline, ok := ctx.Deadline(); ok {
-		limit = min(limit, time.Until(deadline)/4)
-	}
+	limit := quarter(ctx, preDumpBudget)
 	var sizes []uint64
 	for begin := time.Now(); len(sizes) < c.preDumps && time.Since(begin) < limit && goesOn(sizes) && !c.s.holdsOthers(c); {
 		r := &api.PreDumpRequest{ContainerId: c.id, Directory: fmt.Sprintf("%s-%d", j.images, len(sizes)+1), Token: c.exchange.token}

@@ -116,6 +116,7 @@ type Service struct {
 	// idleDelay.
 	idleTimer *time.Timer
 
+	dumps   dumps
 	netgate netgateState
 	nodeKey nodeKey
 
