@@ -22,8 +22,9 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
-// timeout bounds the wait for a helper that Kata has started.
-const timeout = 10 * time.Second
+// timeout bounds the wait for a helper that Kata is asked to start at the same
+// time, which takes seconds in a busy VM.
+const timeout = time.Minute
 
 // Pauses between two looks for a helper: with an inotify watch, and without.
 const (
