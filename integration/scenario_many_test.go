@@ -22,8 +22,8 @@ import (
 // What many checkpoints at once may take.
 const (
 	// mostOverSerial is the time over that of as many, one after the other, in a
-	// guest with one processor: eight instances of CRIU disturb each other.
-	mostOverSerial = 2
+	// guest with one processor: dumps take turns.
+	mostOverSerial = 1.3
 	// mostState is how long State and Kill may take beside a checkpoint of eight
 	// containers, without KVM.
 	mostState = 5 * time.Second
@@ -33,7 +33,7 @@ const (
 )
 
 // manyAtOnce: all containers of a pod are checkpointed at the same time. That takes
-// at most twice as long as one after the other, State and Kill of the pod's other
+// hardly longer than one after the other, State and Kill of the pod's other
 // containers are answered meanwhile, and neither the shim nor the agent grows with
 // the memory of the containers. The same for several pods.
 func manyAtOnce(s *scenario) {
