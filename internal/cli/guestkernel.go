@@ -37,6 +37,8 @@ configuration are put where install finds them: run install afterwards.`,
 			if verbose {
 				o.Output = cmd.ErrOrStderr()
 			}
+			progress := &printer{w: cmd.ErrOrStderr()}
+			o.Step = progress.line
 			kernel, err := guestkernel.Build(cmd.Context(), o)
 			if err != nil {
 				return err

@@ -8,8 +8,10 @@ package guestkernel
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -59,6 +61,8 @@ type Options struct {
 	Arch string
 	// Output gets what make prints.
 	Output io.Writer
+	// Step is told what begins, a sentence each.
+	Step func(format string, args ...any)
 }
 
 // arch is what the kernel's build calls an architecture.
@@ -105,10 +109,12 @@ func Build(ctx context.Context, o *Options) (*Kernel, error) {
 	if err := o.find(); err != nil {
 		return nil, err
 	}
-	work := o.Work
+	work, err := o.absolute()
+	if err != nil {
+		return nil, err
+	}
 	if work == "" {
 		// Not below /tmp, which may be in memory.
-		var err error
 		if work, err = os.MkdirTemp("/var/tmp", "kata-checkpoint-kernel-"); err != nil {
 			return nil, err
 		}
@@ -119,6 +125,22 @@ func Build(ctx context.Context, o *Options) (*Kernel, error) {
 		return nil, err
 	}
 	return b.run(ctx)
+}
+
+// absolute makes the paths that reach make, which runs elsewhere, independent of
+// the working directory, and returns that of Work, empty if there is none.
+func (o *Options) absolute() (work string, err error) {
+	if o.Source, err = filepath.Abs(o.Source); err != nil || o.Work == "" {
+		return "", err
+	}
+	return filepath.Abs(o.Work)
+}
+
+// step tells what begins.
+func (o *Options) step(format string, args ...any) {
+	if o.Step != nil {
+		o.Step(format, args...)
+	}
 }
 
 // tools are what the kernel's build runs, and the Debian packages that have
@@ -218,7 +240,8 @@ func (b *build) unpack(ctx context.Context, work string) error {
 		if err := os.MkdirAll(b.source, 0o755); err != nil {
 			return err
 		}
-		if err := b.command(ctx, "tar", "-C", b.source, "--strip-components=1", "-xf", b.Source).Run(); err != nil {
+		b.step("unpacking %s", b.Source)
+		if err := finish(b.command(ctx, "tar", "-C", b.source, "--strip-components=1", "-xf", b.Source)); err != nil {
 			return errcode.KernelSources.Errorf("unpack %s: %w", b.Source, err)
 		}
 	}
@@ -244,10 +267,18 @@ func (b *build) make(ctx context.Context, env []string, targets ...string) error
 	args := append([]string{"-C", b.source, "O=" + b.objects, "ARCH=" + b.name, "-j" + strconv.Itoa(max(1, b.Jobs))}, targets...)
 	cmd := b.command(ctx, "make", args...)
 	cmd.Env = append(cmd.Env, env...)
+	if err := finish(cmd); err != nil {
+		return errcode.KernelBuild.Errorf("make %s: %w", strings.Join(targets, " "), err)
+	}
+	return nil
+}
+
+// finish runs a command. Its error has the end of what it printed to stderr.
+func finish(cmd *exec.Cmd) error {
 	var tail lastLines
 	cmd.Stderr = io.MultiWriter(cmd.Stderr, &tail)
 	if err := cmd.Run(); err != nil {
-		return errcode.KernelBuild.Errorf("make %s: %w: %s", strings.Join(targets, " "), err, tail.String())
+		return fmt.Errorf("%w: %s", err, tail.String())
 	}
 	return nil
 }
@@ -268,6 +299,7 @@ func (b *build) run(ctx context.Context) (*Kernel, error) {
 		k.Path = filepath.Join(b.Out, Name+".config")
 		return k, install(filepath.Join(b.objects, configName), k.Path)
 	}
+	b.step("compiling, which takes a quarter of an hour on two cores")
 	if err := b.make(ctx, nil, b.targets...); err != nil {
 		return nil, err
 	}
@@ -297,6 +329,7 @@ func (a *arch) fragment() string {
 
 // configure makes the configuration: Kata's, and our options behind it.
 func (b *build) configure(ctx context.Context) error {
+	b.step("configuring, as %s", cmp.Or(b.KataSource, b.KataConfig))
 	path := filepath.Join(b.objects, configName)
 	if b.KataSource == "" {
 		base, err := os.ReadFile(b.KataConfig)

@@ -3,6 +3,7 @@
 package guestkernel
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -135,6 +136,23 @@ func TestFromAnArchive(t *testing.T) {
 	}
 }
 
+// What is named is found from the working directory, although make runs in
+// others.
+func TestRelativePaths(t *testing.T) {
+	s := newSources(t)
+	t.Chdir(s.dir)
+	var steps []string
+	s.o.Source, s.o.KataConfig, s.o.Out, s.o.Work = "linux", "config", "out", "work"
+	s.o.Step = func(format string, args ...any) { steps = append(steps, fmt.Sprintf(format, args...)) }
+	s.build()
+	if s.read("out/"+Name) != "vmlinux x86_64\n" {
+		t.Error("what was built is elsewhere")
+	}
+	if len(steps) != 2 || !strings.HasPrefix(steps[0], "configuring") || !strings.HasPrefix(steps[1], "compiling") {
+		t.Errorf("the steps are %q", steps)
+	}
+}
+
 // Kata's fragments: those of the architecture, and the common ones without
 // those that exclude it.
 func TestFromKataSources(t *testing.T) {
@@ -166,6 +184,10 @@ func TestRefusals(t *testing.T) {
 		"an option that the sources lack": {
 			func(s *sources) { s.write("linux/absent", "CONFIG_TIME_NS=y\n", 0o644) },
 			[]string{"CONFIG_TIME_NS=y", "--source"},
+		},
+		"a damaged archive": {
+			func(s *sources) { s.o.Source = s.write("linux.tar.xz", "no archive", 0o644) },
+			[]string{"unpack", "linux.tar.xz", "not recognized"},
 		},
 		"no sources":         {func(s *sources) { s.o.Source = s.path("nothing") }, []string{"no such file"}},
 		"not sources":        {func(s *sources) { s.o.Source = s.dir }, []string{"no kernel sources"}},
