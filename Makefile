@@ -30,9 +30,10 @@ E2E_TIMEOUT ?= 6h
 RACE ?= -race
 
 # RUN=NAME is one scenario; APPS=1 those with applications; CORE=1 the core set; KATA=DIR runs on the Kata in DIR
-# in place of the stand-in; GUEST_KERNEL=FILE boots that kernel (make guest-kernel: build/guest-kernel/vmlinuz-kata-checkpoint).
+# in place of the stand-in; GUEST_KERNEL=FILE boots that kernel (make guest-kernel: build/guest-kernel/vmlinuz-kata-checkpoint);
+# OPERATOR=FILE is the program of checkpoint-restore-operator (docs/retention.md), for the scenario of that name.
 SCENARIO := $(if $(RUN),-run 'TestScenario/$(RUN)$$',$(if $(APPS),-run 'TestScenario/app-'))
-E2E_ENV   = $(if $(KATA),TESTBED_KATA=$(abspath $(KATA))) $(if $(CORE),TESTBED_CORE=1) $(if $(GUEST_KERNEL),TESTBED_GUEST_KERNEL=$(abspath $(GUEST_KERNEL)))
+E2E_ENV   = $(if $(KATA),TESTBED_KATA=$(abspath $(KATA))) $(if $(CORE),TESTBED_CORE=1) $(if $(GUEST_KERNEL),TESTBED_GUEST_KERNEL=$(abspath $(GUEST_KERNEL))) $(if $(OPERATOR),TESTBED_OPERATOR=$(abspath $(OPERATOR)))
 
 .DEFAULT_GOAL := help
 # Targets compete for the machine when they build and boot; go build is parallel on its own.

@@ -199,6 +199,7 @@ var scenarios = []scenarioCase{
 	{name: "pod-two-containers", kind: kindPodCheckpoints, run: podTwoContainers, cri: true},
 	{name: "pod-two-at-once", kind: kindPodCheckpoints, run: podTwoAtOnce, core: onRust, cri: true},
 	{name: "exec-probe-outlives-checkpoint", kind: kindPodCheckpoints, run: execProbeOutlivesCheckpoint, cri: true},
+	{name: "checkpoint-restore-operator", kind: kindPodCheckpoints, run: operatorRetains, cri: true, timeout: 8 * time.Minute},
 	{name: "kubelet-checkpoint-api", kind: kindPodCheckpoints, run: kubeletCheckpointAPI, cri: true},
 
 	{name: "restore-by-annotation", kind: kindPodRestores, run: restoreByAnnotation, core: onGo, cri: true},
