@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -90,7 +91,7 @@ type Kernel struct {
 	// Release is its version.
 	Release string
 	// Dropped are the options of Kata's configuration that these sources do not
-	// have, or not in the same way.
+	// have, or not in the same way, without those of which Kata's sources say so.
 	Dropped []string
 }
 
@@ -223,6 +224,8 @@ type build struct {
 	source, objects string
 	// base has the options of Kata's configuration.
 	base map[string]string
+	// mayLack are options of Kata's that not every kernel has, by Kata's own list.
+	mayLack map[string]bool
 }
 
 // unpack makes the sources a directory.
@@ -329,7 +332,7 @@ func (a *arch) fragment() string {
 
 // configure makes the configuration: Kata's, and our options behind it.
 func (b *build) configure(ctx context.Context) error {
-	b.step("configuring, as %s", cmp.Or(b.KataSource, b.KataConfig))
+	b.step("configuring, with Kata's options from %s", cmp.Or(b.KataSource, b.KataConfig))
 	path := filepath.Join(b.objects, configName)
 	if b.KataSource == "" {
 		base, err := os.ReadFile(b.KataConfig)
@@ -364,6 +367,14 @@ func withLast(text []byte) []byte { return append(bytes.TrimRight(text, "\n"), '
 // (Kata 4.1.0: tools/packaging/kernel/build-kernel.sh, get_kernel_frag_path).
 func (b *build) fragments() ([]byte, error) {
 	dir := filepath.Join(b.KataSource, "tools/packaging/kernel/configs/fragments")
+	list, err := os.ReadFile(filepath.Join(dir, "whitelist.conf"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	b.mayLack = map[string]bool{}
+	for name := range strings.FieldsSeq(string(list)) {
+		b.mayLack[strings.TrimPrefix(name, "CONFIG_")] = true
+	}
 	var all []byte
 	for _, sub := range []string{"common", b.arch.fragments} {
 		files, err := filepath.Glob(filepath.Join(dir, sub, "*.conf"))
@@ -405,7 +416,7 @@ func (b *build) compare() (dropped []string, err error) {
 		return nil, errcode.KernelImpossible.Errorf("%s cannot have %s=y with Kata's configuration: take other kernel sources with --source", b.Source, strings.Join(missing, ", "))
 	}
 	for name, value := range b.base {
-		if value == "y" && have[name] != "y" {
+		if value == "y" && have[name] != "y" && !b.mayLack[name] {
 			dropped = append(dropped, "CONFIG_"+name)
 		}
 	}

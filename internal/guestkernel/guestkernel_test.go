@@ -162,9 +162,13 @@ func TestFromKataSources(t *testing.T) {
 	s.write(dir+"common/b.conf", "# !arm64 !s390\nCONFIG_B=y\n", 0o644)
 	s.write(dir+"arm64/c.conf", "CONFIG_C=y\n", 0o644)
 	s.write(dir+"x86_64/d.conf", "CONFIG_D=y\n", 0o644)
-	s.write("linux/absent", "CONFIG_MEM_SOFT_DIRTY=y\n", 0o644) // arm64 lacks it
+	s.write("linux/absent", "CONFIG_MEM_SOFT_DIRTY=y\nCONFIG_OLD=y\nCONFIG_GONE=y\n", 0o644) // arm64 lacks the first
+	s.write(dir+"common/e.conf", "CONFIG_OLD=y\nCONFIG_GONE=y\n", 0o644)
+	s.write(dir+"whitelist.conf", "# not in every kernel\nCONFIG_OLD\nCONFIG_GO\n", 0o644)
 	s.o.KataConfig, s.o.KataSource, s.o.Arch = "", s.path("kata"), "arm64"
-	s.build()
+	if k := s.build(); !cmp.Equal(k.Dropped, []string{"CONFIG_GONE"}) {
+		t.Errorf("dropped are %v", k.Dropped)
+	}
 	config := options([]byte(s.read("out/" + Name + ".config")))
 	for name, want := range map[string]string{"A": "y", "B": "", "C": "y", "D": "", "CHECKPOINT_RESTORE": "y"} {
 		if config[name] != want {
