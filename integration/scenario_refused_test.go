@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -170,11 +171,16 @@ func refusedNoRoom(s *scenario) {
 // requestCheckpoint asks for a checkpoint as containerd does, without a pause
 // before.
 func (s *scenario) requestCheckpoint(run *engine.Run, dir string) error {
+	return s.requestCheckpointWithin(s.ctx, run, dir)
+}
+
+// requestCheckpointWithin is requestCheckpoint by an engine that gives up.
+func (s *scenario) requestCheckpointWithin(ctx context.Context, run *engine.Run, dir string) error {
 	options, err := typeurl.MarshalAnyToProto(&runcoptions.CheckpointOptions{ImagePath: dir})
 	if err != nil {
 		return err
 	}
-	_, err = s.engine.Client.TaskService().Checkpoint(s.ctx, &tasks.CheckpointTaskRequest{ContainerID: run.ID(), Options: options})
+	_, err = s.engine.Client.TaskService().Checkpoint(ctx, &tasks.CheckpointTaskRequest{ContainerID: run.ID(), Options: options})
 	return errgrpc.ToNative(err)
 }
 

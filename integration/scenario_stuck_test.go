@@ -40,6 +40,9 @@ func stuckParts(s *scenario) {
 	} {
 		k.stuck(t, limit)
 	}
+	for _, victim := range []string{"shim", "containerd"} {
+		k.stuckCaller(trial{frozen, victim}, limit)
+	}
 }
 
 // stuck stops a part during a checkpoint, and continues it when the checkpoint has
@@ -65,6 +68,27 @@ func (k *killer) stuck(t trial, limit time.Duration) {
 		}
 	case t.victim != "kata": // which a checkpoint that stops nothing does without
 		k.Errorf("%s: the checkpoint was made", t)
+	}
+	proceed()
+	k.checkContinues(t, dir)
+	k.step("%s: %v", t, err)
+}
+
+// stuckCaller is [killer.stuck] for what is between the engine and the container:
+// the engine's own deadline ends its wait.
+func (k *killer) stuckCaller(t trial, limit time.Duration) {
+	k.Helper()
+	dir := k.newDir()
+	k.arm(t)
+	ctx, cancel := context.WithTimeout(k.ctx, limit)
+	defer cancel()
+	answer := make(chan error, 1)
+	go func() { answer <- k.requestCheckpointWithin(ctx, k.run, dir) }()
+	k.reach(t, answer)
+	proceed := k.stop(t)
+	err := k.waitAnswer(t, answer)
+	if !errdefs.IsDeadlineExceeded(err) {
+		k.Errorf("%s: the checkpoint ended with: %v", t, err)
 	}
 	proceed()
 	k.checkContinues(t, dir)
@@ -104,9 +128,12 @@ func (k *killer) stop(t trial) (proceed func()) {
 		proceed = inGuest(findAgent, "agent")
 	default:
 		var pids []int
-		if t.victim == "virtiofsd" {
+		switch t.victim {
+		case "virtiofsd":
 			pids = k.virtiofsd()
-		} else {
+		case "containerd":
+			pids = []int{k.testbed.Containerd.PID}
+		default:
 			pids = []int{k.pid(t.victim)}
 		}
 		signal := func(sig syscall.Signal) {
