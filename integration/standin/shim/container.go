@@ -51,12 +51,14 @@ type process struct {
 	exit     uint32
 	exitedAt time.Time
 	exited   chan struct{}
+	// notStarted is closed when the Start has failed, in the Go way.
+	notStarted chan struct{}
 
 	width, height uint32
 }
 
 func newProcess(container, execID string, paths stdio.Paths) *process {
-	return &process{container: container, execID: execID, paths: paths, status: tasktypes.Status_CREATED, exited: make(chan struct{})}
+	return &process{container: container, execID: execID, paths: paths, status: tasktypes.Status_CREATED, exited: make(chan struct{}), notStarted: make(chan struct{})}
 }
 
 func (p *process) set(status tasktypes.Status) {
@@ -71,6 +73,15 @@ func (p *process) setExited(exit uint32, at time.Time) {
 	defer p.mu.Unlock()
 	p.status, p.exit, p.exitedAt = tasktypes.Status_STOPPED, exit, at
 	close(p.exited)
+}
+
+// setNotStarted is called under the container's lock.
+func (p *process) setNotStarted() {
+	select {
+	case <-p.notStarted:
+	default:
+		close(p.notStarted)
+	}
 }
 
 func (p *process) state() (status tasktypes.Status, exit uint32, at time.Time) {

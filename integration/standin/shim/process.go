@@ -44,17 +44,36 @@ func (s *service) Start(ctx context.Context, r *task.StartRequest) (*task.StartR
 	if status, _, _ := p.state(); status != tasktypes.Status_CREATED {
 		return nil, fmt.Errorf("start container %s, which is %s: %w", c.id, status, errdefs.ErrFailedPrecondition)
 	}
-	if _, err := s.sandbox.Agent.StartContainer(ctx, &api.ContainerRequest{Id: c.id}); err != nil {
-		return nil, err
-	}
-	p.set(tasktypes.Status_RUNNING)
-	if err := p.startIO(s.way, s.namespace, s.sandbox); err != nil {
+	if err := s.startInit(ctx, c, p); err != nil {
 		return nil, err
 	}
 	s.afterStart(ctx, c)
 	s.events.Send(&eventstypes.TaskStart{ContainerID: c.id, Pid: s.sandbox.Pid()})
 	s.follow(c, p)
 	return &task.StartResponse{Pid: s.sandbox.Pid()}, nil
+}
+
+// startInit starts a container's init and the copies of its streams. If these
+// cannot be opened, init is left running in the Go way, where a Wait is answered
+// (src/runtime/pkg/containerd-shim-v2/start.go); in the Rust way it is stopped and
+// its exit is not reported (src/runtime-rs/crates/runtimes/virt_container/src/
+// container_manager/container.rs).
+func (s *service) startInit(ctx context.Context, c *container, p *process) error {
+	_, err := s.sandbox.Agent.StartContainer(ctx, &api.ContainerRequest{Id: c.id})
+	running := err == nil
+	if running {
+		p.set(tasktypes.Status_RUNNING)
+		err = p.startIO(s.way, s.namespace, s.sandbox)
+	}
+	switch {
+	case err == nil:
+	case s.way == way.Go:
+		p.setNotStarted()
+	case running:
+		s.release(c)
+		p.set(tasktypes.Status_STOPPED)
+	}
+	return err
 }
 
 func (s *service) startExec(ctx context.Context, c *container, p *process) error {
@@ -191,7 +210,11 @@ func (s *service) Wait(_ context.Context, r *task.WaitRequest) (*task.WaitRespon
 		return nil, err
 	}
 	leave()
-	<-p.exited
+	select {
+	case <-p.exited:
+	case <-p.notStarted:
+		return &task.WaitResponse{ExitStatus: unknownStatus}, nil
+	}
 	if s.way == way.Rust && p.execID == "" && c.kind.OwnsSandbox() {
 		s.endSandbox()
 	}
