@@ -150,6 +150,7 @@ var (
 	ShuttingDown   = add(4016, "shutting-down", "the shim is shutting down")
 	ExchangeLost   = add(4017, "exchange-lost", "a container's exchange directory cannot be used any longer")
 	FilesLost      = add(4018, "files-lost", "virtiofsd has exited, and with it the files of a VM are gone")
+	KataLate       = add(4019, "kata-late", "Kata has not answered the start of a container that is to end")
 )
 
 // The host.

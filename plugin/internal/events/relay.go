@@ -88,11 +88,16 @@ func NewRelay(namespace, address string) *Relay {
 // event is forwarded. It must be set before the first event.
 func (r *Relay) OnExit(f func(container, exec string)) { r.onExit = f }
 
-// Hide drops all events of a container from now on.
-func (r *Relay) Hide(container string) {
+// Hide drops all events of a container from now on, unless the exit of its init was
+// forwarded already. It reports whether it does.
+func (r *Relay) Hide(container string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.ended.has(process{container: container}) {
+		return false
+	}
 	r.hidden.add(container)
+	return true
 }
 
 // Expect is called before a process is created, so that its exit is not taken
@@ -162,14 +167,14 @@ func (r *Relay) isHidden(container string) bool {
 	return r.hidden.has(container)
 }
 
-// firstExit reports whether this is the first exit event of a process: Kata's
-// Rust shim waits for a process both when it is created and when it is started
+// firstExit reports whether this is the first exit event of a process that is not
+// hidden: Kata's Rust shim waits for a process both when it is created and when it is started
 // (src/runtime-rs/crates/runtimes/src/manager.rs).
 func (r *Relay) firstExit(p process) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	ended := r.exits(p)
-	if ended.has(p) {
+	if ended.has(p) || r.hidden.has(p.container) {
 		return false
 	}
 	ended.add(p)

@@ -161,6 +161,26 @@ func TestHiddenContainersAreNotHeardOf(t *testing.T) {
 	want(t, c, "/tasks/create c1")
 }
 
+// Whoever reports the exit of a container in place of Kata hides it first: then one
+// of the two is heard.
+func TestAContainerWhoseExitWasForwardedIsNotHidden(t *testing.T) {
+	c, path := &containerd{}, filepath.Join(t.TempDir(), "c.ttrpc")
+	c.start(t, path)
+	r := newRelay(t, path)
+	say(t, r, "/tasks/exit", &eventsapi.TaskExit{ContainerID: "c1", ID: "e1"})
+	if !r.Hide("c1") {
+		t.Error("c1 is not hidden, of which only an exec has exited")
+	}
+	say(t, r, "/tasks/exit", &eventsapi.TaskExit{ContainerID: "c1", ID: "c1"})
+	say(t, r, "/tasks/exit", &eventsapi.TaskExit{ContainerID: "c2", ID: "c2"})
+	if r.Hide("c2") {
+		t.Error("c2 is hidden, whose exit was forwarded")
+	}
+	say(t, r, "/tasks/delete", &eventsapi.TaskDelete{ContainerID: "c2"})
+	flush(t, r)
+	want(t, c, "/tasks/exit c1", "/tasks/exit c2", "/tasks/delete c2")
+}
+
 func TestEventsOutliveARestartOfContainerd(t *testing.T) {
 	c, dir := &containerd{}, t.TempDir()
 	path := filepath.Join(dir, "c.ttrpc")

@@ -10,6 +10,7 @@ package fake
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -42,7 +43,10 @@ type Kata struct {
 	mu         sync.Mutex
 	containers map[string]*task.StateResponse
 	// killed are execs, by "container exec".
-	killed   map[string]bool
+	killed map[string]bool
+	// noStreams and unfollowed are containers, see [Kata.LoseStreams].
+	noStreams, unfollowed map[string]bool
+
 	calls    []string
 	requests map[string]proto.Message
 	before   map[string]func(context.Context) error
@@ -53,6 +57,8 @@ func NewTasks() *Kata {
 	return &Kata{
 		containers: make(map[string]*task.StateResponse),
 		killed:     make(map[string]bool),
+		noStreams:  make(map[string]bool),
+		unfollowed: make(map[string]bool),
 		requests:   make(map[string]proto.Message),
 		before:     make(map[string]func(context.Context) error),
 	}
@@ -131,6 +137,16 @@ func (k *Kata) SetStatus(id string, s tasktypes.Status) {
 	}
 }
 
+// LoseStreams has the Start of a container fail as that of Kata's Go shim does
+// once an engine that has given up has removed the container's FIFOs: its init
+// runs, a Wait is answered, and nobody follows it
+// (src/runtime/pkg/containerd-shim-v2/start.go).
+func (k *Kata) LoseStreams(id string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.noStreams[id] = true
+}
+
 func (k *Kata) enter(ctx context.Context, method, id, exec string, req proto.Message) error {
 	call := method + " " + id
 	if exec != "" {
@@ -177,15 +193,24 @@ func (k *Kata) Start(ctx context.Context, r *task.StartRequest) (*task.StartResp
 	if err := k.enter(ctx, "Start", r.ID, r.ExecID, r); err != nil {
 		return nil, err
 	}
-	return &task.StartResponse{Pid: HypervisorPID}, k.with(r.ID, func(s *task.StateResponse) {
+	var failed error
+	err := k.with(r.ID, func(s *task.StateResponse) {
 		switch {
 		case r.ExecID != "":
+		case k.noStreams[r.ID]:
+			s.Status = tasktypes.Status_RUNNING
+			k.unfollowed[r.ID] = true
+			failed = errors.New("open stdout: no such file or directory")
 		case endsAtOnce(s.Bundle):
 			s.Status = tasktypes.Status_STOPPED
 		default:
 			s.Status = tasktypes.Status_RUNNING
 		}
 	})
+	if err == nil {
+		err = failed
+	}
+	return &task.StartResponse{Pid: HypervisorPID}, err
 }
 
 // endsAtOnce reports whether a container's program only prints its version.
@@ -223,7 +248,7 @@ func (k *Kata) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty, e
 	}
 	return empty, k.with(r.ID, func(s *task.StateResponse) {
 		switch {
-		case r.Signal != 9:
+		case r.Signal != 9, k.unfollowed[r.ID]:
 		case r.ExecID == "":
 			s.Status, s.ExitStatus = tasktypes.Status_STOPPED, 137
 		default:
@@ -297,6 +322,12 @@ func (k *Kata) Update(ctx context.Context, r *task.UpdateTaskRequest) (*emptypb.
 func (k *Kata) Wait(ctx context.Context, r *task.WaitRequest) (*task.WaitResponse, error) {
 	if err := k.enter(ctx, "Wait", r.ID, r.ExecID, r); err != nil {
 		return nil, err
+	}
+	k.mu.Lock()
+	failed := k.unfollowed[r.ID]
+	k.mu.Unlock()
+	if failed {
+		return &task.WaitResponse{ExitStatus: 255}, nil
 	}
 	<-ctx.Done()
 	return nil, ctx.Err()

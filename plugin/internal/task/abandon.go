@@ -23,12 +23,12 @@ import (
 const statusNotStarted = 255
 
 // abandonedState is a container that was never started and never will be: its
-// Start was refused, or it was killed before. In Kata it would remain created:
-// the Go shim kills no container that has not started ("Sandbox not running"),
-// the Rust shim does and reports no exit, and no engine deletes a task that has
-// not stopped. So it is deleted in Kata at once, and State, Wait, Kill and
-// Delete are answered here, as runc's shim answers them for a process that has
-// exited.
+// Start was refused or has failed, or it was killed before. In Kata it would
+// remain created: the Go shim kills no container that has not started ("Sandbox
+// not running"), the Rust shim does and reports no exit, and no engine deletes a
+// task that has not stopped. So it is deleted in Kata at once, and State, Wait,
+// Kill and Delete are answered here, as runc's shim answers them for a process
+// that has exited.
 type abandonedState struct {
 	stoppedState
 	pid uint32
@@ -65,16 +65,20 @@ func (s abandonedState) delete(ctx context.Context) *task.DeleteResponse {
 	return out
 }
 
-// abandon gives up a container that Kata has not been asked to start.
+// abandon gives up a container that Kata has not been asked to start, or has failed
+// to, unless Kata has reported its exit.
 func (c *container) abandon(ctx context.Context) {
+	if !c.s.events.Hide(c.id) { // Kata's TaskDelete would come before the exit
+		return
+	}
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
 	logger := log.G(ctx).WithField("container", c.id)
-	c.s.events.Hide(c.id) // Kata's TaskDelete would come before the exit
 	// Kata's Go shim refuses it, and its Delete makes up for that.
 	if err := c.s.down.kill(uctx, &task.KillRequest{ID: c.id, Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
 		logger.WithError(err).Debug("failed to kill a container that was never started")
 	}
+	c.abandoning.Store(true)
 	resp := &task.DeleteResponse{}
 	if err := c.s.down.callNative(uctx, "Delete", &task.DeleteRequest{ID: c.id}, resp); err != nil && !isGone(err) {
 		logger.WithError(err).Error("failed to delete a container that was never started")
@@ -93,14 +97,10 @@ func (c *container) abandon(ctx context.Context) {
 func (c *container) stopPlaceholder(ctx context.Context, r *task.StartRequest) {
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
-	logger := log.G(ctx).WithField("container", c.id)
-	if err := c.s.down.callNative(uctx, "Start", r, &task.StartResponse{}); err != nil {
-		logger.WithError(err).Warn("failed to stop placeholder")
-		c.abandon(ctx)
-		return
+	if _, err := c.startInKata(uctx, r); err != nil {
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to start placeholder, to stop it")
 	}
-	if err := c.endRestore(uctx); err != nil {
-		logger.WithError(err).Warn("failed to stop placeholder, trying again")
-		c.collectEnd()
+	if err := c.endFailedStart(ctx); err != nil {
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to stop placeholder, trying again")
 	}
 }

@@ -62,6 +62,10 @@ type container struct {
 	execGate execGate
 	starts   startBarrier
 	waiter   waiter
+	// initStart is the Start that Kata was asked for, or nil.
+	initStart atomic.Pointer[initStart]
+	// abandoning: Kata is asked to delete the container, or has done so.
+	abandoning atomic.Bool
 
 	// stateCache holds Kata's last response to State by exec ID.
 	stateCache sync.Map
@@ -143,6 +147,7 @@ func (s *Service) remove(id string) {
 // onExit is called by the relay for each TaskExit event of Kata's.
 func (s *Service) onExit(id, exec string) {
 	if c := s.container(id); c != nil && exec == "" {
+		c.exitOnce.Do(func() { close(c.exitReported) })
 		c.stopped()
 	}
 }

@@ -155,10 +155,7 @@ func (s *Service) forward(ctx context.Context, method string, req, resp proto.Me
 // even if containerd is killed meanwhile, it keeps the caller's deadline but
 // ignores its cancellation.
 func (s *Service) forwardDetached(ctx context.Context, method string, req, resp proto.Message) error {
-	kctx, cancel := context.WithoutCancel(ctx), func() {}
-	if limit, ok := ctx.Deadline(); ok {
-		kctx, cancel = context.WithDeadline(kctx, limit)
-	}
+	kctx, cancel := withoutCancel(ctx)
 	defer cancel()
 	err := s.down.call(kctx, method, req, resp)
 	if err != nil && errors.Is(err, ttrpc.ErrClosed) {

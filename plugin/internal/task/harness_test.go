@@ -316,10 +316,11 @@ func (r *recorder) Publish(_ context.Context, topic string, _ events.Event) erro
 
 func (r *recorder) OnExit(f func(container, exec string)) { r.onExit = f }
 
-func (r *recorder) Hide(id string) {
+func (r *recorder) Hide(id string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.hidden[id] = true
+	return true
 }
 
 func (r *recorder) Expect(string, string) {}

@@ -31,14 +31,17 @@ func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Emp
 			return err
 		})
 	}
-	// A SIGKILL is not to wait for a restore: it ends it, and with it the container.
-	ended := c.interruptRestore()
+	// A SIGKILL is not to wait for a Start: it ends it, and with it the container.
+	ended := c.interruptStart()
 	done := false
 	err := c.do(ctx, func(st state) (err error) {
 		done, err = st.kill(ctx)
 		return err
 	})
-	if err != nil || done || ended && hasStopped(c.current()) {
+	if ended && hasStopped(c.current()) {
+		return &emptypb.Empty{}, nil
+	}
+	if err != nil || done {
 		return &emptypb.Empty{}, err
 	}
 	return c.s.forwardEmpty(ctx, "Kill", r)
@@ -47,24 +50,29 @@ func (c *container) kill(ctx context.Context, r *task.KillRequest) (*emptypb.Emp
 // errKilled is why a restore was interrupted.
 var errKilled = errclass.Unavailable(errcode.Killed, "the container was killed meanwhile")
 
-// interruptible returns the context of a restore, which a SIGKILL ends. The
-// caller calls the function at the end.
+// interruptible returns the context of a Start or a restore, or of a part of it,
+// which a SIGKILL ends. The caller calls the function at the end.
 func (c *container) interruptible(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.interrupt = cancel
+	whole := c.interrupt
+	c.interrupt = func(cause error) {
+		cancel(cause)
+		if whole != nil {
+			whole(cause)
+		}
+	}
 	return ctx, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.interrupt = nil
+		c.interrupt = whole
 		cancel(nil)
 	}
 }
 
-// interruptRestore ends the restore in progress, and reports whether there was
-// one.
-func (c *container) interruptRestore() bool {
+// interruptStart ends the Start in progress, and reports whether there was one.
+func (c *container) interruptStart() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.interrupt == nil {

@@ -50,7 +50,8 @@ type state interface {
 // Start on, a pod's sandbox always.
 var transitions = map[string][]string{
 	"creating":      {"creating", "created", "unmanaged", "stopped"},
-	"created":       {"running", "unmanaged", "stopped", "abandoned"},
+	"created":       {"running", "unmanaged", "ending", "stopped", "abandoned"},
+	"ending":        {"stopped", "abandoned"},
 	"running":       {"paused", "checkpointing", "stopped"},
 	"paused":        {"paused", "running", "checkpointing", "stopped"},
 	"checkpointing": {"checkpointing", "running", "paused", "stopped"},
@@ -71,18 +72,21 @@ type lifecycle struct {
 	slot chan struct{}
 	// abandoned is closed when the state becomes abandonedState.
 	abandoned chan struct{}
+	// exitReported is closed when Kata has reported init's exit by an event.
+	exitReported chan struct{}
+	exitOnce     sync.Once
 
 	mu    sync.Mutex
 	state state
 	// resumePending: the caller of a Resume gave up before it was done. The
 	// operation in progress, which may be any in any state, does it when it ends.
 	resumePending bool
-	// interrupt cancels the restore in progress; nil: there is none.
+	// interrupt cancels the Start in progress; nil: there is none.
 	interrupt context.CancelCauseFunc
 }
 
 func newLifecycle() lifecycle {
-	return lifecycle{slot: make(chan struct{}, 1), abandoned: make(chan struct{})}
+	return lifecycle{slot: make(chan struct{}, 1), abandoned: make(chan struct{}), exitReported: make(chan struct{})}
 }
 
 // do runs an operation, once the one in progress has ended.
@@ -206,8 +210,7 @@ func (s creatingState) exited() creatingState {
 	return s
 }
 
-// createdState lasts until Start has succeeded. When a restore fails, or is
-// undone, its placeholder may be running.
+// createdState lasts until Start has succeeded or failed.
 type createdState struct {
 	usual
 	c *container
@@ -231,23 +234,36 @@ func (s createdState) checkpoint(context.Context, *checkpointRequest) error {
 	return errclass.Precondition(errcode.NotStarted, "container %s has not been started: only a running container can be checkpointed", s.c.id)
 }
 
-// kill abandons the container: Kata would not report its end. That is not so if Kata
-// has started it after all: it answered its Start too late, or has not ended what a
-// failed restore has left.
+// kill abandons the container: Kata would not report its end.
 func (s createdState) kill(ctx context.Context) (bool, error) {
 	uctx, cancel := cleanupContext(ctx)
 	defer cancel()
-	switch st, err := s.c.s.down.state(uctx, s.c.id); {
-	case uctx.Err() != nil:
+	if _, err := s.c.s.down.state(uctx, s.c.id); uctx.Err() != nil {
 		return true, fmt.Errorf("kill container %s: %w", s.c.id, err)
-	case err == nil && st.GetStatus() != statusCreated:
-		return true, s.c.endRestore(uctx)
 	}
 	s.c.abandon(ctx)
 	return true, nil
 }
 
 func (createdState) forwardsKill(signal uint32) bool { return signal != uint32(syscall.SIGKILL) }
+
+// endingState is a container whose Start has failed, or was given up, from then until
+// it has been ended: its init, or the placeholder, may be running in Kata.
+type endingState struct {
+	createdState
+}
+
+func (endingState) name() string { return "ending" }
+
+func (s endingState) start(context.Context, *task.StartRequest) (*task.StartResponse, error) {
+	return nil, errclass.Precondition(errcode.Started, "container %s could not be started and is being ended: delete it and create it again", s.c.id)
+}
+
+func (s endingState) kill(ctx context.Context) (bool, error) {
+	uctx, cancel := cleanupContext(ctx)
+	defer cancel()
+	return true, s.c.end(uctx)
+}
 
 // runningState is a container that the agent in the guest knows.
 type runningState struct {

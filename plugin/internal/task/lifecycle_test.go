@@ -7,6 +7,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,25 +22,26 @@ import (
 
 // Every transition from every state, and what it does to the exec gate.
 func TestTransitions(t *testing.T) {
-	names := []string{"creating", "created", "running", "paused", "checkpointing", "unmanaged", "stopped", "abandoned"}
+	names := []string{"creating", "created", "running", "paused", "checkpointing", "unmanaged", "ending", "stopped", "abandoned"}
 	states := func(c *container) map[string]state {
 		return map[string]state{
 			"creating": creatingState{c: c, next: createdState{c: c}}, "created": createdState{c: c}, "running": runningState{c: c}, "paused": pausedState{c: c},
-			"checkpointing": checkpointingState{c: c, isFrozen: true}, "unmanaged": unmanagedState{c: c}, "stopped": stoppedState{c: c},
+			"checkpointing": checkpointingState{c: c, isFrozen: true}, "unmanaged": unmanagedState{c: c}, "ending": endingState{createdState{c: c}}, "stopped": stoppedState{c: c},
 			"abandoned": abandonedState{stoppedState: stoppedState{c: c}},
 		}
 	}
 	// +: the new state; .: ignored, as what comes after the end of a container;
 	// x: refused and logged.
 	for from, outcomes := range map[string]string{
-		"creating":      "++xxx++x", // an exit is kept until Create has ended
-		"created":       "xx+xx+++",
-		"running":       "xxx++x+x",
-		"paused":        "xx+++x+x", // it is frozen later
-		"checkpointing": "xx+++x+x",
-		"unmanaged":     "xxxxxx+x",
-		"stopped":       ".......+",
-		"abandoned":     "........",
+		"creating":      "++xxx+x+x", // an exit is kept until Create has ended
+		"created":       "xx+xx++++",
+		"running":       "xxx++xx+x",
+		"paused":        "xx+++xx+x", // it is frozen later
+		"checkpointing": "xx+++xx+x",
+		"unmanaged":     "xxxxxxx+x",
+		"ending":        "xxxxxxx++",
+		"stopped":       "........+",
+		"abandoned":     ".........",
 	} {
 		for i, to := range names {
 			t.Run(from+"-"+to, func(t *testing.T) {
@@ -115,6 +117,15 @@ func (h *harness) bringInto(state string) {
 		<-h.inProgress(h.guest, "Checkpoint", func() error { return h.checkpoint(path, nil) })
 	case "unmanaged":
 		h.run(sandbox)
+	case "ending":
+		h.create(nil)
+		<-h.inProgress(h.kata, "Start", func() error {
+			_, err := h.task.Start(ctx, &task.StartRequest{ID: "c1"})
+			return err
+		})
+		c := h.service.container("c1")
+		c.interruptStart()
+		eventually(h.t, "the Start was given up", func() bool { return c.current().name() == "ending" })
 	case "stopped":
 		h.run(nil)
 		h.kata.SetStatus("c1", statusStopped)
@@ -137,9 +148,10 @@ func (h *harness) bringInto(state string) {
 func (h *harness) inProgress(fake interface {
 	Before(method string, f func(context.Context) error)
 }, method string, call func() error) <-chan struct{} {
-	reached, release, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	in, release, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	reach := sync.OnceFunc(func() { close(in) })
 	fake.Before(method, func(context.Context) error {
-		close(reached)
+		reach()
 		<-release
 		return errors.New("the test has ended")
 	})
@@ -151,15 +163,15 @@ func (h *harness) inProgress(fake interface {
 		close(release)
 		<-ended
 	})
-	return reached
+	return in
 }
 
 // Every call in every state.
 func TestCallsInEveryState(t *testing.T) {
 	const waits = codes.DeadlineExceeded // for the end of an operation, or of the container
 	const ok, refused, notFound = codes.OK, codes.FailedPrecondition, codes.NotFound
-	states := []string{"creating", "created", "running", "paused", "checkpointing", "unmanaged", "stopped", "abandoned"}
-	statuses := []string{"CREATED", "CREATED", "RUNNING", "PAUSED", "PAUSED", "RUNNING", "STOPPED", "STOPPED"}
+	states := []string{"creating", "created", "running", "paused", "checkpointing", "unmanaged", "ending", "stopped", "abandoned"}
+	statuses := []string{"CREATED", "CREATED", "RUNNING", "PAUSED", "PAUSED", "RUNNING", "CREATED", "STOPPED", "STOPPED"}
 	path := t.TempDir()
 	for name, tc := range map[string]struct {
 		call func(context.Context, *harness) error
@@ -168,65 +180,65 @@ func TestCallsInEveryState(t *testing.T) {
 		"State": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.State(ctx, &task.StateRequest{ID: "c1"})
 			return err
-		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok}},
+		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok, ok}},
 		"Start": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Start(ctx, &task.StartRequest{ID: "c1"})
 			return err
-		}, []codes.Code{waits, ok, refused, refused, waits, ok, refused, refused}},
+		}, []codes.Code{waits, ok, refused, refused, waits, ok, refused, refused, refused}},
 		// Kata, which is asked where nothing is in the way, has no container before
 		// its Create has ended, nor once it was abandoned.
 		"Start of an exec": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Start(ctx, &task.StartRequest{ID: "c1", ExecID: "e"})
 			return err
-		}, []codes.Code{notFound, ok, ok, waits, waits, ok, ok, notFound}},
+		}, []codes.Code{notFound, ok, ok, waits, waits, ok, waits, ok, notFound}},
 		"Delete": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Delete(ctx, &task.DeleteRequest{ID: "c1"})
 			return err
-		}, []codes.Code{notFound, ok, ok, ok, ok, ok, ok, ok}},
+		}, []codes.Code{notFound, ok, ok, ok, ok, ok, ok, ok, ok}},
 		"Pids": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Pids(ctx, &task.PidsRequest{ID: "c1"})
 			return err
-		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok}},
+		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok, ok}},
 		"Pause": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Pause(ctx, &task.PauseRequest{ID: "c1"})
 			return err
-		}, []codes.Code{waits, refused, ok, refused, waits, ok, refused, refused}},
+		}, []codes.Code{waits, refused, ok, refused, waits, ok, refused, refused, refused}},
 		"Resume": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Resume(ctx, &task.ResumeRequest{ID: "c1"})
 			return err
-		}, []codes.Code{waits, refused, ok, ok, waits, ok, ok, ok}},
+		}, []codes.Code{waits, refused, ok, ok, waits, ok, refused, ok, ok}},
 		"Checkpoint": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Checkpoint(ctx, &task.CheckpointTaskRequest{ID: "c1", Path: h.t.TempDir()})
 			return err
-		}, []codes.Code{waits, refused, ok, ok, refused, refused, refused, refused}},
+		}, []codes.Code{waits, refused, ok, ok, refused, refused, refused, refused, refused}},
 		"Kill by SIGKILL": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Kill(ctx, &task.KillRequest{ID: "c1", Signal: 9})
 			return err
-		}, []codes.Code{waits, ok, ok, ok, ok, ok, ok, notFound}},
+		}, []codes.Code{waits, ok, ok, ok, ok, ok, waits, ok, notFound}},
 		"Kill by SIGTERM": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Kill(ctx, &task.KillRequest{ID: "c1", Signal: 15})
 			return err
-		}, []codes.Code{notFound, ok, ok, ok, ok, ok, ok, notFound}},
+		}, []codes.Code{notFound, ok, ok, ok, ok, ok, ok, ok, notFound}},
 		"Exec": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Exec(ctx, &task.ExecProcessRequest{ID: "c1", ExecID: "e"})
 			return err
-		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok}},
+		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok, ok}},
 		"CloseIO": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.CloseIO(ctx, &task.CloseIORequest{ID: "c1", Stdin: true})
 			return err
-		}, []codes.Code{waits, waits, ok, ok, ok, ok, ok, waits}},
+		}, []codes.Code{waits, waits, ok, ok, ok, ok, ok, ok, waits}},
 		"Wait": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Wait(ctx, &task.WaitRequest{ID: "c1"})
 			return err
-		}, []codes.Code{waits, waits, waits, waits, waits, waits, waits, ok}},
+		}, []codes.Code{waits, waits, waits, waits, waits, waits, waits, waits, ok}},
 		"Stats": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Stats(ctx, &task.StatsRequest{ID: "c1"})
 			return err
-		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok}},
+		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok, ok}},
 		"Connect": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Connect(ctx, &task.ConnectRequest{ID: "c1"})
 			return err
-		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok}},
+		}, []codes.Code{ok, ok, ok, ok, ok, ok, ok, ok, ok}},
 		"Checkpoint of a relative path": {func(ctx context.Context, h *harness) error {
 			_, err := h.task.Checkpoint(ctx, &task.CheckpointTaskRequest{ID: "c1", Path: "relative"})
 			return err

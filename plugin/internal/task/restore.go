@@ -251,9 +251,9 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 		c.stopPlaceholder(ctx, r)
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}
-	resp := &task.StartResponse{}
-	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
-		return nil, withCause(ctx, err)
+	resp, err := c.startInKata(ctx, r)
+	if err != nil {
+		return nil, errclass.Join(err, c.endFailedStart(ctx))
 	}
 	c.s.stops.Wait(ctx, "restore", "start")
 	// From the Start on there is a placeholder, which is ended if the caller has
@@ -273,18 +273,12 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 		unbind()
 	}
 	if err != nil {
-		uctx, cancel := cleanupContext(ctx)
-		defer cancel()
 		err = c.keepRestoreLog(ctx, err)
 		if open != nil {
 			open.close()
 		}
 		err = fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, adviseFull(err))
-		kerr := c.endRestore(uctx)
-		if kerr != nil {
-			c.collectEnd()
-		}
-		return nil, errclass.Join(err, kerr)
+		return nil, errclass.Join(err, c.endFailedStart(ctx))
 	}
 	c.s.releaseConnections(ctx, c.netgateKey())
 	c.transition(runningState{c: c})
@@ -299,42 +293,6 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 	c.discardImages([]string{restoreDir}, open)
 	c.s.stops.Wait(ctx, "restore", "restored")
 	return resp, nil
-}
-
-// endRestore ends what a failed restore has left.
-func (c *container) endRestore(ctx context.Context) error {
-	if err := c.killAndWait(ctx); err != nil || c.source == nil {
-		return err
-	}
-	return c.source.once.cancel() // nothing is left of it: it may be tried again
-}
-
-// collectEnd ends what a failed restore has left, as soon as Kata can: a VM that did
-// not answer may have restored processes in it, which run once it continues.
-func (c *container) collectEnd() {
-	c.s.background(func(ctx context.Context) {
-		for pause := firstThawPause; ; pause = min(2*pause, lastThawPause) {
-			timer := time.NewTimer(pause)
-			select {
-			case <-timer.C:
-			case <-ctx.Done():
-				timer.Stop()
-				return
-			}
-			err := c.do(ctx, func(st state) error {
-				if _, ok := st.(createdState); !ok {
-					return nil // somebody else was first
-				}
-				uctx, cancel := cleanupContext(ctx)
-				defer cancel()
-				return c.endRestore(uctx)
-			})
-			if err == nil {
-				return
-			}
-			log.G(ctx).WithError(err).WithField("container", c.id).Warn("failed to end a container that was not restored, trying again")
-		}
-	})
 }
 
 func restoreRequest(c *container) *api.RestoreRequest {

@@ -44,7 +44,7 @@ import (
 type Events interface {
 	events.Publisher
 	OnExit(func(container, exec string))
-	Hide(container string)
+	Hide(container string) bool
 	Expect(container, exec string)
 	Forget(container string)
 }

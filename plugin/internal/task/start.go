@@ -53,9 +53,9 @@ func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.
 	if c.source != nil {
 		return c.startRestored(ctx, r)
 	}
-	resp := &task.StartResponse{}
-	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
-		return nil, withCause(ctx, err)
+	resp, err := c.startInKata(ctx, r)
+	if err != nil {
+		return nil, errclass.Join(err, c.endFailedStart(ctx))
 	}
 	c.transition(runningState{c: c})
 	return resp, nil
@@ -75,9 +75,9 @@ func (c *container) startWithoutAgent(ctx context.Context, r *task.StartRequest,
 		return nil, fmt.Errorf("start container %s: %w", c.id, err)
 	}
 	log.G(ctx).WithError(reason).WithField("container", c.id).Warn("starting container without an agent: it cannot be checkpointed")
-	resp := &task.StartResponse{}
-	if err := c.s.forwardDetached(ctx, "Start", r, resp); err != nil {
-		return nil, err
+	resp, err := c.startInKata(ctx, r)
+	if err != nil {
+		return nil, errclass.Join(err, c.endFailedStart(ctx))
 	}
 	c.transition(unmanagedState{c: c, reason: c.explain(reason)})
 	return resp, nil

@@ -30,8 +30,8 @@ const stateTimeout = 1500 * time.Millisecond
 const runningTTL = 2 * time.Second
 
 // report answers State from the cache while a container is running, which costs
-// no second hop and cannot block. Otherwise it asks Kata, and falls back to the
-// cache if Kata does not answer in time.
+// no second hop and cannot block, and during a Start in Kata. Otherwise it asks
+// Kata, and falls back to the cache if Kata does not answer in time.
 func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.StateResponse, error) {
 	if r.ExecID == "" {
 		c.noteLook()
@@ -40,6 +40,10 @@ func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.Sta
 		}
 		if last := c.cachedRunning(); last != nil {
 			return c.overlayStatus(last), nil
+		}
+		// Kata's Go shim answers nobody during a Start.
+		if last, ok := c.stateCache.Load(""); ok && c.initStart.Load().inFlight() {
+			return last.(*task.StateResponse), nil
 		}
 	}
 	kctx, cancel := context.WithTimeout(ctx, stateTimeout)
@@ -52,13 +56,16 @@ func (c *container) report(ctx context.Context, r *task.StateRequest) (*task.Sta
 		if r.ExecID == "" {
 			c.recordStatus(resp.GetStatus())
 		}
-	case errors.Is(kctx.Err(), context.DeadlineExceeded):
+	case errors.Is(kctx.Err(), context.DeadlineExceeded), r.ExecID == "" && c.abandoning.Load():
+		if resp := c.current().response(); resp != nil && r.ExecID == "" {
+			return resp, nil // it was abandoned meanwhile
+		}
 		last, ok := c.stateCache.Load(r.ExecID)
 		if !ok {
 			return nil, err
 		}
 		resp = last.(*task.StateResponse)
-		log.G(ctx).WithField("container", c.id).Warn("Kata did not answer State in time, serving the cached state")
+		log.G(ctx).WithError(err).WithField("container", c.id).Warn("Kata did not answer State, serving the cached state")
 	default:
 		return nil, err
 	}
@@ -72,7 +79,9 @@ func (c *container) recordStatus(status tasktypes.Status) {
 		now := time.Now() // with the monotonic clock, which nobody sets
 		c.runningAt.Store(&now)
 	case statusStopped:
-		c.stopped()
+		if _, ending := c.current().(endingState); !ending { // which reports the exit
+			c.stopped()
+		}
 	}
 }
 
@@ -95,19 +104,21 @@ func (c *container) cachedRunning() *task.StateResponse {
 }
 
 // overlayStatus adds to Kata's response what Kata does not know: that this shim
-// shows the container and its execs as paused, and that the process that runs while
-// a restore is in progress or being undone is the placeholder.
+// shows the container and its execs as paused, that the process that runs while a
+// restore is in progress is the placeholder, and that what a failed Start has left is
+// being ended.
 func (c *container) overlayStatus(resp *task.StateResponse) *task.StateResponse {
 	if resp.GetStatus() != statusRunning {
 		return resp
 	}
 	st := c.current()
 	_, created := st.(createdState)
+	_, ending := st.(endingState)
 	var status tasktypes.Status
 	switch {
 	case st.paused():
 		status = statusPaused
-	case created && c.source != nil:
+	case created && c.source != nil, ending:
 		status = statusCreated
 	default:
 		return resp

@@ -6,14 +6,17 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/containerd/v2/core/runtime"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -131,45 +134,188 @@ func TestAnEndThatIsOwedIsPaid(t *testing.T) {
 	}
 }
 
-// A container that Kata starts after the deadline of its Start runs. A SIGKILL ends
-// it like any other, in Kata.
-func TestKillAfterAStartThatTookTooLong(t *testing.T) {
-	for name, restore := range map[string]bool{"a restore": true, "another": false} {
-		t.Run(name, func(t *testing.T) {
-			path := imageSet(t)
-			h := newHarness(t, withConfig(func(c *config.Config) { c.CheckpointTimeout = time.Second }))
-			h.create(nil, func(r *task.CreateTaskRequest) {
-				if restore {
-					r.Checkpoint = path
+// lateStarts are what may become of a Start in Kata; those by whose name there is
+// true publish the exit themselves.
+var lateStarts = map[string]struct {
+	starts bool
+	become func(*harness) error
+}{
+	"started": {true, func(*harness) error { return nil }},
+	"refused": {false, func(*harness) error { return errors.New("the agent is dead") }},
+	"started without its streams": {false, func(h *harness) error {
+		h.kata.LoseStreams("c1")
+		return nil
+	}},
+	// The Rust shim ends what it could not follow, and reports no exit.
+	"stopped without an exit": {false, func(h *harness) error {
+		h.kata.SetStatus("c1", statusStopped)
+		return errors.New("open stdout")
+	}},
+}
+
+// checkEnded checks that a container whose Start has failed has stopped, that its
+// exit was published once by whom Kata's Start has left it to, and that an engine
+// can delete it.
+func (h *harness) checkEnded(waited <-chan error, byKata bool) {
+	h.t.Helper()
+	eventually(h.t, "the container has stopped", func() bool { return h.status() == "STOPPED" })
+	exits := 0
+	eventually(h.t, "its exit was published", func() bool {
+		exits = 0
+		for _, topic := range h.events.published() {
+			if topic == runtime.TaskExitEventTopic {
+				exits++
+			}
+		}
+		return exits > 0 || byKata
+	})
+	if exits > 1 || exits == 1 && byKata {
+		h.t.Errorf("%d exits were published", exits)
+	}
+	if byKata {
+		if !h.kata.Called("Kill c1") || h.kata.Called("Delete c1") {
+			h.t.Errorf("Kata has had %q", h.kata.Calls())
+		}
+	} else {
+		select {
+		case err := <-waited:
+			if err != nil {
+				h.t.Errorf("Wait: %v", err)
+			}
+		case <-time.After(waitLimit):
+			h.t.Error("Wait is not answered")
+		}
+	}
+	ctx, cancel := context.WithTimeout(h.t.Context(), 2*time.Second)
+	defer cancel()
+	if _, err := h.task.Kill(ctx, &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		h.t.Errorf("Kill: %v", err)
+	}
+	h.wantStatus("STOPPED")
+	if _, err := h.task.Delete(ctx, &task.DeleteRequest{ID: "c1"}); err != nil {
+		h.t.Errorf("Delete: %v", err)
+	}
+	if exists(h.exchange()) {
+		h.t.Error("the exchange directory is left")
+	}
+	if _, err := h.service.down.state(ctx, "c1"); !errdefs.IsNotFound(err) {
+		h.t.Errorf("Kata has kept it: %v", err)
+	}
+}
+
+// wait is the engine's, which it sends before the Start.
+func (h *harness) wait() <-chan error {
+	waited := make(chan error, 1)
+	go func() {
+		_, err := h.task.Wait(h.t.Context(), &task.WaitRequest{ID: "c1"})
+		waited <- err
+	}()
+	return waited
+}
+
+// A container whose Start was given up ends, whatever Kata makes of the Start once
+// it continues: nobody else would end it, and engines delete no task that has not
+// stopped.
+func TestAStartThatWasGivenUpEnds(t *testing.T) {
+	for _, restore := range []bool{true, false} {
+		for _, method := range []string{"deadline", "SIGKILL", "refused restore"} {
+			if method == "refused restore" && !restore {
+				continue
+			}
+			for name, late := range lateStarts {
+				t.Run(fmt.Sprintf("restore %t/%s/%s", restore, method, name), func(t *testing.T) {
+					t.Parallel()
+					path := imageSet(t)
+					h := newHarness(t, withConfig(func(c *config.Config) {
+						if method == "deadline" {
+							c.CheckpointTimeout = 3 * time.Second
+						}
+					}))
+					h.create(nil, func(r *task.CreateTaskRequest) {
+						if restore {
+							r.Checkpoint = path
+						}
+					})
+					waited := h.wait()
+					in, continues := make(chan struct{}), make(chan struct{})
+					reached := sync.OnceFunc(func() { close(in) })
+					h.kata.Before("Start", func(context.Context) error {
+						reached()
+						<-continues
+						return late.become(h)
+					})
+					for _, method := range []string{"State", "Kill", "Delete"} {
+						h.kata.Before(method, func(context.Context) error {
+							<-continues
+							return nil
+						})
+					}
+					want := "checkpoint_timeout of 3s has expired"
+					switch method {
+					case "SIGKILL":
+						want = "was killed"
+					case "refused restore":
+						h.guest.Before("CheckRestore", func(context.Context) error { return errors.New("no") })
+						want = "no"
+					}
+					started := make(chan error, 1)
+					go func() {
+						_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+						started <- err
+					}()
+					<-in
+					if method == "SIGKILL" {
+						// Kata answers nothing.
+						ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+						defer cancel()
+						if _, err := h.task.Kill(ctx, &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err == nil {
+							t.Error("it was killed in spite of Kata")
+						}
+					}
+					select {
+					case err := <-started:
+						wantError(t, err, want)
+					case <-time.After(waitLimit):
+						t.Fatal("Start is not answered")
+					}
+					h.wantStatus("CREATED")
+					if h.kata.Called("State c1") {
+						t.Error("Kata was asked for the state")
+					}
+					_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
+					wantError(t, err, "is being ended")
+					close(continues)
+					h.checkEnded(waited, late.starts)
+				})
+			}
+		}
+	}
+}
+
+// A container whose Start has failed has stopped.
+func TestAStartThatFailsEnds(t *testing.T) {
+	for _, restore := range []bool{true, false} {
+		for name, late := range lateStarts {
+			if late.starts {
+				continue
+			}
+			t.Run(fmt.Sprintf("restore %t/%s", restore, name), func(t *testing.T) {
+				t.Parallel()
+				path := imageSet(t)
+				h := newHarness(t)
+				h.create(nil, func(r *task.CreateTaskRequest) {
+					if restore {
+						r.Checkpoint = path
+					}
+				})
+				waited := h.wait()
+				h.kata.Before("Start", func(context.Context) error { return late.become(h) })
+				if _, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"}); err == nil {
+					t.Fatal("it has started")
 				}
+				h.checkEnded(waited, false)
 			})
-			continues := make(chan struct{})
-			h.kata.Before("Start", func(context.Context) error {
-				<-continues
-				return nil
-			})
-			_, err := h.task.Start(t.Context(), &task.StartRequest{ID: "c1"})
-			wantError(t, err, "checkpoint_timeout of 1s has expired")
-			close(continues)
-			kata := func() string {
-				st, err := h.service.down.state(t.Context(), "c1")
-				if err != nil {
-					t.Fatal(err)
-				}
-				return st.GetStatus().String()
-			}
-			eventually(t, "Kata has started it", func() bool { return kata() == "RUNNING" })
-			if _, err := h.task.Kill(t.Context(), &task.KillRequest{ID: "c1", Signal: uint32(syscall.SIGKILL), All: true}); err != nil {
-				t.Fatal(err)
-			}
-			if h.kata.Called("Delete c1") {
-				t.Error("Kata was to delete a container that ran")
-			}
-			h.wantStatus("STOPPED")
-			if now := kata(); now != "STOPPED" {
-				t.Errorf("in Kata it is %s", now)
-			}
-		})
+		}
 	}
 }
 

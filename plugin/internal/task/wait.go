@@ -65,7 +65,17 @@ func (c *container) joinWait(ctx context.Context, r *task.WaitRequest) *waitCall
 		defer close(call.done)
 		defer cancel()
 		defer unhook()
-		if call.err = c.s.forward(ctx, "Wait", req, call.resp); call.err == nil {
+		call.err = c.s.forward(ctx, "Wait", req, call.resp)
+		if call.err == nil && c.initStart.Load().failed(ctx) {
+			// Kata's Go shim answers at once, although the init may run. It is ended,
+			// and then [container.wait] answers.
+			select {
+			case <-c.exitReported:
+			case <-ctx.Done():
+				call.err = ctx.Err()
+			}
+		}
+		if call.err == nil {
 			c.stopped()
 			return
 		}
