@@ -162,11 +162,20 @@ func stuckRestores(s *scenario) {
 	s.waitExit(k.run, 137)
 	k.run = nil
 	s.configure("checkpoint_timeout", limit.String())
+	adopted := point{operation: "restore", phase: "adopt"}
 	started := point{operation: "restore", phase: "start"}
 	devshm := point{operation: "restore", phase: "restore-devshm", guest: true}
 	midway := devshm
 	midway.midway = true
 	for _, t := range []trial{
+		{adopted, "kata"}, // which starts the placeholder once it continues
+		{started, "shim"},
+		{started, "containerd"},
+	} {
+		k.stuckRestoreCaller(t, limit)
+	}
+	for _, t := range []trial{
+		{adopted, "kata"},
 		{midway, "criu"}, // which was stopped when it was reached
 		{midway, "agent"},
 		{started, "virtiofsd"},
@@ -174,10 +183,9 @@ func stuckRestores(s *scenario) {
 	} {
 		k.stuckRestore(t, limit, false)
 	}
-	for _, t := range []trial{{devshm, "agent"}, {midway, "agent"}, {started, "virtiofsd"}} {
+	for _, t := range []trial{{adopted, "kata"}, {devshm, "agent"}, {midway, "agent"}, {started, "virtiofsd"}} {
 		k.stuckRestore(t, limit, true)
 	}
-	k.stuckRestoreCaller(trial{started, "shim"}, limit)
 	k.run = s.restore(k.c, k.whole)
 	s.waitNumbers(k.run.Output, workload.Rounds, 2)
 }
@@ -247,8 +255,8 @@ func (k *killer) stuckRestore(t trial, limit time.Duration, killed bool) {
 	k.step("%s, killed %t: %v; %v", t, killed, err, kerr)
 }
 
-// stuckRestoreCaller is [killer.stuckRestore] for what answers the engine's calls:
-// only the engine itself ends its wait.
+// stuckRestoreCaller is [killer.stuckRestore] with an engine that ends its wait
+// itself, before the restore ends.
 func (k *killer) stuckRestoreCaller(t trial, limit time.Duration) {
 	k.Helper()
 	ctx, cancel := context.WithTimeout(k.ctx, paced(time.Minute))
@@ -256,13 +264,15 @@ func (k *killer) stuckRestoreCaller(t trial, limit time.Duration) {
 	run, answer := k.beginRestore(ctx, t)
 	ours := k.sockets()
 	proceed := k.stop(t)
-	poll(k.ctx, limit, func() bool { return len(answer) > 0 })
+	if poll(k.ctx, limit/3, func() bool { return len(answer) > 0 }) {
+		k.Errorf("%s: Start was answered", t)
+	}
 	cancel()
-	proceed()
-	err := k.waitAnswer(t, answer)
+	err := k.waitAnswer(t, answer) // and the engine has removed the FIFOs
 	if err == nil {
 		k.Errorf("%s: restored", t)
 	}
+	proceed()
 	k.run = run
 	k.endStuck(t, ours)
 	k.step("%s: %v", t, err)
