@@ -16,13 +16,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/lazyregexp"
 )
 
 // Code is the number of a code. 0 is none.
@@ -134,7 +135,7 @@ func Parse(message string) error {
 }
 
 // mark is a code in a text. It has the same length for every code.
-var mark = regexp.MustCompile(` \(` + prefix + `([0-9]{4})\)`)
+var mark = lazyregexp.New(` \(` + prefix + `([0-9]{4})\)`)
 
 const markLength = len(" (" + prefix + "0000)")
 

@@ -6,13 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"path"
-	"regexp"
 	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/lazyregexp"
 )
 
 // Bounds of a manifest's lists and strings. No container comes near them.
@@ -35,16 +35,16 @@ const (
 )
 
 var (
-	stdioKey = regexp.MustCompile(`^(pipe:\[[1-9][0-9]{0,19}\]|tty\[[0-9a-f]{1,16}:[0-9a-f]{1,16}\])$`)
-	feature  = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,63}$`)
-	word     = regexp.MustCompile(`^[A-Za-z_]{1,64}$`)
+	stdioKey = lazyregexp.New(`^(pipe:\[[1-9][0-9]{0,19}\]|tty\[[0-9a-f]{1,16}:[0-9a-f]{1,16}\])$`)
+	feature  = lazyregexp.New(`^[a-z0-9][a-z0-9_.-]{0,63}$`)
+	word     = lazyregexp.New(`^[A-Za-z_]{1,64}$`)
 
-	fingerprint = regexp.MustCompile(`^SHA256:[A-Za-z0-9+/]{43}$`)
+	fingerprint = lazyregexp.New(`^SHA256:[A-Za-z0-9+/]{43}$`)
 
-	attributeName  = regexp.MustCompile(`^[a-z-]{1,64}$`)
-	attributeValue = regexp.MustCompile(`^[0-9a-f,-]+$`)
+	attributeName  = lazyregexp.New(`^[a-z-]{1,64}$`)
+	attributeValue = lazyregexp.New(`^[0-9a-f,-]+$`)
 
-	fsType = regexp.MustCompile(`^[a-z0-9_.-]{0,64}$`)
+	fsType = lazyregexp.New(`^[a-z0-9_.-]{0,64}$`)
 )
 
 // ExternalName is the name that CRIU's images have for the external mount at

@@ -5,6 +5,8 @@ package imageset
 import (
 	"regexp"
 	"strings"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/lazyregexp"
 )
 
 // Names of files in an image set; all others are CRIU's.
@@ -54,13 +56,13 @@ var imageNames = matchNames(
 	"ghost-file-%x", "tcp-stream-%x",
 )
 
-func matchNames(formats ...string) *regexp.Regexp {
+func matchNames(formats ...string) *lazyregexp.Regexp {
 	for i, f := range formats {
 		f = regexp.QuoteMeta(f)
 		f = strings.ReplaceAll(f, "%u", "(0|[1-9][0-9]{0,19})")
 		formats[i] = strings.ReplaceAll(f, "%x", "(0|[1-9a-f][0-9a-f]{0,15})")
 	}
-	return regexp.MustCompile(`^(` + strings.Join(formats, "|") + `)\.img$`)
+	return lazyregexp.New(`^(` + strings.Join(formats, "|") + `)\.img$`)
 }
 
 // isOurs reports whether a file is written by Commit.

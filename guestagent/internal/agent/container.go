@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -23,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/lazyregexp"
 )
 
 // restoredCgroup is the child of a container's cgroup with the restored
@@ -155,7 +155,7 @@ func (c *container) forgetCgroup(ctx context.Context) error {
 
 // validID is what Kata accepts as a container id, which becomes part of paths
 // (src/libs/kata-sys-util/src/validate.rs).
-var validID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+var validID = lazyregexp.New(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
 
 func checkID(id string) error {
 	if !validID.MatchString(id) || len(id) > 255 {

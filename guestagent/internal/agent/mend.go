@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
@@ -23,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/inside"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/lazyregexp"
 )
 
 // remapsImage has an entry for each open file that CRIU cannot open by its name.
@@ -95,7 +95,7 @@ func hasEnded(s *sk_inet.InetSkEntry, connections []inspect.Connection) bool {
 
 // linkRemapName matches the links that CRIU makes while it dumps
 // (criu/files-reg.c, create_link_remap).
-var linkRemapName = regexp.MustCompile(`^link_remap\.[0-9]+$`)
+var linkRemapName = lazyregexp.New(`^link_remap\.[0-9]+$`)
 
 // removeLinkRemaps removes the links that a CRIU has left which was killed in a
 // dump: the next one would fail to make its own. Each is a further name of a file

@@ -6,11 +6,11 @@ import (
 	"bufio"
 	"fmt"
 	"os"
-	"regexp"
 	"strings"
 	"unicode"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/lazyregexp"
 )
 
 // Error is the failure of a dump or restore. Its message is one line: CRIU's log
@@ -46,7 +46,7 @@ var advices = []struct {
 // errorLine matches an error in CRIU's log: the time, in a restore the process,
 // and the place in the source (criu/log.c). What runs inside of the processes
 // puts "pie" in front.
-var errorLine = regexp.MustCompile(`^\(\d+\.\d+\)\s+(?:pie: )?(?:\d+: )?Error \([^)]*\): (.*)`)
+var errorLine = lazyregexp.New(`^\(\d+\.\d+\)\s+(?:pie: )?(?:\d+: )?Error \([^)]*\): (.*)`)
 
 // maxCause bounds what is quoted of a log, in characters.
 const maxCause = 300
