@@ -102,15 +102,15 @@ func (c *container) startInKata(ctx context.Context, r *task.StartRequest) (*tas
 			return resp, start.err
 		case <-done:
 			if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
-				return nil, cause
+				return nil, fmt.Errorf("start container %s: %w", c.id, cause)
 			}
 			done = nil
 		case <-wctx.Done():
 			if cause := context.Cause(wctx); !errors.Is(cause, context.DeadlineExceeded) {
-				return nil, cause
+				return nil, fmt.Errorf("start container %s: %w", c.id, cause)
 			}
 			<-ctx.Done() // which has the same deadline
-			return nil, context.Cause(ctx)
+			return nil, fmt.Errorf("start container %s: %w", c.id, context.Cause(ctx))
 		}
 	}
 }

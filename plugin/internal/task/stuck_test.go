@@ -274,7 +274,7 @@ func TestAStartThatWasGivenUpEnds(t *testing.T) {
 					}
 					select {
 					case err := <-started:
-						wantError(t, err, want)
+						wantError(t, err, "container c1", want)
 					case <-time.After(waitLimit):
 						t.Fatal("Start is not answered")
 					}
