@@ -15,6 +15,9 @@ RELEASE := build/release
 # make GOARCH=arm64 CC=aarch64-linux-gnu-gcc.
 helper   = $(CC) -static -O2 -s -Wall -Wextra -Werror -fstack-protector-strong -o $(1)/kata-checkpoint-helper guestagent/helper/helper.c
 
+# $(call launcher,DIRECTORY): builds the program that becomes CRIU, for the guest.
+launcher = $(GOBUILD) -o $(1)/kata-checkpoint-launcher ./guestagent/launcher
+
 # Go modules with packages of their own: the product, what tests it, the stand-in for Kata.
 MODULES  := . integration integration/standin
 # The stand-in for Kata has the name of Kata's own shim: it must not be found beside ours on a PATH.
@@ -51,6 +54,7 @@ bootstrap: ## install what is missing on a Debian 12 machine, Go included (as ro
 .PHONY: build
 build: ## build all binaries into bin/, for tests: with test hooks
 	$(GOBUILD) $(HOOKS) -o bin/ $(addprefix ./,$(filter cmd/%,$(COMMANDS)))
+	$(call launcher,bin)
 	cd integration && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration)
 	cd integration/standin && $(GOBUILD) -o $(CURDIR)/bin/ $(call commands,integration/standin)
 	$(call helper,bin)
@@ -64,14 +68,16 @@ build/criu/MANIFEST: $(wildcard internal/cmd/criu-bundle/*.go internal/debian/*)
 .PHONY: guest-bundle
 guest-bundle: build/criu/MANIFEST ## build the guest bundle into build/guest-bundle, for tests: with test hooks
 	$(GOBUILD) $(HOOKS) -o bin/ ./cmd/kata-checkpoint-agent
+	$(call launcher,bin)
 	$(call helper,bin)
-	packaging/guest-bundle bin/kata-checkpoint-agent bin/kata-checkpoint-helper build/criu build/guest-bundle
+	packaging/guest-bundle bin build/criu build/guest-bundle
 
 .PHONY: release
 release: hooks build/criu/MANIFEST ## build what is installed, without test hooks: build/release/bin and build/release/guest-bundle
 	$(GOBUILD) -o $(RELEASE)/bin/ ./cmd/kata-checkpoint ./cmd/containerd-shim-kata-checkpoint-v2 ./cmd/kata-checkpoint-nri ./cmd/kata-checkpoint-agent
+	$(call launcher,$(RELEASE)/bin)
 	$(call helper,$(RELEASE)/bin)
-	packaging/guest-bundle $(RELEASE)/bin/kata-checkpoint-agent $(RELEASE)/bin/kata-checkpoint-helper build/criu $(RELEASE)/guest-bundle
+	packaging/guest-bundle $(RELEASE)/bin build/criu $(RELEASE)/guest-bundle
 
 .PHONY: hooks
 hooks: ## check that what is installed has no test hooks

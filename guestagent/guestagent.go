@@ -21,10 +21,9 @@ import (
 
 // Main runs the agent's binary and returns its exit status. What the binary is
 // depends on how it is started, that is, on args: the prestart hook of Kata's
-// guest (by its name), the daemon, the placeholder of a restored container, the
-// launcher that becomes CRIU, or, on a host, the bundle's CRIU (by its name). It
-// is called on the main thread, which the caller has locked: the launcher passes
-// that thread's namespaces on by execve.
+// guest (by its name), the daemon, the placeholder of a restored container, or, on
+// a host, the bundle's CRIU (by its name). It is called on the main thread, which
+// the caller has locked.
 func Main(args []string) int {
 	name := filepath.Base(args[0])
 	mode := ""
@@ -33,8 +32,6 @@ func Main(args []string) int {
 	}
 	var err error
 	switch {
-	case criu.IsLaunch(args) && criu.IsOp(args[0]):
-		err = criu.Launch(args)
 	case name == "criu":
 		err = criu.Host(args)
 	case strings.HasSuffix(name, "-hook"):

@@ -166,7 +166,7 @@ container_annotations = ['kata-checkpoint.dev/*']
 	n.link("vmlinux-6.18.35-202", "kata/vmlinux.container")
 	n.kernelConfig("")
 
-	for _, name := range []string{"bin/kata-checkpoint-helper", "bin/criu", "hooks/prestart/kata-checkpoint-agent-hook", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip"} {
+	for _, name := range []string{"bin/kata-checkpoint-helper", "bin/kata-checkpoint-launcher", "bin/criu", "hooks/prestart/kata-checkpoint-agent-hook", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip"} {
 		n.script("guest/"+name, "")
 	}
 	// As the agent itself: without the flag it prints its usage.

@@ -26,7 +26,7 @@ func (h *Host) bundle(ctx context.Context, f *Findings) {
 	dir := h.Config.GuestBundle
 	cure := "kata-checkpoint install of this release, or put its guest bundle at " + dir + ", or set guest_bundle in config.toml"
 	for _, name := range []string{
-		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "bin/criu",
+		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "bin/kata-checkpoint-launcher", "bin/criu",
 		"hooks/prestart/kata-checkpoint-agent-hook", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
 	} {
 		path := filepath.Join(dir, name)

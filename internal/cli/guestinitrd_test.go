@@ -21,7 +21,7 @@ import (
 func TestGuestInitrd(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{
-		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
+		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "bin/kata-checkpoint-launcher", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
 		"hooks/prestart/kata-checkpoint-agent-hook",
 	} {
 		path := filepath.Join(dir, "bundle", name)

@@ -43,7 +43,7 @@ const (
 
 // programs are in every guest bundle.
 var programs = []string{
-	"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
+	"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "bin/kata-checkpoint-launcher", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
 	"hooks/prestart/kata-checkpoint-agent-hook",
 }
 

@@ -472,7 +472,7 @@ func TestAgentInInitrd(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{
-		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
+		"bin/kata-checkpoint-agent", "bin/kata-checkpoint-helper", "bin/kata-checkpoint-launcher", "criu/bin/criu", "criu/bin/tar", "criu/bin/gzip",
 		"hooks/prestart/kata-checkpoint-agent-hook",
 	} {
 		n.write("/bundle/"+name, "", 0o755)

@@ -24,6 +24,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/sockopt"
@@ -434,7 +435,7 @@ func (a *Agent) describe(ctx context.Context, c *container, look *inspect.Contai
 	if !ownIPC {
 		join = append(join, "ipc")
 	}
-	return criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: root, Join: join}, 0)
+	return criu.NewOp(filepath.Join(a.dir, "ops"), launch.Job{Target: root, Join: join}, 0)
 }
 
 // shareNamespace marks a PID namespace that is not the container's own as

@@ -28,6 +28,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
@@ -259,7 +260,7 @@ func FuzzCheckRequest(f *testing.F) {
 		if protojson.Unmarshal(data, r) != nil || checkRequest(r) != nil {
 			return
 		}
-		op, err := criu.NewOp(t.TempDir(), criu.Job{}, 0)
+		op, err := criu.NewOp(t.TempDir(), launch.Job{}, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -271,7 +272,7 @@ func FuzzCheckRequest(f *testing.F) {
 			}
 		}
 		for _, i := range opts.GetInheritFd() {
-			if !key.MatchString(i.GetKey()) || i.GetFd() < criu.InheritBase || i.GetFd() > criu.InheritBase+2 {
+			if !key.MatchString(i.GetKey()) || i.GetFd() < launch.InheritBase || i.GetFd() > launch.InheritBase+2 {
 				t.Errorf("CRIU is given %v", i)
 			}
 		}

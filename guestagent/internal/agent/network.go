@@ -19,6 +19,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
@@ -195,10 +196,10 @@ func connectionsOf(list []*api.Connection) ([]inspect.Connection, error) {
 	return out, nil
 }
 
-func socketsOf(list []inspect.Connection) []criu.Socket {
-	out := make([]criu.Socket, 0, len(list))
+func socketsOf(list []inspect.Connection) []launch.Socket {
+	out := make([]launch.Socket, 0, len(list))
 	for _, c := range list {
-		out = append(out, criu.Socket{PID: c.PID, FD: c.FD})
+		out = append(out, launch.Socket{PID: c.PID, FD: c.FD})
 	}
 	return out
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/cgroup"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
@@ -58,7 +59,7 @@ func (a *Agent) PreDump(ctx context.Context, r *api.PreDumpRequest) (*api.PreDum
 
 func (a *Agent) preDump(ctx context.Context, c *container, parent, images string) error {
 	ph := newPhases(ctx, "checkpoint", c.ID)
-	op, err := criu.NewOp(filepath.Join(a.dir, "ops"), criu.Job{Target: c.root().PID, Join: []string{"uts", "ipc"}}, 0)
+	op, err := criu.NewOp(filepath.Join(a.dir, "ops"), launch.Job{Target: c.root().PID, Join: []string{"uts", "ipc"}}, 0)
 	if err != nil {
 		return err
 	}

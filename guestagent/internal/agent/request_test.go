@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
@@ -71,7 +72,7 @@ func TestRequestsAreChecked(t *testing.T) {
 
 // CRIU's names of mounts are the agent's, whatever a request has.
 func TestMountsAreNamedByTheAgent(t *testing.T) {
-	op, err := criu.NewOp(t.TempDir(), criu.Job{}, 0)
+	op, err := criu.NewOp(t.TempDir(), launch.Job{}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/criu"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/exechelper"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/outcome"
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/sockopt"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
@@ -232,7 +233,7 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 	if err != nil {
 		return nil, err
 	}
-	job := criu.Job{Target: c.Init.PID, TargetInside: pids[len(pids)-1], Join: []string{"ipc", "uts"}, Cgroup: tree}
+	job := launch.Job{Target: c.Init.PID, TargetInside: pids[len(pids)-1], Join: []string{"ipc", "uts"}, Cgroup: tree}
 	op, err := criu.NewOp(filepath.Join(a.dir, "ops"), job, c.Init.PID)
 	if err != nil {
 		return nil, err

@@ -42,10 +42,10 @@ const (
 	// mount.
 	programs = api.StateDir + "/bin"
 
-	// Agent is the copy of the agent's own binary.
-	Agent = api.StateDir + "/" + api.AgentBinary
 	// Helper is the copy of the C program beside it (guestagent/helper).
 	Helper = programs + "/kata-checkpoint-helper"
+	// Launcher is the copy of the program that becomes CRIU (guestagent/launcher).
+	Launcher = programs + "/kata-checkpoint-launcher"
 )
 
 // MinVersion is the oldest CRIU whose RPC supports image directories by name
@@ -53,7 +53,7 @@ const (
 const MinVersion = 40000
 
 // Load copies the CRIU of a guest bundle to where its programs have to be, and
-// the agent's binary and the helper beside it. They are copied because virtiofs
+// the helper and the launcher beside it. They are copied because virtiofs
 // drops a file's pages from the guest's memory whenever the file is opened again
 // (FOPEN_KEEP_CACHE is not set with cache=auto): from the share, each run of CRIU
 // would read its 16 MiB again while the container is frozen.
@@ -69,11 +69,7 @@ func Load(bundle string) error {
 	if err := errclass.Join(os.RemoveAll(home), os.RemoveAll(programs)); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("load CRIU: %w", err)
-	}
-	if err := errclass.Join(os.CopyFS(home, os.DirFS(src)), copyExecutable(self, Agent), copyExecutable(filepath.Join(bundle, "bin", filepath.Base(Helper)), Helper)); err != nil {
+	if err := errclass.Join(os.CopyFS(home, os.DirFS(src)), copyProgram(bundle, Helper), copyProgram(bundle, Launcher)); err != nil {
 		return fmt.Errorf("load CRIU: %w", err)
 	}
 	return sealPrograms()
@@ -89,6 +85,10 @@ func sealPrograms() error {
 		return fmt.Errorf("make %s read-only: %w", programs, err)
 	}
 	return nil
+}
+
+func copyProgram(bundle, to string) error {
+	return copyExecutable(filepath.Join(bundle, "bin", filepath.Base(to)), to)
 }
 
 func copyExecutable(from, to string) error {

@@ -27,7 +27,7 @@ func TestPrograms(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"criu/bin/criu", "bin/" + filepath.Base(Helper)} {
+	for _, name := range []string{"criu/bin/criu", "bin/" + filepath.Base(Helper), "bin/" + filepath.Base(Launcher)} {
 		path := filepath.Join(bundle, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			t.Fatal(err)
@@ -44,8 +44,10 @@ func TestPrograms(t *testing.T) {
 			if err := Load(bundle); err != nil {
 				return err
 			}
-			if err := overwriteExecutable(Helper); !errors.Is(err, unix.EROFS) {
-				t.Errorf("writing to the program of a process that has exited: %v", err)
+			for _, program := range []string{Helper, Launcher} {
+				if err := overwriteExecutable(program); !errors.Is(err, unix.EROFS) {
+					t.Errorf("writing to %s, the program of a process that has exited: %v", program, err)
+				}
 			}
 		}
 		return nil

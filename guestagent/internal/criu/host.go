@@ -13,12 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// IsOp reports whether a path is that of an operation's launcher.
-func IsOp(path string) bool {
-	_, err := os.Lstat(filepath.Join(filepath.Dir(path), jobName))
-	return err == nil
-}
-
 // Host executes the CRIU of the guest bundle that this binary is in, on a host,
 // where CRIU is not copied to [home]: containerd's CRI requires a CRIU on the
 // host before it asks any runtime for a checkpoint.

@@ -16,69 +16,18 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 // Names in an operation's directory.
 const (
-	launcherName = "criu" // a link to the agent
-	jobName      = "job.json"
+	launcherName = "criu" // a link to the launcher
 	confName     = "criu.conf"
 	logName      = "criu.log"
 	statsName    = "stats-"
 )
-
-// Job tells the launcher what to do before it executes CRIU. PIDs are those of
-// the guest's root PID namespace.
-type Job struct {
-	// Target is the process whose namespaces are joined.
-	Target int `json:"target"`
-	// TargetInside is Target's PID in its own PID namespace.
-	TargetInside int `json:"targetInside"`
-	// Join are the kinds of namespaces of Target that CRIU runs in, besides its
-	// PID namespace: ipc, uts, cgroup.
-	Join []string `json:"join"`
-	// FreshProc reports that CRIU runs in a PID namespace other than the
-	// guest's root one and needs a /proc of it.
-	FreshProc bool `json:"freshProc"`
-	// Avoid are PIDs that CRIU must not have in its PID namespace: it mistakes
-	// a process with its own PID in another namespace for itself (get_proc_fd
-	// in criu/util.c) and then sets the clocks of its own time namespace.
-	Avoid []int `json:"avoid,omitempty"`
-	// Cgroup is the directory of a cgroup that CRIU starts in and that becomes the
-	// root of its cgroup namespace; or empty.
-	Cgroup string `json:"cgroup,omitempty"`
-	// Mounts are clones of mounts of Target, each with its own mount point.
-	Mounts []MountClone `json:"mounts,omitempty"`
-	// Inherit are descriptors of Target that CRIU gets, their numbers increased
-	// by InheritBase.
-	Inherit []int `json:"inherit,omitempty"`
-	// CgroupNamespaces are processes that CRIU takes for ones in Target's cgroup
-	// namespace.
-	CgroupNamespaces []int `json:"cgroupNamespaces,omitempty"`
-	// Sockets are TCP connections that the processes continue to use if CRIU is
-	// killed in a dump.
-	Sockets []Socket `json:"sockets,omitempty"`
-	// PIDNamespaceOf is a process whose PID namespace CRIU gets as the
-	// descriptor [pidNamespaceFD]; or 0.
-	PIDNamespaceOf int `json:"pidNamespaceOf,omitempty"`
-}
-
-// MountClone attaches a clone of the mount at Path in the target's mount
-// namespace at At in CRIU's.
-type MountClone struct {
-	Path string `json:"path"`
-	At   string `json:"at"`
-	// Null: if the target has no such mount, the guest's /dev/null is used.
-	Null bool `json:"null,omitempty"`
-}
-
-// InheritBase keeps inherited descriptors clear of CRIU's own.
-const InheritBase = 100
-
-// pidNamespaceFD is clear of the target's stdio.
-const pidNamespaceFD = InheritBase + 10
 
 // PIDNamespaceKey is the external key of a PID namespace that the tree shares.
 const PIDNamespaceKey = "pod-pid"
@@ -86,7 +35,7 @@ const PIDNamespaceKey = "pod-pid"
 // Op is one run of CRIU, with a directory of its own in the guest's memory.
 type Op struct {
 	dir string
-	job Job
+	job launch.Job
 	// pidNamespaceOf is a process whose PID namespace CRIU runs in; 0: the
 	// guest's root one.
 	pidNamespaceOf int
@@ -95,7 +44,7 @@ type Op struct {
 }
 
 // NewOp creates the directory of an operation. The caller calls Close.
-func NewOp(parent string, job Job, pidNamespaceOf int) (*Op, error) {
+func NewOp(parent string, job launch.Job, pidNamespaceOf int) (*Op, error) {
 	dir, err := os.MkdirTemp(parent, "op-")
 	if err != nil {
 		return nil, fmt.Errorf("prepare CRIU: %w", err)
@@ -113,7 +62,7 @@ func (o *Op) Avoid(pids []int) { o.job.Avoid = pids }
 func (o *Op) ShareCgroupNamespace(pids []int) { o.job.CgroupNamespaces = pids }
 
 // Guard keeps TCP connections usable if CRIU is killed in the dump.
-func (o *Op) Guard(sockets []Socket) { o.job.Sockets = sockets }
+func (o *Op) Guard(sockets []launch.Socket) { o.job.Sockets = sockets }
 
 // Close removes the operation's directory.
 func (o *Op) Close() error { return os.RemoveAll(o.dir) }
@@ -131,21 +80,21 @@ func (o *Op) StatsPath(kind string) string { return filepath.Join(o.dir, statsNa
 // CRIU will find it.
 func (o *Op) AddMount(path string, null bool) string {
 	at := filepath.Join(o.dir, "mnt", fmt.Sprint(len(o.job.Mounts)))
-	o.job.Mounts = append(o.job.Mounts, MountClone{Path: path, At: at, Null: null})
+	o.job.Mounts = append(o.job.Mounts, launch.MountClone{Path: path, At: at, Null: null})
 	return at
 }
 
 // Inherit requests a descriptor of the target and returns its number in CRIU.
 func (o *Op) Inherit(fd int) int32 {
 	o.job.Inherit = append(o.job.Inherit, fd)
-	return int32(InheritBase + fd) //nolint:gosec // 0 to 2 and the base
+	return int32(launch.InheritBase + fd) //nolint:gosec // 0 to 2 and the base
 }
 
 // InheritPIDNamespace requests a descriptor of a process's PID namespace and
 // returns its number in CRIU.
 func (o *Op) InheritPIDNamespace(pid int) int32 {
 	o.job.PIDNamespaceOf = pid
-	return pidNamespaceFD
+	return launch.PIDNamespaceFD
 }
 
 // Options returns the options that every operation has, for a directory of
@@ -242,18 +191,15 @@ func (o *Op) run(ctx context.Context, what string, abandon func(done <-chan stru
 	}
 	for range maxLaunches {
 		err := o.runOnce(ctx, what, abandon, req, notify)
-		if !errors.Is(err, errPIDTaken) {
+		if !errors.Is(err, launch.ErrPIDTaken) {
 			return err
 		}
-		if err := os.Remove(filepath.Join(o.dir, launchErrorName)); err != nil {
+		if err := os.Remove(filepath.Join(o.dir, launch.ErrorName)); err != nil {
 			return fmt.Errorf("criu %s: %w", what, err)
 		}
 	}
-	return fmt.Errorf("criu %s: %w: the processes in the images use all of them", what, errPIDTaken)
+	return fmt.Errorf("criu %s: %w: the processes in the images use all of them", what, launch.ErrPIDTaken)
 }
-
-// errPIDTaken is the launcher's error if it has a PID that CRIU must not have.
-var errPIDTaken = errors.New("no PID is left for CRIU")
 
 func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan struct{}), req *rpc.CriuReq, notify func(stage string, pid int) error) error {
 	var s *service
@@ -288,11 +234,11 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 	if ctx.Err() != nil {
 		return fmt.Errorf("criu %s: %w", what, context.Cause(ctx))
 	}
-	if launch, e := os.ReadFile(filepath.Join(o.dir, launchErrorName)); e == nil {
-		if string(launch) == errPIDTaken.Error() {
-			return errPIDTaken
+	if text, e := os.ReadFile(filepath.Join(o.dir, launch.ErrorName)); e == nil {
+		if string(text) == launch.ErrPIDTaken.Error() {
+			return launch.ErrPIDTaken
 		}
-		return fmt.Errorf("criu %s: %s", what, launch)
+		return fmt.Errorf("criu %s: %s", what, text)
 	}
 	first, advice, code := cause(o.LogPath())
 	switch {
@@ -317,14 +263,15 @@ func (o *Op) runOnce(ctx context.Context, what string, abandon func(done <-chan 
 // write creates the launcher, the job and CRIU's configuration file in the
 // operation's directory.
 func (o *Op) write() error {
-	if err := os.Symlink(Agent, filepath.Join(o.dir, launcherName)); err != nil {
+	if err := os.Symlink(Launcher, filepath.Join(o.dir, launcherName)); err != nil {
 		return err
 	}
+	o.job.Program, o.job.Env = binary, []string{pathEnv}
 	data, err := json.Marshal(o.job)
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(o.dir, jobName), data, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(o.dir, launch.JobName), data, 0o600); err != nil {
 		return err
 	}
 	// The RPC has no option for a work directory by name.

@@ -18,16 +18,10 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
-
-// serviceFD is CRIU's end of the socket. The next descriptor is a copy of ours. It
-// keeps the socket open if this process dies: CRIU then waits forever for the
-// answer to a notification. At the end of the socket it would let processes run
-// that nobody has looked at, since it ignores a failure of the stage pre-resume
-// (criu/cr-restore.c, restore_root_task).
-const serviceFD = 3
 
 // maxMessage is more than any message of CRIU's has bytes.
 const maxMessage = 1 << 16
@@ -41,7 +35,7 @@ type service struct {
 	// exited is closed when CRIU has exited, and status is how.
 	exited chan struct{}
 	status error
-	// guarded: cmd is not CRIU, but the process that has started it (see guarded).
+	// guarded: cmd is not CRIU, but the process that has started it (see [launch.Guarded]).
 	guarded bool
 	// group: CRIU leads a process group, with the child that does its work.
 	group bool
@@ -59,7 +53,7 @@ func startService(path, cgroup string, group bool) (*service, error) {
 	}
 	socket, theirs := os.NewFile(uintptr(fds[0]), "criu"), os.NewFile(uintptr(fds[1]), "criu's end")
 	defer theirs.Close()
-	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(serviceFD)), socket: socket, exited: make(chan struct{}), group: group}
+	s := &service{cmd: exec.Command(path, "swrk", fmt.Sprint(launch.ServiceFD)), socket: socket, exited: make(chan struct{}), group: group}
 	s.cmd.ExtraFiles = []*os.File{theirs, socket}
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: group}
 	if cgroup != "" {
@@ -142,7 +136,7 @@ func endGroup(leader int) error {
 func (s *service) kill() {
 	sig := os.Kill
 	if s.guarded {
-		sig = endSignal
+		sig = launch.EndSignal
 	}
 	_ = s.cmd.Process.Signal(sig)
 }

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/launch"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
@@ -30,17 +31,20 @@ const behaviourEnv = "KATA_CHECKPOINT_TEST_CRIU"
 // guardEnv has this program start a CRIU as a guard.
 const guardEnv = "KATA_CHECKPOINT_TEST_GUARD"
 
+// isLaunch reports whether this program was started as CRIU is.
+func isLaunch() bool { return len(os.Args) == 3 && os.Args[1] == "swrk" }
+
 func TestMain(m *testing.M) {
-	if os.Getenv(guardEnv) != "" && IsLaunch(os.Args) {
+	if os.Getenv(guardEnv) != "" && isLaunch() {
 		self, err := os.Executable()
 		if err == nil {
 			runtime.LockOSThread()
-			err = guarded(self, os.Args, []string{behaviourEnv + "=" + os.Getenv(behaviourEnv)}, nil)
+			err = launch.Guarded(self, os.Args, []string{behaviourEnv + "=" + os.Getenv(behaviourEnv)}, nil)
 		}
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	if behaviour := os.Getenv(behaviourEnv); behaviour != "" && IsLaunch(os.Args) {
+	if behaviour := os.Getenv(behaviourEnv); behaviour != "" && isLaunch() {
 		if os.Args[2] != "3" {
 			os.Exit(2)
 		}

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/tcprepair"
 )
 
 // Endpoints identify a connection, as one of its ends has it.
@@ -23,7 +24,7 @@ type Endpoints struct {
 // in all.
 func KeepAlive(list []inspect.Connection) (out []Endpoints, err error) {
 	for _, c := range list {
-		err := withSocket(c, func(fd int) error {
+		err := tcprepair.With(c.PID, c.FD, func(fd int) error {
 			on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE)
 			if on != 0 {
 				out = append(out, Endpoints{c.Local, c.Remote})
@@ -53,7 +54,7 @@ func SetKeepAlive(list []inspect.Connection, some []Endpoints, on bool) error {
 		if !among[Endpoints{c.Local, c.Remote}] {
 			continue
 		}
-		err := withSocket(c, func(fd int) error {
+		err := tcprepair.With(c.PID, c.FD, func(fd int) error {
 			return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, value))
 		})
 		if err != nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package criu
+package launch
 
 import (
 	"encoding/json"
@@ -24,13 +24,13 @@ func TestLaunchDeclinesAPidThatIsTaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, jobName), data, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, JobName), data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := Launch([]string{filepath.Join(dir, launcherName), "swrk", "3"}); !errors.Is(err, errPIDTaken) {
+	if err := Run([]string{filepath.Join(dir, "criu"), "swrk", "3"}); !errors.Is(err, ErrPIDTaken) {
 		t.Fatalf("error %v", err)
 	}
-	if said, err := os.ReadFile(filepath.Join(dir, launchErrorName)); err != nil || string(said) != errPIDTaken.Error() {
+	if said, err := os.ReadFile(filepath.Join(dir, ErrorName)); err != nil || string(said) != ErrPIDTaken.Error() {
 		t.Errorf("it leaves %q (%v)", said, err)
 	}
 }

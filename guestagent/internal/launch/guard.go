@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package criu
+package launch
 
 import (
 	"errors"
@@ -11,34 +11,26 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/inspect"
-	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/netlock"
-	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
+	"github.com/kata-checkpoint/kata-checkpoint/guestagent/internal/tcprepair"
 )
 
-// Socket is a TCP connection of a process that is dumped.
-type Socket struct {
-	PID int `json:"pid"`
-	FD  int `json:"fd"`
-}
-
-// endSignal has the guard kill its CRIU. To kill the guard would kill CRIU as
+// EndSignal has the guard kill its CRIU. To kill the guard would kill CRIU as
 // well, but nobody would see to the connections then.
-const endSignal = unix.SIGTERM
+const EndSignal = unix.SIGTERM
 
-// guarded runs CRIU as a child instead of executing it. When CRIU is killed in a
+// Guarded runs CRIU as a child instead of executing it. When CRIU is killed in a
 // dump, by whomever, the processes that it dumps run on at once, before anybody
 // can freeze them, and their connections are in repair mode: each read and write
 // would fail. So CRIU is traced, which stops it at the beginning of its end, while
 // it still holds the processes, and the connections leave repair mode first.
 //
 // It returns only on an error.
-func guarded(path string, args, env []string, sockets []Socket) error {
+func Guarded(path string, args, env []string, sockets []Socket) error {
 	end := make(chan os.Signal, 1)
-	signal.Notify(end, endSignal)
+	signal.Notify(end, EndSignal)
 	pidfd := -1
 	pid, err := syscall.ForkExec(path, append([]string{"criu"}, args[1:]...), &syscall.ProcAttr{
-		Env: env, Files: []uintptr{0, 1, 2, serviceFD, serviceFD + 1}, Sys: &syscall.SysProcAttr{PidFD: &pidfd},
+		Env: env, Files: []uintptr{0, 1, 2, ServiceFD, ServiceFD + 1}, Sys: &syscall.SysProcAttr{PidFD: &pidfd},
 	})
 	if err != nil {
 		return fmt.Errorf("start %s: %w", path, err)
@@ -50,18 +42,19 @@ func guarded(path string, args, env []string, sockets []Socket) error {
 	// In a list of the guest's processes this one would be called criu, too.
 	_ = os.WriteFile("/proc/self/comm", []byte("criu-guard"), 0)
 	// The end of CRIU's descriptors is how the agent learns of CRIU's.
-	for _, fd := range []int{serviceFD, serviceFD + 1} {
+	for _, fd := range []int{ServiceFD, ServiceFD + 1} {
 		unix.Close(fd)
 	}
 	ws, err := trace(pid, func() {
 		for _, s := range sockets {
 			// The agent does it again, and reports what fails.
-			_ = netlock.LeaveRepair([]inspect.Connection{{PID: s.PID, FD: s.FD}})
+			_ = tcprepair.With(s.PID, s.FD, tcprepair.Leave)
 		}
 	})
 	switch {
 	case err != nil:
-		return errclass.Join(err, unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0))
+		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+		return err
 	case ws.Signaled() && ws.Signal() == unix.SIGKILL:
 		_ = unix.Kill(os.Getpid(), unix.SIGKILL)
 	case ws.Signaled():

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package criu
+// Package launch is the program that becomes CRIU (guestagent/launcher): started
+// by the agent for each run of CRIU, it brings itself to where CRIU has to run and
+// executes it. It is a program of its own because containers are frozen while it
+// starts: it links little, so that Go initialises little.
+//
+// Statements about the internals of others refer to CRIU 4.2 and Linux 6.1 to
+// 6.12.
+package launch
 
 import (
 	"encoding/json"
@@ -12,42 +19,35 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/pidfd"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
-// launchErrorName is the file with the launcher's error: its stderr is not
-// read.
-const launchErrorName = "launch-error"
-
-// IsLaunch reports whether the arguments are those that CRIU is started with.
-func IsLaunch(args []string) bool { return len(args) == 3 && args[1] == "swrk" }
-
-// Launch does the job in the directory of args[0] and executes CRIU, or runs it as
-// a child if there are connections to guard. It returns only on an error. The
-// calling goroutine is locked to the main thread, whose namespaces execve and
-// fork preserve.
-func Launch(args []string) error {
+// Run does the job in the directory of args[0], the link to the launcher that it was
+// started by, and executes CRIU with the other arguments, or runs it as a child if
+// there are connections to guard. It returns only on an error, which it leaves in
+// the file [ErrorName] as well. The calling goroutine is locked to the main thread,
+// whose namespaces execve and fork preserve.
+func Run(args []string) error {
 	dir := filepath.Dir(args[0])
-	err := launch(dir, args)
-	if e := os.WriteFile(filepath.Join(dir, launchErrorName), []byte(err.Error()), 0o600); e != nil {
-		err = errclass.Join(err, e)
+	err := run(dir, args)
+	if e := os.WriteFile(filepath.Join(dir, ErrorName), []byte(err.Error()), 0o600); e != nil {
+		return fmt.Errorf("%w; %w", err, e)
 	}
 	return err
 }
 
-func launch(dir string, args []string) error {
-	data, err := os.ReadFile(filepath.Join(dir, jobName))
+func run(dir string, args []string) error {
+	data, err := os.ReadFile(filepath.Join(dir, JobName))
 	if err != nil {
 		return err
 	}
 	var job Job
 	if err := json.Unmarshal(data, &job); err != nil {
-		return fmt.Errorf("parse %s: %w", jobName, err)
+		return fmt.Errorf("parse %s: %w", JobName, err)
 	}
 	if slices.Contains(job.Avoid, os.Getpid()) {
-		return errPIDTaken
+		return ErrPIDTaken
 	}
 	if err := setOOMScore(job); err != nil {
 		return err
@@ -81,10 +81,10 @@ func launch(dir string, args []string) error {
 		}
 	}
 	if len(job.Sockets) > 0 {
-		return guarded(binary, args, []string{pathEnv}, job.Sockets)
+		return Guarded(job.Program, args, job.Env, job.Sockets)
 	}
-	if err := unix.Exec(binary, append([]string{"criu"}, args[1:]...), []string{pathEnv}); err != nil {
-		return fmt.Errorf("start %s: %w", binary, err)
+	if err := unix.Exec(job.Program, append([]string{"criu"}, args[1:]...), job.Env); err != nil {
+		return fmt.Errorf("start %s: %w", job.Program, err)
 	}
 	return nil
 }
@@ -147,7 +147,7 @@ func inheritPIDNamespace(job Job) error {
 	if err != nil {
 		return fmt.Errorf("open the PID namespace of process %d: %w", job.PIDNamespaceOf, err)
 	}
-	if err := unix.Dup3(fd, pidNamespaceFD, 0); err != nil {
+	if err := unix.Dup3(fd, PIDNamespaceFD, 0); err != nil {
 		return fmt.Errorf("place the PID namespace: %w", err)
 	}
 	return unix.Close(fd)
