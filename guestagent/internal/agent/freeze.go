@@ -14,11 +14,13 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
-// How often a container is frozen again, and the pauses between, while a process
-// is between vfork(2) and the program that it is to execute.
+// How often a container is frozen again while a process is between vfork(2) and
+// the program that it is to execute. The pauses between grow by forkPause each
+// time: equal ones would meet a process that forks at regular intervals at the
+// same point again and again.
 const (
-	forkTries = 20
-	forkPause = 5 * time.Millisecond
+	forkTries = 40
+	forkPause = time.Millisecond
 )
 
 // freeze freezes the processes of a container. A moment in which one has just been
@@ -39,7 +41,7 @@ func (c *container) freeze(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("freeze: %w", context.Cause(ctx))
-		case <-time.After(forkPause):
+		case <-time.After(time.Duration(try) * forkPause):
 		}
 	}
 }

@@ -261,9 +261,10 @@ func TestAnOrphanIsThawedUnlessAnOwnerComes(t *testing.T) {
 	}
 }
 
-// vforks starts a shell that runs a program of C's, which forks by vfork. The
-// child exits once the program's stdin has ended.
-func vforks(t *testing.T, rounds string) *exec.Cmd {
+// vforks starts a program that forks by vfork: many times, to execute another
+// program 2 ms later, or once. That child exits once the program's stdin has
+// ended, or after so many microseconds.
+func vforks(t *testing.T, rounds, micros string) *exec.Cmd {
 	t.Helper()
 	source, program := filepath.Join(t.TempDir(), "vfork.c"), filepath.Join(t.TempDir(), "vfork")
 	const code = `
@@ -273,17 +274,19 @@ func vforks(t *testing.T, rounds string) *exec.Cmd {
 #include <unistd.h>
 int main(int argc, char **argv)
 {
-	for (long i = 0, n = argc > 1 ? atol(argv[1]) : 1; i < n; i++) {
+	for (long i = 0, n = atol(argv[1]); i < n; i++) {
 		char c;
 		if (!vfork()) {
 			if (!i && write(1, "ready\n", 6) < 0) _exit(1);
 			if (n > 1) { usleep(2000); execl("/bin/true", "true", (char *)0); }
-			if (read(0, &c, 1) < 0) _exit(1);
+			if (atol(argv[2])) usleep(atol(argv[2]));
+			else if (read(0, &c, 1) < 0) _exit(1);
 			_exit(0);
 		}
 		while (wait(0) > 0);
+		usleep(2000);
 	}
-	return 0;
+	for (;;) pause();
 }
 `
 	if err := os.WriteFile(source, []byte(code), 0o600); err != nil {
@@ -292,7 +295,10 @@ int main(int argc, char **argv)
 	if out, err := exec.Command("cc", "-w", "-o", program, source).CombinedOutput(); err != nil {
 		t.Skipf("needs a C compiler: %v: %s", err, out)
 	}
-	cmd := exec.Command(program, rounds)
+	if err := exec.Command("/bin/true").Run(); err != nil { // the first time, it is read from a disk
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, rounds, micros)
 	testproc.Ready(t, cmd)
 	return cmd
 }
@@ -300,10 +306,13 @@ int main(int argc, char **argv)
 // A container is not left frozen while one of its processes has just been made by
 // vfork, unless that lasts; then a checkpoint is refused.
 func TestFreezeWaitsForVfork(t *testing.T) {
-	cmd := vforks(t, "100000")
+	cmd := vforks(t, "100000", "0")
 	_, c := adopted(t, cmd.Process.Pid)
+	ticks := time.NewTicker(3 * time.Millisecond)
+	defer ticks.Stop()
 	hits := 0
-	for range 30 {
+	for range 100 {
+		<-ticks.C
 		if err := cgroup.Freeze(t.Context(), c.tree()); err != nil {
 			t.Fatal(err)
 		}
@@ -327,19 +336,39 @@ func TestFreezeWaitsForVfork(t *testing.T) {
 	if hits == 0 {
 		t.Skip("no moment within a vfork was met")
 	}
-	t.Logf("%d of 30 moments were within a vfork", hits)
+	t.Logf("%d of 100 moments were within a vfork", hits)
 }
 
-func TestLongVforkIsRefused(t *testing.T) {
-	cmd := vforks(t, "1")
-	child := 0
+// vforked returns the child of a process that has made one.
+func vforked(t *testing.T, pid int) (child int) {
+	t.Helper()
 	for child == 0 {
-		data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(cmd.Process.Pid), "task", strconv.Itoa(cmd.Process.Pid), "children"))
+		data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "task", strconv.Itoa(pid), "children"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		child, _ = strconv.Atoi(strings.TrimSpace(string(data)))
 	}
+	return child
+}
+
+// A program that takes a while to be executed, as from a file system that must
+// read it first, is waited for.
+func TestFreezeWaitsForASlowVfork(t *testing.T) {
+	cmd := vforks(t, "1", "400000")
+	_, c := adopted(t, cmd.Process.Pid, vforked(t, cmd.Process.Pid))
+	if err := c.freeze(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cgroup.Thaw(c.tree()) }()
+	if forking, err := c.forking(); err != nil || forking {
+		t.Errorf("it is frozen in a vfork (%v)", err)
+	}
+}
+
+func TestLongVforkIsRefused(t *testing.T) {
+	cmd := vforks(t, "1", "0")
+	child := vforked(t, cmd.Process.Pid)
 	_, c := adopted(t, cmd.Process.Pid, child)
 	if err := c.freeze(t.Context()); err != nil {
 		t.Fatal(err)
