@@ -351,6 +351,7 @@ func renewDigests(dir string) error {
 			}
 			sum := sha256.Sum256(data)
 			file["size"], file["sha256"] = len(data), hex.EncodeToString(sum[:])
+			delete(file, "blake3")
 		}
 	})
 }

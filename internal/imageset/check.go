@@ -223,15 +223,13 @@ func (m *Manifest) checkFiles() error {
 			return fmt.Errorf("it lists %q twice", f.Name)
 		case !IsImage(f.Name):
 			return fmt.Errorf("it lists %q, which is not an image that CRIU writes of a container", f.Name)
-		case f.Size < 0 || bytes < 0 || !isDigest(f.SHA256):
+		case f.Size < 0 || bytes < 0 || !f.digestsAreValid():
 			return fmt.Errorf("size or digest of %q is invalid", f.Name)
 		}
 		seen[f.Name] = true
 	}
 	return nil
 }
-
-func isDigest(s string) bool { return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == "" }
 
 func checkDestination(d string) error {
 	if !path.IsAbs(d) || path.Clean(d) != d || d == "/" {

@@ -67,10 +67,10 @@ func TestManifestGrammar(t *testing.T) {
 		"an attribute of two lines":    {map[string]any{"attributes": []any{map[string]any{"pid": 1, "name": "cpus", "value": "1\n2"}}}, "invalid name or value"},
 		"too many attributes":          {map[string]any{"attributes": many(maxAttributes+1, map[string]any{"pid": 1, "name": "cpus", "value": "1"})}, "at most"},
 		"a connection without an end":  {map[string]any{"connections": []any{map[string]any{"local": "192.0.2.1:80"}}}, "lacks an end"},
-		"credentials of an old CRIU":   {map[string]any{"files": []any{map[string]any{"name": "creds-1.img", "sha256": digest("")}}}, "creds-1.img"},
-		"a digest of other characters": {map[string]any{"files": []any{map[string]any{"name": "inventory.img", "sha256": strings.Repeat("z", 64)}}}, "digest"},
+		"credentials of an old CRIU":   {map[string]any{"files": []any{map[string]any{"name": "creds-1.img", "blake3": digest("")}}}, "creds-1.img"},
+		"a digest of other characters": {map[string]any{"files": []any{map[string]any{"name": "inventory.img", "blake3": strings.Repeat("z", 64)}}}, "digest"},
 		"sizes that overflow": {map[string]any{"files": []any{
-			map[string]any{"name": "inventory.img", "size": 1, "sha256": digest("")}, map[string]any{"name": "pages-1.img", "size": int64(1<<63 - 1), "sha256": digest("")},
+			map[string]any{"name": "inventory.img", "size": 1, "blake3": digest("")}, map[string]any{"name": "pages-1.img", "size": int64(1<<63 - 1), "blake3": digest("")},
 		}}, "size"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -73,7 +73,7 @@ func (f *Follower) compose(ctx context.Context, name string, c Composition, left
 	defer func() { err = errclass.Join(err, out.Close()) }()
 	sparse := budget.NewSparseWriter(out, f.room)
 	r := &partReader{sources: sources, parts: c.Parts}
-	n, sum, err := copyContext(ctx, &early{Writer: sparse, f: out}, r, copyBuffer)
+	n, sum, err := copyContext(ctx, &early{Writer: sparse, f: out}, r, copyBuffer, newDigest())
 	if err == nil && n != size {
 		err = errors.New("a part of it is shorter than it was")
 	}
@@ -83,7 +83,7 @@ func (f *Follower) compose(ctx context.Context, name string, c Composition, left
 	if err != nil {
 		return File{}, fmt.Errorf("put %s together in %s: %w", name, f.dst.Name(), err)
 	}
-	return File{Name: name, Size: size, SHA256: sum}, nil
+	return File{Name: name, Size: size, BLAKE3: sum}, nil
 }
 
 // openSources opens files in directories of the guest's. Those that it returns

@@ -3,8 +3,6 @@
 package imageset
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"os"
 	"path/filepath"
 	"strings"
@@ -57,8 +55,7 @@ func TestCompose(t *testing.T) {
 		t.Fatal(err)
 	}
 	const want = "ccdaabd"
-	sum := sha256.Sum256([]byte(want))
-	if got != want || len(files) != 2 || files[1] != (File{Name: "pages-1.img", Size: int64(len(want)), SHA256: hex.EncodeToString(sum[:])}) {
+	if got != want || len(files) != 2 || files[1] != (File{Name: "pages-1.img", Size: int64(len(want)), BLAKE3: digest(want)}) {
 		t.Errorf("%q, files %+v", got, files)
 	}
 	if got, _, err := composed(t, exchanged(t), "pages-1.img", Composition{}); err != nil || got != "" {

@@ -4,10 +4,9 @@ package imageset
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 
@@ -28,12 +27,12 @@ const (
 	copyBuffers = 4
 )
 
-// copyFile copies size bytes of src to a new file in dst and returns the digest
-// of what it wrote. The two share their blocks where the file system supports
+// copyFile copies size bytes of src to a new file in dst and returns the digest,
+// by h, of what it wrote. The two share their blocks where the file system supports
 // that; otherwise the copy has holes where there are zeros, and the rest is
 // taken from room, which is that of dst. A source that grows or shrinks meanwhile
 // is an error.
-func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string, room *budget.Room) (sum string, err error) {
+func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name string, room *budget.Room, h hash.Hash) (sum string, err error) {
 	out, err := create(dst, name)
 	if err != nil {
 		return "", err
@@ -46,7 +45,7 @@ func copyFile(ctx context.Context, src *os.File, size int64, dst *os.File, name 
 	if unix.IoctlFileClone(int(out.Fd()), int(src.Fd())) == nil {
 		from, to = out, io.Discard
 	}
-	n, sum, err := copyContext(ctx, to, io.LimitReader(from, size+1), min(copyBuffer, size+1))
+	n, sum, err := copyContext(ctx, to, io.LimitReader(from, size+1), min(copyBuffer, size+1), h)
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("copy %s to %s: %w", name, dst.Name(), err)
@@ -86,8 +85,8 @@ func create(dir *os.File, name string) (*os.File, error) {
 }
 
 // copyContext copies r to its end in reads of at most buffer bytes, and returns
-// the number of bytes and their digest.
-func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (total int64, sum string, err error) {
+// the number of bytes and their digest by h.
+func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64, h hash.Hash) (total int64, sum string, err error) {
 	free := make(chan []byte, copyBuffers)
 	for range copyBuffers {
 		free <- make([]byte, buffer)
@@ -95,12 +94,11 @@ func copyContext(ctx context.Context, w io.Writer, r io.Reader, buffer int64) (t
 	written := make(chan []byte, copyBuffers)
 	digest := make(chan string, 1)
 	go func() {
-		h := sha256.New()
 		for b := range written {
 			h.Write(b) // never fails (package hash)
 			free <- b[:buffer]
 		}
-		digest <- hex.EncodeToString(h.Sum(nil))
+		digest <- hexSum(h)
 	}()
 	defer func() {
 		close(written)

@@ -5,8 +5,6 @@ package imageset
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -158,14 +156,14 @@ func (f *Follower) collect(ctx context.Context, dir *os.File, name string, left 
 	}
 	file := File{Name: name, Size: st.Size}
 	if g := f.growing[name]; g != nil {
-		if file.SHA256, err = g.finish(ctx, src, st.Size); err != nil || file.SHA256 != "" {
+		if file.BLAKE3, err = g.finish(ctx, src, st.Size); err != nil || file.BLAKE3 != "" {
 			return file, err
 		}
 		if err := f.forget(name); err != nil {
 			return file, err
 		}
 	}
-	file.SHA256, err = copyFile(ctx, src, st.Size, f.dst, name, f.room)
+	file.BLAKE3, err = copyFile(ctx, src, st.Size, f.dst, name, f.room, newDigest())
 	return file, err
 }
 
@@ -256,7 +254,7 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 	if err != nil {
 		return nil, errclass.Join(err, src.Close())
 	}
-	g := &growing{src: src, out: out, sparse: budget.NewSparseWriter(out, f.room), digest: sha256.New(), buffer: f.buffer}
+	g := &growing{src: src, out: out, sparse: budget.NewSparseWriter(out, f.room), digest: newDigest(), buffer: f.buffer}
 	f.growing[name] = g
 	return g, nil
 }
@@ -318,7 +316,7 @@ func (g *growing) finish(ctx context.Context, src *os.File, size int64) (string,
 	if err := g.out.Close(); err != nil {
 		return "", err
 	}
-	return hex.EncodeToString(g.digest.Sum(nil)), nil
+	return hexSum(g.digest), nil
 }
 
 // equal compares the first size bytes of two files, on all processors.

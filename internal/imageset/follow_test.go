@@ -85,7 +85,7 @@ func (f *following) want(t *testing.T, content map[string]string) {
 		if string(data) != content[file.Name] {
 			t.Errorf("%s: %d bytes that are not those of the %d", file.Name, len(data), len(content[file.Name]))
 		}
-		if want := (File{Name: file.Name, Size: int64(len(data)), SHA256: digest(string(data))}); file != want {
+		if want := (File{Name: file.Name, Size: int64(len(data)), BLAKE3: digest(string(data))}); file != want {
 			t.Errorf("got %v, want %v", file, want)
 		}
 	}

@@ -17,12 +17,12 @@ import (
 // What is accepted as a manifest is accepted again as it is written, names flat
 // files, and has sizes that add up.
 func FuzzReadManifest(f *testing.F) {
-	f.Add([]byte(`{"formatVersion":1,"files":[{"name":"inventory.img","size":0,"sha256":"` + digest("") + `"}]}`))
+	f.Add([]byte(`{"formatVersion":1,"files":[{"name":"inventory.img","size":0,"blake3":"` + digest("") + `"}]}`))
 	f.Add([]byte(`{"formatVersion":1,"created":"2026-01-01T00:00:00Z","container":{"id":"c","namespace":"n","args":["sh"],"mounts":["/data"],"hostname":"h"},
 		"guest":{"kernel":"6.1","criuVersion":40201,"cpuFeatures":["fpu"]},"options":{"fileLocks":true},"externals":[{"name":"m0","destination":"/data","fsType":"virtiofs"}],
 		"stdio":[{"fd":1,"key":"pipe:[7]"}],"connections":[{"local":"1.2.3.4:5","remote":"[::1]:6"}],"addresses":[{"interface":"eth0","address":"1.2.3.4"}],
 		"openFiles":[{"path":"/data/f","size":1}],"phases":[{"name":"dump","nanoseconds":1}],
-		"files":[{"name":"inventory.img","size":9223372036854775807,"sha256":"` + digest("") + `"},{"name":"core-1.img","size":1,"sha256":"` + digest("") + `"}]}`))
+		"files":[{"name":"inventory.img","size":9223372036854775807,"blake3":"` + digest("") + `"},{"name":"core-1.img","size":1,"blake3":"` + digest("") + `"}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m, err := ReadManifest(bytes.NewReader(data))
 		if err != nil {
@@ -61,7 +61,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		m := &Manifest{FormatVersion: FormatVersion}
 		for name, content := range map[string]string{one: oneContent, two: twoContent} {
-			m.Files = append(m.Files, File{Name: name, Size: int64(len(content)), SHA256: digest(content)})
+			m.Files = append(m.Files, File{Name: name, Size: int64(len(content)), BLAKE3: digest(content)})
 			if filepath.IsLocal(name) {
 				_ = os.WriteFile(filepath.Join(set, name), []byte(content), 0o600) // where there can be such a name
 			}
@@ -104,7 +104,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		for _, file := range s.Manifest.Files {
 			content, err := os.ReadFile(filepath.Join(to, file.Name))
-			if err != nil || digest(string(content)) != file.SHA256 {
+			if err != nil || digest(string(content)) != file.BLAKE3 {
 				t.Errorf("%s: %d bytes, %v", file.Name, len(content), err)
 			}
 		}
@@ -178,7 +178,7 @@ func FuzzFollow(f *testing.F) {
 				t.Errorf("%s: %v, %v", file.Name, st, err)
 			}
 			content, err := os.ReadFile(filepath.Join(to, file.Name))
-			if err != nil || int64(len(content)) != file.Size || digest(string(content)) != file.SHA256 {
+			if err != nil || int64(len(content)) != file.Size || digest(string(content)) != file.BLAKE3 {
 				t.Errorf("%s: %d bytes of %d, %v", file.Name, len(content), file.Size, err)
 			}
 		}

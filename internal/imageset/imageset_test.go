@@ -4,7 +4,6 @@ package imageset
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -18,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/zeebo/blake3"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/regular"
@@ -31,7 +31,7 @@ func write(t *testing.T, path, content string) {
 }
 
 func digest(content string) string {
-	sum := sha256.Sum256([]byte(content))
+	sum := blake3.Sum256([]byte(content))
 	return hex.EncodeToString(sum[:])
 }
 
@@ -388,7 +388,7 @@ func TestCollectSkips(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}, files); diff != "" {
+	if diff := cmp.Diff([]File{{Name: "inventory.img", Size: 1, BLAKE3: digest("i")}}, files); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 }
@@ -544,7 +544,7 @@ func TestDamagedSetIsRefused(t *testing.T) {
 		},
 		"a byte is flipped": {
 			damage: func(t *testing.T, dir string) { write(t, filepath.Join(dir, "inventory.img"), "inventorY") },
-			err:    []string{"inventory.img is damaged", "SHA-256"},
+			err:    []string{"inventory.img is damaged", "digest"},
 		},
 		"a file too many": {
 			damage: func(t *testing.T, dir string) { write(t, filepath.Join(dir, "more.img"), "") },
@@ -614,13 +614,13 @@ func TestDamagedSetIsRefused(t *testing.T) {
 		},
 		"a digest of another length": {
 			damage: func(t *testing.T, dir string) {
-				edit(t, dir, func(m map[string]any) { file(m, 0)["sha256"] = "00" })
+				edit(t, dir, func(m map[string]any) { file(m, 0)["blake3"] = "00" })
 			},
 			err: []string{"damaged", "digest"},
 		},
 		"an unknown format version": {
-			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["formatVersion"] = 3 }) },
-			err:    []string{"format version 3", "reads 1 to 2"},
+			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["formatVersion"] = FormatVersion + 1 }) },
+			err:    []string{"format version 4", "reads 1 to 3"},
 		},
 		"no format version": {
 			damage: func(t *testing.T, dir string) {
@@ -801,7 +801,7 @@ func TestNewTarget(t *testing.T) {
 		_, err = NewTarget(dir)
 		wantError(t, err, "another checkpoint is being written")
 		write(t, filepath.Join(first.Dir().Name(), "inventory.img"), "i")
-		if err := first.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}}, nil); err != nil {
+		if err := first.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", Size: 1, BLAKE3: digest("i")}}}, nil); err != nil {
 			t.Error(err)
 		}
 	})
@@ -875,7 +875,7 @@ func TestCommitReplacesAnEarlierSetWhole(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer set.Close()
-	if diff := cmp.Diff([]File{{Name: "inventory.img", Size: 3, SHA256: digest("new")}}, set.Manifest.Files); diff != "" {
+	if diff := cmp.Diff([]File{{Name: "inventory.img", Size: 3, BLAKE3: digest("new")}}, set.Manifest.Files); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	if got := names(t, filepath.Dir(dir)); len(got) != 1 {
@@ -918,7 +918,7 @@ func TestCommitWritesNothingThatCannotBeRead(t *testing.T) {
 				t.Fatal(err)
 			}
 			write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
-			m.Files = []File{{Name: "inventory.img", Size: 1, SHA256: digest("i")}}
+			m.Files = []File{{Name: "inventory.img", Size: 1, BLAKE3: digest("i")}}
 			wantError(t, target.Commit(t.Context(), m, nil), "write manifest")
 			if err := target.Abort(); err != nil {
 				t.Error(err)
@@ -939,7 +939,7 @@ func TestCommitIsAllOrNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(target.Dir().Name(), "inventory.img"), "i")
-	err = target.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", SHA256: digest("i")}, {Name: "pages-1.img", SHA256: digest("p")}}}, nil)
+	err = target.Commit(t.Context(), &Manifest{Files: []File{{Name: "inventory.img", BLAKE3: digest("i")}, {Name: "pages-1.img", BLAKE3: digest("p")}}}, nil)
 	wantError(t, err, "pages-1.img")
 	if err := target.Abort(); err != nil {
 		t.Error(err)
@@ -974,7 +974,7 @@ func halfACommit(t *testing.T, dir, moving string) string {
 		t.Fatal(err)
 	}
 	m := &Manifest{FormatVersion: FormatVersion, Files: []File{
-		{Name: "inventory.img", Size: 1, SHA256: digest("i")}, {Name: "pages-1.img", Size: 1, SHA256: digest("p")},
+		{Name: "inventory.img", Size: 1, BLAKE3: digest("i")}, {Name: "pages-1.img", Size: 1, BLAKE3: digest("p")},
 	}}
 	data, err := json.Marshal(m)
 	if err != nil {

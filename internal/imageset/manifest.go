@@ -32,8 +32,8 @@ import (
 
 // FormatVersion is that of the manifests that this release writes. It reads
 // older ones, too, and no newer one (RELEASES.md). Version 1 has no rights, and
-// is never signed.
-const FormatVersion = 2
+// is never signed; version 2 has SHA-256 as digests.
+const FormatVersion = 3
 
 // maxManifest bounds what is read of a manifest, in bytes.
 const maxManifest = 16 << 20
@@ -232,8 +232,11 @@ type Phase struct {
 type File struct {
 	Name string `json:"name"`
 	// Size in bytes.
-	Size   int64  `json:"size"`
-	SHA256 string `json:"sha256"`
+	Size int64 `json:"size"`
+	// Digest of the content, in hexadecimal: BLAKE3 with 256 bits, or SHA-256 in
+	// manifests before version 3.
+	BLAKE3 string `json:"blake3,omitempty"`
+	SHA256 string `json:"sha256,omitempty"`
 }
 
 // Bytes is the size of all files together, the manifest excepted.

@@ -31,7 +31,7 @@ func TestMoveTo(t *testing.T) {
 		if err := os.Mkdir(path, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		m := &Manifest{Files: []File{{Name: "inventory.img", Size: 9, SHA256: digest("inventory")}, {Name: "pages-1.img", Size: int64(len(large)), SHA256: digest(large)}}}
+		m := &Manifest{Files: []File{{Name: "inventory.img", Size: 9, BLAKE3: digest("inventory")}, {Name: "pages-1.img", Size: int64(len(large)), BLAKE3: digest(large)}}}
 		write(t, filepath.Join(path, "inventory.img"), "inventory")
 		write(t, filepath.Join(path, "pages-1.img"), pages)
 		f, err := openDir(path)

@@ -233,7 +233,7 @@ func powerLoss(t *testing.T, earlier string, reverse bool) {
 	m := &Manifest{}
 	for name, content := range map[string]string{InventoryName: "new", "pages-1.img": "of the new one", "files.img": ""} {
 		write(t, filepath.Join(target.Dir().Name(), name), content)
-		m.Files = append(m.Files, File{Name: name, Size: int64(len(content)), SHA256: digest(content)})
+		m.Files = append(m.Files, File{Name: name, Size: int64(len(content)), BLAKE3: digest(content)})
 	}
 	staging, err := filepath.Rel(top, target.Dir().Name())
 	if err != nil {
@@ -391,7 +391,7 @@ func TestCommitIntoADirectoryThatIsSwapped(t *testing.T) {
 		os.Symlink(victim, filepath.Join(base, "fake", staging, ManifestName)), os.Symlink("fake", path)); err != nil {
 		t.Fatal(err)
 	}
-	m := &Manifest{Files: []File{{Name: InventoryName, Size: 1, SHA256: digest("i")}}}
+	m := &Manifest{Files: []File{{Name: InventoryName, Size: 1, BLAKE3: digest("i")}}}
 	if err := errors.Join(target.Commit(t.Context(), m, nil), target.Abort()); err != nil {
 		t.Fatal(err)
 	}

@@ -236,7 +236,7 @@ func (s *Set) moveOne(ctx context.Context, want File, dst *os.File) error {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
 	defer f.Close()
-	_, sum, err := copyContext(ctx, io.Discard, io.LimitReader(f, st.Size), min(copyBuffer, st.Size+1))
+	_, sum, err := copyContext(ctx, io.Discard, io.LimitReader(f, st.Size), min(copyBuffer, st.Size+1), want.hash())
 	if err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}
@@ -250,8 +250,8 @@ func (s *Set) moveOne(ctx context.Context, want File, dst *os.File) error {
 }
 
 func checkSum(want File, sum string) error {
-	if sum != want.SHA256 {
-		return fmt.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
+	if !want.has(sum) {
+		return fmt.Errorf("checkpoint: file %s is damaged: its digest is not that of the manifest; use another copy of the checkpoint", want.Name)
 	}
 	return nil
 }
@@ -265,7 +265,7 @@ func (s *Set) copyOne(ctx context.Context, want File, dst *os.File, room *budget
 	if st.Size != want.Size {
 		return errcode.Damaged.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
 	}
-	sum, err := copyFile(ctx, f, st.Size, dst, want.Name, room)
+	sum, err := copyFile(ctx, f, st.Size, dst, want.Name, room, want.hash())
 	if err != nil {
 		return fmt.Errorf("stage checkpoint: %w", err)
 	}
@@ -285,7 +285,7 @@ func (s *Set) CheckFiles(ctx context.Context, read func(bytes int64)) error {
 		switch {
 		case err != nil:
 			damaged = append(damaged, fmt.Sprintf("%s (%v)", want.Name, err))
-		case sum != want.SHA256:
+		case !want.has(sum):
 			damaged = append(damaged, want.Name)
 		}
 	}
@@ -293,9 +293,9 @@ func (s *Set) CheckFiles(ctx context.Context, read func(bytes int64)) error {
 	case 0:
 		return nil
 	case 1:
-		return fmt.Errorf("file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", damaged[0])
+		return fmt.Errorf("file %s is damaged: its digest is not that of the manifest; use another copy of the checkpoint", damaged[0])
 	}
-	return fmt.Errorf("the files %s are damaged: their SHA-256 are not those of the manifest; use another copy of the checkpoint", strings.Join(damaged, ", "))
+	return fmt.Errorf("the files %s are damaged: their digests are not those of the manifest; use another copy of the checkpoint", strings.Join(damaged, ", "))
 }
 
 func (s *Set) digest(ctx context.Context, want File, read func(int64)) (string, error) {
@@ -307,7 +307,7 @@ func (s *Set) digest(ctx context.Context, want File, read func(int64)) (string, 
 	if st.Size != want.Size {
 		return "", errors.New("it changed its size while it was read")
 	}
-	_, sum, err := copyContext(ctx, told(read), io.LimitReader(f, want.Size+1), min(copyBuffer, want.Size+1))
+	_, sum, err := copyContext(ctx, told(read), io.LimitReader(f, want.Size+1), min(copyBuffer, want.Size+1), want.hash())
 	return sum, err
 }
 
@@ -322,12 +322,12 @@ func (s *Set) WriteTo(ctx context.Context, want File, w io.Writer) error {
 	if st.Size != want.Size {
 		return fmt.Errorf("checkpoint: file %s changed its size while it was read", want.Name)
 	}
-	_, sum, err := copyContext(ctx, w, io.LimitReader(f, want.Size), min(copyBuffer, want.Size+1))
+	_, sum, err := copyContext(ctx, w, io.LimitReader(f, want.Size), min(copyBuffer, want.Size+1), want.hash())
 	if err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
-	if sum != want.SHA256 {
-		return errcode.Damaged.Errorf("checkpoint: file %s is damaged: its SHA-256 is not that of the manifest; use another copy of the checkpoint", want.Name)
+	if !want.has(sum) {
+		return errcode.Damaged.Errorf("checkpoint: file %s is damaged: its digest is not that of the manifest; use another copy of the checkpoint", want.Name)
 	}
 	return nil
 }

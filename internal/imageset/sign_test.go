@@ -34,7 +34,7 @@ func signedSet(t *testing.T, k *signing.Key) string {
 		t.Fatal(err)
 	}
 	write(t, filepath.Join(target.Dir().Name(), InventoryName), "i")
-	m := &Manifest{Files: []File{{Name: InventoryName, Size: 1, SHA256: digest("i")}}, Rights: &Rights{UID: 1000, Namespaces: []string{"pid"}}}
+	m := &Manifest{Files: []File{{Name: InventoryName, Size: 1, BLAKE3: digest("i")}}, Rights: &Rights{UID: 1000, Namespaces: []string{"pid"}}}
 	if err := errors.Join(target.Commit(t.Context(), m, k), target.Abort()); err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +59,7 @@ func TestSignature(t *testing.T) {
 		}, both, ErrForged},
 		"with another file": {func(t *testing.T, dir string) {
 			write(t, filepath.Join(dir, InventoryName), "x")
-			edit(t, dir, func(m map[string]any) { file(m, 0)["sha256"] = digest("x") })
+			edit(t, dir, func(m map[string]any) { file(m, 0)["blake3"] = digest("x") })
 		}, both, ErrForged},
 		"of the format before": {func(t *testing.T, dir string) {
 			edit(t, dir, func(m map[string]any) { m["formatVersion"] = 1 })

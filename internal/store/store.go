@@ -24,8 +24,6 @@ package store
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,7 +38,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errcode"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
@@ -64,10 +61,12 @@ var Extras = []string{ConfigName, SpecName, StatusName, imageset.StatsName, imag
 
 const (
 	// dirName is below state_dir.
-	dirName       = "checkpoints"
-	newPrefix     = ".new-"
-	oldPrefix     = ".old-"
-	recordVersion = 1
+	dirName   = "checkpoints"
+	newPrefix = ".new-"
+	oldPrefix = ".old-"
+	// recordVersion is that of the records that this release writes. It reads
+	// older ones, too: version 1 has SHA-256 as digests.
+	recordVersion = 2
 	// maxRecord bounds a record, in bytes.
 	maxRecord = 1 << 20
 )
@@ -249,7 +248,7 @@ func (d *Draft) Images() string { return d.File(imageset.ArchiveImages) }
 func (d *Draft) Commit(ctx context.Context, r *Record) error {
 	r.Version, r.Name, r.Files = recordVersion, d.name, nil
 	for _, name := range Extras {
-		file, err := digest(ctx, d.path, name)
+		file, err := describe(ctx, d.path, name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -303,18 +302,25 @@ func syncFile(path string) error {
 	return errclass.Join(f.Sync(), f.Close())
 }
 
-// digest reads one of the files beside the image set.
-func digest(ctx context.Context, dir, name string) (imageset.File, error) {
-	f, st, err := regular.Open(unix.AT_FDCWD, filepath.Join(dir, name), 0)
+// describe reads one of the files beside the image set.
+func describe(ctx context.Context, dir, name string) (imageset.File, error) {
+	f, _, err := regular.Open(unix.AT_FDCWD, filepath.Join(dir, name), 0)
 	if err != nil {
 		return imageset.File{}, err
 	}
 	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, budget.Reader(ctx, f)); err != nil {
-		return imageset.File{}, err
+	return imageset.Describe(ctx, name, f)
+}
+
+// matches reads one of the files beside the image set and reports whether it is
+// as the record has it.
+func matches(ctx context.Context, dir string, want imageset.File) (bool, error) {
+	f, _, err := regular.Open(unix.AT_FDCWD, filepath.Join(dir, want.Name), 0)
+	if err != nil {
+		return false, err
 	}
-	return imageset.File{Name: name, Size: st.Size, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+	defer f.Close()
+	return want.Matches(ctx, f)
 }
 
 // Checkpoint is one in the store.
@@ -406,8 +412,8 @@ func ParseRecord(from io.Reader) (*Record, error) {
 	if err := json.Unmarshal(data, r); err != nil {
 		return nil, err
 	}
-	if r.Version != recordVersion {
-		return nil, fmt.Errorf("it has version %d and this kata-checkpoint reads %d", r.Version, recordVersion)
+	if r.Version < 1 || r.Version > recordVersion {
+		return nil, fmt.Errorf("it has version %d and this kata-checkpoint reads 1 to %d", r.Version, recordVersion)
 	}
 	return r, nil
 }
@@ -492,7 +498,7 @@ func (c *Checkpoint) Check(ctx context.Context, read func(bytes int64)) error {
 		return c.Damage
 	}
 	for _, want := range c.Files {
-		have, err := digest(ctx, c.Path, want.Name)
+		same, err := matches(ctx, c.Path, want)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -502,9 +508,9 @@ func (c *Checkpoint) Check(ctx context.Context, read func(bytes int64)) error {
 		if err != nil {
 			return err
 		}
-		read(have.Size)
-		if have != want {
-			return errcode.Damaged.Errorf("file %s is damaged: its SHA-256 is not that of %s; use another copy of the checkpoint", want.Name, RecordName)
+		read(want.Size)
+		if !same {
+			return errcode.Damaged.Errorf("file %s is damaged: its digest is not that of %s; use another copy of the checkpoint", want.Name, RecordName)
 		}
 	}
 	return nil

@@ -171,8 +171,8 @@ func TestDamage(t *testing.T) {
 		"c": {func(c *store.Checkpoint) error { return os.Remove(c.File(store.RecordName)) }, "record cannot be read"},
 		"d": {func(c *store.Checkpoint) error { return os.WriteFile(c.File(store.RecordName), []byte("{"), 0o600) }, "record cannot be read"},
 		"e": {func(c *store.Checkpoint) error {
-			return os.WriteFile(c.File(store.RecordName), []byte(`{"version": 2}`), 0o600)
-		}, "version 2"},
+			return os.WriteFile(c.File(store.RecordName), []byte(`{"version": 3}`), 0o600)
+		}, "version 3"},
 		"f-g": {func(c *store.Checkpoint) error { return os.Symlink("/etc/passwd", c.File("x")) }, ""},
 	} {
 		c := teststore.Add(t, s, teststore.Checkpoint{Name: name, Record: at(1)})

@@ -8,9 +8,7 @@ package teststore
 import (
 	"archive/tar"
 	"bytes"
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -151,8 +149,11 @@ func WriteImages(t testing.TB, dir string, files map[string][]byte, r store.Reco
 		if err := os.WriteFile(filepath.Join(target.Dir().Name(), name), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		sum := sha256.Sum256(content)
-		m.Files = append(m.Files, imageset.File{Name: name, Size: int64(len(content)), SHA256: hex.EncodeToString(sum[:])})
+		file, err := imageset.Describe(t.Context(), name, bytes.NewReader(content))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Files = append(m.Files, file)
 	}
 	if err := errclass.Join(target.Commit(t.Context(), m, key), target.Abort()); err != nil {
 		t.Fatal(err)
