@@ -6,7 +6,7 @@
 // machine, and a missed one fails the run. `make bench` runs it.
 //
 // What is compared is measured in turns, in one run on one machine. All values
-// are medians.
+// are medians, and those of comparisons are medians of the ratios of such turns.
 package bench
 
 import (
@@ -166,13 +166,35 @@ func median[T time.Duration | float64](values []T) T {
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-func ratio(a, b []time.Duration) float64 { return float64(median(a)) / float64(median(b)) }
+// ratio is the median of the ratios of pairs that were measured one right after
+// the other: what else loads the machine, and how fast it is then, affects both.
+func ratio(a, b []time.Duration) float64 {
+	ratios := make([]float64, len(a))
+	for i := range a {
+		ratios[i] = float64(a[i]) / float64(b[i])
+	}
+	return median(ratios)
+}
+
+// ofMedians is the ratio of the medians of what was measured apart.
+func ofMedians(a, b []time.Duration) float64 { return float64(median(a)) / float64(median(b)) }
 
 func TestMedian(t *testing.T) {
 	for want, values := range map[time.Duration][]time.Duration{0: nil, 3: {9, 1, 3}, 4: {9, 3, 5, 1}} {
 		if have := median(values); have != want {
 			t.Errorf("median of %v is %d, want %d", values, have, want)
 		}
+	}
+}
+
+func TestRatioIsOfPairs(t *testing.T) {
+	// The machine was half as fast in the last two.
+	a, b := []time.Duration{11, 11, 24, 22}, []time.Duration{10, 10, 20, 20}
+	if have := ratio(a, b); have != 1.1 {
+		t.Errorf("ratio is %v", have)
+	}
+	if have := ofMedians([]time.Duration{3, 4, 5}, []time.Duration{1, 2}); have != 4 {
+		t.Errorf("ratio of the medians is %v", have)
 	}
 }
 

@@ -64,7 +64,7 @@ func BenchmarkDowntime(b *testing.B) {
 							if m.name == "plain" {
 								plain = d
 							} else if len(plain.gap) > 0 {
-								b.ReportMetric(ratio(d.gap, plain.gap), "gap/plain-gap")
+								b.ReportMetric(ofMedians(d.gap, plain.gap), "gap/plain-gap")
 							}
 						})
 					}
@@ -185,7 +185,7 @@ func BenchmarkDowntimeCRI(b *testing.B) {
 						if m.name == "plain" {
 							plain = d
 						} else if len(plain.gap) > 0 {
-							b.ReportMetric(ratio(d.gap, plain.gap), "gap/plain-gap")
+							b.ReportMetric(ofMedians(d.gap, plain.gap), "gap/plain-gap")
 						}
 					})
 				}

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/thread"
 )
 
 const (
@@ -20,6 +22,8 @@ const (
 	// dropFrom is the size in bytes of files for which it is worth a request to the
 	// host afterwards.
 	dropFrom = 1 << 20
+	// lowest is the lowest priority of a thread.
+	lowest = 19
 )
 
 // pageCache drops images from the guest's page cache. Nothing in the guest reads
@@ -46,11 +50,22 @@ func (p *pageCache) drop(atLeast int64) {
 		if err != nil {
 			continue
 		}
-		if unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) == nil {
+		if forget(fd) == nil {
 			p.sizes[path] = st.Size()
 		}
 		unix.Close(fd)
 	}
+}
+
+// forget drops a file from the page cache. CRIU and the container have precedence:
+// the kernel lets others run after every few pages.
+func forget(fd int) error {
+	return thread.Do(func() error {
+		if err := unix.Setpriority(unix.PRIO_PROCESS, 0, lowest); err != nil {
+			return err
+		}
+		return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
+	})
 }
 
 // dropImages drops all large images of a directory.

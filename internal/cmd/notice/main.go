@@ -115,6 +115,7 @@ var licences = []struct{ id, sentence string }{
 	{"MIT", "Permission is hereby granted, free of charge"},
 	{"BSD-3-Clause", "Neither the name"},
 	{"BSD-3-Clause", "The names of its contributors may not be used"},
+	{"CC0-1.0", "CC0 1.0 Universal"},
 	{"Unlicense", "free and unencumbered software released into the public domain"},
 	{"BSD-2-Clause", "Redistributions in binary form must reproduce"},
 }

@@ -29,6 +29,7 @@ func TestIdentify(t *testing.T) {
 	for text, want := range map[string]string{
 		"                Apache License\n          Version 2.0, January 2004": "Apache-2.0",
 		"Permission is hereby granted,\nfree of charge, to any person":        "MIT",
+		"Creative Commons Legal Code\n\nCC0 1.0 Universal":                    "CC0-1.0",
 		"Redistributions in binary form\n must reproduce the above":           "BSD-2-Clause",
 		"Redistributions in binary form must reproduce … Neither the name":    "BSD-3-Clause",
 		"All rights reserved.": "",
