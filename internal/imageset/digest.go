@@ -14,9 +14,9 @@ import (
 )
 
 // newDigest returns the hash function of the digests that this release writes:
-// BLAKE3 with 256 bits, which the OCI image specification has as one of its
-// algorithms. A container may be frozen while all of its memory is hashed, and
-// SHA-256 manages 200 to 450 MB/s on processors without instructions for it.
+// BLAKE3 with 256 bits, which OCI's go-digest knows, too. A container may be
+// frozen while all of its memory is hashed, and SHA-256 manages 200 to 450 MB/s
+// on processors without instructions for it.
 func newDigest() hash.Hash { return blake3.New() }
 
 // hash returns the hash function of a file's digest. Manifests before version 3

@@ -619,8 +619,10 @@ func TestDamagedSetIsRefused(t *testing.T) {
 			err: []string{"damaged", "digest"},
 		},
 		"an unknown format version": {
-			damage: func(t *testing.T, dir string) { edit(t, dir, func(m map[string]any) { m["formatVersion"] = FormatVersion + 1 }) },
-			err:    []string{"format version 4", "reads 1 to 3"},
+			damage: func(t *testing.T, dir string) {
+				edit(t, dir, func(m map[string]any) { m["formatVersion"] = FormatVersion + 1 })
+			},
+			err: []string{"format version 4", "reads 1 to 3"},
 		},
 		"no format version": {
 			damage: func(t *testing.T, dir string) {
