@@ -29,16 +29,26 @@ import (
 // linkRemapPattern is [linkRemapName] for tar.
 const linkRemapPattern = "link_remap.[0-9]*"
 
+// emptyArchive ends at once: with two blocks of zeros.
+var emptyArchive = make([]byte, 2*512)
+
 // saveShm archives the /dev/shm of a container that is frozen.
 func saveShm(ctx context.Context, c *container, archive string) error {
 	shm, err := c.openShm(c.root().PID)
 	if err != nil {
 		return fmt.Errorf("save /dev/shm: %w", err)
 	}
-	if shm == nil { // the archive is empty
-		return os.WriteFile(archive, make([]byte, 1024), 0o600)
+	if shm == nil {
+		return os.WriteFile(archive, emptyArchive, 0o600)
 	}
 	defer shm.Close()
+	empty, err := isEmptyShm(shm)
+	if err != nil {
+		return fmt.Errorf("save /dev/shm: %w", err)
+	}
+	if empty { // as most are; tar takes a while to start
+		return os.WriteFile(archive, emptyArchive, 0o600)
+	}
 	// By descriptor: below a path of the container, tar would follow links in the
 	// guest's root.
 	cmd := criu.Command(ctx, "tar", "--create", "--file", archive, "--format=pax", "--sparse", "--numeric-owner", "--xattrs", "--one-file-system",
@@ -55,6 +65,29 @@ func saveShm(ctx context.Context, c *container, archive string) error {
 		return fmt.Errorf("save /dev/shm: %w: %s", err, strings.TrimSpace(stderr.String()))
 	}
 	return nil
+}
+
+// isEmptyShm reports whether a directory has nothing but links that CRIU makes.
+func isEmptyShm(shm *os.File) (bool, error) {
+	dir, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", shm.Fd()))
+	if err != nil {
+		return false, err
+	}
+	defer dir.Close()
+	for {
+		names, err := dir.Readdirnames(64)
+		if errors.Is(err, io.EOF) {
+			return true, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		for _, name := range names {
+			if !linkRemapName.MatchString(name) {
+				return false, nil
+			}
+		}
+	}
 }
 
 // restoreShm extracts an archive into a /dev/shm. A file that exists belongs to

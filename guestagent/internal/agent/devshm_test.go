@@ -90,6 +90,56 @@ func TestRestoreShmReadsWhatTarWrote(t *testing.T) {
 
 // The containers of a pod have one /dev/shm. The first that is restored brings
 // all files, those of others among them, and the next only what is missing.
+func TestIsEmptyShm(t *testing.T) {
+	for name, tc := range map[string]struct {
+		files []string
+		empty bool
+	}{
+		"nothing":                      {nil, true},
+		"links of CRIU's":              {[]string{"link_remap.1", "link_remap.23"}, true},
+		"a segment":                    {[]string{"segment"}, false},
+		"a segment beside links":       {[]string{"link_remap.1", "segment"}, false},
+		"a name like that of a link":   {[]string{"link_remap.1a"}, false},
+		"a hidden file (a semaphore)":  {[]string{".hidden"}, false},
+		"a directory with nothing":     {[]string{"dir/"}, false},
+		"more than are read at a time": {append(many("link_remap.", 200), "segment"), false},
+	} {
+		dir := t.TempDir()
+		for _, file := range tc.files {
+			path := filepath.Join(dir, file)
+			var err error
+			if strings.HasSuffix(file, "/") {
+				err = os.Mkdir(path, 0o700)
+			} else {
+				err = os.WriteFile(path, nil, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		shm := directory(t, dir)
+		for range 2 { // the descriptor itself is not read
+			if empty, err := isEmptyShm(shm); err != nil || empty != tc.empty {
+				t.Errorf("%s: %v, %v", name, empty, err)
+			}
+		}
+	}
+	archive := filepath.Join(t.TempDir(), "dev-shm.tar")
+	if err := os.WriteFile(archive, emptyArchive, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := restoreShm(t.Context(), directory(t, t.TempDir()), archive); err != nil {
+		t.Errorf("an empty archive: %v", err)
+	}
+}
+
+func many(prefix string, n int) (names []string) {
+	for i := range n {
+		names = append(names, prefix+strconv.Itoa(i))
+	}
+	return names
+}
+
 func TestRestoreShmTwice(t *testing.T) {
 	dst := t.TempDir()
 	for _, archive := range []string{
