@@ -381,6 +381,36 @@ func TestDeleteRemovesTheExchangeDirectory(t *testing.T) {
 	h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "Forget c1")
 }
 
+// Kata may not have stopped the container whose exit it has published.
+func TestDeleteIsRepeatedWhileKataStopsTheContainer(t *testing.T) {
+	h := newHarness(t)
+	h.run(nil)
+	times := 0
+	h.kata.Before("Delete", func(context.Context) error {
+		if times++; times < 3 {
+			return errors.New("unlinkat /run/vc/sbs/c1/c1: directory not empty")
+		}
+		return nil
+	})
+	if _, err := h.task.Delete(t.Context(), &task.DeleteRequest{ID: "c1"}); err != nil || times != 3 {
+		t.Errorf("after %d times: %v", times, err)
+	}
+
+	h = newHarness(t)
+	h.run(nil)
+	times = 0
+	ctx, cancel := context.WithCancel(t.Context())
+	h.kata.Before("Delete", func(context.Context) error {
+		if times++; times == 2 {
+			cancel()
+		}
+		return errors.New("unlinkat /run/vc/sbs/c1/c1: directory not empty")
+	})
+	if _, err := h.task.Delete(ctx, &task.DeleteRequest{ID: "c1"}); err == nil || times != 2 {
+		t.Errorf("%d times although the caller had given up: %v", times, err)
+	}
+}
+
 func TestDeleteThatKataRefusesKeepsTheContainer(t *testing.T) {
 	h := newHarness(t)
 	h.run(nil)

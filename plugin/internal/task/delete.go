@@ -4,12 +4,14 @@ package task
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
@@ -21,6 +23,13 @@ import (
 // whose VM may be gone as well.
 const forgetTimeout = time.Second
 
+// How often Kata is asked to delete a container that it has not stopped yet, and
+// the pauses between.
+const (
+	deleteTries = 20
+	deletePause = 100 * time.Millisecond
+)
+
 // delete deletes an exec or a container, and what this shim has kept of it.
 func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.DeleteResponse, error) {
 	if s, ok := c.current().(abandonedState); ok && r.ExecID == "" {
@@ -30,7 +39,7 @@ func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.De
 	}
 	resp := &task.DeleteResponse{}
 	answered := ask(&c.ending.deletion)
-	err := c.s.forward(ctx, "Delete", r, resp)
+	err := c.forwardDelete(ctx, r, resp)
 	answered()
 	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
 		return resp, err
@@ -43,6 +52,23 @@ func (c *container) delete(ctx context.Context, r *task.DeleteRequest) (*task.De
 	}
 	c.forget(ctx)
 	return resp, err
+}
+
+// forwardDelete has Kata delete an exec or a container. Kata's Go shim publishes an
+// exit before it stops the container (4.1.0, wait.go), and a Delete meanwhile fails
+// if it removes the container's directory while that is written to.
+func (c *container) forwardDelete(ctx context.Context, r *task.DeleteRequest, resp *task.DeleteResponse) error {
+	for try := 1; ; try++ {
+		err := c.s.forward(ctx, "Delete", r, resp)
+		if err == nil || try == deleteTries || !strings.Contains(err.Error(), unix.ENOTEMPTY.Error()) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(deletePause):
+		}
+	}
 }
 
 // forget cleans up after a container that Kata has deleted.
