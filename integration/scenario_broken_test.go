@@ -26,7 +26,7 @@ var damages = []struct {
 }{
 	{"a missing file", func(dir string) error { return os.Remove(filepath.Join(dir, "inventory.img")) }, []string{"inventory.img", "missing"}},
 	{"a truncated file", func(dir string) error { return os.Truncate(largest(dir), 4096) }, []string{"pages-", "4096 bytes", "should have"}},
-	{"a flipped bit", flipBit, []string{"pages-", "damaged", "SHA-256"}},
+	{"a flipped bit", flipBit, []string{"pages-", "damaged", "digest"}},
 	{"an unknown format version", func(dir string) error {
 		return changeManifest(dir, func(m map[string]any) { m["formatVersion"] = 9999 })
 	}, []string{"format version 9999"}},

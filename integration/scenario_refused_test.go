@@ -85,6 +85,7 @@ func refused(s *scenario) {
 	s.checkRefused("a unix socket connected to outside", peer, s.newDir(), "unix socket", "outside of the container", "close the connection")
 	s.checkKeepsRunning(peer)
 	s.remove(c)
+	s.waitExit(outside, 1) // its peer is gone; a kill would race with that
 	s.remove(listener)
 	c = pod.create(pod.withPodPIDs(engine.Container{ID: "strayed", Args: []string{"sh", "-c", "(sleep 1000 &); exec " + workload.Path + " counter --shm /dev/shm/strayed"}}))
 	strayed := s.run(c)
