@@ -46,6 +46,12 @@ const (
 	AgentOptional = "optional"
 )
 
+// Values of load_criu.
+const (
+	LoadAtFirstUse = "at-first-use"
+	LoadAtStart    = "at-start"
+)
+
 // Config is the content of the file, checked and with defaults filled in.
 // configs/config.toml documents the keys.
 type Config struct {
@@ -68,9 +74,12 @@ type Config struct {
 	// checkpoint freezes it.
 	PreDumps int
 	// PreDumpsCRI is for containers that the CRI created.
-	PreDumpsCRI   int
-	MaxImageFiles int
-	MaxImageBytes int64
+	PreDumpsCRI int
+	// LoadCRIUAtStart: a guest loads CRIU once a container has started, and not
+	// before the first checkpoint.
+	LoadCRIUAtStart bool
+	MaxImageFiles   int
+	MaxImageBytes   int64
 	// ReserveBytes stay free on a file system that images are written to.
 	ReserveBytes int64
 	// RestoreDir is the directory of the archives that pods may name.
@@ -126,6 +135,7 @@ type file struct {
 	Thaw               string   `toml:"thaw"`
 	PreDump            string   `toml:"pre_dump"`
 	PreDumpCRI         string   `toml:"pre_dump_cri"`
+	LoadCRIU           string   `toml:"load_criu"`
 	MaxImageFiles      int64    `toml:"max_image_files"`
 	MaxImageBytes      int64    `toml:"max_image_bytes"`
 	ReserveBytes       int64    `toml:"reserve_bytes"`
@@ -156,6 +166,7 @@ func defaults() file {
 		Thaw:               annotations.AtResume,
 		PreDump:            annotations.PreDumpOff,
 		PreDumpCRI:         annotations.PreDumpOff,
+		LoadCRIU:           LoadAtFirstUse,
 		MaxImageFiles:      65536,
 		MaxImageBytes:      256 << 30,
 		ReserveBytes:       1 << 30,
@@ -252,6 +263,8 @@ func parse(data []byte) (*Config, error) {
 		check(p.key, err == nil, fmt.Sprintf(`"off", "auto" or a number from "1" to "%d"`, annotations.MaxPreDumps))
 		*p.to = n
 	}
+	check("load_criu", f.LoadCRIU == LoadAtFirstUse || f.LoadCRIU == LoadAtStart, `"at-first-use" or "at-start"`)
+	c.LoadCRIUAtStart = f.LoadCRIU == LoadAtStart
 	// A set has one file at least, CRIU's inventory; a million is a mistake.
 	check("max_image_files", f.MaxImageFiles > 0 && f.MaxImageFiles <= 1<<20, "between 1 and 1048576")
 	check("max_image_bytes", f.MaxImageBytes > 0, "greater than 0")

@@ -46,6 +46,7 @@ type Guest struct {
 	conns     chan net.Conn
 	discarded []string
 	calls     []string
+	checks    int
 	requests  map[string]proto.Message
 	tokens    map[string]string
 	before    map[string]func(context.Context) error
@@ -154,6 +155,13 @@ func (g *Guest) Calls() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return append([]string(nil), g.calls...)
+}
+
+// Checks is how often CRIU was to be loaded and checked.
+func (g *Guest) Checks() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.checks
 }
 
 // Request returns the last request to a method of the agent.
@@ -287,6 +295,9 @@ func (g *Guest) runBefore(ctx context.Context, method string) error {
 func (g *Guest) Info(_ context.Context, r *api.InfoRequest) (*api.InfoResponse, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if r.GetCheck() {
+		g.checks++
+	}
 	out := &api.InfoResponse{Protocol: g.protocol, Version: "fake", Processors: 1}
 	if r.GetCheck() {
 		out.Problems, out.PreDump = g.problems, !g.NoPreDump

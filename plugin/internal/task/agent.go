@@ -86,7 +86,8 @@ func (s *Service) awaitAgent(ctx context.Context, c *container) error {
 
 // checkCRIU has the agent load CRIU and check whether it works in the guest.
 // The first time takes a second or more without KVM, which is better spent
-// before a container is frozen than while it is. Checkpoint reports what was
+// before a container is frozen than while it is, and best before it is paused.
+// Checkpoint reports what was
 // found. It returns whether there can be pre-dumps.
 func (s *Service) checkCRIU(ctx context.Context) (canPreDump bool) {
 	var info *api.InfoResponse

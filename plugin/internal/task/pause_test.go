@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
 )
 
@@ -323,5 +324,31 @@ func TestCloseIOWaitsForTheStart(t *testing.T) {
 	}
 	if _, err := h.task.CloseIO(t.Context(), &task.CloseIORequest{ID: "c1", ExecID: "f"}); err != nil || h.kata.Called("CloseIO c1 f") {
 		t.Errorf("of an exec that could not start: %v, %q", err, h.kata.Calls())
+	}
+}
+
+// CRIU is loaded into the guest behind a container's Start where its first Pause is
+// not to wait for that, once all the same, and before the first Pause otherwise.
+func TestCRIUIsLoadedBehindTheStart(t *testing.T) {
+	for name, tc := range map[string]struct {
+		prepare option
+		change  func(*specs.Spec)
+		want    bool
+	}{
+		"by default":      {prepare: withConfig(func(*config.Config) {})},
+		"with load_criu":  {prepare: withConfig(func(c *config.Config) { c.LoadCRIUAtStart = true }), want: true},
+		"with pre-dumps":  {prepare: withConfig(func(c *config.Config) { c.PreDumps = 1 }), want: true},
+		"by a pod's wish": {prepare: withConfig(func(*config.Config) {}), change: func(s *specs.Spec) { s.Annotations[annotations.PreDumpKey] = "auto" }, want: true},
+	} {
+		h := newHarness(t, tc.prepare)
+		h.run(tc.change)
+		if tc.want {
+			eventually(t, name+": CRIU is loaded", func() bool { return h.guest.Checks() > 0 })
+			continue
+		}
+		h.pause()
+		if got := h.guest.Checks(); got != 1 {
+			t.Errorf("%s: CRIU was loaded %d times until the first Pause has ended", name, got)
+		}
 	}
 }

@@ -58,6 +58,9 @@ func (c *container) startInit(ctx context.Context, r *task.StartRequest) (*task.
 		return nil, errclass.Join(err, c.endFailedStart(ctx))
 	}
 	c.transition(runningState{c: c})
+	if c.preDumps > 0 || c.s.cfg.LoadCRIUAtStart {
+		c.s.background(func(ctx context.Context) { c.s.checkCRIU(ctx) })
+	}
 	return resp, nil
 }
 
