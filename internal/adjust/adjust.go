@@ -47,6 +47,12 @@ func ExchangeDir(stateDir, namespace, id string) string {
 	return filepath.Join(stateDir, "exchange", namespace+"--"+id)
 }
 
+// StagingDir is where an image set is copied on its way to a container's exchange
+// directory, on the same file system and out of the guest's sight.
+func StagingDir(stateDir, namespace, id string) string {
+	return ExchangeDir(stateDir, namespace, id) + "--staging"
+}
+
 // Adjust returns what a container's spec lacks. It is idempotent.
 func Adjust(c Container, stateDir string) (*Adjustment, error) {
 	a := &Adjustment{}

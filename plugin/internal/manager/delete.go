@@ -109,6 +109,7 @@ func Delete(ctx context.Context, i *Invocation) ([]byte, error) {
 		warn("remove containerd's copy of a checkpoint", removeTemporary(i.Bundle))
 		warn("empty the rootfs", bundle.EmptyRootfs(i.Bundle))
 		warn("remove the exchange directory", remove.All(adjust.ExchangeDir(r.StateDir, i.Namespace, i.ID)))
+		warn("remove a copy of an image set", remove.All(adjust.StagingDir(r.StateDir, i.Namespace, i.ID)))
 	}
 	if owns {
 		warn("remove sockets", i.removeSockets(r))

@@ -68,7 +68,7 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 	if err := archive.Extract(ctx, cfg.RestoreDir, name, dir, c.s.limits()); err != nil {
 		return fail(err)
 	}
-	source, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), true, r.Rootfs, spec)
+	source, err := c.stageImages(ctx, filepath.Join(dir, imageset.ArchiveImages), true, r.Rootfs, spec, nil)
 	if err != nil {
 		return fail(fmt.Errorf("archive %s: %w", name, err))
 	}
@@ -76,8 +76,9 @@ func (c *container) prepareArchive(ctx context.Context, name string, r *task.Cre
 		return err
 	}
 	source.path, source.once = filepath.Join(cfg.RestoreDir, name), c.onceRecord()
+	source.staged = time.Since(begin)
 	c.source = source
-	c.logStaged(ctx, begin)
+	c.logStaged(ctx, source, source.staged)
 	return nil
 }
 

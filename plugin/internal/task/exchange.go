@@ -39,6 +39,8 @@ const restoreDir = "restore"
 // whoever owns the guest finds it read-only.
 type exchange struct {
 	dir string
+	// stagingDir is for an image set on its way there.
+	stagingDir string
 	// token is the content of the marker file, by which the agent recognizes the
 	// mount.
 	token string
@@ -54,14 +56,20 @@ type exchange struct {
 	stale bool
 	// lost is why no image can be passed any more, nil as long as one can.
 	lost error
+	// staging is the image set that is being copied while Kata creates the
+	// container, nil if none is.
+	staging *staging
 }
 
 // newExchange creates a container's exchange directory. It removes what an
 // earlier container of the same name left behind: containerd has at most one
 // task of a name.
 func newExchange(stateDir, namespace, id string, setWritable func(dir string, writable bool) error) (*exchange, error) {
-	e := &exchange{dir: adjust.ExchangeDir(stateDir, namespace, id), token: rand.Text(), setWritable: setWritable}
-	if err := remove.All(e.dir); err != nil {
+	e := &exchange{
+		dir: adjust.ExchangeDir(stateDir, namespace, id), stagingDir: adjust.StagingDir(stateDir, namespace, id),
+		token: rand.Text(), setWritable: setWritable,
+	}
+	if err := errclass.Join(remove.All(e.dir), remove.All(e.stagingDir)); err != nil {
 		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	if err := os.MkdirAll(filepath.Dir(e.dir), 0o700); err != nil {
@@ -361,7 +369,7 @@ func (e *exchange) remove() error {
 // removeLocked is called with the mutex held.
 func (e *exchange) removeLocked() error {
 	e.removed = true
-	if err := remove.All(e.dir); err != nil {
+	if err := errclass.Join(e.staging.end(), remove.All(e.dir)); err != nil {
 		return fmt.Errorf("remove exchange directory: %w", err)
 	}
 	return nil

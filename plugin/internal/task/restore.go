@@ -42,23 +42,26 @@ type source struct {
 
 // prepareRestore stages the image set and replaces the container's process by
 // the placeholder. Nothing has reached Kata yet, so that a refusal leaves
-// nothing to clean up.
+// nothing to clean up. A large set is verified while Kata creates the container,
+// and damage in it is found by Start.
 func (c *container) prepareRestore(ctx context.Context, r *task.CreateTaskRequest, spec *bundle.Spec) error {
 	begin, path := time.Now(), r.Checkpoint
-	defer c.s.removeTemporary(ctx, r.ID, r.Bundle, path)
+	removeTemporary := func() { c.s.removeTemporary(context.WithoutCancel(ctx), r.ID, r.Bundle, path) }
 	ctx, end := c.s.operation(ctx)
 	defer end()
-	source, err := c.stageImages(ctx, path, false, r.Rootfs, spec)
+	source, err := c.stageImages(ctx, path, false, r.Rootfs, spec, removeTemporary)
 	if err != nil {
+		removeTemporary()
 		return errclass.With(errdefs.ErrFailedPrecondition, fmt.Errorf("restore from %s: %w", path, err))
-	}
-	if err := c.setPlaceholder(spec); err != nil {
-		return err
 	}
 	c.source = source
 	r.Checkpoint = "" // to Kata it is an ordinary container
-	c.logStaged(ctx, begin)
-	return nil
+	if c.exchange.staged() == nil {
+		removeTemporary()
+		c.source.staged = time.Since(begin)
+		c.logStaged(ctx, c.source, c.source.staged)
+	}
+	return c.setPlaceholder(spec)
 }
 
 // noteTemporary notes containerd's copy of a checkpoint, which containerd never
@@ -89,13 +92,20 @@ func (s *Service) removeTemporary(ctx context.Context, id, dir, path string) {
 
 // stageImages verifies the image set in the directory path, copies it into the
 // exchange directory, and applies the root file system diff beside it. If the
-// directory is the container's own, in the exchange directory, it moves it.
-func (c *container) stageImages(ctx context.Context, path string, own bool, rootfs []*types.Mount, spec *bundle.Spec) (*source, error) {
+// directory is the container's own, in the exchange directory, it moves it. It
+// calls copied, if not nil, when nobody reads the directory any more: that may be
+// later, unless it returns an error.
+func (c *container) stageImages(ctx context.Context, path string, own bool, rootfs []*types.Mount, spec *bundle.Spec, copied func()) (_ *source, err error) {
 	set, err := imageset.Open(path)
 	if err != nil {
 		return nil, err
 	}
-	defer set.Close()
+	behind := false
+	defer func() {
+		if !behind {
+			set.Close()
+		}
+	}()
 	signed, err := c.permit(ctx, set)
 	if err != nil {
 		return nil, err
@@ -103,9 +113,18 @@ func (c *container) stageImages(ctx context.Context, path string, own bool, root
 	if err := checkFit(set.Manifest, spec.Spec, annotations.ImageName(c.annotations), c.terminal); err != nil {
 		return nil, err
 	}
-	if own {
+	out := &source{manifest: set.Manifest, path: path, rights: rightsOf(spec.Process)}
+	out.rights.Execs = signed
+	switch {
+	case own:
 		err = set.MoveTo(ctx, c.exchange.path(restoreDir))
-	} else {
+	case copied != nil && set.Manifest.Bytes() >= c.s.overlapFrom && !hasRootfsDiff(path):
+		// A root file system diff is applied to verified sets only.
+		if err = c.stageBehind(ctx, out, set, copied); err == nil {
+			behind = true
+		}
+		return out, err
+	default:
 		err = set.CopyTo(ctx, c.exchange.path(restoreDir), c.s.limits())
 	}
 	if err != nil {
@@ -114,15 +133,13 @@ func (c *container) stageImages(ctx context.Context, path string, own bool, root
 	if err := applyRootfsDiff(ctx, path, rootfs, c.s.limits()); err != nil {
 		return nil, err
 	}
-	out := &source{manifest: set.Manifest, path: path, rights: rightsOf(spec.Process)}
-	out.rights.Execs = signed
 	return out, nil
 }
 
-func (c *container) logStaged(ctx context.Context, begin time.Time) {
-	c.source.staged = time.Since(begin)
+// logStaged logs that an image set is staged, which took a while.
+func (c *container) logStaged(ctx context.Context, s *source, took time.Duration) {
 	log.G(ctx).WithFields(log.Fields{
-		"container": c.id, "phase": "stage images", "duration": time.Since(begin), "bytes": c.source.manifest.Bytes(), "from": c.source.path,
+		"container": c.id, "phase": "stage images", "duration": took, "bytes": s.manifest.Bytes(), "from": s.path,
 	}).Info("restore")
 	c.s.stops.Wait(ctx, "restore", "stage images")
 }
@@ -234,20 +251,25 @@ func (c *container) startRestored(ctx context.Context, r *task.StartRequest) (_ 
 	begin := time.Now()
 	measured := c.s.metrics.Begin(metrics.Restore)
 	report := c.newReport(ctx)
-	report.Phases = []metrics.Phase{{Name: metrics.StageImages, Seconds: c.source.staged.Seconds()}}
+	var waited time.Duration // for the image set, which is counted once
 	defer func() {
-		report.Seconds = (c.source.staged + measured.Elapsed()).Seconds()
+		report.Phases = slices.Insert(report.Phases, 0, metrics.Phase{Name: metrics.StageImages, Seconds: c.source.staged.Seconds()})
+		report.Seconds = (c.source.staged + measured.Elapsed() - waited).Seconds()
 		measured.End(*report, err)
 	}()
 	ctx, end := c.interruptible(ctx)
 	defer end()
 	c.s.stops.Wait(ctx, "restore", "adopt")
 	req := restoreRequest(c)
-	err = c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
-		_, err := a.CheckRestore(ctx, req)
-		return err
-	})
+	waited, err = c.awaitImages(ctx)
+	if err == nil {
+		err = c.s.agent.CallIdempotent(ctx, func(ctx context.Context, a api.AgentService) error {
+			_, err := a.CheckRestore(ctx, req)
+			return err
+		})
+	}
 	if err != nil {
+		err = adviseFull(err)
 		c.stopPlaceholder(ctx, r)
 		return nil, fmt.Errorf("restore container %s from %s: %w", c.id, c.source.path, err)
 	}

@@ -63,6 +63,15 @@ func applyRootfsDiff(ctx context.Context, checkpoint string, mounts []*types.Mou
 	return nil
 }
 
+// hasRootfsDiff reports whether there may be a diff that [applyRootfsDiff] applies.
+func hasRootfsDiff(checkpoint string) bool {
+	if bundle.IsTemporary(checkpoint) {
+		return false
+	}
+	_, err := os.Lstat(filepath.Join(filepath.Dir(filepath.Clean(checkpoint)), imageset.RootfsDiffName))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 // maxRootfsFiles bounds the entries of a root file system diff.
 const maxRootfsFiles = 1 << 20
 

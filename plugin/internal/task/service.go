@@ -96,6 +96,9 @@ type Service struct {
 	// hasAbandoned is set once a container has been abandoned.
 	hasAbandoned atomic.Bool
 	stops        stopat.Dir
+	// overlapFrom is the size in bytes of image sets that are staged while Kata
+	// creates the container.
+	overlapFrom int64
 
 	// vmBundle is the bundle in which the VM's process is recorded, or nil.
 	vmBundle atomic.Pointer[string]
@@ -134,7 +137,7 @@ func New(ctx context.Context, o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, namespace: o.Namespace, sandbox: o.Sandbox, down: down, mgmt: o.Management,
 		events: o.Events, shutdown: o.Shutdown, unlink: o.Unlink, endKata: o.EndKata, protect: o.ProtectShare, setWritable: o.SetWritable, virtiofsd: o.Virtiofsd, containers: make(map[string]*container),
-		stops: stopat.FromEnv(), netgate: netgateState{held: make(map[string][]netgate.Connection)}, restarting: make(chan struct{}, 1),
+		stops: stopat.FromEnv(), overlapFrom: overlapFrom, netgate: netgateState{held: make(map[string][]netgate.Connection)}, restarting: make(chan struct{}, 1),
 	}
 	s.metrics = metrics.Spool{Dir: o.Config.MetricsDir}
 	s.base, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
