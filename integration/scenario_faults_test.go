@@ -14,7 +14,7 @@ import (
 	"syscall"
 
 	"github.com/containerd/containerd/v2/client"
-	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/containerd/containerd/v2/pkg/oci"
 	"golang.org/x/sys/unix"
 
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
@@ -283,7 +283,8 @@ func (s *scenario) checkNothingBeside(set string) {
 // leaves nothing. A shim that the host kills for its memory takes its container
 // with it, and leaves an earlier image set whole.
 func outOfMemory(s *scenario) {
-	k := &killer{scenario: s, c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "1"}})}
+	args := []string{workload.Path, "memory", "--mib", "64", "--shm-mib", "1"}
+	k := &killer{scenario: s, c: s.create(engine.Container{ID: "c", Args: args})}
 	k.run = s.run(k.c)
 	s.waitNumbers(k.run.Output, workload.Rounds, 2)
 	k.targets = s.newDir()
@@ -306,18 +307,21 @@ func outOfMemory(s *scenario) {
 	s.check(k.requestCheckpoint(k.run, k.whole))
 	s.step("CRIU in the guest: %v", err)
 
-	// A container that may use less than what was checkpointed.
+	// A container that may use less than what was checkpointed. It is one of a pod:
+	// a VM that is a single container's would have no more memory either.
 	s.check(k.engine.EndTask(s.ctx, k.c))
 	k.run = nil
-	s.check(k.c.Update(s.ctx, withMemoryLimit(s, k.c, 24<<20)))
-	if _, err = s.engine.Restore(s.ctx, k.c, k.whole); err == nil {
+	pod := s.startPod()
+	small := pod.create(engine.Container{ID: "small", Args: args, Spec: []oci.SpecOpts{oci.WithMemoryLimit(24 << 20), oci.WithMemorySwap(24 << 20)}})
+	if _, err = s.engine.Restore(s.ctx, small, k.whole); err == nil {
 		s.Error("64 MiB were restored into 24 MiB")
 	} else {
 		s.checkSaysWhatToDo("a restore into 24 MiB", err, "higher memory limit")
 	}
+	s.remove(small)
+	s.remove(pod.sandbox)
 	s.checkNothingRuns()
 	s.step("a restore: %v", err)
-	s.check(k.c.Update(s.ctx, withMemoryLimit(s, k.c, 0)))
 	k.run = s.restore(k.c, k.whole)
 	s.waitNumbers(k.run.Output, workload.Rounds, 2)
 
@@ -334,19 +338,6 @@ func outOfMemory(s *scenario) {
 	k.checkWholeOrNothing(t, k.whole, true)
 	restored := s.restore(k.c, k.whole)
 	s.waitNumbers(restored.Output, workload.Rounds, 2)
-}
-
-// withMemoryLimit changes a container's memory limit, 0 for none.
-func withMemoryLimit(s *scenario, c client.Container, bytes int64) client.UpdateContainerOpts {
-	s.Helper()
-	spec, err := c.Spec(s.ctx)
-	s.check(err)
-	memory := &specs.LinuxMemory{}
-	if bytes > 0 {
-		memory.Limit, memory.Swap = &bytes, &bytes
-	}
-	spec.Linux.Resources.Memory = memory
-	return client.UpdateContainerOpts(client.WithSpec(spec))
 }
 
 // limitMemory lets a process of the host have no more memory than it has, or
