@@ -4,6 +4,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,11 +19,18 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
 )
 
+// kataPatience is how long a VM can be stopped until Kata's Go shim, which waits
+// so long for its agent's answer, ends it (src/runtime/virtcontainers/kata_agent.go).
+const kataPatience = 30 * time.Second
+
 // stuckParts: whatever part is stopped during a checkpoint, the checkpoint ends at
 // its deadline. Once the part continues, the container does as well, though nobody
 // asks for it, and the next checkpoint is made.
 func stuckParts(s *scenario) {
 	limit := paced(8 * time.Second).Round(time.Second)
+	if s.testbed.Way == testbed.Go {
+		limit = min(limit, kataPatience-5*time.Second)
+	}
 	s.configure("checkpoint_timeout", limit.String())
 	s.configure("freeze_timeout", "2s")
 	k := &killer{scenario: s, c: s.create(engine.Container{ID: "c", Args: []string{workload.Path, "memory", "--mib", "32", "--shm-mib", "1", "--every", "500ms"}})}
@@ -138,7 +146,9 @@ func (k *killer) stop(t trial) (proceed func()) {
 		}
 		signal := func(sig syscall.Signal) {
 			for _, pid := range pids {
-				k.check(syscall.Kill(pid, sig))
+				if err := syscall.Kill(pid, sig); sig == syscall.SIGSTOP || t.victim != "vm" || !errors.Is(err, syscall.ESRCH) {
+					k.check(err)
+				}
 			}
 		}
 		signal(syscall.SIGSTOP)
@@ -240,7 +250,9 @@ func (k *killer) stuckRestore(t trial, limit time.Duration, killed bool) {
 	if took, most := time.Since(begin), end+20*time.Second+paced(2*time.Second); took > most {
 		k.Errorf("%s: the restore ended after %s", t, took)
 	}
-	if err == nil || !strings.Contains(err.Error(), want) {
+	// On a slow machine, Kata may end a VM before the deadline ends the restore.
+	ended := t.victim == "vm" && k.testbed.Way == testbed.Go && limit > kataPatience && err != nil && strings.Contains(err.Error(), "the agent in the guest is gone")
+	if !ended && (err == nil || !strings.Contains(err.Error(), want)) {
 		k.Errorf("%s: the restore ended with: %v", t, err)
 	}
 	if err := k.waitAnswer(t, paused); err == nil {

@@ -143,6 +143,9 @@ func (s *Sandbox) connect(ctx context.Context) error {
 		<-s.vm.Gone()
 		s.client.Close()
 	}()
+	if s.config.Way == way.Go {
+		go s.watch()
+	}
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 )
 
 func TestTheManagementSocketTellsWhereTheAgentIs(t *testing.T) {
@@ -63,5 +64,23 @@ func TestASandboxTakesNothingFromAnotherOfItsName(t *testing.T) {
 	}
 	if err := claim(ours, filepath.Join(dir, "other")); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestAnAgentThatDoesNotAnswerIsNoticed(t *testing.T) {
+	gone, calls := make(chan struct{}), 0
+	if !watch(gone, time.Millisecond, 10*time.Millisecond, func(ctx context.Context) {
+		if calls++; calls > 3 {
+			<-ctx.Done()
+		}
+	}) {
+		t.Error("an agent that does not answer is well")
+	}
+	if calls != 4 {
+		t.Errorf("it was asked %d times, and 3 times it has answered", calls)
+	}
+	close(gone)
+	if watch(gone, time.Hour, time.Hour, func(context.Context) {}) {
+		t.Error("a VM that has gone is to be ended")
 	}
 }

@@ -248,6 +248,9 @@ func (v *VM) Stop(ctx context.Context) {
 	}
 }
 
+// End ends the VM, and may be called beside Stop.
+func (v *VM) End() { v.shutdown(context.Background()) }
+
 // shutdown ends the VMM.
 func (v *VM) shutdown(ctx context.Context) {
 	if v.api != nil {
