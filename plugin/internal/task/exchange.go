@@ -79,7 +79,7 @@ func newExchange(stateDir, namespace, id string, setWritable func(dir string, wr
 		return nil, fmt.Errorf("create exchange directory: %w", err)
 	}
 	if err := e.mark(); err != nil {
-		return nil, fmt.Errorf("create exchange directory: %w", err)
+		return nil, fmt.Errorf("create exchange directory: %w", errclass.Join(err, remove.All(e.dir)))
 	}
 	return e, nil
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/kata-checkpoint/kata-checkpoint/internal/adjust"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/budget"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
@@ -246,5 +247,26 @@ func TestExchangeThatCannotBeChanged(t *testing.T) {
 	}
 	if e.users != 0 {
 		t.Errorf("%d operations have it open", e.users)
+	}
+}
+
+// A file system without space takes directories, but nothing into files.
+func TestAnExchangeDirectoryThatCannotBeMarkedIsNotLeft(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("mount(2) is reserved to root")
+	}
+	state := t.TempDir()
+	if err := unix.Mount("tmpfs", state, "tmpfs", 0, "size=4k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(state, 0) })
+	if err := os.WriteFile(filepath.Join(state, "full"), make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := newExchange(state, "ns", "c1", nil); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("created: %v", err)
+	}
+	if dir := adjust.ExchangeDir(state, "ns", "c1"); exists(dir) {
+		t.Errorf("%s is left", dir)
 	}
 }
