@@ -17,6 +17,7 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/integration/engine"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/testbed"
 	"github.com/kata-checkpoint/kata-checkpoint/integration/workload"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/procfs"
 )
 
 // kataPatience is how long a VM can be stopped until Kata's Go shim, which waits
@@ -126,7 +127,18 @@ func (k *killer) stop(t trial) (proceed func()) {
 	k.Helper()
 	inGuest := func(find, victim string) func() {
 		k.shellInGuestOf(k.c.ID(), find+"kill -STOP $"+victim)
-		return func() { k.shellInGuestOf(k.c.ID(), find+"kill -CONT $"+victim) }
+		vm := k.pid("vm")
+		started, err := procfs.StartTime(vm)
+		k.check(err)
+		return func() {
+			ctx, cancel := context.WithTimeout(k.ctx, paced(answerTimeout))
+			defer cancel()
+			_, status, err := k.testbed.GuestExec(ctx, k.c.ID(), find+"kill -CONT $"+victim)
+			// After a SIGKILL of its only container, a VM may have ended.
+			if (err != nil || status != 0) && !k.eventually(settleTimeout, func() bool { return !procfs.Is(vm, started) }) {
+				k.Fatalf("%s: in the guest: status %d: %v", t, status, err)
+			}
+		}
 	}
 	switch t.victim {
 	case "criu":
