@@ -240,6 +240,13 @@ func (f *Follower) open(dir *os.File, name string) (*growing, error) {
 	if g := f.growing[name]; g != nil || len(f.growing) == maxFollowed {
 		return g, nil
 	}
+	// Most files are small, and there are some for each process: they are not
+	// opened each time. What is here may be replaced by the guest, and counts for
+	// nothing else.
+	var st unix.Stat_t
+	if err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size < followFrom {
+		return nil, nil
+	}
 	src, st, err := openRegular(dir, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // renamed since it was listed

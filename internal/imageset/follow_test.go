@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // following is a follower, the directory that the guest writes to and the one
@@ -220,4 +222,28 @@ func TestFollowStops(t *testing.T) {
 	if err != nil || st.Size() != followFrom {
 		t.Errorf("%v, %v", st, err)
 	}
+}
+
+// A container of many processes has many small files, which are not opened each
+// time that the follower looks for more data.
+func TestASmallFileIsNotOpenedBeforeItIsCollected(t *testing.T) {
+	f := follow(t, Limits{Files: 10, Bytes: 1 << 30})
+	f.append(t, "small.img", "small")
+	watch, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(watch)
+	if _, err := unix.InotifyAddWatch(watch, filepath.Join(f.from, "small.img"), unix.IN_OPEN); err != nil {
+		t.Fatal(err)
+	}
+	large := strings.Repeat("l", followFrom)
+	for i := range 3 { // each is seen in another pass
+		f.append(t, "large.img", large)
+		f.copied(t, "large.img", (i+1)*followFrom)
+	}
+	if n, err := unix.Read(watch, make([]byte, 4096)); err == nil {
+		t.Errorf("it was opened: %d bytes of events", n)
+	}
+	f.want(t, map[string]string{"small.img": "small", "large.img": strings.Repeat(large, 3)})
 }
