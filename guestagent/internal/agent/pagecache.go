@@ -17,11 +17,11 @@ const (
 	// page cache.
 	dropEvery = 500 * time.Millisecond
 	// dropBehindFrom is how much of a file is dropped at once, in bytes, while CRIU
-	// writes it: the guest's processor has other work then.
-	dropBehindFrom = 256 << 20
-	// dropFrom is the size in bytes of files for which it is worth a request to the
-	// host afterwards.
-	dropFrom = 1 << 20
+	// writes it: the guest's processor has other work then, and 256 MiB keep it busy
+	// for a quarter of a second without KVM. What is less than that, and the end of
+	// what is more, goes with the images, which the shim has removed in the guest
+	// as soon as the container runs.
+	dropBehindFrom = 512 << 20
 	// lowest is the lowest priority of a thread.
 	lowest = 19
 )
@@ -68,14 +68,8 @@ func forget(fd int) error {
 	})
 }
 
-// dropImages drops all large images of a directory.
-func dropImages(images string) {
-	p := &pageCache{images, make(map[string]int64)}
-	p.drop(dropFrom)
-}
-
 // dropBehind drops what is written to a directory of images, in pieces of so many
-// bytes. The returned function, which does not wait, ends that, and drops the rest.
+// bytes. The returned function, which does not wait, ends that.
 func dropBehind(images string, piece int64) (end func()) {
 	done := make(chan struct{})
 	go func() {
@@ -87,7 +81,6 @@ func dropBehind(images string, piece int64) (end func()) {
 			case <-tick.C:
 				p.drop(piece)
 			case <-done:
-				p.drop(dropFrom)
 				return
 			}
 		}

@@ -62,10 +62,11 @@ func TestImagesAreDroppedFromThePageCache(t *testing.T) {
 		}
 	}
 	pages, small, other := filepath.Join(dir, "pages-1.img"), filepath.Join(dir, "pages-2.img"), filepath.Join(dir, "files.img")
-	end := dropBehind(dir, 2*dropFrom)
-	write(pages, 2*dropFrom)
-	write(small, dropFrom-1)
-	write(other, 2*dropFrom)
+	const piece = 2 << 20
+	defer dropBehind(dir, piece)()
+	write(pages, piece)
+	write(small, piece-1)
+	write(other, piece)
 	eventually := func(what string) {
 		t.Helper()
 		tick := time.NewTicker(10 * time.Millisecond)
@@ -79,9 +80,8 @@ func TestImagesAreDroppedFromThePageCache(t *testing.T) {
 		}
 	}
 	eventually("while it is written")
-	write(pages, dropFrom)
-	end()
-	eventually("in the end")
+	write(pages, piece)
+	eventually("and once more")
 	if cached(t, small) == 0 || cached(t, other) == 0 {
 		t.Error("files are dropped for which it is not worth it")
 	}

@@ -276,7 +276,6 @@ func (a *Agent) restore(ctx context.Context, c *container, r *api.RestoreRequest
 		return nil, err
 	}
 	ph.done("criu restore")
-	go dropImages(images)
 	if err := checkRestored(may, tree); err != nil {
 		return nil, err
 	}
