@@ -28,6 +28,11 @@ import (
 const (
 	// followFrom is the size in bytes from which a file is copied while it grows.
 	followFrom = 1 << 20
+	// followBuffer is the size of a read in bytes: what is read is digested and
+	// written from a processor's own cache, and the guest has the memory's bandwidth.
+	followBuffer = 128 << 10
+	// writeOutFrom is how much is given to the disk at once, in bytes.
+	writeOutFrom = 4 << 20
 	// maxFollowed bounds their number: each needs two descriptors.
 	maxFollowed = 64
 	// followEvery is the interval at which the follower looks for more data. Each
@@ -62,7 +67,7 @@ type Follower struct {
 func Follow(src, name string, dst *os.File, limits Limits, skip ...string) *Follower {
 	f := &Follower{
 		src: src, name: name, dst: dst, room: budget.NewRoom(dst, limits.Reserve), limits: limits, skip: skip,
-		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing), buffer: make([]byte, copyBuffer),
+		stop: make(chan struct{}), ended: make(chan struct{}), growing: make(map[string]*growing), buffer: make([]byte, followBuffer),
 	}
 	go func() {
 		defer close(f.ended)
@@ -271,8 +276,10 @@ type growing struct {
 	src, out *os.File
 	sparse   *budget.SparseWriter // to out
 	size     int64                // of the copy, bytes
-	digest   hash.Hash
-	buffer   []byte // the follower's
+	// writtenOut is how much of it has been given to the disk.
+	writtenOut int64
+	digest     hash.Hash
+	buffer     []byte // the follower's
 }
 
 func (g *growing) close() {
@@ -288,9 +295,12 @@ func (g *growing) grow(src io.ReaderAt, size int64, stopped func() bool) error {
 			if _, err := g.sparse.Write(g.buffer[:n]); err != nil {
 				return err
 			}
-			writeOut(g.out, g.size, int64(n))
 			g.digest.Write(g.buffer[:n])
 			g.size += int64(n)
+			if g.size-g.writtenOut >= writeOutFrom {
+				writeOut(g.out, g.writtenOut, g.size-g.writtenOut)
+				g.writtenOut = g.size
+			}
 		}
 		switch {
 		case isEOF(err) && n == 0:
