@@ -47,6 +47,7 @@ type Guest struct {
 	discarded []string
 	calls     []string
 	checks    int
+	noPreDump bool
 	requests  map[string]proto.Message
 	tokens    map[string]string
 	before    map[string]func(context.Context) error
@@ -57,8 +58,6 @@ type Guest struct {
 	Rounds []uint64
 	// Fold changes the description of folded files.
 	Fold func(*api.FoldedFiles)
-	// NoPreDump: its kernel does not note which pages are written.
-	NoPreDump bool
 	// Addresses are those of its network interfaces.
 	Addresses []*api.Address
 	// Sockets are those of the container with options that CRIU does not restore.
@@ -155,6 +154,13 @@ func (g *Guest) Calls() []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return append([]string(nil), g.calls...)
+}
+
+// LosePreDump gives it a kernel that does not note which pages are written.
+func (g *Guest) LosePreDump() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.noPreDump = true
 }
 
 // Checks is how often CRIU was to be loaded and checked.
@@ -300,7 +306,7 @@ func (g *Guest) Info(_ context.Context, r *api.InfoRequest) (*api.InfoResponse, 
 	}
 	out := &api.InfoResponse{Protocol: g.protocol, Version: "fake", Processors: 1}
 	if r.GetCheck() {
-		out.Problems, out.PreDump = g.problems, !g.NoPreDump
+		out.Problems, out.PreDump = g.problems, !g.noPreDump
 	}
 	return out, nil
 }

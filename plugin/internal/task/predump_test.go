@@ -93,7 +93,7 @@ func TestPauseOfAContainerWithPreDumps(t *testing.T) {
 		"by the annotation":         {spec: preDumped("auto"), defers: true},
 		"by the configuration":      {config: byDefault, defers: true},
 		"against the configuration": {spec: preDumped("off"), config: byDefault},
-		"a kernel without it":       {spec: preDumped("auto"), before: func(h *harness) { h.guest.NoPreDump = true }},
+		"a kernel without it":       {spec: preDumped("auto"), before: func(h *harness) { h.guest.LosePreDump() }},
 		"with another one paused":   {spec: preDumped("auto"), before: (*harness).holdAnother},
 	} {
 		t.Run(name, func(t *testing.T) {
