@@ -62,11 +62,13 @@ func preDumpLife(s *scenario) {
 	// A restored one, left running, and its image set beside it.
 	dir := s.checkpoint(run, false)
 	s.checkPreDumped(dir)
-	s.checkKeepsRunning(run)
+	s.checkStatus(run, client.Running)
+	rounds := s.waitNumbers(run.Output, workload.Rounds, len(s.printedNumbers(run.Output, workload.Rounds))+3)
+	s.checkConsecutive(rounds[0], rounds)
 	s.remove(c)
 	other := s.create(engine.Container{ID: "other", Args: []string{workload.Path, "memory", "--mib", "48", "--shm-mib", "4", "--every", "50ms"}})
 	again := s.restore(other, dir)
-	rounds := s.waitNumbers(again.Output, workload.Rounds, 3)
+	rounds = s.waitNumbers(again.Output, workload.Rounds, 3)
 	s.checkConsecutive(rounds[0], rounds)
 	s.remove(other)
 
