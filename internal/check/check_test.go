@@ -154,10 +154,8 @@ container_annotations = ['kata-checkpoint.dev/*']
 	n.write(fmt.Sprintf("proc/%d/stat", pid), fmt.Sprintf("%d (containerd) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 10000 0", pid), 0o644)
 	n.write("proc/stat", fmt.Sprintf("cpu 0\nbtime %d\n", time.Now().Unix()-70), 0o644)
 	n.write("config.toml", "", 0o644)
-	for p, exe := range map[string]string{"1": "/sbin/init", "99": "/opt/nri/plugins/10-kata-checkpoint-nri"} {
-		n.write("proc/"+p+"/cmdline", "", 0o644)
-		n.link(exe, "proc/"+p+"/exe")
-	}
+	n.process(1, 0, "/sbin/init")
+	n.process(99, pid, "/opt/nri/plugins/90-"+NRIPluginName)
 
 	n.write("kata/configuration-clh.toml", strings.ReplaceAll(kataConfiguration, "KERNEL", n.path("kata/vmlinux.container")), 0o644)
 	n.dropIn("[hypervisor.clh]", `guest_hook_path = "/run/kata-containers/shared/containers/sandbox-mounts/guest/hooks"`,
@@ -209,6 +207,39 @@ func (n *node) serve() {
 		containers.RegisterContainersServer(s, n.guest)
 		go func() { _ = s.Serve(l) }()
 		n.t.Cleanup(s.Stop)
+	}
+}
+
+// process adds one to the node's procfs, in the place of one with this pid.
+func (n *node) process(pid, parent int, exe string) {
+	n.t.Helper()
+	n.write(fmt.Sprintf("proc/%d/cmdline", pid), exe+"\x00", 0o644)
+	n.write(fmt.Sprintf("proc/%d/stat", pid), fmt.Sprintf("%d (%s) S %d 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 10000 0", pid, filepath.Base(exe), parent), 0o644)
+	n.link(exe, fmt.Sprintf("proc/%d/exe", pid))
+}
+
+// The plugin is one that containerd has started, under the name that install gives
+// it or with the program's own, or a service.
+func TestNRIPluginRuns(t *testing.T) {
+	for _, tc := range []struct {
+		exe    string
+		parent int
+		want   bool
+	}{
+		{"/opt/nri/plugins/90-kata-checkpoint", pid, true},
+		{"/opt/nri/plugins/10-kata-checkpoint-nri", pid, true},
+		{"/opt/nri/plugins/90-kata-checkpoint (deleted)", pid, true},
+		{"/usr/local/bin/kata-checkpoint-nri", 1, true},
+		{"/opt/nri/plugins/90-kata-checkpoint", pid + 1, false},
+		{"/usr/bin/kata-checkpoint", pid, false},
+		{"/opt/nri/plugins/90-another", pid, false},
+	} {
+		n := newNode(t)
+		n.process(99, tc.parent, tc.exe)
+		i := slices.IndexFunc(n.run(), func(f Finding) bool { return f.Check == "nri.plugin" && f.Level == OK })
+		if (i >= 0) != tc.want {
+			t.Errorf("%s, whose parent is %d: running %t", tc.exe, tc.parent, i >= 0)
+		}
 	}
 }
 
@@ -300,6 +331,10 @@ func hostFaults() map[string]hostFault {
 			"nri.containerd", Error, "NRI is off", "disable = false",
 		},
 		"no NRI plugin":   {func(n *node) { n.remove("proc/99") }, "nri.plugin", Error, "does not run", "systemctl"},
+		"another containerd's NRI plugin": {
+			func(n *node) { n.remove("proc/99"); n.process(99, 1, "/opt/nri/plugins/90-"+NRIPluginName) },
+			"nri.plugin", Error, "does not run", "systemctl",
+		},
 		"no Kata":         {func(n *node) { n.remove("bin/containerd-shim-kata-v2") }, "kata.shim", Error, "not on containerd's PATH", "downstream_shim"},
 		"an old Kata":     {func(n *node) { n.script("bin/containerd-shim-kata-v2", "(Golang) version: 3.19.1") }, "kata.shim", Error, "3.19.1, which is too old", "4.1.0"},
 		"a broken shim":   {func(n *node) { n.write("bin/containerd-shim-kata-v2", "#!/bin/false\n", 0o755) }, "kata.shim", Error, "does not run", "reinstall"},

@@ -35,6 +35,9 @@ const (
 	// ShimName is the binary that containerd looks for on its PATH.
 	ShimName = "containerd-shim-kata-checkpoint-v2"
 	nriName  = "kata-checkpoint-nri"
+	// NRIPluginName is the name of the NRI plugin in containerd's directory of
+	// plugins, behind its index there.
+	NRIPluginName = "kata-checkpoint"
 
 	minContainerd = "2.1"
 	answerTimeout = 5 * time.Second
@@ -278,18 +281,46 @@ func (h *Host) nri(d *daemon, f *Findings) {
 		return
 	}
 	f.ok("nri.containerd", "NRI is on in containerd")
-	pids, err := filepath.Glob(h.proc("[0-9]*", "exe"))
-	if err != nil {
+	if path := h.nriPlugin(d.pid); path != "" {
+		f.ok("nri.plugin", "%s runs", path)
 		return
 	}
-	for _, exe := range pids {
-		// A plugin that containerd starts has two digits before its name.
-		if target, err := os.Readlink(exe); err == nil && strings.HasSuffix(filepath.Base(strings.TrimSuffix(target, " (deleted)")), nriName) {
-			f.ok("nri.plugin", "%s runs", target)
-			return
+	f.fail("nri.plugin", "kata-checkpoint install and systemctl restart containerd, or systemctl enable --now "+nriName, "%s does not run: containers of pods fail to start", nriName)
+}
+
+// nriPlugin returns the path of our NRI plugin, if it runs: as a service, or as a
+// child of containerd's, which starts what is named NN-NAME in its directory of
+// plugins. Another containerd's serves no pods of this one.
+func (h *Host) nriPlugin(containerd int) string {
+	links, err := filepath.Glob(h.proc("[0-9]*", "exe"))
+	if err != nil {
+		return ""
+	}
+	for _, link := range links {
+		target, err := os.Readlink(link)
+		if err != nil {
+			continue
+		}
+		path := strings.TrimSuffix(target, " (deleted)")
+		switch name := filepath.Base(path); {
+		case name == nriName:
+			return path
+		case ofContainerd(name):
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(link)))
+			if parent, err := procfs.Parent(h.proc(), pid); err == nil && parent == containerd {
+				return path
+			}
 		}
 	}
-	f.fail("nri.plugin", "kata-checkpoint install and systemctl restart containerd, or systemctl enable --now "+nriName, "%s does not run: containers of pods fail to start", nriName)
+	return ""
+}
+
+// ofContainerd reports whether a file has a name by which containerd starts our
+// plugin: [NRIPluginName] after two digits, or that of the service.
+func ofContainerd(name string) bool {
+	index, name, _ := strings.Cut(name, "-")
+	_, err := strconv.ParseUint(index, 10, 8)
+	return err == nil && len(index) == 2 && (name == NRIPluginName || name == nriName)
 }
 
 // criu looks for the CRIU that the CRI wants to see.

@@ -217,7 +217,7 @@ func (o *Options) binaries() ([]*entry, error) {
 		files = append(files, [2]string{cliName, o.BinDir + "/" + cliName})
 	}
 	if o.NRIPlugins != "" {
-		files = append(files, [2]string{nriName, o.NRIPlugins + "/90-kata-checkpoint"})
+		files = append(files, [2]string{nriName, o.NRIPlugins + "/90-" + check.NRIPluginName})
 	}
 	var entries []*entry
 	for _, f := range files {

@@ -104,20 +104,36 @@ func StartTime(pid int) (uint64, error) {
 // programs, on each architecture that Kata runs on.
 const userHZ = 100
 
+// Parent returns the pid of a process's parent, from the procfs that is mounted at
+// root.
+func Parent(root string, pid int) (int, error) {
+	s, err := readStatAt(root, pid)
+	return s.Parent, err
+}
+
+func readStatAt(root string, pid int) (Stat, error) {
+	data, err := os.ReadFile(filepath.Join(root, strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return Stat{}, err
+	}
+	s, err := parseStat(data)
+	if err != nil {
+		return Stat{}, fmt.Errorf("parse the stat of process %d: %w", pid, err)
+	}
+	return s, nil
+}
+
 // Started returns when a process started, by the clock of the host, from the
 // procfs that is mounted at root. The kernel knows when it booted to the second.
 // The modification time of /proc/PID is no answer: it is that of the first look
 // at it.
 func Started(root string, pid int) (time.Time, error) {
-	data, err := os.ReadFile(filepath.Join(root, strconv.Itoa(pid), "stat"))
+	s, err := readStatAt(root, pid)
 	if err != nil {
 		return time.Time{}, err
 	}
-	s, err := parseStat(data)
+	data, err := os.ReadFile(filepath.Join(root, "stat"))
 	if err != nil {
-		return time.Time{}, fmt.Errorf("parse the stat of process %d: %w", pid, err)
-	}
-	if data, err = os.ReadFile(filepath.Join(root, "stat")); err != nil {
 		return time.Time{}, err
 	}
 	for line := range strings.Lines(string(data)) {
