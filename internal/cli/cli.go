@@ -74,11 +74,22 @@ func runAsUsed(ctx context.Context, root *cobra.Command) error {
 		}
 	}
 	watch(root)
-	err := root.ExecuteContext(ctx)
-	if !begun {
-		err = errcode.Usage.Wrap(err)
+	c, err := root.ExecuteContextC(ctx)
+	if err != nil && !begun {
+		err = errcode.Usage.Errorf("%w: %s", err, hint(c))
 	}
 	return err
+}
+
+// hint tells how a command is used.
+func hint(c *cobra.Command) string {
+	if c.HasAvailableSubCommands() {
+		if alike := c.SuggestionsFor(c.Flags().Arg(0)); len(alike) > 0 {
+			return "did you mean " + strings.Join(alike, " or ") + "?"
+		}
+		return fmt.Sprintf("see `%s --help` for the commands", c.CommandPath())
+	}
+	return fmt.Sprintf("use `%s`, see `%s --help`", c.UseLine(), c.CommandPath())
 }
 
 // Command is the command line.
@@ -90,7 +101,7 @@ func Command() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE:          showHelp,
 	}
 	wrapHelp(root)
 	root.AddGroup(&cobra.Group{ID: everydayGroup, Title: "Checkpoints:"}, &cobra.Group{ID: nodeGroup, Title: "The node:"})
@@ -102,6 +113,9 @@ func Command() *cobra.Command {
 	root.AddCommand(probeCommand(), guardCommand())
 	return root
 }
+
+// showHelp is what a command does that has only subcommands.
+func showHelp(c *cobra.Command, _ []string) error { return c.Help() }
 
 // wrapHelp lets the help fit on a terminal.
 func wrapHelp(root *cobra.Command) {

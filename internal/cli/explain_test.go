@@ -54,3 +54,20 @@ func TestErrorsHaveCodes(t *testing.T) {
 		}
 	}
 }
+
+// An error of the usage says how the command is used.
+func TestUsageErrorsSayHow(t *testing.T) {
+	for args, want := range map[string]string{
+		"inspect a b":      "accepts 1 arg(s), received 2: use `kata-checkpoint inspect NAME [flags]`, see `kata-checkpoint inspect --help` (KC-1001)",
+		"verify --no-such": "unknown flag: --no-such: use `kata-checkpoint verify [NAME...] [flags]`, see `kata-checkpoint verify --help` (KC-1001)",
+		"inspec a":         "unknown command \"inspec\" for \"kata-checkpoint\": did you mean inspect? (KC-1001)",
+		"snapshot":         "unknown command \"snapshot\" for \"kata-checkpoint\": see `kata-checkpoint --help` for the commands (KC-1001)",
+		"trust forget":     "unknown command \"forget\" for \"kata-checkpoint trust\": see `kata-checkpoint trust --help` for the commands (KC-1001)",
+	} {
+		var stderr bytes.Buffer
+		status := Run(t.Context(), strings.Fields(args), &stderr, &stderr)
+		if have := strings.TrimSpace(stderr.String()); status != exitError || have != "kata-checkpoint: "+want {
+			t.Errorf("%s: status %d, %s, want %s", args, status, have, want)
+		}
+	}
+}

@@ -36,6 +36,7 @@ func KubectlCommand() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
+		RunE:          showHelp,
 	}
 	wrapHelp(root)
 	root.AddCommand(kubectlCreateCommand())

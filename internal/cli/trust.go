@@ -33,6 +33,7 @@ directory trusted-keys of state_dir, which add and remove change. Containers
 that are created from then on use them.`,
 		GroupID: everydayGroup,
 		Args:    cobra.NoArgs,
+		RunE:    showHelp,
 	}
 	c.AddCommand(trustListCommand(), trustAddCommand(), trustRemoveCommand(), trustShowCommand())
 	return c
