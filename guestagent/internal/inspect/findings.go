@@ -45,6 +45,9 @@ type Finding struct {
 	// What completes "the process P ..." or "the container ...", and Advice is
 	// what to do about it.
 	What, Advice string
+	// Stale: it may be wrong of processes that run, whose descriptors are read before
+	// their sockets are: a connection that was accepted in between has no owner.
+	Stale bool
 }
 
 // String is one line, whatever the names in it are.
@@ -85,13 +88,13 @@ func Refusal(findings []Finding) error {
 	return errclass.With(errdefs.ErrFailedPrecondition, errcode.Parse(strings.Join(texts, "; ")))
 }
 
-// Passing reports whether only such things forbid a checkpoint as are over in a
-// moment, if the programs run: what has arrived is read, and who has connected is
-// accepted.
+// Passing reports whether only such things forbid a checkpoint as another look in
+// a moment may not find, if the programs run: what has arrived is read, who has
+// connected is accepted, and what was stale is not.
 func Passing(findings []Finding) bool {
 	some := false
 	for _, f := range findings {
-		if f.Class == Refused && f.Code != errcode.SocketBusy {
+		if f.Class == Refused && f.Code != errcode.SocketBusy && !f.Stale {
 			return false
 		}
 		some = some || f.Class == Refused
@@ -360,9 +363,12 @@ func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
 			out = append(out, c.finding(c.byPID(conn.PID), rule{class: Warning, what: fmt.Sprintf("has a TCP connection from %s that its peer %s has closed", conn.Local, conn.Remote), advice: "it finds the connection closed after the restore"}))
 		}
 	}
-	count := make(map[int]int)
+	count, elsewhere := make(map[int]int), make(map[int]bool)
 	for _, conn := range connections {
 		count[conn.PID]++
+		if !conn.Here || conn.Exec != nil {
+			elsewhere[conn.PID] = true
+		}
 	}
 	for _, conn := range connections {
 		n := count[conn.PID]
@@ -384,7 +390,9 @@ func (c *Container) connected(o *api.CheckpointOptions) (out []Finding) {
 		if n > 1 {
 			r.what += fmt.Sprintf(", and %d more", n-1)
 		}
-		out = append(out, c.finding(c.byPID(conn.PID), r))
+		f := c.finding(c.byPID(conn.PID), r)
+		f.Stale = !elsewhere[conn.PID]
+		out = append(out, f)
 	}
 	return out
 }
@@ -444,9 +452,11 @@ func (c *Container) externalSockets(allow bool) ([]Finding, error) {
 		}
 		_ = links(dir, func(_ int, name string) error {
 			if inode, ok := socketInode(name); ok && outside[inode] != nil {
-				out = append(out, c.finding(outside[inode], rule{Refused, errcode.UnixSocket,
+				f := c.finding(outside[inode], rule{Refused, errcode.UnixSocket,
 					fmt.Sprintf("has a unix socket that is connected to outside of the container, to the process %s (pid %d in the guest)", Name(pid), pid),
-					"close the connection before the checkpoint"}))
+					"close the connection before the checkpoint"})
+				f.Stale = true // it may be a new process of the container's
+				out = append(out, f)
 			}
 			return nil
 		})

@@ -415,3 +415,34 @@ func TestAnonymousDescriptors(t *testing.T) {
 		}
 	}
 }
+
+// While its processes run, a connection that they have just accepted looks like
+// one to somebody else in the same guest. Another look tells; one to elsewhere is
+// refused at once.
+func TestConnectionThatWasJustAccepted(t *testing.T) {
+	here := Connection{PID: 1, FD: 3, Local: netip.MustParseAddrPort("127.0.0.1:50000"), Remote: netip.MustParseAddrPort("127.0.0.1:80"), Here: true}
+	elsewhere, toExec := here, here
+	elsewhere.Here = false
+	toExec.Exec = &Process{PID: 9, PIDs: []int{9}, Name: "sh"}
+	for name, tc := range map[string]struct {
+		connections []Connection
+		passing     bool
+	}{
+		"to somebody in the guest": {[]Connection{here, here}, true},
+		"to another machine":       {[]Connection{elsewhere}, false},
+		"to both":                  {[]Connection{here, elsewhere}, false},
+		"to an exec":               {[]Connection{toExec}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := &Process{PID: 1, PIDs: []int{1}, Name: "init"}
+			c := &Container{Root: root, Processes: []*Process{root}, Connections: tc.connections}
+			findings, err := c.Check(nil, &api.CheckpointOptions{})
+			if err != nil || Refusal(findings) == nil {
+				t.Fatalf("it is not refused: %v", err)
+			}
+			if Passing(findings) != tc.passing {
+				t.Errorf("%v: passing is %t", findings, !tc.passing)
+			}
+		})
+	}
+}

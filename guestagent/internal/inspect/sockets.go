@@ -30,6 +30,8 @@ type Connection struct {
 	Local, Remote netip.AddrPort
 	// Inside: the other end is one of the same processes', or gone.
 	Inside bool
+	// Here: the other end is a socket in the same network namespace.
+	Here bool
 	// Ended: the other end, outside, has closed it, and nothing is left to be read
 	// or sent, as after a probe that only connects. It is not known whether that
 	// end still waits for an answer.
@@ -198,7 +200,9 @@ func (s *sockets) addTCP(all []*netlink.Socket) {
 		e := endpointsOf(t)
 		c := Connection{PID: o.process.PID, FD: o.fd, Local: e.local, Remote: e.remote}
 		// A socket without an inode is no process's: it is not accepted yet, or closed.
-		switch other := others[endpoints{e.remote, e.local}]; {
+		other := others[endpoints{e.remote, e.local}]
+		c.Here = other != nil
+		switch {
 		case other == nil:
 			c.Inside = e.remote.Addr().IsLoopback() // the kernel has forgotten the other end
 		case other.INode != 0:

@@ -99,7 +99,7 @@ func TestConnectionsInside(t *testing.T) {
 			}
 			s.addTCP(all)
 			i := slices.IndexFunc(s.connections, func(c Connection) bool { return c.PID == 1 })
-			if i < 0 || s.connections[i].Inside != tc.inside {
+			if i < 0 || s.connections[i].Inside != tc.inside || s.connections[i].Here != (tc.other != noSocket) {
 				t.Errorf("got %+v", s.connections)
 			}
 			if n := len(Outside(s.connections[i : i+1])); n != map[bool]int{true: 0, false: 1}[tc.inside] {

@@ -117,6 +117,7 @@ func TestNetlinkSocketWithUnreadMessages(t *testing.T) {
 
 func TestOnlyWhatIsOverInAMomentIsWaitedFor(t *testing.T) {
 	busy, other := Finding{Class: Refused, Code: 2031}, Finding{Class: Refused, Code: 2001}
+	stale := Finding{Class: Refused, Code: 2002, Stale: true}
 	for i, tc := range []struct {
 		findings []Finding
 		passing  bool
@@ -125,6 +126,8 @@ func TestOnlyWhatIsOverInAMomentIsWaitedFor(t *testing.T) {
 		{[]Finding{{Class: Warning}}, false},
 		{[]Finding{{Class: Warning}, busy}, true},
 		{[]Finding{busy, other}, false},
+		{[]Finding{stale, busy}, true},
+		{[]Finding{other, stale}, false},
 	} {
 		if got := Passing(tc.findings); got != tc.passing {
 			t.Errorf("%d: %t", i, got)
