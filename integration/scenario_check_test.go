@@ -88,7 +88,7 @@ func checkGood(s *scenario) {
 	for _, want := range []string{
 		"containerd.version", "runtime.shim", "runtime.handler", "nri.containerd", "nri.plugin", "kata.shim", "kata.config",
 		"kata.shared_fs", "kata.sandbox_bind_mounts", "kata.guest_hook_path", "kata.kernel", "bundle", "criu", "state_dir.space",
-		"guest.start", "guest.agent", "guest.checkpoint",
+		"guest.start", "guest.agent", "guest.virtiofs", "guest.kernel", "guest.criu", "guest.checkpoint",
 	} {
 		if !slices.Contains(checks, want) {
 			s.Errorf("nothing is said about %s, only about %v", want, checks)

@@ -116,6 +116,8 @@ var findingCodes = map[string]errcode.Code{
 	"guest.start":              errcode.CheckGuestStart,
 	"guest.agent":              errcode.CheckGuestAgent,
 	"guest.criu":               errcode.CheckGuestCRIU,
+	"guest.virtiofs":           errcode.CheckGuestVirtiofs,
+	"guest.kernel":             errcode.CheckGuestKernel,
 	"guest.checkpoint":         errcode.CheckGuestCheckpoint,
 	"guest.remove":             errcode.CheckGuestRemove,
 	"container":                errcode.CheckContainer,

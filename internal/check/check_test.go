@@ -210,7 +210,7 @@ func (n *node) serve() {
 	}
 }
 
-// process adds one to the node's procfs, in the place of one with this pid.
+// process adds one to the node's procfs, instead of one with this pid.
 func (n *node) process(pid, parent int, exe string) {
 	n.t.Helper()
 	n.write(fmt.Sprintf("proc/%d/cmdline", pid), exe+"\x00", 0o644)
@@ -330,7 +330,7 @@ func hostFaults() map[string]hostFault {
 			func(n *node) { n.plugins[1].InitErr = &status.Status{Code: 2, Message: "x"} },
 			"nri.containerd", Error, "NRI is off", "disable = false",
 		},
-		"no NRI plugin":   {func(n *node) { n.remove("proc/99") }, "nri.plugin", Error, "does not run", "systemctl"},
+		"no NRI plugin": {func(n *node) { n.remove("proc/99") }, "nri.plugin", Error, "does not run", "systemctl"},
 		"another containerd's NRI plugin": {
 			func(n *node) { n.remove("proc/99"); n.process(99, 1, "/opt/nri/plugins/90-"+NRIPluginName) },
 			"nri.plugin", Error, "does not run", "systemctl",

@@ -6,10 +6,14 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -31,8 +35,6 @@ const (
 	guestNamespace = "kata-checkpoint-check"
 	// ProbeCommand is the command of kata-checkpoint that runs in that container.
 	ProbeCommand = "guest-probe"
-	// probeBytes is the memory that it fills.
-	probeBytes = 64 << 20
 	// bootTimeout bounds the start of a VM, which takes longest without KVM.
 	bootTimeout = 3 * time.Minute
 )
@@ -84,12 +86,14 @@ func (h *Host) Guest(ctx context.Context) (f Findings) {
 		v := answer.GetCriuVersion()
 		f.ok(check+".agent", "agent %s answers over vsock, with CRIU %d.%d.%d on Linux %s", answer.GetAgentVersion(), v/10000, v/100%100, v%100, answer.GetKernelRelease())
 	}
+	h.probed(p, &f)
 	for _, reason := range answer.GetReasons() {
 		f.fail(check+".criu", "as the reason says", "no container can be checkpointed: %s", reason)
 	}
 	if len(answer.GetReasons()) > 0 {
 		return f
 	}
+	f.ok(check+".criu", "CRIU works on this kernel, by criu check")
 	begin = time.Now()
 	if err := p.checkpoint(ctx); err != nil {
 		f.fail(check+".checkpoint", "see the log of containerd", "a checkpoint fails: %v", err)
@@ -100,6 +104,39 @@ func (h *Host) Guest(ctx context.Context) (f Findings) {
 	return f
 }
 
+// probed reports what the container has found in its guest, and whether what the
+// one side has written is what the other reads.
+func (h *Host) probed(p *probe, f *Findings) {
+	const share, kernel = "guest.virtiofs", "guest.kernel"
+	cure := "look at the log of virtiofsd, and at what Kata's configuration sets for it (virtio_fs_cache, virtio_fs_extra_args)"
+	root := filepath.Join(p.dir, "rootfs")
+	sum, err := arrived(root, toHostName)
+	switch {
+	case err != nil || sum != p.answer.Written.Sum:
+		f.fail(share, cure, "what the guest has written is not what arrives on the host")
+	case p.sent != p.answer.Read.Sum:
+		f.fail(share, cure, "what the guest reads is not what the host has written")
+	default:
+		f.ok(share, "the guest reads %.0f MiB/s from the host and writes %.0f MiB/s to it", p.answer.Read.rate(), p.answer.Written.rate())
+	}
+	var lacks []string
+	tried := 0
+	for _, o := range KernelOptions {
+		switch {
+		case slices.Contains(p.answer.Unknown, o):
+			continue
+		case slices.Contains(p.answer.Lacks, o) && o != optionalOption:
+			lacks = append(lacks, o)
+		}
+		tried++
+	}
+	if len(lacks) > 0 {
+		f.fail(kernel, "kata-checkpoint guest-kernel && kata-checkpoint install", "the kernel that the guest runs lacks %s: CRIU does not work there, or not with every container", strings.Join(lacks, ", "))
+		return
+	}
+	f.ok(kernel, "the kernel that the guest runs has each of the %d options that can be tried in it", tried)
+}
+
 // probe is the container that looks at the guest.
 type probe struct {
 	containers containers.ContainersClient
@@ -108,6 +145,9 @@ type probe struct {
 	state      string
 	created    bool
 	running    bool
+	// sent is the sum of the file that it reads, answer what it has found.
+	sent   uint32
+	answer probed
 }
 
 // start starts the container and waits until its process has filled its memory.
@@ -123,6 +163,11 @@ func (p *probe) start(ctx context.Context) error {
 	if err := copySelf(filepath.Join(rootfs, "probe")); err != nil {
 		return err
 	}
+	sent, err := writeTransfer(filepath.Join(rootfs, fromHostName))
+	if err != nil {
+		return err
+	}
+	p.sent = sent.Sum
 	spec, err := json.Marshal(p.spec())
 	if err != nil {
 		return err
@@ -149,8 +194,8 @@ func (p *probe) start(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		// What the guest writes is seen on the host.
-		if _, err := os.Stat(filepath.Join(rootfs, "ready/ready")); err == nil {
-			return nil
+		if p.answer, err = readAnswer(rootfs); !errors.Is(err, fs.ErrNotExist) {
+			return err
 		}
 		select {
 		case <-tick.C:
@@ -161,12 +206,13 @@ func (p *probe) start(ctx context.Context) error {
 }
 
 func (p *probe) spec() *specs.Spec {
+	netAdmin := []string{"CAP_NET_ADMIN"} // in a network namespace of its own
 	return &specs.Spec{
 		Version: specs.Version,
 		Root:    &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{
 			Args: []string{"/probe", ProbeCommand}, Cwd: "/", Env: []string{"PATH=/"},
-			Capabilities: &specs.LinuxCapabilities{},
+			Capabilities: &specs.LinuxCapabilities{Bounding: netAdmin, Permitted: netAdmin, Effective: netAdmin},
 		},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
@@ -237,24 +283,4 @@ func (p *probe) remove(ctx context.Context) error {
 		}
 	}
 	return os.RemoveAll(p.dir)
-}
-
-// Probe is what runs in the guest: it fills memory, says so in a file, and waits
-// until it is killed.
-func Probe(ctx context.Context) error {
-	memory := make([]byte, probeBytes)
-	state := uint64(88172645463325252)
-	for i := range memory {
-		// xorshift: nothing that could be left out or compressed
-		state ^= state << 13
-		state ^= state >> 7
-		state ^= state << 17
-		memory[i] = byte(state & 0xff)
-	}
-	if err := os.WriteFile("/ready/ready", nil, 0o644); err != nil {
-		return err
-	}
-	<-ctx.Done()
-	_, err := io.Discard.Write(memory[:1])
-	return err
 }

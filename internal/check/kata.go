@@ -38,6 +38,9 @@ var KernelOptions = []string{
 	"CGROUP_FREEZER", "FHANDLE", "PROC_PAGE_MONITOR", "RSEQ",
 }
 
+// optionalOption is the one that CRIU does without, and that arm64 lacks.
+const optionalOption = "MEM_SOFT_DIRTY"
+
 var number = regexp.MustCompile(`\d+(\.\d+)*`)
 
 // atLeast compares versions; one that cannot be read is new enough.
@@ -235,7 +238,7 @@ func lacks(config map[string]string) (missing, modules []string) {
 		switch {
 		case config[o] == "m":
 			modules = append(modules, o)
-		case config[o] != "y" && o != "MEM_SOFT_DIRTY": // CRIU does without it, and arm64 has none
+		case config[o] != "y" && o != optionalOption:
 			missing = append(missing, o)
 		}
 	}

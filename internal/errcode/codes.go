@@ -214,6 +214,8 @@ var (
 	CheckGuestCRIU           = add(7024, "check-guest-criu", "no container can be checkpointed in this node's guests")
 	CheckGuestCheckpoint     = add(7025, "check-guest-checkpoint", "the checkpoint of the check's container fails")
 	CheckGuestRemove         = add(7026, "check-guest-remove", "the container of the check is left")
+	CheckGuestVirtiofs       = add(7027, "check-guest-virtiofs", "files do not cross virtiofs as they were written")
+	CheckGuestKernel         = add(7028, "check-guest-kernel", "the kernel that a guest runs lacks options")
 	CheckContainer           = add(7031, "check-container", "a container's shim does not answer")
 	CheckContainerCheckpoint = add(7032, "check-container-checkpoint", "a container cannot be checkpointed now, or nobody has looked")
 	CheckContainerSpace      = add(7033, "check-container-space", "the images of a container do not fit where they are transferred")
