@@ -15,6 +15,8 @@ import (
 	"runtime"
 	"slices"
 	"time"
+
+	"github.com/kata-checkpoint/kata-checkpoint/internal/errclass"
 )
 
 // Files by which the container of check --guest and the host talk, below its root.
@@ -134,7 +136,7 @@ func writeTransfer(path string) (t transfer, err error) {
 	}
 	begin := time.Now()
 	_, err = f.Write(data)
-	err = errors.Join(err, f.Close())
+	err = errclass.Join(err, f.Close())
 	t.Time = time.Since(begin)
 	return t, err
 }
