@@ -46,6 +46,7 @@ var points = []point{
 	{operation: "checkpoint", phase: "freeze", victims: "agent shim kata vm", core: "kata"},
 	{operation: "checkpoint", phase: "inspect", guest: true, victims: "agent shim kata vm", core: "agent"},
 	{operation: "checkpoint", phase: "inspect", guest: true, midway: true, victims: "criu agent shim kata vm", core: "criu"},
+	{operation: "checkpoint", phase: "thaw", guest: true, victims: "agent shim kata vm"},
 	{operation: "checkpoint", phase: "copy-logs", guest: true, victims: "agent shim kata vm"},
 	{operation: "checkpoint", phase: "copy-images", victims: "agent shim kata vm", core: "shim"},
 	{operation: "checkpoint", phase: "commit", victims: "agent shim kata vm", core: "vm"},

@@ -1194,7 +1194,12 @@ type CheckpointRequest struct {
 	// parents are the directories of the PreDumps that precede it, the first one
 	// first: the dump has what has changed since. Then there is a file with
 	// the message FoldedFiles in its directory.
-	Parents       []string `protobuf:"bytes,8,rep,name=parents,proto3" json:"parents,omitempty"`
+	Parents []string `protobuf:"bytes,8,rep,name=parents,proto3" json:"parents,omitempty"`
+	// thaw: the container is thawed as soon as it is dumped, before its images are
+	// completed. Turn is that of a Thaw. Not with stop. An agent that does not know
+	// it leaves the container frozen.
+	Thaw          bool   `protobuf:"varint,9,opt,name=thaw,proto3" json:"thaw,omitempty"`
+	Turn          uint64 `protobuf:"varint,10,opt,name=turn,proto3" json:"turn,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1283,6 +1288,20 @@ func (x *CheckpointRequest) GetParents() []string {
 		return x.Parents
 	}
 	return nil
+}
+
+func (x *CheckpointRequest) GetThaw() bool {
+	if x != nil {
+		return x.Thaw
+	}
+	return false
+}
+
+func (x *CheckpointRequest) GetTurn() uint64 {
+	if x != nil {
+		return x.Turn
+	}
+	return 0
 }
 
 // PreDumpRequest asks for a round of copying the memory of a running container.
@@ -1564,7 +1583,9 @@ type CheckpointResponse struct {
 	// sockets have options that CRIU does not restore.
 	Sockets []*Socket `protobuf:"bytes,12,rep,name=sockets,proto3" json:"sockets,omitempty"`
 	// attributes are set again by a restore.
-	Attributes    []*Attribute `protobuf:"bytes,13,rep,name=attributes,proto3" json:"attributes,omitempty"`
+	Attributes []*Attribute `protobuf:"bytes,13,rep,name=attributes,proto3" json:"attributes,omitempty"`
+	// thawed: the container runs, as was asked for.
+	Thawed        bool `protobuf:"varint,14,opt,name=thawed,proto3" json:"thawed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1688,6 +1709,13 @@ func (x *CheckpointResponse) GetAttributes() []*Attribute {
 		return x.Attributes
 	}
 	return nil
+}
+
+func (x *CheckpointResponse) GetThawed() bool {
+	if x != nil {
+		return x.Thawed
+	}
+	return false
 }
 
 type DiscardRequest struct {
@@ -2358,7 +2386,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\asources\x18\x04 \x03(\tR\asources\"A\n" +
 	"\aAddress\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xb5\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xdd\x02\n" +
 	"\x11CheckpointRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12D\n" +
@@ -2367,7 +2395,10 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\x04stop\x18\x05 \x01(\bR\x04stop\x12\x14\n" +
 	"\x05token\x18\x06 \x01(\tR\x05token\x127\n" +
 	"\x06rights\x18\a \x01(\v2\x1f.katacheckpoint.agent.v1.RightsR\x06rights\x12\x18\n" +
-	"\aparents\x18\b \x03(\tR\aparents\"\x7f\n" +
+	"\aparents\x18\b \x03(\tR\aparents\x12\x12\n" +
+	"\x04thaw\x18\t \x01(\bR\x04thaw\x12\x12\n" +
+	"\x04turn\x18\n" +
+	" \x01(\x04R\x04turn\"\x7f\n" +
 	"\x0ePreDumpRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x16\n" +
@@ -2385,7 +2416,7 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\fpart_sources\x18\x04 \x03(\rR\vpartSources\x12!\n" +
 	"\fpart_offsets\x18\x05 \x03(\x04R\vpartOffsets\x12\x1d\n" +
 	"\n" +
-	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xbd\x05\n" +
+	"part_sizes\x18\x06 \x03(\x04R\tpartSizes\"\xd5\x05\n" +
 	"\x12CheckpointResponse\x12?\n" +
 	"\texternals\x18\x01 \x03(\v2!.katacheckpoint.agent.v1.ExternalR\texternals\x124\n" +
 	"\x05stdio\x18\x02 \x03(\v2\x1e.katacheckpoint.agent.v1.StdioR\x05stdio\x12@\n" +
@@ -2403,7 +2434,8 @@ const file_internal_api_agent_proto_rawDesc = "" +
 	"\asockets\x18\f \x03(\v2\x1f.katacheckpoint.agent.v1.SocketR\asockets\x12B\n" +
 	"\n" +
 	"attributes\x18\r \x03(\v2\".katacheckpoint.agent.v1.AttributeR\n" +
-	"attributes\"g\n" +
+	"attributes\x12\x16\n" +
+	"\x06thawed\x18\x0e \x01(\bR\x06thawed\"g\n" +
 	"\x0eDiscardRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x1c\n" +
 	"\tdirectory\x18\x02 \x01(\tR\tdirectory\x12\x14\n" +

@@ -77,7 +77,7 @@ const StageImages = "stage images"
 // there, and somebody who owns the guest might send any.
 var phases = map[string]bool{
 	"prepare": true, "wait for other dumps": true, PreDump: true, "freeze": true, "copy images": true, "thaw": true, "sync": true, "commit": true, "stop": true,
-	"guest: inspect": true, "guest: criu dump": true, "guest: save /dev/shm": true, "guest: copy logs": true,
+	"guest: inspect": true, "guest: criu dump": true, "guest: save /dev/shm": true, "guest: thaw": true, "guest: copy logs": true,
 	"guest: other":                    true,
 	StageImages:                       true,
 	"guest: wait for the placeholder": true, "guest: restore /dev/shm": true, "guest: readdress sockets": true,

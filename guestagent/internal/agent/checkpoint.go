@@ -219,7 +219,20 @@ func (a *Agent) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 	if err != nil {
 		return nil, errclass.ToRPC(errclass.Join(c.explain(err), keepLogs(images), stayFrozen(c)))
 	}
+	if out.GetThawed() {
+		a.leases.thawed(c.ID) // not earlier: after a failure it is frozen again
+	}
 	return out, nil
+}
+
+// thawDumped thaws a container whose dump is done, unless the dump was
+// interrupted. A Freeze of an earlier turn has no effect from here on.
+func (a *Agent) thawDumped(ctx context.Context, c *container, turn uint64) (err error) {
+	a.turns.thaw(c.ID, turn)
+	if e := a.ops.complete(ctx, func() { err = cgroup.Thaw(c.tree()) }); e != nil {
+		return e
+	}
+	return err
 }
 
 // keepLogs removes from the directory of a dump that failed what is not CRIU's
@@ -254,9 +267,10 @@ func (a *Agent) Discard(_ context.Context, r *api.DiscardRequest) (*emptypb.Empt
 	return &emptypb.Empty{}, nil
 }
 
-// stayFrozen freezes a container again after a dump that failed: CRIU thaws
-// what it dumps and freezes it again at the end, unless it is killed. That of
-// the dump may be why it failed, so that it has a context of its own.
+// stayFrozen freezes a container again after a checkpoint that failed: CRIU thaws
+// what it dumps and freezes it again at the end, unless it is killed, and the
+// container may have been thawed after the dump. That of the checkpoint may be why
+// it failed, so that it has a context of its own.
 func stayFrozen(c *container) error {
 	frozen, err := cgroup.Frozen(c.tree())
 	if err != nil || frozen {
@@ -358,13 +372,7 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, fmt.Errorf("read the mounts of the container: %w", err)
 	}
-	if err := a.foldParents(ctx, c.ID, r); err != nil {
-		return nil, err
-	}
-	inImages := func(path string) bool { return inspect.InImages(path, mounts, out.GetExternals()) }
-	if err := mendImages(images, look.Names, look.Connections, c.KeepAlive, inImages); err != nil {
-		return nil, fmt.Errorf("mend the images: %w", err)
-	}
+	keepAlive := c.KeepAlive // which is over when it is noted
 	if r.GetStop() {
 		err = netlock.EnterRepair(kept)
 	} else if len(kept) > 0 {
@@ -374,7 +382,22 @@ func (a *Agent) checkpoint(ctx context.Context, c *container, r *api.CheckpointR
 	if err != nil {
 		return nil, err
 	}
+	if r.GetThaw() {
+		if err := a.thawDumped(ctx, c, r.GetTurn()); err != nil {
+			return nil, err
+		}
+		out.Thawed = true
+		ph.done("thaw")
+	}
 
+	// What follows needs the images only.
+	if err := a.foldParents(ctx, c.ID, r); err != nil {
+		return nil, err
+	}
+	inImages := func(path string) bool { return inspect.InImages(path, mounts, out.GetExternals()) }
+	if err := mendImages(images, look.Names, look.Connections, keepAlive, inImages); err != nil {
+		return nil, fmt.Errorf("mend the images: %w", err)
+	}
 	if err := copyLogs(op, images); err != nil {
 		return nil, err
 	}

@@ -385,3 +385,39 @@ func TestLongVforkIsRefused(t *testing.T) {
 		t.Errorf("it is not refused: %v", err)
 	}
 }
+
+// A dump thaws its container itself, unless somebody has interrupted it, and no
+// Freeze of an earlier turn follows. What fails afterwards freezes it again.
+func TestThawAfterADump(t *testing.T) {
+	a, c := sleeping(t)
+	t.Cleanup(func() { _ = cgroup.Thaw(c.tree()) })
+	request := &api.ContainerRequest{ContainerId: c.ID, Turn: 3}
+	if _, err := a.Freeze(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+
+	ctx, end, err := a.ops.begin(t.Context(), c.ID, dumping)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.ops.interrupt(c.ID, errThawed, dumping)
+	if err := a.thawDumped(ctx, c, 4); !errors.Is(err, errThawed) || !isFrozen(t, c) {
+		t.Errorf("interrupted: %v, frozen %t", err, isFrozen(t, c))
+	}
+	end()
+
+	ctx, end, err = a.ops.begin(t.Context(), c.ID, dumping)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.thawDumped(ctx, c, 5); err != nil || isFrozen(t, c) {
+		t.Errorf("%v, frozen %t", err, isFrozen(t, c))
+	}
+	if err := stayFrozen(c); err != nil || !isFrozen(t, c) {
+		t.Errorf("after a failure: %v, frozen %t", err, isFrozen(t, c))
+	}
+	end()
+	if _, err := a.Freeze(t.Context(), request); err == nil || !strings.Contains(err.Error(), "thawed meanwhile") {
+		t.Errorf("a Freeze of an earlier turn: %v", err)
+	}
+}

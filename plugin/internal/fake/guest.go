@@ -62,6 +62,8 @@ type Guest struct {
 	Addresses []*api.Address
 	// Sockets are those of the container with options that CRIU does not restore.
 	Sockets []*api.Socket
+	// Earlier: it is of a release that thaws no container at the end of a dump.
+	Earlier bool
 }
 
 // NewGuest makes a guest with a running agent for a sandbox. With rust, its
@@ -423,7 +425,7 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 			return nil, err
 		}
 	}
-	return &api.CheckpointResponse{
+	out := &api.CheckpointResponse{
 		CriuVersion: 40201, KernelRelease: "6.1", Hostname: "host",
 		Externals:  []*api.External{{Name: "m0", Destination: "/data", Fstype: "virtiofs"}},
 		Stdio:      []*api.Stdio{{Fd: 1, Key: "pipe:[7]"}},
@@ -433,8 +435,15 @@ func (g *Guest) Checkpoint(ctx context.Context, r *api.CheckpointRequest) (*api.
 		Attributes: []*api.Attribute{{Pid: 1, Name: "cpus", Value: "0"}},
 		Phases:     []*api.Phase{{Name: "criu dump", Nanoseconds: 1000}},
 
-		TcpEstablished: len(g.Connections) > 0, Connections: g.Connections,
-	}, nil
+		TcpEstablished: len(g.Connections) > 0, Connections: g.Connections, Thawed: r.GetThaw() && !g.Earlier,
+	}
+	if out.Thawed {
+		g.mu.Lock()
+		g.calls = append(g.calls, "Thaw "+r.GetContainerId())
+		g.mu.Unlock()
+		out.Phases = append(out.Phases, &api.Phase{Name: "thaw", Nanoseconds: 1000})
+	}
+	return out, nil
 }
 
 // CheckRestore implements the agent.

@@ -205,11 +205,15 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		j.phases.done(ctx, "freeze")
 	}
 
+	r := j.request()
+	if r.Thaw = j.thawsEarly(ctx, before); r.Thaw {
+		r.Turn = c.turn.Add(1)
+	}
 	images := imageset.Follow(c.exchange.dir, j.images, j.target.Dir(), c.s.limits(), imageset.DumpLogName, imageset.StatsName, api.FoldedName)
 	defer images.Stop()
 	var out *api.CheckpointResponse
 	err = c.s.agent.CallDedicated(ctx, func(ctx context.Context, a api.AgentService) (err error) {
-		out, err = a.Checkpoint(ctx, j.request())
+		out, err = a.Checkpoint(ctx, r)
 		return err
 	})
 	endTurn()
@@ -217,12 +221,11 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		return nil, j.keepLog(ctx, err)
 	}
 	j.phases.guest(ctx, out.GetPhases())
-	if j.thawsEarly(ctx, before) {
-		if err := c.thaw(ctx); err != nil {
+	if r.GetThaw() {
+		if err := j.noteThaw(ctx, out); err != nil {
 			return nil, err
 		}
 		c.transition(checkpointingState{c: c, isPaused: before.paused()})
-		j.phases.done(ctx, "thaw")
 	}
 
 	if err := j.compose(images); err != nil {
@@ -267,6 +270,20 @@ func (j *checkpointJob) run(ctx context.Context, before state) (*imageset.Manife
 		j.phases.done(ctx, "stop")
 	}
 	return m, nil
+}
+
+// noteThaw notes that the agent has thawed the container, as it was asked to. One
+// of an earlier release has not: that is done here.
+func (j *checkpointJob) noteThaw(ctx context.Context, out *api.CheckpointResponse) error {
+	if out.GetThawed() {
+		j.c.freezes.end(j.c)
+		return nil
+	}
+	if err := j.c.thaw(ctx); err != nil {
+		return err
+	}
+	j.phases.done(ctx, "thaw")
+	return nil
 }
 
 // request is the request to the agent.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,7 +15,9 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kata-checkpoint/kata-checkpoint/internal/annotations"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/config"
+	"github.com/kata-checkpoint/kata-checkpoint/internal/imageset"
 	"github.com/kata-checkpoint/kata-checkpoint/internal/metrics"
 )
 
@@ -138,6 +141,42 @@ func TestEarlyThawOfACheckpointThatFails(t *testing.T) {
 	h.resume()
 	h.wantStatus("RUNNING")
 	h.wantNothingLeft(path)
+}
+
+// An agent of an earlier release thaws no container by itself. A Freeze that comes
+// too late is before the thaw in any case.
+func TestEarlyThawByTheShim(t *testing.T) {
+	for name, earlier := range map[string]bool{"this release": false, "an earlier one": true} {
+		t.Run(name, func(t *testing.T) {
+			h := newHarness(t)
+			h.guest.Earlier = earlier
+			h.run(leaveRunning)
+			path := t.TempDir()
+			if err := h.checkpoint(path, nil); err != nil {
+				t.Fatal(err)
+			}
+			h.wantStatus("RUNNING")
+			h.wantCalls("the agent", h.guest.Calls(), "Adopt c1", "CheckCheckpoint c1", "Freeze c1", "Checkpoint c1", "Thaw c1")
+			freeze, dump := h.guest.Request("Freeze").(*api.ContainerRequest), h.guest.Request("Checkpoint").(*api.CheckpointRequest)
+			if !dump.GetThaw() || dump.GetTurn() <= freeze.GetTurn() {
+				t.Errorf("the request is %v, after a freeze with turn %d", dump, freeze.GetTurn())
+			}
+			set, err := imageset.Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer set.Close()
+			var thaws []string
+			for _, p := range set.Manifest.Phases {
+				if strings.HasSuffix(p.Name, "thaw") {
+					thaws = append(thaws, p.Name)
+				}
+			}
+			if want := map[bool]string{false: "guest: thaw", true: "thaw"}[earlier]; strings.Join(thaws, ", ") != want {
+				t.Errorf("phases %q, want %s", thaws, want)
+			}
+		})
+	}
 }
 
 // The workload's figure ends with the early thaw, and the Resume adds none.
