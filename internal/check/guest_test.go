@@ -23,6 +23,8 @@ import (
 	"github.com/kata-checkpoint/kata-checkpoint/internal/api"
 )
 
+func init() { transferBytes = 64 << 10 }
+
 // guest is what a node's runtime does with the container of check --guest.
 type guest struct {
 	containers.UnimplementedContainersServer

@@ -27,11 +27,13 @@ const (
 	readyTemp    = "ready/ready.tmp"
 )
 
+// transferBytes is the size of the files that the container reads and writes. Tests
+// have smaller ones.
+var transferBytes = 32 << 20
+
 const (
 	// probeBytes is the memory that the container fills.
 	probeBytes = 64 << 20
-	// transferBytes is the size of the files that it reads and writes.
-	transferBytes = 32 << 20
 	// maxAnswer bounds what it answers, in bytes.
 	maxAnswer = 64 << 10
 )
@@ -174,6 +176,6 @@ func arrived(root, name string) (uint32, error) {
 	}
 	defer f.Close()
 	sum := crc32.New(castagnoli)
-	_, err = io.Copy(sum, io.LimitReader(f, transferBytes+1))
+	_, err = io.Copy(sum, io.LimitReader(f, int64(transferBytes)+1))
 	return sum.Sum32(), err
 }

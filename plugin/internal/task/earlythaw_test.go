@@ -143,7 +143,7 @@ func TestEarlyThawOfACheckpointThatFails(t *testing.T) {
 	h.wantNothingLeft(path)
 }
 
-// An agent of an earlier release thaws no container by itself. A Freeze that comes
+// An agent of an earlier release thaws no container on its own. A Freeze that comes
 // too late is before the thaw in any case.
 func TestEarlyThawByTheShim(t *testing.T) {
 	for name, earlier := range map[string]bool{"this release": false, "an earlier one": true} {
